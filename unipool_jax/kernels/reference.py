@@ -1,0 +1,44 @@
+"""The obvious grouped product, one masked dense product per expert: the oracle of every test.
+
+Slow (E times the FLOPs), in float32 throughout, differentiated by plain autodiff. Rows are masked with
+`where` *before* they enter a product as well as after, so neither a value nor a gradient can carry a NaN
+from one group's rows, or from rows of no group, to another's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from unipool_jax.kernels.group_plan import GroupPlan
+
+
+def grouped_matmul(rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
+    """`out[r] = rows[r] @ bank[group of r]`, zero for rows of no group. `[R, K]`, `[E, K, N]` -> `[R, N]`."""
+    index_R1 = jnp.arange(rows_RK.shape[0])[:, None]
+
+    def add_expert(
+        out_RN: jax.Array, expert: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        weight_KN, start, end = expert
+        mine_R1 = (start <= index_R1) & (index_R1 < end)
+        mine_RK = jnp.where(mine_R1, rows_RK, 0).astype(jnp.float32)
+        product_RN = jnp.matmul(mine_RK, weight_KN, precision=lax.Precision.HIGHEST)
+        return out_RN + jnp.where(mine_R1, product_RN, 0), None
+
+    out_RN = jnp.zeros((rows_RK.shape[0], bank_EKN.shape[2]), jnp.float32)
+    experts = (bank_EKN.astype(jnp.float32), plan.offsets[:-1], plan.offsets[1:])
+    return lax.scan(add_expert, out_RN, experts)[0].astype(rows_RK.dtype)
+
+
+def grouped_ffn(
+    rows_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    plan: GroupPlan,
+) -> jax.Array:
+    """`(silu(x Wg) * (x Wu)) Wd` with each row's own expert, zero for rows of no group. `[R, D]` -> `[R, D]`."""
+    rows_f32 = rows_RD.astype(jnp.float32)
+    gate_RF = grouped_matmul(rows_f32, gate_EDF, plan)
+    up_RF = grouped_matmul(rows_f32, up_EDF, plan)
+    return grouped_matmul(jax.nn.silu(gate_RF) * up_RF, down_EFD, plan).astype(rows_RD.dtype)
