@@ -1,0 +1,339 @@
+"""Typed schema of the whole configuration.
+
+The dataclasses below are the only place where a setting, its type, its default and its meaning are written down.
+The files in `configs/` hold choices (a scale, a method, a data source), never defaults. Defaults are the published
+182M recipe (arXiv 2605.06665).
+
+`from_mapping` turns a composed plain mapping into a `Config` and reports every unknown key and wrong type at once;
+`unipool_jax.validation.validate` then reports every impossible combination at once, before any array exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DType = Literal["float32", "bfloat16"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message lists every problem, one a line."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        count = len(self.problems)
+        heading = f"{count} problem{'s' if count != 1 else ''} in the configuration:"
+        super().__init__("\n".join([heading, *(f"  - {problem}" for problem in self.problems)]))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The LLaMA-style backbone."""
+
+    num_layers: int = 12
+    """Transformer layers L; every layer holds one attention and one feed-forward (or mixture) block."""
+    hidden_size: int = 768
+    """Model width D."""
+    num_heads: int = 12
+    """Query heads; each has hidden_size / num_heads channels."""
+    num_kv_heads: int = 4
+    """Key and value heads (grouped-query attention); must divide num_heads."""
+    ffn_size: int = 3072
+    """Width F of one expert, or of the dense feed-forward block."""
+    vocab_size: int = 51200
+    """Rows of the embedding and of the output head, padding included. Pad rows are ordinary parameters."""
+    rope_base: float = 1_000_000.0
+    """Base of the rotary position frequencies."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    init_std: float = 0.01
+    """Standard deviation of the initial weights; the two output projections of a layer use init_std / sqrt(2 L)."""
+    compute_dtype: DType = "bfloat16"
+    """Dtype of activations and of weights at use. Parameters and optimiser state are always float32."""
+    remat: Literal["none", "moe", "full"] = "moe"
+    """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """How a layer chooses experts."""
+
+    router: Literal["none", "softmax", "sigmoid", "norm"] = "norm"
+    """`norm` is NormRouter; `none` is the dense model (one expert per layer, no router)."""
+    experts_per_layer: int = 8
+    """Expert budget per layer: the whole model holds experts_per_layer x num_layers experts before any reduction."""
+    top_k: int = 1
+    """Experts each token visits in each layer."""
+    router_dtype: DType = "float32"
+    """Dtype of the router from its logits on; `bfloat16` reproduces the official runs."""
+    score_constant: Literal["monte_carlo", "one"] = "monte_carlo"
+    """NormRouter's fixed constant c: the published Monte Carlo estimate, or 1."""
+    score_epsilon: float = 1e-8
+    """Added to the norm of the logits in NormRouter."""
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Which layers share which experts."""
+
+    groups: int = 1
+    """Number of pools G: 1 is UniPool, num_layers is the ordinary per-layer mixture. Must divide num_layers."""
+    fraction: float = 1.0
+    """Share of the expert budget kept: the pools hold round(fraction x experts_per_layer x num_layers) experts."""
+    experts: int | None = None
+    """Experts in all pools together; overrides `fraction` when set."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Balance of expert use. The language-model loss is always reported without these terms."""
+
+    balance: Literal["none", "switch", "pool", "expert_bias"] = "pool"
+    """`switch`: per-layer Switch loss; `pool`: pool-level loss; `expert_bias`: sigmoid selection bias, no loss."""
+    switch_coefficient: float = 1e-2
+    """Weight of the Switch loss of each layer."""
+    switch_group_sequences: int = 16
+    """Sequences over which one Switch loss is computed; divides train.microbatch_size."""
+    pool_coefficient: float = 1e-2
+    """Weight of the pool loss (1e-2 at 182M, 2e-2 at the larger scales)."""
+    pool_statistics: Literal["current", "previous"] = "current"
+    """Routing fractions in the pool loss: of this very batch (exact), or of the micro-batch before (as published)."""
+    expert_bias_rate: float = 1e-3
+    """Step of the selection bias after each optimiser step."""
+    z_coefficient: float = 0.0
+    """Weight of the mean squared logsumexp of the router logits of each layer; 0 is off."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    min_learning_rate: float = 5e-5
+    """Learning rate at the last step."""
+    warmup_fraction: float = 0.01
+    """Share of train.steps spent in linear warm-up from 0."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled decay of every tensor that is a matrix (not of norm gains and router scales)."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and rhythm of a run."""
+
+    steps: int = 60_000
+    """Optimiser steps."""
+    batch_size: int = 512
+    """Sequences per optimiser step, over all devices."""
+    microbatch_size: int = 16
+    """Sequences per forward and backward pass; divides batch_size (gradient accumulation)."""
+    seed: int = 1234
+    """Seed of the initial weights and of the data order."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    eval_every: int = 1000
+    """Steps between evaluations on the valid split; 0 evaluates only at the end."""
+    eval_batches: int | None = 100
+    """Batches of one evaluation; null is the whole split."""
+    eval_batch_size: int = 512
+    """Sequences per evaluation batch; results do not depend on it."""
+    eval_slice: Literal["fixed", "moving"] = "fixed"
+    """Same text at every evaluation, or the next slice of the shuffled valid split each time (as published)."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; 0 saves only at the end or when interrupted."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """On a non-finite loss or gradient: stop with a report, or leave the state as it was and go on."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it is cut."""
+
+    source: Literal["demo", "files", "stores"] = "demo"
+    """The embedded corpus, text files (tokenised once into cache_dir), or finished token stores."""
+    files: tuple[str, ...] = ()
+    """Text, jsonl(.gz/.zst/.xz) or parquet files, for source=files."""
+    stores: tuple[str, ...] = ()
+    """Directories made by `python -m unipool_jax.data`, or Megatron prefixes (PREFIX.bin and PREFIX.idx)."""
+    tokenizer: str = "demo"
+    """`bytes`, `demo`, `gpt2`, or the path of a tokenizer.json."""
+    sequence_length: int = 1024
+    """Tokens per sequence S."""
+    split: tuple[int, ...] = (969, 30, 1)
+    """Weights of the train, valid and test splits, by document (files, demo and Megatron stores)."""
+    split_order: Literal["contiguous", "interleaved"] = "contiguous"
+    """Whether splits are consecutive ranges of documents or dealt round by round."""
+    cache_dir: str = ".cache/tokens"
+    """Where stores made from `files` or from the embedded corpus are kept."""
+    num_threads: int = 2
+    """Threads that read and prefetch batches."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device-mesh axes."""
+
+    data: int = 1
+    """Batch parallelism."""
+    fsdp: int = 1
+    """Batch parallelism with sharded parameters."""
+    expert: int = 1
+    """Expert parallelism."""
+    tensor: int = 1
+    """Tensor parallelism."""
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Implementation of the grouped expert matmuls."""
+
+    implementation: Literal["auto", "reference", "xla"] = "auto"
+    """`auto` takes the best one for the platform; the choice is printed at start."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go."""
+
+    dir: str = "runs"
+    """Folder of all runs."""
+    name: str | None = None
+    """Folder of this run inside `dir`; null makes it from scale, method, steps and seed."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """Go on from the newest complete checkpoint if there is one, refuse an existing run, or demand one."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything `train.py` needs to know."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    scale_name: str = "custom"
+    """Set by the scale file; part of the default run name."""
+    method_name: str = "custom"
+    """Set by the method file; part of the default run name."""
+    mode: Literal["train", "describe"] = "train"
+    """`describe` prints the parameter report and stops."""
+
+    @property
+    def total_experts(self) -> int:
+        """M, the experts in all pools together."""
+        if self.pool.experts is not None:
+            return self.pool.experts
+        return round(self.pool.fraction * self.moe.experts_per_layer * self.model.num_layers)
+
+    @property
+    def experts_per_pool(self) -> int:
+        """E, what each layer's router chooses from."""
+        return self.total_experts // self.pool.groups
+
+    @property
+    def layers_per_pool(self) -> int:
+        """Adjacent layers that share one pool, L / G."""
+        return self.model.num_layers // self.pool.groups
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.model.hidden_size // self.model.num_heads
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward and backward passes per optimiser step."""
+        return self.train.batch_size // self.train.microbatch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimiser step."""
+        return self.train.batch_size * self.data.sequence_length
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain dictionaries, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_mapping(mapping: Mapping[str, Any]) -> Config:
+    """Build a `Config` from nested plain mappings; missing keys take their defaults.
+
+    Raises:
+      ConfigError: with every unknown key and every value of the wrong type.
+    """
+    problems: list[str] = []
+    config = _parse(Config, mapping, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _parse(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """`value` as a `kind`, or None with an entry in `problems`."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _parse_section(kind, value, path, problems)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _parse(next(a for a in arguments if a is not type(None)), value, path, problems)
+    if origin is Literal:
+        if value in arguments and isinstance(value, str):
+            return value
+        problems.append(f"{path}={value!r}: choose one of {', '.join(arguments)}")
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_parse(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+        problems.append(f"{path}={value!r}: expected a list, for example {path}=[a,b]")
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        problems.append(f"{path}={value!r}: expected a whole number; write {path}={int(value)}")
+    elif kind is str and isinstance(value, int | float):
+        problems.append(f"{path}={value!r}: expected text; put it in two pairs of quotes: \"{path}='{value}'\"")
+    else:
+        given = "null" if value is None else repr(value)
+        problems.append(f"{path}={given}: expected {_KIND_NAMES[kind]}")
+    return None
+
+
+def _parse_section(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, Mapping):
+        problems.append(f"{path}={value!r}: expected a section with settings")
+        return None
+    hints = typing.get_type_hints(kind)
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in hints:
+            problems.append(f"{prefix}{key}: no such setting; known here: {', '.join(sorted(hints))}")
+    found = {key: _parse(hints[key], value[key], prefix + key, problems) for key in hints if key in value}
+    return None if problems else kind(**found)
