@@ -1,0 +1,164 @@
+"""From `configs/` and command-line overrides to a `Config`, and from a `Config` to a file and back.
+
+An entry point that wants Hydra's own command line writes
+
+    register_schema()
+
+    @hydra.main(config_path="configs", config_name="config", version_base="1.3")
+    def main(node: DictConfig) -> None:
+        config = config_from_omegaconf(node)
+        validate(config)
+
+Everything else calls `compose_config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from unipool_jax.config import Config, ConfigError, from_mapping, to_mapping
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+
+def register_schema() -> None:
+    """Make the schema of `unipool_jax.config` known to Hydra as `schema`, the first entry of `configs/config.yaml`.
+
+    Because the schema holds every key, each can be overridden without `+`, and Hydra refuses a key that is not there.
+    """
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_mapping(Config())))
+
+
+def compose_config(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] = CONFIG_DIR) -> Config:
+    """The configuration of `python train.py OVERRIDES`; not yet validated.
+
+    Args:
+      overrides: as on the command line, for example `["scale=182m", "pool.fraction=0.5"]`.
+      config_dir: folder that holds `config.yaml` and its groups.
+
+    Raises:
+      ConfigError: for an override that Hydra cannot apply, an unknown key or a value of the wrong type.
+    """
+    register_schema()
+    # Hydra keeps one global state; put back what a surrounding hydra.main or a notebook had.
+    previous = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
+            node = compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_unknown_keys(overrides, Path(config_dir)) or [_summary(error)]) from error
+    finally:
+        GlobalHydra.instance().hydra = previous
+    return config_from_omegaconf(node)
+
+
+def config_from_omegaconf(node: DictConfig) -> Config:
+    """A `Config` from what Hydra composed, interpolations resolved.
+
+    Raises:
+      ConfigError: for an interpolation that leads nowhere, an unknown key or a value of the wrong type.
+    """
+    try:
+        mapping = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([_summary(error)]) from error
+    assert isinstance(mapping, dict)
+    return from_mapping({str(key): value for key, value in mapping.items()})
+
+
+def save_config(config: Config, path: str | os.PathLike[str]) -> None:
+    """Write `config` as YAML; a reader sees the whole file or the one before, never a part."""
+    target = Path(path)
+    text = yaml.safe_dump(_plain(to_mapping(config)), sort_keys=False, allow_unicode=True)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Read a configuration written by `save_config`.
+
+    Raises:
+      FileNotFoundError: without the file.
+      ConfigError: if the file is not a configuration of this version.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        mapping = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: not a YAML file: {' '.join(str(error).split())}"]) from error
+    if not isinstance(mapping, dict):
+        raise ConfigError([f"{path}: expected the sections of a configuration, found {type(mapping).__name__}"])
+    try:
+        return from_mapping(mapping)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from error
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Dotted names of the settings whose values differ, in the order of the schema."""
+    flat_b = dict(_leaves(b))
+    return [name for name, value in _leaves(a) if value != flat_b[name]]
+
+
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", value
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML's safe subset has no tuple."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _unknown_keys(overrides: Sequence[str], config_dir: Path) -> list[str]:
+    """A line for each override whose key is neither a setting nor a group; Hydra itself names only the first."""
+    settings = [name for name, _ in _leaves(Config())]
+    groups = sorted(path.name for path in config_dir.iterdir() if path.is_dir()) if config_dir.is_dir() else []
+    problems = []
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if not key or key.startswith("hydra") or key in [*settings, *groups]:
+            continue
+        if any(name.startswith(f"{key}.") for name in settings):
+            problems.append(f"{key}: a section, not a setting; override its settings one by one: {key}.NAME=VALUE")
+            continue
+        near = difflib.get_close_matches(key, [*settings, *groups], n=3)
+        problems.append(f"{key}: no such setting or group" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return problems
+
+
+def _summary(error: Exception) -> str:
+    """Hydra's message on one line, without its search path and links."""
+    text = str(error).partition("\nConfig search path:")[0].partition("\nSee https:")[0]
+    text, _, rest = text.partition("\n    full_key: ")
+    where = f"{rest.splitlines()[0]}: " if rest else ""
+    return where + " ".join(text.split())
