@@ -14,11 +14,10 @@ Everything else calls `compose_config`.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unipool_jax.config import Config, ConfigError, from_mapping, to_mapping
+from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -119,17 +118,8 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 def differences(a: Config, b: Config) -> list[str]:
     """Dotted names of the settings whose values differ, in the order of the schema."""
-    flat_b = dict(_leaves(b))
-    return [name for name, value in _leaves(a) if value != flat_b[name]]
-
-
-def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for entry in dataclasses.fields(section):
-        value = getattr(section, entry.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{entry.name}.")
-        else:
-            yield f"{prefix}{entry.name}", value
+    values = settings(b)
+    return [name for name, value in settings(a).items() if value != values[name]]
 
 
 def _plain(value: Any) -> Any:
@@ -141,17 +131,17 @@ def _plain(value: Any) -> Any:
 
 def _unknown_keys(overrides: Sequence[str], config_dir: Path) -> list[str]:
     """A line for each override whose key is neither a setting nor a group; Hydra itself names only the first."""
-    settings = [name for name, _ in _leaves(Config())]
+    names = list(settings(Config()))
     groups = sorted(path.name for path in config_dir.iterdir() if path.is_dir()) if config_dir.is_dir() else []
     problems = []
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
-        if not key or key.startswith("hydra") or key in [*settings, *groups]:
+        if not key or key.startswith("hydra") or key in [*names, *groups]:
             continue
-        if any(name.startswith(f"{key}.") for name in settings):
+        if any(name.startswith(f"{key}.") for name in names):
             problems.append(f"{key}: a section, not a setting; override its settings one by one: {key}.NAME=VALUE")
             continue
-        near = difflib.get_close_matches(key, [*settings, *groups], n=3)
+        near = difflib.get_close_matches(key, [*names, *groups], n=3)
         problems.append(f"{key}: no such setting or group" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     return problems
 

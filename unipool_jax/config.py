@@ -279,6 +279,18 @@ def to_mapping(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def settings(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name (`model.num_layers`), in the order of the schema."""
+    found: dict[str, Any] = {}
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            found |= settings(value, f"{prefix}{entry.name}.")
+        else:
+            found[prefix + entry.name] = value
+    return found
+
+
 def from_mapping(mapping: Mapping[str, Any]) -> Config:
     """Build a `Config` from nested plain mappings; missing keys take their defaults.
 
