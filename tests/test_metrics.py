@@ -1,0 +1,205 @@
+"""Load figures against hand-made counts, the metrics file across resumes, and FLOPs of the published model."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unipool_jax.config import Config, ModelConfig, MoEConfig, PoolConfig
+from unipool_jax.training.flops import flops_per_token, peak_flops
+from unipool_jax.training.metrics import (
+    MetricsWriter,
+    Progress,
+    Stopwatch,
+    format_seconds,
+    load_metrics,
+    perplexity,
+    pool_counts,
+    routing_diagnostics,
+)
+
+COUNTS = np.array([[8, 0, 0, 0], [2, 2, 2, 2], [0, 4, 4, 0], [0, 0, 8, 0]], np.int32)
+
+
+def test_one_pool_adds_up_all_layers() -> None:
+    metrics = load_metrics(COUNTS, groups=1)
+    assert pool_counts(COUNTS, 1).tolist() == [[10, 6, 14, 2]]
+    assert metrics["load/layer"] == [4.0, 1.0, 2.0, 4.0]
+    assert metrics["load/pool"] == [14 / 8]
+    assert metrics["load/busiest_over_mean"] == 14 / 8
+    assert (metrics["experts/dead"], metrics["experts/used"]) == (0, 4)
+
+
+def test_experts_of_different_pools_are_different_experts() -> None:
+    metrics = load_metrics(COUNTS, groups=2)
+    assert pool_counts(COUNTS, 2).tolist() == [[10, 2, 2, 2], [0, 4, 12, 0]]
+    assert metrics["load/pool"] == [10 / 4, 12 / 4]
+    assert metrics["load/busiest_over_mean"] == 12 / 4
+    assert (metrics["experts/dead"], metrics["experts/used"]) == (2, 6)
+    assert load_metrics(COUNTS, groups=4)["experts/dead"] == 3 + 0 + 2 + 3
+
+
+def test_counts_larger_than_int32_do_not_overflow() -> None:
+    counts = np.full((4, 2), 2**30, np.int32)
+    assert pool_counts(counts, 1).tolist() == [[2**32, 2**32]]
+    assert load_metrics(counts, 1)["load/busiest_over_mean"] == 1.0
+
+
+def test_nothing_routed_is_not_a_division_by_zero() -> None:
+    zeros = np.zeros((2, 3), np.int32)
+    assert load_metrics(zeros, 1)["load/layer"] == [0.0, 0.0]
+    assert routing_diagnostics(zeros, 1)["routing/token_coverage_1"] == 0.0
+
+
+def test_routing_diagnostics_by_hand() -> None:
+    found = routing_diagnostics(COUNTS, groups=1)
+    assert found["routing/entropy_bits"] == pytest.approx([0.0, 2.0, 1.0, 0.0])
+    assert found["routing/top16_coverage"] == [1.0] * 4
+    assert found["routing/jaccard"] == 1.0  # with 4 experts every top-16 set is the whole pool
+    # Top-1 sets {0}, {0} (tie: lowest id), {1}, {2}; top-2 sets {0,1}, {0,1}, {1,2}, {2,0}.
+    assert found["routing/union_size_1"] == 3
+    assert found["routing/pool_coverage_1"] == 3 / 4
+    assert found["routing/saturation_1"] == 3 / 4
+    assert found["routing/token_coverage_1"] == pytest.approx((8 + 2 + 4 + 8) / 32)
+    assert found["routing/token_coverage_1_mean"] == pytest.approx((1 + 0.25 + 0.5 + 1) / 4)
+    assert found["routing/token_coverage_1_min"] == 0.25
+    assert found["routing/token_coverage_1_median"] == 0.75
+    assert found["routing/token_coverage_1_max"] == 1.0
+    assert found["routing/union_size_2"] == 3
+    assert "routing/union_size_5" not in found
+
+
+def test_jaccard_and_unions_across_pools() -> None:
+    counts = np.zeros((4, 20), np.int32)
+    counts[:, :16] = 1
+    counts[1, :16] = 0
+    counts[1, 4:20] = 1
+    shared = routing_diagnostics(counts, groups=1)
+    # Layers 0, 2, 3 use 0-15 and layer 1 uses 4-19: 12 in common of 20.
+    assert shared["routing/jaccard"] == pytest.approx((6 * 1 + 6 * 12 / 20) / 12)
+    private = routing_diagnostics(counts, groups=4)
+    assert private["routing/jaccard"] == 0.0
+    assert private["routing/union_size_16"] == 64
+    assert private["routing/pool_coverage_16"] == 64 / 80
+    assert routing_diagnostics(counts[:1], groups=1)["routing/jaccard"] is None
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_json_lines_and_events(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0, tensorboard=True)
+    writer.write("train", 1, {"loss/lm": np.float32(2.5), "load/layer": np.array([1.0, 2.0]), "mfu": None})
+    writer.write("valid", 1, {"loss": math.nan})
+    writer.sync()
+    writer.close()
+    assert lines(tmp_path) == [
+        {"kind": "train", "step": 1, "loss/lm": 2.5, "load/layer": [1.0, 2.0], "mfu": None},
+        {"kind": "valid", "step": 1, "loss": None},
+    ]
+    assert any(path.stat().st_size > 100 for path in (tmp_path / "tensorboard").iterdir())
+
+
+def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    for step in (10, 20, 30):
+        writer.write("train", step, {"loss/lm": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "train", "step": 1')
+    writer = MetricsWriter(tmp_path, 20, tensorboard=False)
+    writer.write("train", 21, {"loss/lm": 0.0})
+    writer.close()
+    assert [line["step"] for line in lines(tmp_path)] == [10, 20, 21]
+    MetricsWriter(tmp_path, 0, tensorboard=False).close()
+    assert lines(tmp_path) == []
+
+
+def test_a_complete_line_without_its_newline_is_torn_too(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    writer = MetricsWriter(tmp_path, 5, tensorboard=False)
+    writer.write("train", 6, {})
+    writer.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 6]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_rewrites_its_line_only_on_a_terminal() -> None:
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        progress = Progress(100, stream)
+        progress.step(1, 10.0, 1e-4, None, None)
+        progress.step(2, 9.5, 2e-4, 12_345.6, 3700.0)
+        progress.message("saved")
+    assert plain.getvalue() == (
+        "step   1/100  loss 10.0000  lr 1.00e-04\n"
+        "step   2/100  loss 9.5000  lr 2.00e-04  12,346 tokens/s  1:01:40 left\n"
+        "saved\n"
+    )
+    assert terminal.getvalue().count("\r") == 2
+    assert terminal.getvalue().endswith("left\x1b[K\nsaved\n")
+
+
+def test_durations_and_perplexity() -> None:
+    assert [format_seconds(s) for s in (0, 75, 3700, 183_600)] == ["0:00", "1:15", "1:01:40", "2d 03:00:00"]
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1e9) == math.inf
+
+
+def test_the_stopwatch_counts_only_while_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    now[0] += 5
+    assert watch.seconds == 0.0
+    watch.start()
+    now[0] += 3
+    watch.start()
+    now[0] += 2
+    watch.stop()
+    now[0] += 50
+    assert watch.seconds == 5.0
+
+
+def test_flops_of_the_published_182m_model() -> None:
+    # Weights in matrix products: attention 18,874,368, one expert per layer 12 * 3 * 768 * 3072, head 51200 * 768.
+    weights = 18_874_368 + 12 * 3 * 768 * 3072 + 51200 * 768
+    scores = 12 * 768 * 1024
+    dense = Config(moe=MoEConfig(router="none", experts_per_layer=1), pool=PoolConfig(groups=12))
+    assert flops_per_token(dense) == 6 * weights + 6 * scores
+    assert flops_per_token(Config()) == 6 * (weights + 12 * 96 * 768) + 6 * scores
+    two = flops_per_token(Config(moe=MoEConfig(top_k=2))) - flops_per_token(Config())
+    assert two == 6 * 12 * 3 * 768 * 3072
+    assert flops_per_token(Config(model=ModelConfig(remat="none"))) == flops_per_token(Config())
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU7x", 2307e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("cpu", None),
+        ("TPU v9", None),
+    ],
+)
+def test_peaks_are_known_by_device_kind(kind: str, peak: float | None) -> None:
+    assert peak_flops(kind) == peak

@@ -1,0 +1,53 @@
+"""Model FLOPs per token and the peak of known devices: the two sides of model FLOPs utilisation (MFU)."""
+
+from __future__ import annotations
+
+from unipool_jax.config import Config
+
+PEAK_BF16_FLOPS: dict[str, float] = {
+    # Keys are `jax.Device.device_kind` in lower case, or a part of it; the longest match counts.
+    "tpu v4": 275e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v5p": 459e12,
+    "tpu v6 lite": 918e12,
+    "tpu v6e": 918e12,
+    "tpu7x": 2307e12,
+    "a100": 312e12,
+    "h100": 989e12,
+    "h100 pcie": 756e12,
+    "h200": 989e12,
+    "b200": 2250e12,
+}
+"""Dense bfloat16 FLOP/s of one chip, from the makers' data sheets."""
+
+
+def flops_per_token(config: Config) -> float:
+    """Training FLOPs of one token: forward and backward, without recomputation.
+
+    Convention: 6 FLOPs per weight of every matrix product the token takes part in (2 forward, 4 backward), counting
+    only the `top_k` experts it visits, and `6 L D S` for the attention scores and their use, which is half of
+    `12 L D S`: only the half below the diagonal that the causal mask keeps is model work. The embedding is a look-up.
+    Recomputed activations are not model work either, so remat lowers the MFU.
+    """
+    model = config.model
+    width, head = model.hidden_size, config.head_size
+    attention = 2 * width * model.num_heads * head + 2 * width * model.num_kv_heads * head
+    experts_visited = 1 if config.moe.router == "none" else config.moe.top_k
+    router = 0 if config.moe.router == "none" else width * config.experts_per_pool
+    per_layer = attention + experts_visited * 3 * width * model.ffn_size + router
+    weights = model.num_layers * per_layer + width * model.vocab_size
+    scores = model.num_layers * model.num_heads * head * config.data.sequence_length
+    return 6.0 * weights + 6.0 * scores
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of one device, None where it is unknown (a CPU, a new device).
+
+    Args:
+      device_kind: `jax.devices()[0].device_kind`, for example `TPU v5 lite` or `NVIDIA H100 80GB HBM3`.
+    """
+    kind = device_kind.lower()
+    matches = [name for name in PEAK_BF16_FLOPS if all(part in kind.split() or name in kind for part in name.split())]
+    return PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None

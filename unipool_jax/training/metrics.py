@@ -1,0 +1,256 @@
+"""Metrics: what routing counts say, where numbers are written, and the progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+Value = float | int | bool | str | None | list[Any]
+
+_COVERAGE_TOP = 16
+_SET_SIZES = (1, 2, 3, 5, 8, 10, 16, 20, 32, 48, 64)
+
+
+def pool_counts(counts_LE: np.ndarray, groups: int) -> np.ndarray:
+    """Choices per pool and expert, int64 `[G, E]`: the sum over the L/G adjacent layers that share a pool."""
+    layers, experts = counts_LE.shape
+    return counts_LE.astype(np.int64).reshape(groups, layers // groups, experts).sum(axis=1)
+
+
+def _busiest_over_mean(counts: np.ndarray) -> np.ndarray:
+    """Load of the busiest expert over the mean load along the last axis; 0 where nothing was routed."""
+    mean = counts.mean(axis=-1)
+    return np.divide(counts.max(axis=-1), mean, out=np.zeros_like(mean), where=mean > 0)
+
+
+def load_metrics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
+    """How evenly experts are used.
+
+    Args:
+      counts_LE: choices per layer and expert of the layer's pool, integers `[L, E]`.
+      groups: pools G; layer l draws from pool `l // (L/G)`.
+
+    Returns:
+      `load/layer` and `load/pool`: busiest expert over mean, per layer and per pool (1 is perfect balance);
+      `load/busiest_over_mean`: the same over the experts of all pools; `experts/dead`: experts that no layer chose;
+      `experts/used`: the others.
+    """
+    counts_GE = pool_counts(counts_LE, groups)
+    dead = int((counts_GE == 0).sum())
+    return {
+        "load/layer": _busiest_over_mean(counts_LE.astype(np.int64)).tolist(),
+        "load/pool": _busiest_over_mean(counts_GE).tolist(),
+        "load/busiest_over_mean": float(_busiest_over_mean(counts_GE.reshape(-1))),
+        "experts/dead": dead,
+        "experts/used": counts_GE.size - dead,
+    }
+
+
+def routing_diagnostics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
+    """How layers share experts, computed at each evaluation.
+
+    Experts of different pools are different experts, so sets of layers in different pools are disjoint.
+
+    Returns:
+      `routing/top16_coverage` `[L]`: share of a layer's choices on its 16 most used experts;
+      `routing/entropy_bits` `[L]`: entropy of a layer's choices;
+      `routing/jaccard`: mean Jaccard index of the top-16 sets over ordered pairs of different layers (None for one
+      layer); for K in 1 .. 64 and at most E: `routing/union_size_K` experts in the union of the layers' top-K sets,
+      `routing/pool_coverage_K` its share of all experts, `routing/saturation_K` its share of the largest possible
+      union, and `routing/token_coverage_K` the share of all choices on the layer's own top-K (mean over choices),
+      with `_mean`, `_min`, `_median`, `_max` over layers. Equally used experts rank by id.
+    """
+    counts_LE = counts_LE.astype(np.int64)
+    layers, experts = counts_LE.shape
+    total = experts * groups
+    order_LE = np.argsort(-counts_LE, axis=1, kind="stable")
+    pool_offset = (np.arange(layers) // (layers // groups) * experts)[:, None]
+    sums_L = np.maximum(counts_LE.sum(axis=1), 1)
+    ranked_LE = np.take_along_axis(counts_LE, order_LE, axis=1)
+
+    def top_sets(size: int) -> list[set[int]]:
+        return [set(row.tolist()) for row in order_LE[:, :size] + pool_offset]
+
+    share_LE = counts_LE / sums_L[:, None]
+    sets = top_sets(min(_COVERAGE_TOP, experts))
+    pairs = [len(a & b) / len(a | b) for i, a in enumerate(sets) for j, b in enumerate(sets) if i != j]
+    result: dict[str, Value] = {
+        "routing/top16_coverage": (ranked_LE[:, :_COVERAGE_TOP].sum(axis=1) / sums_L).tolist(),
+        "routing/entropy_bits": np.abs(-(share_LE * np.log2(np.maximum(share_LE, 1e-12))).sum(axis=1)).tolist(),
+        "routing/jaccard": float(np.mean(pairs)) if pairs else None,
+    }
+    for size in (k for k in _SET_SIZES if k <= experts):
+        union = len(set().union(*top_sets(size)))
+        on_top_L = ranked_LE[:, :size].sum(axis=1)
+        coverage_L = on_top_L / sums_L
+        result |= {
+            f"routing/union_size_{size}": union,
+            f"routing/pool_coverage_{size}": union / total,
+            f"routing/saturation_{size}": union / min(size * layers, total),
+            f"routing/token_coverage_{size}": float(on_top_L.sum() / max(counts_LE.sum(), 1)),
+            f"routing/token_coverage_{size}_mean": float(coverage_L.mean()),
+            f"routing/token_coverage_{size}_min": float(coverage_L.min()),
+            f"routing/token_coverage_{size}_median": float(np.median(coverage_L)),
+            f"routing/token_coverage_{size}_max": float(coverage_L.max()),
+        }
+    return result
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: arrays as lists, NaN and infinity as null (JSON has neither)."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsWriter:
+    """`metrics.jsonl` (one JSON object a line: kind, step, values) and TensorBoard events of one run folder.
+
+    On resume every line of a later step is dropped, and with it a last line torn by a kill, so that the file is what
+    an uninterrupted run would have written.
+
+    Args:
+      folder: the run folder.
+      resume_step: completed steps of the state that training goes on from; 0 for a new run.
+      tensorboard: also write event files.
+    """
+
+    def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool):
+        self.path = folder / "metrics.jsonl"
+        drop_later_lines(self.path, resume_step)
+        self._stream = self.path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1) if tensorboard else None
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line and one TensorBoard scalar per number; lists become one scalar per element."""
+        line = {"kind": kind, "step": step} | {key: _plain(value) for key, value in values.items()}
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
+        if self._events is None:
+            return
+        for key, value in line.items():
+            if key in ("kind", "step"):
+                continue
+            parts = {f"{key}/{i:02d}": x for i, x in enumerate(value)} if isinstance(value, list) else {key: value}
+            for name, number in parts.items():
+                if isinstance(number, int | float):
+                    self._events.add_scalar(f"{kind}/{name}", number, step)
+
+    def sync(self) -> None:
+        """Return when everything written so far is on disk; called before a checkpoint that relies on it."""
+        os.fsync(self._stream.fileno())
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Write out what is buffered and close the files."""
+        self._stream.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Keep only the complete lines of `path` up to `step`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if line.endswith("\n") and isinstance(record, dict) and record.get("step", 0) <= step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+class Stopwatch:
+    """Seconds spent training, without compilation, evaluation and saving."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Go on counting; no effect while counting."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop counting."""
+        self._total, self._started = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds counted so far."""
+        return self._total + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+
+def format_seconds(seconds: float) -> str:
+    """`75` as `1:15`, `3700` as `1:01:40`, days as `2d 03:00:00`."""
+    whole = max(0, round(seconds))
+    days, rest = divmod(whole, 86_400)
+    hours, rest = divmod(rest, 3600)
+    minutes, rest = divmod(rest, 60)
+    if days:
+        return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """One line that rewrites itself on a terminal; plain lines elsewhere."""
+
+    def __init__(self, steps: int, stream: TextIO | None = None):
+        self._steps = steps
+        self._stream = stream or sys.stdout
+        self._in_place = self._stream.isatty()
+        self._open_line = False
+
+    def step(self, step: int, loss: float, learning_rate: float, rate: float | None, left: float | None) -> None:
+        """Show one step.
+
+        Args:
+          step: completed steps.
+          loss: language-model loss, nats.
+          learning_rate: of this step.
+          rate: tokens per second, None while unknown.
+          left: seconds left, None while unknown.
+        """
+        text = f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  lr {learning_rate:.2e}"
+        if rate is not None:
+            text += f"  {rate:,.0f} tokens/s"
+        if left is not None:
+            text += f"  {format_seconds(left)} left"
+        if self._in_place:
+            self._stream.write(f"\r{text}\x1b[K")
+            self._open_line = True
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def message(self, text: str) -> None:
+        """A line of its own that stays."""
+        self._stream.write(("\n" if self._open_line else "") + text + "\n")
+        self._stream.flush()
+        self._open_line = False
