@@ -1,0 +1,1 @@
+"""Data: text files -> token store -> batches. Imports nothing of the model."""

@@ -1,0 +1,235 @@
+"""Documents from text, JSON-lines and parquet files.
+
+Reading has two halves so that the slow one can run in other processes: `DocumentFile` yields raw
+records in file order, and `document_text` turns one record into checked Unicode text. Every error
+names the file and the line (or row).
+"""
+
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from unipool_jax.data.errors import DataError
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
+
+# (line or row number counted from 1, undecoded line or, from parquet, the value of the column)
+Record = tuple[int, Any]
+
+
+def file_format(path: Path) -> str:
+    """Which of `SUFFIXES` the file name ends in; raises DataError if none."""
+    for suffix in SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return suffix
+    raise DataError(f"{path}: unknown kind of file; its name must end in {', '.join(SUFFIXES)}")
+
+
+def unit(path: Path) -> str:
+    """What a record's number counts in this file."""
+    return "row" if file_format(path) == ".parquet" else "line"
+
+
+class DocumentFile:
+    """Raw records of one file, one per document, in file order.
+
+    A `.txt` file is one document. Use as a context manager and iterate once.
+
+    Raises:
+      DataError: while iterating: a damaged or cut-off file, no documents, a blank line before the
+        last document, a parquet file without a text column `field`.
+    """
+
+    def __init__(self, path: Path, field: str):
+        self._path = path
+        self._field = field
+        self._format = file_format(path)
+        self._raw: IO[bytes] = io.BytesIO()
+
+    def __enter__(self) -> "DocumentFile":
+        try:
+            self._raw = self._path.open("rb")
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot open ({error.strerror})") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._raw.close()
+
+    def position(self) -> int:
+        """Bytes of the (compressed) file read so far, for a progress bar."""
+        return 0 if self._raw.closed else self._raw.tell()
+
+    def __iter__(self) -> Iterator[Record]:
+        number = 0
+        try:
+            for number, payload in self._records():
+                yield number, payload
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
+            raise DataError(
+                f"{self._path}, after {unit(self._path)} {number}: damaged or cut-off file ({error})"
+            ) from error
+        if number == 0:
+            raise DataError(f"{self._path}, line 1: no documents in this file")
+
+    def _records(self) -> Iterator[Record]:
+        if self._format == ".txt":
+            if content := self._raw.read():
+                yield 1, content
+        elif self._format == ".parquet":
+            yield from _parquet_records(self._path, self._raw, self._field)
+        else:
+            yield from self._lines()
+
+    def _lines(self) -> Iterator[Record]:
+        blank = 0
+        with _decompressed(self._path, self._raw, self._format) as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    blank = blank or number
+                    continue
+                if blank:
+                    raise DataError(f"{self._path}, line {blank}: blank line; expected an object")
+                yield number, line
+
+
+def _decompressed(path: Path, raw: IO[bytes], suffix: str) -> IO[bytes]:
+    if suffix == ".jsonl.gz":
+        return gzip.open(raw, "rb")  # type: ignore[return-value]
+    if suffix == ".jsonl.xz":
+        return lzma.open(raw, "rb")
+    if suffix == ".jsonl.zst":
+        return io.BufferedReader(_ZstdStream(path, raw), 1 << 20)
+    return raw
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompressed bytes of consecutive zstd frames; EOFError if the last frame is cut off.
+
+    The package's own stream reader ends silently where a frame is cut off.
+    """
+
+    def __init__(self, path: Path, raw: IO[bytes]):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(f"{path}: reading zstd needs the data extra: pip install unipool_jax[data]") from error
+        self._error: type[Exception] = zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._raw = raw
+        self._frame: Any = None
+        self._compressed = b""
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._compressed = self._compressed or self._raw.read(1 << 17)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame is incomplete")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            try:
+                self._ready = self._frame.decompress(self._compressed)
+            except self._error as error:
+                raise OSError(str(error)) from error
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed = self._frame.unused_data
+                self._frame = None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+
+def _parquet_records(path: Path, raw: IO[bytes], field: str) -> Iterator[Record]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs the data extra: pip install unipool_jax[data]") from error
+    row = 0
+    try:
+        table = parquet.ParquetFile(raw)
+        schema = table.schema_arrow
+        if field not in schema.names:
+            raise DataError(
+                f"{path}, row 1: no column {field!r}; it has {', '.join(schema.names)}: choose one with --field"
+            )
+        kind = schema.field(field).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(f"{path}, row 1: column {field!r} holds {kind}, not text")
+        for batch in table.iter_batches(batch_size=256, columns=[field]):
+            for value in batch.column(0):
+                row += 1
+                yield row, value.as_py()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, row {row}: not UTF-8 ({error})") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}, after row {row}: damaged or cut-off file ({error})") from error
+
+
+def document_text(path: Path, record: Record, field: str) -> str:
+    """The text of one record of `path`.
+
+    Raises:
+      DataError: not UTF-8, not a JSON object, no `field`, or `field` is not text.
+    """
+    number, payload = record
+    place = f"{path}, {unit(path)} {number}"
+    if isinstance(payload, bytes):
+        try:
+            text = payload.decode()
+        except UnicodeDecodeError as error:
+            if file_format(path) == ".txt":
+                line = payload.count(b"\n", 0, error.start) + 1
+                place = f"{path}, line {line}"
+            raise DataError(f"{place}: not UTF-8 (byte 0x{payload[error.start]:02x} at offset {error.start})") from None
+        payload = text if file_format(path) == ".txt" else _json_field(place, text, field)
+    if not isinstance(payload, str):
+        raise DataError(f"{place}: {field!r} is {type(payload).__name__}, expected text")
+    try:
+        payload.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: character {error.start} is half of a surrogate pair, not Unicode text") from None
+    return payload
+
+
+def _json_field(place: str, line: str, field: str) -> Any:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not a JSON object ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}")
+    if field not in value:
+        names = ", ".join(map(repr, list(value)[:8])) or "no fields"
+        raise DataError(f"{place}: no field {field!r}; it has {names}: choose one with --field")
+    return value[field]
+
+
+def read_texts(paths: Iterable[Path], field: str = "text") -> Iterator[str]:
+    """The text of every document of `paths`, in order, empty documents included.
+
+    Raises:
+      DataError: as `DocumentFile` and `document_text`.
+    """
+    for path in paths:
+        with DocumentFile(path, field) as documents:
+            for record in documents:
+                yield document_text(path, record, field)
