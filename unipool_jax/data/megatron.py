@@ -1,0 +1,111 @@
+"""Reads Megatron-LM `.bin`/`.idx` pairs (MMIDIDX, version 1): what a Pile user already has.
+
+`.idx`: 9 bytes `MMIDIDX\\0\\0`; uint64 version; uint8 dtype code; uint64 number of sequences n;
+uint64 length m of the document index; int32 [n] sequence lengths; int64 [n] byte offsets into
+`.bin`; int64 [m] document index. All little-endian. `.bin`: the tokens of all sequences.
+
+Like Megatron's GPT datasets, sequences (not entries of the document index) are what is split and
+shuffled; the usual preprocessing writes one sequence per document.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from unipool_jax.data.errors import DataError
+from unipool_jax.data.splits import SplitOrder, check_split
+from unipool_jax.data.store_reader import TokenStore
+from unipool_jax.data.tokenizer import Tokenizer
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("index", "<u8")])
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+def megatron_prefix(path: Path) -> Path | None:
+    """`path` without `.bin` or `.idx` if both files are there, else None."""
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    both = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx"))
+    return prefix if all(file.is_file() for file in both) else None
+
+
+class MegatronTokenStore(TokenStore):
+    """A Megatron pair as a token store; ids are checked against the vocabulary when read.
+
+    Raises:
+      DataError: not such a pair, damaged, or holding ids that `tokenizer` does not have.
+    """
+
+    def __init__(self, prefix: Path, tokenizer: Tokenizer, split: Sequence[float], split_order: str):
+        self.path = prefix
+        self.split = check_split(split, split_order)
+        self.split_order = cast(SplitOrder, split_order)
+        self._tokenizer = tokenizer
+        self.tokenizer_name = tokenizer.name
+        self.tokenizer_sha256 = tokenizer.sha256
+        self.vocab_size = tokenizer.vocab_size
+        self.eod = tokenizer.eod
+        self.text_bytes = None
+        self.manifest = {}
+        self._bin = prefix.with_name(prefix.name + ".bin")
+        self._load_index(prefix.with_name(prefix.name + ".idx"))
+        self._tokens = np.memmap(self._bin, dtype=self.dtype, mode="r")
+        self.read(0, min(self.num_tokens, 1 << 16))  # finds a wrong tokenizer at once
+
+    def _load_index(self, path: Path) -> None:
+        size = path.stat().st_size
+        if size < _HEADER.itemsize:
+            raise DataError(f"{path}: {size} bytes, too short for a Megatron index")
+        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        magic = raw[:9].tobytes()
+        header = raw[: _HEADER.itemsize].view(_HEADER)[0]
+        if magic != _MAGIC or header["version"] != 1:
+            raise DataError(f"{path}: starts with {magic!r} version {header['version']}; expected {_MAGIC!r} version 1")
+        if int(header["code"]) not in _DTYPES:
+            raise DataError(f"{path}: dtype code {header['code']} does not stand for integers")
+        count, index = int(header["sequences"]), int(header["index"])
+        if size != _HEADER.itemsize + 12 * count + 8 * index:
+            raise DataError(f"{path}: {size} bytes do not fit {count} sequences; cut off?")
+        if count == 0:
+            raise DataError(f"{path}: holds no sequences")
+        start = _HEADER.itemsize
+        lengths = raw[start : start + 4 * count].view("<i4")
+        pointers = raw[start + 4 * count : start + 12 * count].view("<i8")
+        self.dtype = np.dtype(_DTYPES[int(header["code"])])
+        offsets = np.zeros(count + 1, np.int64)
+        np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
+        if lengths.min() < 0 or (pointers != offsets[:-1] * self.dtype.itemsize).any():
+            raise DataError(f"{path}: sequences do not follow one another without gaps")
+        stored = self._bin.stat().st_size
+        if offsets[-1] == 0 or stored != offsets[-1] * self.dtype.itemsize:
+            raise DataError(
+                f"{self._bin}: {stored} bytes, but its index lists {offsets[-1]} tokens of "
+                f"{self.dtype.itemsize} bytes; copy the pair again"
+            )
+        self.document_offsets = offsets
+        self.num_documents = count
+        self.num_tokens = int(offsets[-1])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def _read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+        pieces = []
+        for start, stop in zip(starts, stops, strict=True):
+            piece = self._tokens[start:stop].astype(np.int64)
+            if stop > start and not 0 <= piece.min() <= piece.max() < self.vocab_size:
+                raise DataError(
+                    f"{self._bin}: tokens {start}..{stop} hold ids {piece.min()}..{piece.max()}, "
+                    f"but tokenizer {self.tokenizer_name!r} has {self.vocab_size}; name the "
+                    "tokenizer that wrote these files"
+                )
+            pieces.append(piece.astype(np.int32))
+        return pieces
+
+    def verify(self) -> None:
+        """Checks every id against the vocabulary (these files carry no hashes)."""
+        for start in range(0, self.num_tokens, 1 << 24):
+            self.read(start, min(start + (1 << 24), self.num_tokens))

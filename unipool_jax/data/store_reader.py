@@ -1,0 +1,235 @@
+"""Read-only random access to token stores: this package's own, and Megatron `.bin`/`.idx` pairs."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unipool_jax.data import store_format
+from unipool_jax.data.errors import DataError
+from unipool_jax.data.splits import (
+    Split,
+    SplitName,
+    SplitOrder,
+    check_split,
+    split_documents,
+)
+from unipool_jax.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer, parse_tokenizer
+
+
+class TokenStore:
+    """One stream of token ids, in document order, each document closed by its `eod` token.
+
+    Attributes:
+      path: folder, or Megatron prefix.
+      dtype: of the stored ids.
+      num_tokens, num_documents: totals.
+      document_offsets: `[num_documents + 1]` int64; document d is tokens
+        `document_offsets[d] .. document_offsets[d + 1] - 1`.
+      tokenizer_name, tokenizer_sha256, vocab_size, eod: of the tokenizer that wrote the ids.
+      split, split_order: how documents are divided into train, valid and test.
+      text_bytes: UTF-8 bytes of all documents; None where it is not known (Megatron).
+      manifest: everything recorded about the store; empty for Megatron.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    num_tokens: int
+    num_documents: int
+    document_offsets: np.ndarray
+    tokenizer_name: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eod: int
+    split: Split
+    split_order: SplitOrder
+    text_bytes: int | None
+    manifest: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that wrote the ids; raises DataError if it cannot be loaded."""
+        raise NotImplementedError
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start .. stop-1` as int32 `[stop - start]`.
+
+        Raises:
+          DataError: out of range, or the stored bytes are damaged.
+        """
+        return self.read_many([start], [stop])[0]
+
+    def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+        """`read` for several ranges, concurrently where the storage allows it."""
+        for start, stop in zip(starts, stops, strict=True):
+            if not 0 <= start <= stop <= self.num_tokens:
+                raise DataError(f"{self.path}: tokens {start}..{stop} are not within its {self.num_tokens}")
+        return self._read_many(starts, stops)
+
+    def _read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def split_documents(self, name: SplitName) -> np.ndarray:
+        """Indices of the documents of split `name`, ascending, int32."""
+        return split_documents(self.num_documents, self.split, self.split_order, name)
+
+    def document_lengths(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens in each of `documents`, int64."""
+        # Index one past first, so that one temporary is alive at a time for millions of documents.
+        lengths = self.document_offsets[documents + np.int32(1)]
+        lengths -= self.document_offsets[documents]
+        return lengths
+
+    def verify(self) -> None:
+        """Reads every byte and compares it with the recorded hashes; DataError names the file."""
+        raise NotImplementedError
+
+
+class ZarrTokenStore(TokenStore):
+    """A store written by `build_store`; see `store_format` for its layout.
+
+    Raises:
+      DataError: no finished store, another format version, missing or resized files, or a split
+        other than the one it was built with.
+    """
+
+    def __init__(self, path: Path, split: Sequence[float] | None, split_order: str | None):
+        self.path = path
+        manifest = store_format.read_json(path / store_format.MANIFEST)
+        found = (manifest.get("format"), manifest.get("version"))
+        if found != (store_format.FORMAT, store_format.VERSION):
+            raise DataError(
+                f"{path}: format {found[0]!r} version {found[1]!r}; this program reads "
+                f"{store_format.FORMAT!r} version {store_format.VERSION}: rebuild the store"
+            )
+        self.manifest = manifest
+        try:
+            self._read_manifest(manifest)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path / store_format.MANIFEST}: incomplete ({error!r}); rebuild the store") from error
+        asked = check_split(split or self.split, split_order or self.split_order)
+        if asked != self.split or (split_order or self.split_order) != self.split_order:
+            raise DataError(
+                f"{path}: built with split={self.split} split_order={self.split_order}, asked for "
+                f"split={asked} split_order={split_order or self.split_order}; leave the split "
+                "out or build another store"
+            )
+        self._check_files()
+
+    def _read_manifest(self, manifest: dict[str, Any]) -> None:
+        self.dtype = np.dtype(manifest["dtype"])
+        self.num_tokens = int(manifest["tokens"])
+        self.num_documents = int(manifest["documents"])
+        self.text_bytes = int(manifest["text_bytes"])
+        self.tokenizer_name = manifest["tokenizer"]["name"]
+        self.tokenizer_sha256 = manifest["tokenizer"]["sha256"]
+        self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
+        self.eod = int(manifest["tokenizer"]["eod"])
+        self.split_order = manifest["split_order"]
+        self.split = check_split(manifest["split"], self.split_order)
+        self._shard_tokens = int(manifest["shard_tokens"])
+        self._files = [(self.path / store_format.OFFSETS, manifest["document_offsets"])] + [
+            (store_format.shard_path(self.path, index), shard) for index, shard in enumerate(manifest["shards"])
+        ]
+
+    def _check_files(self) -> None:
+        for path, recorded in self._files:
+            size = path.stat().st_size if path.is_file() else None
+            if size != recorded["bytes"]:
+                raise DataError(
+                    f"{path}: {'missing' if size is None else f'{size} bytes'}, expected "
+                    f"{recorded['bytes']} bytes; copy the store again or rebuild it"
+                )
+        try:
+            self._array = store_format.open_array(self.path, self.dtype, self._shard_tokens, write=False)
+            offsets = np.load(self.path / store_format.OFFSETS, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise DataError(f"{self.path}: damaged store ({error}); rebuild it") from error
+        if (
+            self._array.shape != (self.num_tokens,)
+            or offsets.dtype != np.int64
+            or offsets.shape != (self.num_documents + 1,)
+            or (offsets[0], offsets[-1]) != (0, self.num_tokens)
+        ):
+            raise DataError(f"{self.path}: manifest and contents disagree; rebuild the store")
+        self.document_offsets = offsets
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
+        path = self.path / store_format.TOKENIZER
+        if path.is_file():
+            tokenizer = parse_tokenizer(self.tokenizer_name, path.read_bytes())
+        elif self.tokenizer_name in BUILT_IN:
+            tokenizer = load_tokenizer(self.tokenizer_name)
+        else:
+            raise DataError(f"{path}: missing; copy the store again or rebuild it")
+        check_tokenizer(self, tokenizer)
+        return tokenizer
+
+    def _read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+        try:
+            futures = [self._array[start:stop].read() for start, stop in zip(starts, stops, strict=True)]
+            return [future.result().astype(np.int32) for future in futures]
+        except (ValueError, OSError) as error:
+            raise DataError(f"{self.path}: damaged store ({error}); rebuild it") from error
+
+    def verify(self) -> None:
+        for path, recorded in self._files:
+            if store_format.file_sha256(path) != recorded["sha256"]:
+                raise DataError(f"{path}: sha256 differs from the manifest; rebuild the store")
+
+
+def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
+    """Raises DataError unless `store` was written with exactly `tokenizer`."""
+    if store.tokenizer_sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{store.path}: built with tokenizer {store.tokenizer_name!r} (sha256 "
+            f"{store.tokenizer_sha256[:12]}), asked for {tokenizer.name!r} (sha256 "
+            f"{tokenizer.sha256[:12]}); use that tokenizer or rebuild the store"
+        )
+
+
+def open_store(
+    path: str | Path,
+    tokenizer: str | Tokenizer | None = None,
+    split: Sequence[float] | None = None,
+    split_order: str | None = None,
+) -> TokenStore:
+    """Opens a store built by this package, or the Megatron pair `PATH.bin`, `PATH.idx`.
+
+    Args:
+      path: store folder, or Megatron prefix with or without `.bin` or `.idx`.
+      tokenizer: must be the one the store was built with; required for Megatron files, which do
+        not say which tokenizer wrote them.
+      split, split_order: required (split) for Megatron files; elsewhere the store knows them, and
+        asking for others is an error.
+
+    Raises:
+      DataError: nothing to open there, a damaged or unfinished store, or a mismatch.
+    """
+    from unipool_jax.data.megatron import MegatronTokenStore, megatron_prefix
+
+    path = Path(path)
+    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if (path / store_format.MANIFEST).is_file():
+        store: TokenStore = ZarrTokenStore(path, split, split_order)
+        if loaded is not None:
+            check_tokenizer(store, loaded)
+        return store
+    if (prefix := megatron_prefix(path)) is not None:
+        if loaded is None or split is None:
+            raise DataError(
+                f"{path}: Megatron files say neither which tokenizer wrote them nor how they are "
+                "split; set both, for example tokenizer=gpt2 split=969,30,1"
+            )
+        return MegatronTokenStore(prefix, loaded, split, split_order or "contiguous")
+    if building_folder(path).exists():
+        raise DataError(f"{path}: its build was interrupted; repeat the build to finish it")
+    raise DataError(f"{path}: neither a token store nor the prefix of a Megatron .bin/.idx pair")
+
+
+def building_folder(out: Path) -> Path:
+    """Where the store `out` is put together before it gets its name."""
+    return out.with_name(out.name + ".building")

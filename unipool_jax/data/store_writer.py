@@ -1,0 +1,214 @@
+"""Writes the token stream of a store shard by shard, so that an interrupted build goes on."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unipool_jax.data import store_format
+from unipool_jax.data.errors import DataError
+
+_JOURNAL = "journal.json"
+_LENGTHS = "lengths.bin"
+_COUNTS = ("documents", "empty_documents", "text_bytes")
+
+
+class Encoded(NamedTuple):
+    """Consecutive records of one input file, tokenised."""
+
+    file: int  # index of the input file
+    first: int  # index of the first record within that file
+    lengths: np.ndarray  # [n] int64, tokens per record including end of document; 0 if empty
+    text_bytes: np.ndarray  # [n] int64, UTF-8 bytes per record
+    tokens: np.ndarray  # [sum(lengths)], the store's dtype
+
+
+def cannot_write(path: Path, error: Exception) -> DataError:
+    """The error for a full disk or missing permission; what is finished stays for a resume."""
+    return DataError(
+        f"{path}: cannot be written ({error}); free some space or choose another folder, then "
+        "repeat the command to go on from the last finished shard"
+    )
+
+
+class StoreWriter:
+    """The part of a store that is on disk already, and how to add to it.
+
+    After every full shard the journal records how many shards exist, which record of which input
+    file comes next, and how many tokens of that record are in the last shard. Everything after
+    that is tokenised again when a build is resumed.
+
+    Args:
+      folder: the `.building` folder; created, or continued if it holds a build with this `key`.
+      key: hash of inputs and settings.
+      num_files: number of input files.
+      dtype: of the stored tokens.
+      shard_tokens: tokens per shard, a multiple of `store_format.CHUNK_TOKENS`.
+
+    Raises:
+      DataError: `folder` holds shards of a build with another key, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, key: str, num_files: int, dtype: np.dtype[Any], shard_tokens: int):
+        self.folder = folder
+        self._shard_tokens = shard_tokens
+        self._dtype = dtype
+        self._journal = self._load_journal(key) or {
+            "key": key,
+            "shards": [],
+            "tokens": 0,
+            "documents": 0,
+            "next": [0, 0],
+            "carried": 0,
+            "inputs": [dict.fromkeys(_COUNTS, 0) for _ in range(num_files)],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _LENGTHS).touch()
+        os.truncate(folder / _LENGTHS, self._journal["documents"] * 8)
+        self._array = store_format.open_array(folder, dtype, shard_tokens, write=True)
+        self._skip = self._journal["carried"]
+        self._waiting: list[Encoded] = []
+        self._waiting_tokens = 0
+
+    def _load_journal(self, key: str) -> dict[str, Any] | None:
+        path = self.folder / _JOURNAL
+        journal = store_format.read_json(path) if path.exists() else None
+        if journal and journal["key"] == key:
+            return journal
+        if journal and journal["shards"]:
+            raise DataError(
+                f"{self.folder}: holds an interrupted build from other inputs or settings; "
+                "repeat that command to finish it, or delete the folder to start again"
+            )
+        shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it is worth keeping
+        return None
+
+    @property
+    def next_record(self) -> tuple[int, int]:
+        """(file, record) from which the caller must go on appending."""
+        file, record = self._journal["next"]
+        return file, record
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in finished shards and waiting."""
+        return self._journal["tokens"] + self._waiting_tokens
+
+    def append(self, encoded: Encoded) -> None:
+        """Adds records in input order, writing every shard that becomes full."""
+        if self._skip and len(encoded.tokens):
+            encoded = encoded._replace(tokens=encoded.tokens[self._skip :])
+            self._skip = 0
+        self._waiting.append(encoded)
+        self._waiting_tokens += len(encoded.tokens)
+        while self._waiting_tokens >= self._shard_tokens:
+            self._commit(self._shard_tokens)
+
+    def _commit(self, size: int) -> None:
+        """Writes the first `size` waiting tokens as the next shard and records it."""
+        journal = self._journal
+        tokens = np.concatenate([encoded.tokens for encoded in self._waiting])
+        self._write_shard(tokens[:size])
+        lengths = np.concatenate([encoded.lengths for encoded in self._waiting])
+        ends = np.cumsum(lengths) - journal["carried"]
+        done = int(np.searchsorted(ends, size, side="right"))
+        with (self.folder / _LENGTHS).open("r+b") as file:
+            file.seek(journal["documents"] * 8)
+            kept = lengths[:done][lengths[:done] > 0].astype("<i8")
+            file.write(kept.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        journal["tokens"] += size
+        journal["documents"] += len(kept)
+        journal["carried"] = size - int(ends[done - 1]) if done else journal["carried"] + size
+        self._forget(done, tokens[size:])
+        store_format.write_atomically(self.folder / _JOURNAL, json.dumps(journal).encode())
+
+    def _write_shard(self, tokens: np.ndarray) -> None:
+        shards = self._journal["shards"]
+        start = len(shards) * self._shard_tokens
+        path = store_format.shard_path(self.folder, len(shards))
+        try:
+            self._array[start : start + len(tokens)].write(tokens).result()
+        except Exception as error:  # TensorStore reports a full disk as one of several types
+            raise cannot_write(path, error) from error
+        shards.append({"bytes": path.stat().st_size, "sha256": store_format.file_sha256(path)})
+
+    def _forget(self, done: int, tokens: np.ndarray) -> None:
+        """Counts the first `done` waiting records as finished; `tokens` are those still waiting."""
+        waiting: list[Encoded] = []
+        for encoded in self._waiting:
+            here = min(done, len(encoded.lengths))
+            done -= here
+            counts = self._journal["inputs"][encoded.file]
+            counts["documents"] += int(np.count_nonzero(encoded.lengths[:here]))
+            counts["empty_documents"] += int(np.count_nonzero(encoded.lengths[:here] == 0))
+            counts["text_bytes"] += int(encoded.text_bytes[:here].sum())
+            if here:
+                self._journal["next"] = [encoded.file, encoded.first + here]
+            if here < len(encoded.lengths):
+                rest = encoded.lengths[here:], encoded.text_bytes[here:]
+                waiting.append(Encoded(encoded.file, encoded.first + here, *rest, tokens[:0]))
+        if waiting:
+            # Only the sum over waiting entries of their tokens matters, so the first holds them.
+            waiting[0] = waiting[0]._replace(tokens=tokens)
+        self._waiting = waiting
+        self._waiting_tokens = len(tokens)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Writes the last shard, the offsets and, last of all, the manifest.
+
+        Args:
+          manifest: what the caller knows (tokenizer, split, inputs by name); the counts, sizes
+            and hashes of what was written are added.
+
+        Raises:
+          DataError: there are no tokens at all, or the disk is full.
+        """
+        num_tokens = self.num_tokens
+        if num_tokens == 0:
+            raise DataError("no text in the input: every document is empty")
+        if self._waiting_tokens:
+            self._commit(self._waiting_tokens)
+        elif self._waiting:  # only empty documents
+            self._forget(sum(len(encoded.lengths) for encoded in self._waiting), np.empty(0))
+        try:
+            self._array.resize(exclusive_max=[num_tokens], resize_metadata_only=True).result()
+        except Exception as error:
+            raise cannot_write(self.folder / store_format.TOKENS, error) from error
+        lengths = np.fromfile(self.folder / _LENGTHS, "<i8")
+        offsets_path = self.folder / store_format.OFFSETS
+        with offsets_path.open("wb") as file:
+            np.save(file, np.concatenate([[0], np.cumsum(lengths)]), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        journal = self._journal
+        content = {
+            "format": store_format.FORMAT,
+            "version": store_format.VERSION,
+            **manifest,
+            "dtype": self._dtype.name,
+            "tokens": num_tokens,
+            "documents": journal["documents"],
+            "text_bytes": sum(counts["text_bytes"] for counts in journal["inputs"]),
+            "inputs": [known | counted for known, counted in zip(manifest["inputs"], journal["inputs"], strict=True)],
+            "build_key": journal["key"],
+            "shard_tokens": self._shard_tokens,
+            "shards": journal["shards"],
+            "document_offsets": {
+                "bytes": offsets_path.stat().st_size,
+                "sha256": store_format.file_sha256(offsets_path),
+            },
+        }
+        store_format.write_atomically(self.folder / store_format.MANIFEST, json.dumps(content, indent=1).encode())
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Gives the finished `folder` its name `out`, in one step."""
+    for name in (_JOURNAL, _LENGTHS):
+        (folder / name).unlink(missing_ok=True)
+    os.rename(folder, out)
+    store_format.sync_folder(out.parent)
