@@ -1,0 +1,377 @@
+"""Batches as a pure function of (seed, step, row): training windows and evaluation windows.
+
+Training order is the index construction of Megatron's GPT datasets, which the reference
+experiments use, so the same stores and seed give the same batches as there.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from unipool_jax.data.errors import DataError
+from unipool_jax.data.splits import SplitName
+from unipool_jax.data.store_reader import TokenStore
+from unipool_jax.data.streams import DocumentStream, read_ranges
+
+
+class Batch(NamedTuple):
+    """Next-token prediction: `targets[b, s]` follows `inputs[b, s]` in the text.
+
+    One row, as `WindowSource.__getitem__` gives it, has no leading axis B.
+    """
+
+    inputs: np.ndarray  # [B, S] int32
+    targets: np.ndarray  # [B, S] int32
+    weights: np.ndarray  # [B, S] float32, 1 where the target counts, 0 for padding
+
+
+class Windows(Protocol):
+    """Anything with a number of windows that can be read by index."""
+
+    sequence_length: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The windows `indices`, in that order, as rows."""
+        ...
+
+
+def _as_stores(stores: TokenStore | Sequence[TokenStore]) -> list[TokenStore]:
+    stores = [stores] if isinstance(stores, TokenStore) else list(stores)
+    if not stores:
+        raise DataError("no token stores given")
+    for store in stores[1:]:
+        if store.tokenizer_sha256 != stores[0].tokenizer_sha256:
+            raise DataError(
+                f"{store.path} was built with tokenizer {store.tokenizer_name!r}, but "
+                f"{stores[0].path} with {stores[0].tokenizer_name!r}; they cannot be mixed"
+            )
+    return stores
+
+
+class _StoreWindows:
+    """Shuffled windows of one split of one store.
+
+    Args:
+      needed: how many windows will be asked for; decides the number of epochs.
+
+    Raises:
+      DataError: the split is too short for one window.
+    """
+
+    def __init__(self, store: TokenStore, split: SplitName, length: int, needed: int, seed: int):
+        documents = store.split_documents(split)
+        per_epoch = int(store.document_lengths(documents).sum())
+        if per_epoch < length + 1:
+            raise DataError(
+                f"{store.path}: split {split!r} has {per_epoch} tokens in {len(documents)} "
+                f"documents; one window of sequence_length={length} needs {length + 1}"
+            )
+        epochs = -(-(needed * length + 1) // per_epoch)
+        total = (epochs * per_epoch - 1) // length
+        before_last = ((epochs - 1) * per_epoch - 1) // length
+        # A last epoch of which only a part is used is shuffled on its own, or documents of all
+        # epochs would compete for the part that is used.
+        from_last = needed - before_last
+        separate = epochs > 1 and from_last < int(0.8 * ((per_epoch - 1) // length))
+        random = np.random.RandomState(seed)
+        parts = [np.tile(documents, epochs - 1), documents.copy()] if separate else [np.tile(documents, epochs)]
+        for part in parts:
+            random.shuffle(part)
+        self.stream = DocumentStream(store, np.concatenate(parts))
+        del parts
+        dtype = np.uint32 if total < 1 << 32 else np.int64
+        border = before_last if separate else total
+        order = np.arange(border, dtype=dtype)
+        random.shuffle(order)
+        if separate:
+            tail = np.arange(border, total, dtype=dtype)
+            random.shuffle(tail)
+            order = np.concatenate([order, tail])
+        self.order = order[:needed].copy()
+
+
+class WindowSource:
+    """Random access to the training windows of one split, blended over stores.
+
+    Per store: the documents of the split are shuffled and concatenated; windows of S+1 tokens
+    start every S tokens (neighbours share one token, the last incomplete one is dropped) and are
+    shuffled, both with one NumPy `RandomState(seed)`. Windows cross document borders; the end of
+    document token is an input and a target like any other. Several epochs are shuffled together,
+    except for a last epoch of which under 80% is used.
+
+    Stores have equal weight: window j is taken from the store that lags most behind its share
+    (ties to the first), which is store `j mod n`, its window `j // n`. With several stores each
+    plans 0.5% more windows than it needs; this matters for the number of epochs only.
+
+    Each store's order is made when its first window is read.
+
+    Args:
+      stores: one, or several made by one tokenizer.
+      split: `train`, `valid` or `test`.
+      sequence_length: S, the number of predicted tokens per window.
+      num_windows: length of the source; further windows do not exist.
+      seed: of the orders.
+
+    Raises:
+      DataError: no store, mixed tokenizers, or (when read) a split without one full window.
+
+    Example: `WindowSource(store, "train", 1024, 60_000 * 512, seed=1234)[0].targets`.
+    """
+
+    def __init__(
+        self,
+        stores: TokenStore | Sequence[TokenStore],
+        split: SplitName,
+        sequence_length: int,
+        num_windows: int,
+        seed: int,
+    ):
+        if sequence_length < 1 or num_windows < 1:
+            raise DataError(f"sequence_length={sequence_length} num_windows={num_windows}: must be positive")
+        self.stores = _as_stores(stores)
+        self.split = split
+        self.sequence_length = sequence_length
+        self._num_windows = num_windows
+        self._seed = seed
+        share = -(-num_windows // len(self.stores))
+        self._needed = share if len(self.stores) == 1 else -(-share * 1005 // 1000)
+        self._windows: list[_StoreWindows | None] = [None] * len(self.stores)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._num_windows
+
+    def _store_windows(self, store: int) -> _StoreWindows:
+        with self._lock:  # loader threads ask for one store at once
+            windows = self._windows[store]
+            if windows is None:
+                windows = _StoreWindows(
+                    self.stores[store],
+                    self.split,
+                    self.sequence_length,
+                    self._needed,
+                    self._seed,
+                )
+                self._windows[store] = windows
+            return windows
+
+    def tokens(self, indices: Sequence[int]) -> np.ndarray:
+        """Windows `indices` as int32 `[len(indices), S + 1]`; IndexError if out of range."""
+        ranges = []
+        used: list[DocumentStream] = []
+        places: dict[int, int] = {}
+        for index in indices:
+            if not 0 <= index < self._num_windows:
+                raise IndexError(f"window {index}: this source has {self._num_windows}")
+            store = index % len(self.stores)
+            windows = self._store_windows(store)
+            if store not in places:
+                places[store] = len(used)
+                used.append(windows.stream)
+            start = int(windows.order[index // len(self.stores)]) * self.sequence_length
+            ranges.append((places[store], start, start + self.sequence_length + 1))
+        return read_ranges(used, ranges).reshape(len(indices), self.sequence_length + 1)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Windows `indices` as a batch of `len(indices)` rows."""
+        tokens = self.tokens(indices)
+        return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
+
+    def __getitem__(self, index: int) -> Batch:
+        """Window `index` as one row: arrays `[S]`."""
+        return Batch(*(array[0] for array in self.batch([index])))
+
+
+class EvalWindows:
+    """Every token of a split, in document order, as the target of exactly one window.
+
+    Only the very first token has no context and is no target. The last window is padded with
+    weight 0. Losses summed over these windows therefore have exact denominators that do not
+    depend on the batch size, and two runs that use them are compared on identical text.
+
+    Args:
+      stores: one, or several made by one tokenizer, read one after another.
+      max_windows: use only the first of the windows.
+
+    Raises:
+      DataError: fewer than two tokens in the split.
+    """
+
+    def __init__(
+        self,
+        stores: TokenStore | Sequence[TokenStore],
+        split: SplitName,
+        sequence_length: int,
+        max_windows: int | None = None,
+    ):
+        self.stores = _as_stores(stores)
+        self.sequence_length = sequence_length
+        if sequence_length < 1 or (max_windows is not None and max_windows < 1):
+            raise DataError(f"sequence_length={sequence_length} max_windows={max_windows}: must be positive")
+        self._streams = [DocumentStream(store, store.split_documents(split)) for store in self.stores]
+        self._ends = list(itertools.accumulate(stream.num_tokens for stream in self._streams))
+        targets = self._ends[-1] - 1
+        if targets < 1:
+            raise DataError(
+                f"{self.stores[0].path}: split {split!r} has {self._ends[-1]} tokens; evaluation "
+                "needs at least two: choose another split"
+            )
+        if max_windows is not None:
+            targets = min(targets, max_windows * sequence_length)
+        self.num_targets = targets
+
+    def __len__(self) -> int:
+        return -(-self.num_targets // self.sequence_length)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        ranges = []
+        for stream, end in enumerate(self._ends):
+            begin = end - self._streams[stream].num_tokens
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                ranges.append((stream, low - begin, high - begin))
+        return read_ranges(self._streams, ranges)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Windows `indices` as rows; padding has weight 0 and id 0."""
+        shape = (len(indices), self.sequence_length)
+        batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        for row, index in enumerate(indices):
+            if not 0 <= index < len(self):
+                raise IndexError(f"window {index}: there are {len(self)}")
+            start = index * self.sequence_length
+            size = min(self.sequence_length, self.num_targets - start)
+            tokens = self._read(start, start + size + 1)
+            batch.inputs[row, :size] = tokens[:-1]
+            batch.targets[row, :size] = tokens[1:]
+            batch.weights[row, :size] = 1.0
+        return batch
+
+    def target_counts(self) -> np.ndarray:
+        """How often each id is a target, int64 `[vocab_size]`.
+
+        `target_counts() @ tokenizer.token_bytes` is the exact number of bytes that is predicted.
+        """
+        counts = np.zeros(self.stores[0].vocab_size, np.int64)
+        for start in range(0, self.num_targets, 1 << 20):
+            stop = min(start + (1 << 20), self.num_targets)
+            counts += np.bincount(self._read(start + 1, stop + 1), minlength=len(counts))
+        return counts
+
+
+def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    """Rows of a global batch that process `process_index` loads.
+
+    Raises:
+      DataError: `batch_size` is not a multiple of `process_count`, or no such process.
+    """
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise DataError(f"batch_size={batch_size} must be a positive multiple of the {process_count} data processes")
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index={process_index}: must be in 0..{process_count - 1}")
+    size = batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)
+
+
+def batch_at(source: Windows, step: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> Batch:
+    """This process's rows of the batch of `step`: windows `step * batch_size + row`."""
+    rows = process_rows(batch_size, process_index, process_count)
+    return source.batch([step * batch_size + row for row in rows])
+
+
+def training_batches(
+    source: Windows,
+    *,
+    batch_size: int,
+    start_step: int,
+    end_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
+    """Batches of steps `start_step .. end_step-1`, loaded ahead by Grain.
+
+    What a step holds depends on nothing but the source and the step: to resume, start at another
+    step, with any number of processes.
+
+    Args:
+      batch_size: rows over all processes; each gets `batch_size / process_count` of them.
+      num_threads: that load batches.
+      prefetch: batches loaded ahead.
+
+    Raises:
+      DataError: rows do not divide over processes, or the source has too few windows.
+    """
+    process_rows(batch_size, process_index, process_count)
+    if not 0 <= start_step <= end_step or end_step * batch_size > len(source):
+        raise DataError(f"steps {start_step}..{end_step} of {batch_size} windows: the source has {len(source)} windows")
+    return _loaded(
+        lambda step: batch_at(source, step, batch_size, process_index, process_count),
+        range(start_step, end_step),
+        num_threads,
+        prefetch,
+    )
+
+
+def _loaded(make: Callable[[int], Batch], steps: range, num_threads: int, prefetch: int) -> Iterator[Batch]:
+    """`make(step)` for each of `steps`, in order, made ahead by Grain's threads."""
+    import grain
+
+    if not steps:
+        return
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(make)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    iterator = iter(dataset.to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def evaluation_batches(
+    windows: Windows,
+    *,
+    batch_size: int,
+    start: int = 0,
+    stop: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
+    """Windows `start .. stop-1` in order, in batches of constant shape.
+
+    Rows missing from the last batch have weight 0. All processes get the same number of batches.
+
+    Raises:
+      DataError: rows do not divide over processes, or there are no such windows.
+    """
+    rows = process_rows(batch_size, process_index, process_count)
+    stop = len(windows) if stop is None else stop
+    if not 0 <= start < stop <= len(windows):
+        raise DataError(f"windows {start}..{stop}: there are {len(windows)}")
+
+    def make(step: int) -> Batch:
+        first = start + step * batch_size
+        batch = windows.batch([i for row in rows if (i := first + row) < stop])
+        missing = len(rows) - len(batch.inputs)
+        return Batch(*(np.pad(array, ((0, missing), (0, 0))) for array in batch))
+
+    return _loaded(make, range(-(-(stop - start) // batch_size)), num_threads, prefetch)
+
+
+def moving_evaluation_batches(source: Windows, evaluation: int, num_windows: int, **options: int) -> Iterator[Batch]:
+    """Batches of evaluation number `evaluation` (from 0), each over the next `num_windows`.
+
+    This is the reference protocol: the shuffled validation stream is not rewound, so successive
+    evaluations see different text. `source` is a `WindowSource` over `valid`, long enough for all
+    evaluations; `options` are those of `evaluation_batches`.
+    """
+    start = evaluation * num_windows
+    return evaluation_batches(source, start=start, stop=start + num_windows, **options)
