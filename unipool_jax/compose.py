@@ -25,7 +25,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -60,7 +60,7 @@ def compose_config(overrides: Sequence[str] = (), config_dir: str | os.PathLike[
         with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
             node = compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_unknown_keys(overrides, Path(config_dir)) or [_summary(error)]) from error
+        raise ConfigError(_unknown(overrides, Path(config_dir)) or [_summary(error)]) from error
     finally:
         GlobalHydra.instance().hydra = previous
     return config_from_omegaconf(node)
@@ -129,20 +129,25 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _unknown_keys(overrides: Sequence[str], config_dir: Path) -> list[str]:
-    """A line for each override whose key is neither a setting nor a group; Hydra itself names only the first."""
+def _unknown(overrides: Sequence[str], config_dir: Path) -> list[str]:
+    """A line for each override without such a setting, group or choice; Hydra itself names only the first."""
     names = list(settings(Config()))
-    groups = sorted(path.name for path in config_dir.iterdir() if path.is_dir()) if config_dir.is_dir() else []
+    choices: dict[str, list[str]] = {}
+    for path in sorted(config_dir.glob("*/*.yaml")):
+        choices.setdefault(path.parent.name, []).append(path.stem)
     problems = []
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if not key or key.startswith("hydra") or key in [*names, *groups]:
-            continue
-        if any(name.startswith(f"{key}.") for name in names):
+        key, _, value = override.partition("=")
+        key = key.lstrip("+~")
+        if key in choices:
+            if value not in choices[key] and not value.startswith("["):
+                problems.append(f"{key}={value}: no such choice; choose one of {', '.join(choices[key])}")
+        elif any(name.startswith(f"{key}.") for name in names):
             problems.append(f"{key}: a section, not a setting; override its settings one by one: {key}.NAME=VALUE")
-            continue
-        near = difflib.get_close_matches(key, [*names, *groups], n=3)
-        problems.append(f"{key}: no such setting or group" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        elif key and key not in names and not key.startswith("hydra"):
+            near = difflib.get_close_matches(key, [*names, *choices], n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "unipool_jax/config.py lists all settings"
+            problems.append(f"{key}: no such setting or group; {hint}")
     return problems
 
 
@@ -151,4 +156,6 @@ def _summary(error: Exception) -> str:
     text = str(error).partition("\nConfig search path:")[0].partition("\nSee https:")[0]
     text, _, rest = text.partition("\n    full_key: ")
     where = f"{rest.splitlines()[0]}: " if rest else ""
+    if isinstance(error, OverrideParseException):
+        where = f"{error.override}: cannot be read as SETTING=VALUE; a value with special characters needs quotes: "
     return where + " ".join(text.split())
