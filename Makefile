@@ -1,0 +1,67 @@
+# The two commands that matter: `make demo` and `make test`. Each makes its own virtual environment in .venv from a
+# lock file with hashes, once; nothing has to be activated or installed beforehand but Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP_INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-input --require-hashes
+UV := uv==0.13.9
+# `make lock LOCK_FLAGS=--upgrade` takes the newest versions that setup.cfg allows.
+LOCK_FLAGS ?=
+COMPILE := $(VENV)/bin/uv pip compile --no-config --quiet --universal --generate-hashes --python-version 3.11 \
+	--custom-compile-command "make lock" $(LOCK_FLAGS) setup.cfg
+PYTEST_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint typecheck format lock clean
+.DELETE_ON_ERROR:
+
+help:  ## Show these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(VENV)/core.stamp  ## Make .venv with what training needs
+
+demo: $(VENV)/core.stamp  ## Train the demo model on the embedded corpus, evaluate it, print a table
+	$(RUN) train.py run.name=demo run.resume=auto
+
+test: lint typecheck  ## Check format, lint and types, then run the tests
+	$(RUN) -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/test.stamp  ## Run the minutes-long studies
+	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: $(VENV)/test.stamp  ## Check format and lint
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+typecheck: $(VENV)/test.stamp  ## Check types
+	$(RUN) -m mypy
+
+format: $(VENV)/test.stamp  ## Rewrite the sources in the house format
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+lock: $(VENV)/python.stamp  ## Pin exact versions anew from setup.cfg
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(UV)
+	$(COMPILE) --extra test --output-file requirements-test.lock
+	$(COMPILE) --constraints requirements-test.lock --output-file requirements.lock
+
+clean:  ## Remove the virtual environment and every cache; runs/ stays
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Stamps: a target is repeated only when its lock file is newer.
+$(VENV)/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 || echo not there)." >&2; \
+		echo "Name one that is new enough: make PYTHON=python3.12 demo" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/core.stamp: requirements.lock $(VENV)/python.stamp
+	$(PIP_INSTALL) --requirement requirements.lock
+	@touch $@
+
+$(VENV)/test.stamp: requirements-test.lock $(VENV)/python.stamp
+	$(PIP_INSTALL) --requirement requirements-test.lock
+	@touch $@
