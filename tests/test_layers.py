@@ -23,8 +23,9 @@ ALLOWED = {
     "moe": {"kernels"} | _SETTINGS,
     "model": {"kernels", "moe"} | _SETTINGS,
     "sharding": {"kernels", "moe", "model"} | _SETTINGS,
-    "training": {"kernels", "moe", "model", "sharding", "data"} | _SETTINGS,
-    "analysis": _MODEL_SIDE | {"data"},
+    "corpus": {"data"} | _SETTINGS,
+    "training": {"kernels", "moe", "model", "sharding", "data", "corpus"} | _SETTINGS,
+    "analysis": _MODEL_SIDE | {"data", "corpus"},
     "planner": _MODEL_SIDE,
     "__init__": set[str](),
 }
