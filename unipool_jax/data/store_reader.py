@@ -144,7 +144,8 @@ class ZarrTokenStore(TokenStore):
                 )
         try:
             self._array = store_format.open_array(self.path, self.dtype, self._shard_tokens, write=False)
-            offsets = np.load(self.path / store_format.OFFSETS, mmap_mode="r", allow_pickle=False)
+            mapped = np.load(self.path / store_format.OFFSETS, mmap_mode="r", allow_pickle=False)
+            offsets = mapped.view(np.ndarray)  # same memory, without the cost of its subclass
         except (ValueError, OSError) as error:
             raise DataError(f"{self.path}: damaged store ({error}); rebuild it") from error
         if (

@@ -1,0 +1,143 @@
+"""Readers: every format gives the same documents, and every defect names its file and line."""
+
+import builtins
+import gzip
+import json
+import lzma
+
+import pytest
+import zstandard
+from pyarrow import Table, parquet
+from pyarrow import array as arrow_array
+
+from unipool_jax.data.errors import DataError
+from unipool_jax.data.readers import SUFFIXES, read_texts
+
+TEXTS = ["first\nwith lines", "", "na\u00efve \U0001f469", "x" * 300_000]
+
+
+def _lines(texts, field="text"):
+    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def write_documents(path, texts, field="text"):
+    """Writes `texts` in the format of the file's name (not `.txt`)."""
+    lines = _lines(texts, field)
+    if path.name.endswith(".parquet"):
+        parquet.write_table(Table.from_pydict({field: texts, "n": [1] * len(texts)}), path, row_group_size=2)
+    elif path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines))
+    elif path.name.endswith(".xz"):
+        path.write_bytes(lzma.compress(lines))
+    elif path.name.endswith(".zst"):
+        half = len(lines) // 2  # two frames, as parallel compressors write
+        frames = [zstandard.compress(part) for part in (lines[:half], lines[half:])]
+        path.write_bytes(b"".join(frames))
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".txt"])
+@pytest.mark.parametrize("field", ["text", "content"])
+def test_formats_give_the_same_documents(tmp_path, suffix, field):
+    path = write_documents(tmp_path / f"a{suffix}", TEXTS, field)
+    assert list(read_texts([path, path], field)) == TEXTS * 2
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\n\ntwo \xc3\xa9\n")
+    assert list(read_texts([path])) == ["one\r\n\ntwo \u00e9\n"]
+
+
+def test_missing_final_newline_and_blank_lines_at_the_end_are_harmless(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "b"}')
+    assert list(read_texts([path])) == ["a", "b"]
+    path.write_bytes(b'{"text": "a"}\r\n{"text": "b"}\n\n \n')
+    assert list(read_texts([path])) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "line 1: no documents"),
+        (b"\n\n", "line 1: no documents"),
+        (b'{"text": "a"}\n\n{"text": "b"}\n', "line 2: blank line"),
+        (b'{"text": "a"}\n{"text": "b\n', "line 2: not a JSON object"),
+        (b'{"text": "a"}\n[1]\n', "line 2: expected a JSON object, found list"),
+        (b'{"text": "a"}\n{"body": "b"}\n', "line 2: no field 'text'; it has 'body'"),
+        (b'{"text": "a"}\n{"text": 3}\n', "line 2: 'text' is int"),
+        (b'{"text": null}\n', "line 1: 'text' is NoneType"),
+        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2: not UTF-8 .byte 0xe9 at offset 13"),
+        (b'{"text": "\\ud83d"}\n', "line 1: character 0 is half of a surrogate pair"),
+        (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
+    ],
+)
+def test_defects_name_file_and_line(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"bad\.jsonl, {message}"):
+        list(read_texts([path]))
+
+
+def test_text_file_defects_name_the_line(tmp_path):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(b"one\ntwo \xff\n")
+    with pytest.raises(DataError, match=r"bad\.txt, line 2: not UTF-8 .byte 0xff"):
+        list(read_texts([path]))
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"bad\.txt, line 1: no documents"):
+        list(read_texts([path]))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet"])
+def test_cut_off_and_foreign_files_are_refused(tmp_path, suffix):
+    path = write_documents(tmp_path / f"a{suffix}", [f"document {i} " * 9 for i in range(5000)])
+    whole = path.read_bytes()
+    for size in (len(whole) - 3, len(whole) // 3):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=rf"a{suffix}, after (line|row) \d+: damaged or cut-off"):
+            list(read_texts([path]))
+    path.write_bytes(b"this is not compressed" * 10)
+    with pytest.raises(DataError, match=rf"a{suffix}, after (line|row) 0: damaged or cut-off"):
+        list(read_texts([path]))
+
+
+def test_parquet_defects(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(Table.from_pydict({"body": ["a"], "n": [1]}), path)
+    with pytest.raises(DataError, match=r"a\.parquet, row 1: no column 'text'; it has body, n"):
+        list(read_texts([path]))
+    with pytest.raises(DataError, match=r"column 'n' holds int64, not text"):
+        list(read_texts([path], "n"))
+    parquet.write_table(Table.from_pydict({"text": ["a", None]}), path)
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: 'text' is NoneType"):
+        list(read_texts([path]))
+    latin = arrow_array([b"ok", b"caf\xe9"]).view("string")
+    parquet.write_table(Table.from_arrays([latin], names=["text"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: not UTF-8"):
+        list(read_texts([path]))
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".jsonl.zst", "zstandard"), (".parquet", "pyarrow")])
+def test_missing_extra_is_named(tmp_path, monkeypatch, suffix, package):
+    path = write_documents(tmp_path / f"a{suffix}", TEXTS)
+    real = builtins.__import__
+
+    def without(name, *args):
+        if name.split(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DataError, match=r"pip install unipool_jax\[data\]"):
+        list(read_texts([path]))
+
+
+def test_unknown_suffix_and_missing_file(tmp_path):
+    with pytest.raises(DataError, match=r"a\.csv: unknown kind of file"):
+        list(read_texts([tmp_path / "a.csv"]))
+    with pytest.raises(DataError, match=r"gone\.jsonl: cannot open"):
+        list(read_texts([tmp_path / "gone.jsonl"]))
