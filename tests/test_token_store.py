@@ -1,0 +1,473 @@
+"""Token stores: contents, atomic and resumable builds, and refusal of anything unfinished."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unipool_jax.data import store_format, token_store
+from unipool_jax.data.errors import DataError
+from unipool_jax.data.store_reader import building_folder
+from unipool_jax.data.token_store import build_store, cached_store, demo_corpus_path, open_store
+from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.data.train_tokenizer import train_tokenizer
+
+SHARD = store_format.CHUNK_TOKENS  # the smallest shard, so that small inputs have several
+
+
+def build(files, out, tokenizer="bytes", **options):
+    return build_store(files, out, tokenizer, progress=False, **{"shard_tokens": SHARD, **options})
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Three files with empty, tiny and shard-crossing documents, and their non-empty texts."""
+    random = np.random.RandomState(0)
+    sizes = [0, 1, 300, 20_000, 0, 0, 5000, SHARD - 1, 700, 0], [9000, 0, 1, 1, 12_000, 0], [0, 40]
+    files, texts = [], []
+    for index, lengths in enumerate(sizes):
+        documents = ["".join(map(chr, random.randint(97, 123, n))) for n in lengths]
+        path = tmp_path / f"{index}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        files.append(path)
+        texts += [text for text in documents if text]
+    return files, texts
+
+
+def tree(folder):
+    """Every file below `folder` with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_store_holds_the_documents(corpus, tmp_path):
+    files, texts = corpus
+    store = build(files, tmp_path / "out", split=(8, 1, 1))
+    expected = np.concatenate([[*text.encode(), 256] for text in texts])
+    np.testing.assert_array_equal(store.read(0, store.num_tokens), expected)
+    assert store.read(5, 9).dtype == np.int32
+    assert store.dtype == np.uint16
+    np.testing.assert_array_equal(store.document_offsets, np.cumsum([0] + [len(t) + 1 for t in texts]))
+    assert store.document_offsets.dtype == np.int64
+    assert (store.num_documents, store.text_bytes) == (len(texts), sum(map(len, texts)))
+    assert [entry["documents"] for entry in store.manifest["inputs"]] == [6, 4, 1]
+    assert [entry["empty_documents"] for entry in store.manifest["inputs"]] == [4, 2, 1]
+    assert store.manifest["inputs"][0]["bytes"] == files[0].stat().st_size
+    assert len(store.manifest["shards"]) == -(-store.num_tokens // SHARD)
+    assert store.split_documents("train").tolist() == list(range(9))
+    for d, text in enumerate(texts):
+        assert store.tokenizer.decode(store.read(*store.document_offsets[d : d + 2])) == text + "<|endoftext|>"
+    store.verify()
+
+
+def test_random_reads(corpus, tmp_path):
+    store = build(corpus[0], tmp_path / "out")
+    everything = store.read(0, store.num_tokens)
+    ends = np.sort(np.random.RandomState(1).randint(0, store.num_tokens + 1, (200, 2)), axis=1)
+    for (start, stop), piece in zip(ends, store.read_many(*ends.T), strict=True):
+        np.testing.assert_array_equal(piece, everything[start:stop])
+    for start, stop in ((-1, 3), (4, 3), (0, store.num_tokens + 1)):
+        with pytest.raises(DataError, match="are not within"):
+            store.read(start, stop)
+
+
+def test_gpt2_store_appends_end_of_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "Hello world"}\n{"text": ""}\n{"text": "<|endoftext|>"}\n')
+    store = build([tmp_path / "a.jsonl"], tmp_path / "out", "gpt2")
+    tokens = store.read(0, store.num_tokens)
+    assert tokens[:3].tolist() == [15496, 995, 50256]
+    assert (tokens == 50256).sum() == 2
+    assert store.dtype == np.uint16
+
+
+def test_large_vocabularies_are_stored_as_uint32():
+    assert store_format.token_dtype(65_536) == np.uint16
+    assert store_format.token_dtype(65_537) == np.uint32
+
+
+def test_uint32_store_and_shards_of_zeros(tmp_path, monkeypatch):
+    # Byte 0 is id 0, the fill value of the array: such chunks must be stored all the same.
+    monkeypatch.setattr(store_format, "token_dtype", lambda vocab_size: np.dtype(np.uint32))
+    (tmp_path / "a.txt").write_bytes(bytes(3 * SHARD))
+    store = build([tmp_path / "a.txt"], tmp_path / "out")
+    assert store.dtype == np.uint32
+    assert store.read(0, store.num_tokens).tolist() == [0] * (3 * SHARD) + [256]
+    store.verify()
+
+
+def test_workers_and_shards_do_not_change_the_tokens(corpus, tmp_path):
+    one, two = build(corpus[0], tmp_path / "one"), build(corpus[0], tmp_path / "two", workers=2)
+    assert tree(one.path) == tree(two.path)
+    large = build(corpus[0], tmp_path / "large", shard_tokens=SHARD * 1024)
+    assert len(large.manifest["shards"]) == 1
+    np.testing.assert_array_equal(large.read(0, large.num_tokens), one.read(0, one.num_tokens))
+
+
+def test_demo_store_is_always_the_same(tmp_path):
+    store = build([demo_corpus_path()], tmp_path / "out", "demo", workers=2, shard_tokens=SHARD * 32)
+    assert (store.num_documents, store.num_tokens, store.text_bytes) == (233, 2_208_704, 10_761_158)
+    tokens = store.read(0, store.num_tokens)
+    assert store.tokenizer.token_bytes[tokens].sum() == store.text_bytes
+    assert hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16] == "50e42ecf8746e3f0"
+
+
+def test_own_tokenizer_travels_with_the_store(corpus, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(train_tokenizer(corpus[1], 300))
+    store = build(corpus[0], tmp_path / "out", str(path))
+    path.unlink()
+    again = open_store(tmp_path / "out")
+    assert again.tokenizer.decode(again.read(0, store.num_tokens)).split("<|endoftext|>")[:-1] == corpus[1]
+    (tmp_path / "out" / "tokenizer.json").write_bytes(train_tokenizer(corpus[1][:2], 300))
+    with pytest.raises(DataError, match="built with tokenizer"):
+        open_store(tmp_path / "out").tokenizer.decode([1])
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json: missing"):
+        open_store(tmp_path / "out").tokenizer.decode([1])
+
+
+# --------------------------------------------------------------------------- interruptions
+
+
+class Crash(BaseException):
+    """Not an Exception, so nothing in the build can handle it, as nothing handles SIGKILL."""
+
+
+def test_resume_after_a_crash_at_every_durable_write(corpus, tmp_path, monkeypatch):
+    files, _ = corpus
+    expected = tree(build(files, tmp_path / "whole").path)
+    real, calls, fatal = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}, [0], [0]
+
+    def crashing(name):
+        def call(*args):
+            calls[0] += 1
+            if calls[0] == fatal[0]:
+                raise Crash
+            return real[name](*args)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, crashing(name))
+    out = tmp_path / "out"
+    finished = False
+    while not finished:
+        fatal[0] += 1
+        calls[0] = 0
+        try:
+            build(files, out)
+            finished = True
+        except Crash:
+            # What is there now is either complete or not called a store.
+            if not out.exists():
+                with pytest.raises(DataError, match="interrupted"):
+                    open_store(out)
+            calls[0] = -(10**9)
+            build(files, out)  # goes on
+        assert tree(out) == expected
+        assert not building_folder(out).exists()
+        assert not out.with_name("out.lock").exists()
+        shutil.rmtree(out)
+    assert fatal[0] > 30  # several shards, the offsets, the manifest and the final rename
+
+
+def test_two_crashes_in_one_build(corpus, tmp_path, monkeypatch):
+    files, _ = corpus
+    expected = tree(build(files, tmp_path / "whole").path)
+    real, count = store_format.write_atomically, [0]
+
+    def crashing(path, content):
+        real(path, content)
+        count[0] += 1
+        if count[0] in (2, 5):
+            raise Crash
+
+    monkeypatch.setattr(store_format, "write_atomically", crashing)
+    for _ in range(2):
+        with pytest.raises(Crash):
+            build(files, tmp_path / "out")
+    assert tree(build(files, tmp_path / "out").path) == expected
+
+
+_KILLED = """
+import os, signal, sys
+from unipool_jax.data import store_format, token_store
+real, count = store_format.write_atomically, [0]
+def killing(path, content):
+    real(path, content)
+    count[0] += 1
+    if count[0] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    store_format.write_atomically = killing
+    token_store.build_store(
+        sys.argv[2:], sys.argv[1], "bytes", progress=False, workers=2, shard_tokens=store_format.CHUNK_TOKENS
+    )
+"""
+
+
+def test_killed_process_resumes_from_its_last_shard(corpus, tmp_path, monkeypatch):
+    files, _ = corpus
+    expected = tree(build(files, tmp_path / "whole").path)
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(_KILLED)
+    environment = os.environ | {"PYTHONPATH": str(Path(token_store.__file__).parents[2])}
+    process = subprocess.run([sys.executable, script, out, *files], env=environment, check=False, timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    journal = json.loads((building_folder(out) / "journal.json").read_text())
+    assert len(journal["shards"]) == 3
+    encoded = []
+    monkeypatch.setattr(
+        token_store, "_encode", lambda *args, real=token_store._encode: encoded.append(args) or real(*args)
+    )
+    assert tree(build(files, out).path) == expected
+    # The first shards' documents were not tokenised again.
+    assert encoded[0][3][0][0] > 3
+
+
+def test_ctrl_c_is_clean_and_resumable(corpus, tmp_path, monkeypatch):
+    real, count = token_store._encode, [0]
+
+    def interrupted(*args):
+        count[0] += 1
+        if count[0] == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(token_store, "_encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(corpus[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    store = build(corpus[0], tmp_path / "out")
+    assert store.num_documents == len(corpus[1])
+
+
+def test_interrupted_build_of_something_else_is_kept(corpus, tmp_path, monkeypatch):
+    files, _ = corpus
+    monkeypatch.setattr(token_store.StoreWriter, "finish", lambda *_: (_ for _ in ()).throw(Crash()))
+    with pytest.raises(Crash):
+        build(files, tmp_path / "out")
+    monkeypatch.undo()
+    before = tree(building_folder(tmp_path / "out"))
+    with pytest.raises(DataError, match="interrupted build from other inputs"):
+        build(files[:1], tmp_path / "out")
+    with pytest.raises(DataError, match="interrupted build from other inputs"):
+        build(files, tmp_path / "out", "demo")
+    assert tree(building_folder(tmp_path / "out")) == before
+
+
+def test_bad_line_can_be_mended_and_built(corpus, tmp_path):
+    files, texts = corpus
+    good = files[2].read_bytes()
+    files[2].write_bytes(good + b'{"txet": "x"}\n')
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"2\.jsonl, line 3: no field 'text'"):
+            build(files, tmp_path / "out", shard_tokens=SHARD * 64)
+    assert not (tmp_path / "out").exists()
+    files[2].write_bytes(good)
+    assert build(files, tmp_path / "out", shard_tokens=SHARD * 64).num_documents == len(texts)
+
+
+def test_error_in_a_worker_process_names_the_line(corpus, tmp_path):
+    files, _ = corpus
+    files[1].write_bytes(files[1].read_bytes() + b"oops\n")
+    with pytest.raises(DataError, match=r"1\.jsonl, line 7: not a JSON object"):
+        build(files, tmp_path / "out", workers=2)
+
+
+def test_full_disk_is_a_clean_error_and_resumable(corpus, tmp_path):
+    # A limit on file sizes fails writes half-way, as a full disk does.
+    files, _ = corpus
+    code = (
+        "import sys; from unipool_jax.data.token_store import build_store\n"
+        "from unipool_jax.data.errors import DataError\n"
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))\n"
+        f"try: build_store(sys.argv[2:], sys.argv[1], 'bytes', progress=False, shard_tokens={SHARD})\n"
+        "except DataError as error: print(error); sys.exit(7)"
+    )
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    out = tmp_path / "out"
+    process = subprocess.run(
+        [sys.executable, "-c", code, out, *files],
+        env=os.environ | {"PYTHONPATH": str(Path(token_store.__file__).parents[2])},
+        check=False,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 7, process.stderr
+    assert "cannot be written" in process.stdout
+    assert "free some space" in process.stdout
+    assert not out.exists()
+    assert build(files, out).num_documents == len(corpus[1])
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+def test_existing_output(corpus, tmp_path):
+    files, _ = corpus
+    first = build(files, tmp_path / "out")
+    stamp = (first.path / "manifest.json").stat().st_mtime_ns
+    assert build(files, tmp_path / "out").manifest == first.manifest  # the same: opened
+    assert (first.path / "manifest.json").stat().st_mtime_ns == stamp
+    with pytest.raises(DataError, match="was not built from these inputs"):
+        build(files[:1], tmp_path / "out")
+    with pytest.raises(DataError, match="built with tokenizer 'bytes'"):
+        build(files, tmp_path / "out", "demo")
+    with pytest.raises(DataError, match="built with split"):
+        build(files, tmp_path / "out", split=(1, 1, 1))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("keep me")
+    with pytest.raises(DataError, match="choose another folder"):
+        build(files, tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "keep me"
+    (tmp_path / "empty").mkdir()
+    assert build(files, tmp_path / "empty").num_tokens == first.num_tokens
+
+
+def test_no_text_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
+    with pytest.raises(DataError, match="every document is empty"):
+        build([tmp_path / "a.jsonl"], tmp_path / "out")
+    with pytest.raises(DataError, match="no input files"):
+        build([], tmp_path / "out")
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):
+        build([tmp_path / "gone.jsonl"], tmp_path / "out")
+    with pytest.raises(DataError, match="workers=0"):
+        build([tmp_path / "a.jsonl"], tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_opening_something_else(tmp_path):
+    with pytest.raises(DataError, match="neither a token store nor"):
+        open_store(tmp_path / "nothing")
+    with pytest.raises(DataError, match="neither a token store nor"):
+        open_store(tmp_path)
+
+
+def test_wrong_tokenizer_and_split_are_refused(corpus, tmp_path):
+    build(corpus[0], tmp_path / "out")
+    assert open_store(tmp_path / "out", "bytes", (969, 30, 1), "contiguous").eod == 256
+    with pytest.raises(DataError, match="built with tokenizer 'bytes'.*asked for 'gpt2'"):
+        open_store(tmp_path / "out", "gpt2")
+    with pytest.raises(DataError, match="asked for split"):
+        open_store(tmp_path / "out", split=(1, 1, 1))
+    with pytest.raises(DataError, match="asked for split"):
+        open_store(tmp_path / "out", split_order="interleaved")
+
+
+def _edit_manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "tokens/c/1").unlink(), r"tokens/c/1: missing, expected \d+ bytes"),
+        (lambda f: os.truncate(f / "tokens/c/1", 100), "tokens/c/1: 100 bytes, expected"),
+        (lambda f: (f / "document_offsets.npy").unlink(), r"document_offsets\.npy: missing"),
+        (lambda f: (f / "tokens/zarr.json").unlink(), "damaged store"),
+        (lambda f: (f / "tokens/zarr.json").write_text("{"), "damaged store"),
+        (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json: expected a JSON object"),
+        (lambda f: _edit_manifest(f, version=99), "version 99; this program reads"),
+        (lambda f: _edit_manifest(f, format="other"), "format 'other'"),
+        (lambda f: _edit_manifest(f, tokens=5), "manifest and contents disagree"),
+        (lambda f: _edit_manifest(f, dtype="uint32"), "damaged store"),
+        (lambda f: _edit_manifest(f, tokenizer={}), r"manifest\.json: incomplete"),
+    ],
+)
+def test_damaged_stores_are_refused_when_opened(corpus, tmp_path, damage, message):
+    store = build(corpus[0], tmp_path / "out")
+    damage(store.path)
+    with pytest.raises(DataError, match=message):
+        open_store(store.path)
+
+
+def test_flipped_byte_is_found_by_reading_and_by_verify(corpus, tmp_path):
+    store = build(corpus[0], tmp_path / "out")
+    path = store_format.shard_path(store.path, 2)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    reopened = open_store(store.path)  # same size: not seen when opened
+    with pytest.raises(DataError, match="tokens/c/2: sha256 differs"):
+        reopened.verify()
+    with pytest.raises(DataError, match="damaged store"):
+        reopened.read(0, reopened.num_tokens)
+
+
+# --------------------------------------------------------------------------- cache
+
+
+def test_cached_store_depends_on_content_only(corpus, tmp_path):
+    files, _ = corpus
+    cache = tmp_path / "cache"
+    first = cached_store(files, cache, "bytes", (8, 1, 1), "interleaved")
+    moved = [Path(shutil.copy(path, tmp_path / f"copy{path.name}")) for path in files]
+    assert cached_store(moved, cache, "bytes", (8, 1, 1), "interleaved").path == first.path
+    others = [
+        cached_store(files, cache, "bytes", (8, 1, 1)),
+        cached_store(files, cache, "demo", (8, 1, 1), "interleaved"),
+        cached_store(files, cache, "bytes", (9, 1, 1), "interleaved"),
+        cached_store(files[::-1], cache, "bytes", (8, 1, 1), "interleaved"),
+    ]
+    assert len({first.path, *(store.path for store in others)}) == 5
+    assert len(list(cache.iterdir())) == 5
+    with pytest.raises(DataError, match=r"gone\.txt: cannot open"):
+        cached_store([tmp_path / "gone.txt"], cache, "bytes")
+
+
+def test_cache_is_built_once_by_processes_that_ask_together(corpus, tmp_path, monkeypatch):
+    # flock works between open files, so threads with their own descriptors stand for processes.
+    files, _ = corpus
+    encoded, barrier, real = [], threading.Barrier(4), token_store._encode
+    monkeypatch.setattr(token_store, "_encode", lambda *args: encoded.append(1) or real(*args))
+
+    def ask(_):
+        barrier.wait()
+        return cached_store(files, tmp_path / "cache", "bytes").read(0, 100)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(ask, range(4)))
+    assert len(encoded) == len(files)
+    assert all((result == results[0]).all() for result in results)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_lock_admits_one_holder(tmp_path):
+    inside, most = [0], [0]
+
+    def hold(_):
+        for _ in range(20):
+            with store_format.exclusive_lock(tmp_path / "lock"):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                inside[0] -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, range(8)))
+    assert most == [1]
+    assert not (tmp_path / "lock").exists()
+
+
+def test_demo_corpus_splits_span_the_centuries(tmp_path):
+    with_years = []
+    store = cached_store([demo_corpus_path()], tmp_path, "bytes", (18, 1, 1), "interleaved")
+    for name in ("train", "valid", "test"):
+        documents = store.split_documents(name)
+        with_years.append((len(documents), documents.min(), documents.max()))
+    assert with_years == [(211, 0, 232), (11, 18, 218), (11, 19, 219)]
+    assert load_tokenizer("bytes").sha256 == store.tokenizer_sha256
