@@ -1,0 +1,173 @@
+"""Independent NumPy implementations, float64, written from the formulas of the paper; slow and obvious on purpose."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from unipool_jax.config import Config
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def norm_router_scores(logits: np.ndarray, scale: float, constant: float, epsilon: float = 1e-8) -> np.ndarray:
+    """scale * c * max(0, z / (|z| + epsilon)), token by token."""
+    scores = np.zeros_like(logits, dtype=np.float64)
+    for token, z in enumerate(logits.astype(np.float64)):
+        scores[token] = scale * constant * np.maximum(0.0, z / (math.sqrt(float((z * z).sum())) + epsilon))
+    return scores
+
+
+def top_k(key: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k largest of each row, largest first, ties to the lowest index."""
+    return np.argsort(-key, axis=-1, kind="stable")[:, :k]
+
+
+def literal_constant(num_experts: int, k: int, draws: int) -> float:
+    """NormRouter's c by the published algorithm, one draw at a time."""
+    random = np.random.RandomState(42)
+    total = 0.0
+    for _ in range(draws):
+        x = random.randn(num_experts)
+        y = np.maximum(x / np.linalg.norm(x), 0.0)
+        total += 1.0 / math.sqrt(float((np.sort(y)[::-1][:k] ** 2).sum()))
+    return total / draws
+
+
+def switch_loss(scores: np.ndarray, experts: np.ndarray, coefficient: float) -> float:
+    """alpha E sum_i f_i P_i for one layer and one group of tokens."""
+    tokens, num_experts = scores.shape
+    k = experts.shape[1]
+    total = 0.0
+    for i in range(num_experts):
+        fraction = float((experts == i).sum()) / (k * tokens)
+        total += fraction * float(scores[:, i].mean())
+    return coefficient * num_experts * total
+
+
+def pool_loss(scores: list[np.ndarray], experts: list[np.ndarray], coefficient: float) -> float:
+    """alpha M sum_i fbar_i Pbar_i over the layers of one pool (equations 4-6)."""
+    tokens, num_experts = scores[0].shape
+    k = experts[0].shape[1]
+    fbar = np.mean([[(e == i).sum() / (k * tokens) for i in range(num_experts)] for e in experts], axis=0)
+    pbar = np.mean([s.mean(0) for s in scores], axis=0)
+    return float(coefficient * num_experts * (fbar * pbar).sum())
+
+
+def rms_norm(x: np.ndarray, gain: np.ndarray, epsilon: float) -> np.ndarray:
+    """Plain-gain RMSNorm over the last axis."""
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * gain
+
+
+def rotate(x: np.ndarray, base: float) -> np.ndarray:
+    """Half-rotation rotary embedding of `[S, C]`, as complex multiplication of channel i and i + C/2."""
+    length, channels = x.shape
+    half = channels // 2
+    angle = np.arange(length)[:, None] * np.array([base ** (-2 * i / channels) for i in range(half)])
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag], axis=1)
+
+
+def attention(x: np.ndarray, weights: dict[str, np.ndarray], heads: int, kv_heads: int, base: float) -> np.ndarray:
+    """Causal grouped-query attention on one sequence `[S, D]`, head by head."""
+    length, width = x.shape
+    size = width // heads
+    outputs = []
+    for head in range(heads):
+        shared = head // (heads // kv_heads)
+        q = rotate(x @ weights["query"][:, head * size : (head + 1) * size], base)
+        k = rotate(x @ weights["key"][:, shared * size : (shared + 1) * size], base)
+        v = x @ weights["value"][:, shared * size : (shared + 1) * size]
+        logits = q @ k.T / math.sqrt(size)
+        logits[np.triu_indices(length, 1)] = -np.inf
+        outputs.append(softmax(logits) @ v)
+    return np.concatenate(outputs, axis=1) @ weights["output"]
+
+
+def expert(x: np.ndarray, bank: dict[str, np.ndarray], index: int) -> np.ndarray:
+    """One SwiGLU expert on one token `[D]`."""
+    gate = x @ bank["gate"][index]
+    return (gate / (1 + np.exp(-gate)) * (x @ bank["up"][index])) @ bank["down"][index]
+
+
+class Forward:
+    """Whole-model forward of a batch, with what the losses need of every layer.
+
+    Attributes:
+      logits: `[B, S, V]`.
+      scores, experts: one array per layer, `[B S, E]` and `[B S, k]`.
+    """
+
+    def __init__(self, config: Config, params: Any, tokens: np.ndarray, expert_bias: np.ndarray | None = None):
+        self.config = config
+        wide = _as_float64(params)
+        layers, banks = wide["pools"]["layers"], wide["pools"]["bank"]
+        self.scores: list[np.ndarray] = []
+        self.experts: list[np.ndarray] = []
+        model = config.model
+        x = wide["embedding"][tokens]
+        for layer in range(model.num_layers):
+            pool, inner = divmod(layer, config.layers_per_pool)
+            own = _index(_index(layers, pool), inner)
+            normed = rms_norm(x, own["attention_norm"], model.norm_epsilon)
+            x = x + np.stack(
+                [attention(s, own["attention"], model.num_heads, model.num_kv_heads, model.rope_base) for s in normed]
+            )
+            normed = rms_norm(x, own["ffn_norm"], model.norm_epsilon).reshape(-1, model.hidden_size)
+            bias = None if expert_bias is None else expert_bias[pool, inner]
+            x = x + self._mixture(normed, own.get("mixture", {}), _index(banks, pool), bias).reshape(x.shape)
+        self.logits = rms_norm(x, wide["final_norm"], model.norm_epsilon) @ wide["output"].T
+
+    def _mixture(self, x: np.ndarray, own: Any, bank: Any, bias: np.ndarray | None) -> np.ndarray:
+        moe = self.config.moe
+        if moe.router == "none":
+            return np.stack([expert(token, bank, 0) for token in x])
+        logits = x @ own["router"].T
+        if moe.router == "norm":
+            from unipool_jax.moe.routing import norm_constant  # its value has its own oracle
+
+            constant = norm_constant(logits.shape[1], moe.top_k) if moe.score_constant == "monte_carlo" else 1.0
+            scores = norm_router_scores(logits, float(own["scale"]), constant, moe.score_epsilon)
+        elif moe.router == "softmax":
+            scores = softmax(logits)
+        else:
+            scores = 1 / (1 + np.exp(-logits))
+        experts = top_k(scores if bias is None else scores + bias, moe.top_k)
+        self.scores.append(scores)
+        self.experts.append(experts)
+        out = np.zeros_like(x)
+        for token in range(len(x)):
+            gates = scores[token, experts[token]]
+            if moe.router == "sigmoid" and moe.top_k > 1:
+                gates = gates / (gates.sum() + 1e-20)
+            for gate, index in zip(gates, experts[token], strict=True):
+                out[token] += gate * expert(x[token], bank, index)
+        return out
+
+    def counts(self) -> np.ndarray:
+        """Choices per layer and expert `[L, E]`."""
+        width = self.scores[0].shape[1]
+        return np.stack([np.bincount(e.reshape(-1), minlength=width) for e in self.experts])
+
+    def lm_loss(self, targets: np.ndarray) -> float:
+        """Mean cross-entropy in nats."""
+        log_probability = np.log(softmax(self.logits))
+        return float(-np.take_along_axis(log_probability, targets[..., None], -1).mean())
+
+
+def _as_float64(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _as_float64(value) for key, value in tree.items()}
+    return np.asarray(tree, np.float64)
+
+
+def _index(tree: Any, index: int) -> Any:
+    if isinstance(tree, dict):
+        return {key: _index(value, index) for key, value in tree.items()}
+    return tree[index]

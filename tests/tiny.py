@@ -1,0 +1,55 @@
+"""A model small enough that every test may compile it."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from unipool_jax.compose import compose_config
+from unipool_jax.config import Config
+from unipool_jax.data.pipeline import Batch
+from unipool_jax.training.step import TrainState, init_state
+
+METHODS = (
+    "dense",
+    "vanilla",
+    "vanilla_normrouter",
+    "vanilla_aux_free",
+    "shared_layer_aux",
+    "shared_pool_aux",
+    "unipool",
+)
+
+_TINY = [
+    "model.num_layers=4",
+    "model.hidden_size=16",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "model.ffn_size=24",
+    "model.vocab_size=64",
+    "model.init_std=0.2",
+    "data.sequence_length=8",
+    "data.tokenizer=bytes",
+    "train.batch_size=8",
+    "train.microbatch_size=8",
+    "train.steps=50",
+    "loss.switch_group_sequences=4",
+]
+
+
+def tiny_config(method: str = "unipool", *overrides: str) -> Config:
+    """Four layers of width 16, two experts per layer unless overridden; weights large enough to matter."""
+    experts = [] if method == "dense" else ["moe.experts_per_layer=2"]
+    return compose_config([f"method={method}", *_TINY, *experts, *overrides])
+
+
+def tiny_state(config: Config, seed: int = 0) -> TrainState:
+    """A fresh training state."""
+    return jax.jit(init_state, static_argnums=0)(config, jax.random.key(seed))
+
+
+def tiny_batch(config: Config, seed: int = 0) -> Batch:
+    """Random tokens of the configured batch shape."""
+    shape = (config.train.batch_size, config.data.sequence_length + 1)
+    tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))

@@ -1,0 +1,57 @@
+"""Parameter report (spec A.5), from the real parameter tree by shape evaluation: nothing is allocated."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+
+from unipool_jax.config import Config
+from unipool_jax.model.transformer import Transformer
+
+
+def count_parameters(config: Config) -> dict[str, int]:
+    """Parameters by kind, their `total`, and the `active` ones: those a token uses, routers and scales left out."""
+    tokens_BS = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
+    bias_GNE = jax.ShapeDtypeStruct((config.pool.groups, config.layers_per_pool, config.experts_per_pool), jnp.float32)
+    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens_BS, bias_GNE)
+    counts = dict.fromkeys(("embeddings", "attention", "experts", "routers", "norms", "scales"), 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        counts[_kind([str(entry.key) for entry in path])] += math.prod(leaf.shape)
+    per_expert = counts["experts"] // config.total_experts
+    total = sum(counts.values())
+    active_experts = per_expert * config.moe.top_k * config.model.num_layers
+    active = counts["embeddings"] + counts["attention"] + counts["norms"] + active_experts
+    return counts | {"total": total, "active": active}
+
+
+def _kind(path: list[str]) -> str:
+    if path[0] in ("embedding", "output"):
+        return "embeddings"
+    if "bank" in path:
+        return "experts"
+    if path[-2:-1] == ["attention"]:
+        return "attention"
+    return {"router": "routers", "scale": "scales"}.get(path[-1], "norms")
+
+
+def describe(config: Config) -> str:
+    """The report as text; its last line is JSON `{"parameters": {...}, "experts": {...}}`."""
+    counts = count_parameters(config)
+    experts = {
+        "total": config.total_experts,
+        "pools": config.pool.groups,
+        "per_pool": config.experts_per_pool,
+        "top_k": config.moe.top_k,
+    }
+    model = config.model
+    lines = [
+        f"{config.scale_name} {config.method_name}: {model.num_layers} layers x {model.hidden_size}, "
+        f"{experts['total']} experts of width {model.ffn_size} in {experts['pools']} pool(s) of {experts['per_pool']}, "
+        f"router {config.moe.router}, top-{config.moe.top_k}, vocabulary {model.vocab_size:,}",
+        *(f"  {kind:<12}{count:>16,}" for kind, count in counts.items()),
+        json.dumps({"parameters": counts, "experts": experts}),
+    ]
+    return "\n".join(lines)

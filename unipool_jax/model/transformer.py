@@ -1,0 +1,158 @@
+"""The language model: embedding, a scan over pools, inside it a scan over the layers that share one, logits.
+
+G = 1 pool is UniPool, G = L pools is the ordinary per-layer mixture, and a pool of one expert per layer without a
+router is the dense model: one structure for all of them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from unipool_jax.config import Config
+from unipool_jax.model.attention import Attention
+from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
+from unipool_jax.moe.pool import Bank, ExpertPool
+from unipool_jax.moe.routing import RoutingStats, norm_constant, route, scores
+
+
+def rms_norm(hidden: jax.Array, gain_D: jax.Array, epsilon: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + epsilon) * gain` over the last axis, in float32, returned in the dtype of x."""
+    wide = hidden.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (normed * gain_D).astype(hidden.dtype)
+
+
+class MixtureBlock(nn.Module):
+    """Router of one layer over the bank of its pool: `[B, S, D] -> [B, S, D]` and the layer's `RoutingStats`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, hidden_BSD: jax.Array, bank: Bank, expert_bias_E: jax.Array) -> tuple[jax.Array, RoutingStats]:
+        config, moe = self.config, self.config.moe
+        batch = hidden_BSD.shape[0]
+        hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+        if moe.router == "none":
+            return dense_ffn(hidden_ND, bank).reshape(hidden_BSD.shape), _no_routing(hidden_ND.shape[0])
+
+        num_experts, width = config.experts_per_pool, config.model.hidden_size
+        init = nn.initializers.normal(config.model.init_std)
+        router_ED = self.param("router", init, (num_experts, width), jnp.float32).astype(hidden_ND.dtype)
+        logits_NE = jnp.einsum("nd,ed->ne", hidden_ND, router_ED, preferred_element_type=jnp.float32)
+        logits_NE = logits_NE.astype(moe.router_dtype)
+
+        scale, constant = None, 1.0
+        if moe.router == "norm":
+            scale = self.param("scale", nn.initializers.ones, (), jnp.float32)
+            if moe.score_constant == "monte_carlo":
+                constant = norm_constant(num_experts, moe.top_k)
+        # A training micro-batch is whole groups (validated); elsewhere the statistics of groups are not used.
+        group_sequences = min(config.loss.switch_group_sequences, batch)
+        routing = route(
+            scores(logits_NE, moe.router, scale, constant, moe.score_epsilon),
+            logits_NE,
+            router=moe.router,
+            top_k=moe.top_k,
+            num_stat_groups=batch // group_sequences if batch % group_sequences == 0 else 1,
+            expert_bias_E=expert_bias_E if config.loss.balance == "expert_bias" else None,
+        )
+        output_ND = moe_ffn(hidden_ND, routing, bank, config.kernels.implementation)
+        return output_ND.reshape(hidden_BSD.shape), routing.stats
+
+
+def _no_routing(num_tokens: int) -> RoutingStats:
+    """Statistics of a layer whose one expert takes every token."""
+    return RoutingStats(
+        counts_AE=jnp.full((1, 1), num_tokens, jnp.int32),
+        score_sum_AE=jnp.zeros((1, 1), jnp.float32),
+        z_square_sum=jnp.zeros((), jnp.float32),
+    )
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer; the carry of the scan over layers."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, hidden_BSD: jax.Array, bank: Bank, expert_bias_E: jax.Array) -> tuple[jax.Array, RoutingStats]:
+        model = self.config.model
+        ones, width = nn.initializers.ones, (model.hidden_size,)
+        attention_gain_D = self.param("attention_norm", ones, width, jnp.float32)
+        normed_BSD = rms_norm(hidden_BSD, attention_gain_D, model.norm_epsilon)
+        hidden_BSD = hidden_BSD + Attention(model, name="attention")(normed_BSD)
+        ffn_gain_D = self.param("ffn_norm", ones, width, jnp.float32)
+        normed_BSD = rms_norm(hidden_BSD, ffn_gain_D, model.norm_epsilon)
+        mixture = nn.remat(MixtureBlock, prevent_cse=False) if model.remat == "moe" else MixtureBlock
+        output_BSD, stats = mixture(self.config, name="mixture")(normed_BSD, bank, expert_bias_E)
+        return hidden_BSD + output_BSD, stats
+
+
+class PoolStage(nn.Module):
+    """The N = L/G layers that share one pool; the body of the scan over pools."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, hidden_BSD: jax.Array, expert_bias_NE: jax.Array) -> tuple[jax.Array, RoutingStats]:
+        config, model = self.config, self.config.model
+        bank = ExpertPool(
+            num_experts=config.experts_per_pool,
+            hidden_size=model.hidden_size,
+            ffn_size=model.ffn_size,
+            init_std=model.init_std,
+            num_layers=model.num_layers,
+            name="bank",
+        )()
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False) if model.remat == "full" else Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=config.layers_per_pool,
+        )
+        return layers(config, name="layers")(hidden_BSD, bank, expert_bias_NE)
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model over one or more expert pools.
+
+    Parameters are float32; per-layer ones are stacked as `[G, L/G, ...]`, the bank as `[G, E, ...]`, so each pool
+    exists once in parameters, gradients and optimiser state.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, tokens_BS: jax.Array, expert_bias_GNE: jax.Array) -> tuple[jax.Array, RoutingStats]:
+        """Logits of the next token at every position, and routing statistics.
+
+        Args:
+          tokens_BS: token ids, int32.
+          expert_bias_GNE: selection bias, float32; used when loss.balance is `expert_bias`.
+
+        Returns:
+          Logits, float32 `[B, S, V]` over the padded vocabulary, and `RoutingStats` stacked to `[G, L/G, ...]`.
+        """
+        config, model = self.config, self.config.model
+        init = nn.initializers.normal(model.init_std)
+        table_shape = (model.vocab_size, model.hidden_size)
+        embedding_VD = self.param("embedding", init, table_shape, jnp.float32)
+        hidden_BSD = embedding_VD[tokens_BS].astype(model.compute_dtype)
+
+        pools = nn.scan(
+            PoolStage,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=0,
+            length=config.pool.groups,
+        )
+        hidden_BSD, stats = pools(config, name="pools")(hidden_BSD, expert_bias_GNE)
+
+        final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
+        hidden_BSD = rms_norm(hidden_BSD, final_gain_D, model.norm_epsilon)
+        output_VD = self.param("output", init, table_shape, jnp.float32).astype(hidden_BSD.dtype)
+        logits_BSV = jnp.einsum("bsd,vd->bsv", hidden_BSD, output_VD, preferred_element_type=jnp.float32)
+        return logits_BSV, stats

@@ -1,0 +1,161 @@
+"""Routers: hidden states in, chosen experts, gates and routing statistics out.
+
+NormRouter follows arXiv 2605.06665, equations 9-12; softmax and sigmoid are the baselines of the same paper.
+Statistics are values, not side effects, so a loss over all layers and the whole batch can be exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Router = Literal["softmax", "sigmoid", "norm"]
+
+_DRAWS = 100_000
+_DRAW_SEED = 42
+_DRAW_CHUNK = 10_000
+_SIGMOID_EPSILON = 1e-20
+
+
+class RoutingStats(NamedTuple):
+    """What the balance losses need to know of one layer; the layer scan stacks them to `[G, L/G, ...]`.
+
+    The A groups are equal runs of consecutive tokens: the Switch loss is computed within each.
+    """
+
+    counts_AE: jax.Array
+    """Choices (token, slot) that went to each expert, int32 `[A, E]`."""
+    score_sum_AE: jax.Array
+    """Scores summed over the tokens of the group, float32 `[A, E]`; carries gradient."""
+    z_square_sum: jax.Array
+    """Squared logsumexp of the logits summed over tokens, float32 scalar; carries gradient."""
+
+
+class Routing(NamedTuple):
+    """Where each token goes in one layer."""
+
+    experts_NK: jax.Array
+    """Chosen experts in descending order of the selection key, int32 `[N, k]`; ties go to the lowest index."""
+    gates_NK: jax.Array
+    """Factor on each chosen expert's output, float32 `[N, k]`."""
+    stats: RoutingStats
+
+
+def norm_scores(logits_NE: jax.Array, scale: jax.Array, constant: float, epsilon: float = 1e-8) -> jax.Array:
+    """NormRouter scores `scale * c * relu(z / (|z| + epsilon))`, `[N, E]` in the dtype of the logits.
+
+    The norm runs over all E logits of a token. Scores do not depend on the size of the logits, about half of them are
+    zero at initialisation, and they are not probabilities: they are deliberately not normalised. A token whose logits
+    are all zero gets zero scores and zero gradients.
+
+    Args:
+      logits_NE: router logits.
+      scale: learnable scalar of the layer.
+      constant: c of equation 12, see `norm_constant`.
+      epsilon: added to the norm.
+    """
+    square_N1 = jnp.sum(jnp.square(logits_NE.astype(jnp.float32)), axis=-1, keepdims=True)
+    nonzero_N1 = square_N1 > 0
+    # The root has an infinite slope at 0; the inner `where` keeps it out of the gradient.
+    norm_N1 = jnp.where(nonzero_N1, jnp.sqrt(jnp.where(nonzero_N1, square_N1, 1.0)), 0.0).astype(logits_NE.dtype)
+    direction_NE = logits_NE / (norm_N1 + jnp.asarray(epsilon, logits_NE.dtype))
+    factor = scale.astype(logits_NE.dtype) * jnp.asarray(constant, logits_NE.dtype)
+    return factor * jax.nn.relu(direction_NE)
+
+
+@functools.cache
+def norm_constant(num_experts: int, top_k: int) -> float:
+    """NormRouter's constant c: the mean over 1e5 Gaussian draws of `1 / |top-k of relu(x / |x|)|` (equation 12).
+
+    The draws are those of the published code (NumPy `RandomState(42)`, float64), so the value is the published one to
+    rounding. Where a draw has no positive entry (seen for num_experts <= 16) the mean is infinite; the root mean square
+    form `1 / sqrt(E |top-k|^2)` takes its place, with a warning.
+
+    Args:
+      num_experts: E, experts the router chooses from.
+      top_k: experts chosen per token.
+    """
+    random = np.random.RandomState(_DRAW_SEED)
+    energy = np.empty(_DRAWS)
+    for start in range(0, _DRAWS, _DRAW_CHUNK):
+        draws = random.randn(_DRAW_CHUNK, num_experts)
+        positive = np.maximum(draws / np.linalg.norm(draws, axis=1, keepdims=True), 0.0)
+        top = np.partition(positive, num_experts - top_k, axis=1)[:, num_experts - top_k :]
+        energy[start : start + _DRAW_CHUNK] = np.square(top).sum(axis=1)
+    if energy.min() > 0:
+        return float(np.mean(1.0 / np.sqrt(energy)))
+    constant = float(1.0 / np.sqrt(energy.mean()))
+    warnings.warn(
+        f"NormRouter over {num_experts} experts, top-{top_k}: the published constant is infinite; "
+        f"using the root-mean-square value {constant:.5f}",
+        stacklevel=2,
+    )
+    return constant
+
+
+def route(
+    scores_NE: jax.Array,
+    logits_NE: jax.Array,
+    *,
+    router: Router,
+    top_k: int,
+    num_stat_groups: int = 1,
+    expert_bias_E: jax.Array | None = None,
+) -> Routing:
+    """Choose the `top_k` experts of each token.
+
+    Gates are the chosen scores, never renormalised over the chosen experts, except for sigmoid with k > 1 (spec B.4).
+    With `expert_bias_E` the bias takes part in the choice but not in the gate. Experts with a zero score may be chosen
+    when fewer than k scores are positive; they get gate 0 and are counted.
+
+    Args:
+      scores_NE: scores, float32 or bfloat16.
+      logits_NE: router logits, for the z statistic.
+      router: which router made the scores.
+      top_k: experts per token.
+      num_stat_groups: A, equal runs of tokens for which statistics are kept apart; divides N.
+      expert_bias_E: selection bias, float32, or None.
+
+    Returns:
+      `Routing` with statistics of shape `[A, E]`.
+    """
+    num_tokens, num_experts = scores_NE.shape
+    key_NE = jax.lax.stop_gradient(scores_NE)
+    if expert_bias_E is not None:
+        key_NE = key_NE.astype(jnp.float32) + expert_bias_E
+    if top_k == 1:
+        experts_NK = jnp.argmax(key_NE, axis=-1, keepdims=True).astype(jnp.int32)
+    else:
+        experts_NK = jax.lax.top_k(key_NE, top_k)[1].astype(jnp.int32)
+
+    chosen_NKE = experts_NK[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)
+    # A sum over the one-hot choice instead of a gather: its transpose is dense, where a gather's is a scatter.
+    gates_NK = jnp.sum(jnp.where(chosen_NKE, scores_NE[:, None, :].astype(jnp.float32), 0.0), axis=-1)
+    if router == "sigmoid" and top_k > 1:
+        gates_NK = gates_NK / (jnp.sum(gates_NK, axis=-1, keepdims=True) + _SIGMOID_EPSILON)
+
+    tokens_per_group = num_tokens // num_stat_groups
+    stats = RoutingStats(
+        counts_AE=jnp.sum(
+            chosen_NKE.reshape(num_stat_groups, tokens_per_group * top_k, num_experts), axis=1, dtype=jnp.int32
+        ),
+        score_sum_AE=jnp.sum(
+            scores_NE.astype(jnp.float32).reshape(num_stat_groups, tokens_per_group, num_experts), axis=1
+        ),
+        z_square_sum=jnp.sum(jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1))),
+    )
+    return Routing(experts_NK, gates_NK, stats)
+
+
+def scores(logits_NE: jax.Array, router: Router, scale: jax.Array | None, constant: float, epsilon: float) -> jax.Array:
+    """Scores of any router, `[N, E]`. Softmax and sigmoid are computed in float32, then take the logits' dtype."""
+    if router == "norm":
+        assert scale is not None
+        return norm_scores(logits_NE, scale, constant, epsilon)
+    activation = jax.nn.softmax if router == "softmax" else jax.nn.sigmoid
+    return activation(logits_NE.astype(jnp.float32)).astype(logits_NE.dtype)

@@ -1,0 +1,208 @@
+"""One optimiser step, and one evaluation step, as pure functions of the training state and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unipool_jax.config import Config
+from unipool_jax.data.pipeline import Batch
+from unipool_jax.model.transformer import Transformer
+from unipool_jax.moe.balance import load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
+from unipool_jax.moe.routing import RoutingStats
+from unipool_jax.training.optimizer import make_optimizer, make_schedule
+
+Metrics = dict[str, jax.Array]
+
+
+class BalanceState(NamedTuple):
+    """State of expert balancing that no gradient touches; saved in checkpoints."""
+
+    expert_bias_GNE: jax.Array
+    """Selection bias per layer and expert, float32; stays zero unless loss.balance is `expert_bias`."""
+    previous_load_GE: jax.Array
+    """Share of choices per expert in the last micro-batch, float32; zeros before the first one, and unless
+    loss.pool_statistics is `previous`."""
+
+
+class TrainState(NamedTuple):
+    """Everything a run needs to go on, besides the configuration."""
+
+    step: jax.Array
+    """Completed steps, int32; also the position in the data."""
+    params: Any
+    opt_state: optax.OptState
+    balance: BalanceState
+
+
+class EvalSums(NamedTuple):
+    """Sums over the tokens of each sequence, so that totals do not depend on the batch size."""
+
+    loss_B: jax.Array
+    """Language-model loss in nats, float32."""
+    tokens_B: jax.Array
+    """Predicted tokens (weight 1), float32."""
+    bytes_B: jax.Array
+    """UTF-8 bytes of the predicted tokens, int32."""
+    counts_LE: jax.Array
+    """Choices per layer and expert, int32 `[L, E]`, over all positions of the batch."""
+
+
+def init_balance(config: Config) -> BalanceState:
+    """Balance state of a new run."""
+    groups, experts = config.pool.groups, config.experts_per_pool
+    return BalanceState(
+        expert_bias_GNE=jnp.zeros((groups, config.layers_per_pool, experts), jnp.float32),
+        previous_load_GE=jnp.zeros((groups, experts), jnp.float32),
+    )
+
+
+def init_state(config: Config, key: jax.Array) -> TrainState:
+    """State before the first step; traceable, so `jax.eval_shape` gives its structure without memory."""
+    balance = init_balance(config)
+    tokens_BS = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    params = Transformer(config).init(key, tokens_BS, balance.expert_bias_GNE)["params"]
+    opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, balance)
+
+
+def token_losses(logits_BSV: jax.Array, targets_BS: jax.Array) -> jax.Array:
+    """Cross-entropy in nats of every position over the padded vocabulary, float32 `[B, S]`."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted training step; it donates the state it is given.
+
+    The batch is worked through in `train.batch_size / train.microbatch_size` micro-batches. Losses, gradients and
+    balance statistics are those of the whole batch, whatever the number of micro-batches. When the loss or a gradient
+    is not finite, parameters, optimiser and balance state stay as they were and only the step count moves on.
+
+    Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), `grad_norm`, `learning_rate`, `finite`
+    (bool), `counts_LE` (int32) and, with NormRouter, `router_scale_L`.
+    """
+    model = Transformer(config)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    num_micro, loss_config = config.num_microbatches, config.loss
+    micro_tokens = config.train.microbatch_size * config.data.sequence_length
+    exact_pool_loss = loss_config.balance == "pool" and loss_config.pool_statistics == "current"
+    delayed_pool_loss = loss_config.balance == "pool" and loss_config.pool_statistics == "previous"
+
+    def micro_loss(
+        params: Any, micro: Batch, expert_bias: jax.Array, load_GE: jax.Array | None, total_weight: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, RoutingStats]]:
+        logits_BSV, stats = model.apply({"params": params}, micro.inputs, expert_bias)
+        losses_BS = token_losses(logits_BSV, micro.targets)
+        # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
+        lm = jnp.sum(losses_BS * micro.weights) * num_micro / total_weight
+        balance = jnp.zeros((), jnp.float32)
+        if loss_config.balance == "switch":
+            group_tokens = loss_config.switch_group_sequences * config.data.sequence_length
+            balance = switch_loss(stats, group_tokens, config.moe.top_k, loss_config.switch_coefficient)
+        elif loss_config.balance == "pool":
+            load = load_fractions(stats.counts_AE) if load_GE is None else load_GE
+            balance = pool_loss(stats, load, micro_tokens, loss_config.pool_coefficient)
+        z = z_loss(stats, micro_tokens, loss_config.z_coefficient)
+        total = lm + balance + z
+        metrics = {"loss/lm": lm, "loss/balance": balance, "loss/z": z, "loss/total": total}
+        return total, (metrics, jax.lax.stop_gradient(stats))
+
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def whole_batch_load(params: Any, micros: Batch, expert_bias: jax.Array) -> jax.Array:
+        """Choices per expert over all micro-batches. The pool loss multiplies two averages over the whole batch, so
+        the first must be known before the gradient of the second is taken: a forward pass over the mixture."""
+
+        def count(_: None, micro: Batch) -> tuple[None, jax.Array]:
+            _, stats = model.apply({"params": params}, micro.inputs, expert_bias)
+            return None, stats.counts_AE
+
+        counts_mGNAE = jax.lax.scan(count, None, micros)[1]
+        return load_fractions(jnp.sum(counts_mGNAE, axis=0))
+
+    def accumulated(state: TrainState, batch: Batch) -> tuple[Any, Metrics, jax.Array, jax.Array]:
+        """Gradients and losses averaged over micro-batches, counts `[G, N, E]`, and the last micro-batch's load."""
+        total_weight = jnp.sum(batch.weights)
+        bias, previous_GE = state.balance.expert_bias_GNE, state.balance.previous_load_GE
+        if num_micro == 1:
+            load = None if exact_pool_loss else previous_GE
+            (_, (metrics, stats)), grads = gradient(state.params, batch, bias, load, total_weight)
+            return grads, metrics, jnp.sum(stats.counts_AE, axis=2), load_fractions(stats.counts_AE)
+
+        micros = jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[1:]), batch)
+        if exact_pool_loss:
+            previous_GE = whole_batch_load(state.params, micros, bias)
+
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
+            grads, metrics, counts_GNE, load_GE = carry
+            (_, (micro_metrics, stats)), micro_grads = gradient(state.params, micro, bias, load_GE, total_weight)
+            mean = lambda total, part: total + part / num_micro  # noqa: E731 - used by two tree maps below
+            return (
+                jax.tree.map(mean, grads, micro_grads),
+                jax.tree.map(mean, metrics, micro_metrics),
+                counts_GNE + jnp.sum(stats.counts_AE, axis=2),
+                load_GE if exact_pool_loss else load_fractions(stats.counts_AE),
+            ), None
+
+        zero_metrics = dict.fromkeys(("loss/lm", "loss/balance", "loss/z", "loss/total"), jnp.zeros((), jnp.float32))
+        start = (
+            jax.tree.map(jnp.zeros_like, state.params),
+            zero_metrics,
+            jnp.zeros(bias.shape, jnp.int32),
+            previous_GE,
+        )
+        return jax.lax.scan(accumulate, start, micros)[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics, counts_GNE, load_GE = accumulated(state, batch)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        balance = state.balance
+        if delayed_pool_loss:
+            balance = balance._replace(previous_load_GE=load_GE)
+        if loss_config.balance == "expert_bias":
+            bias = updated_expert_bias(balance.expert_bias_GNE, counts_GNE, loss_config.expert_bias_rate)
+            balance = balance._replace(expert_bias_GNE=bias)
+        changed = (optax.apply_updates(state.params, updates), opt_state, balance)
+        kept = (state.params, state.opt_state, state.balance)
+        params, opt_state, balance = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "finite": finite,
+            "counts_LE": counts_GNE.reshape(config.model.num_layers, -1),
+        }
+        if config.moe.router == "norm":
+            metrics["router_scale_L"] = params["pools"]["layers"]["mixture"]["scale"].reshape(-1)
+        return TrainState(state.step + 1, params, opt_state, balance), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: Config) -> Callable[[Any, BalanceState, Batch, jax.Array], EvalSums]:
+    """The jitted evaluation step: `(params, balance, batch, token_bytes_V) -> EvalSums`; changes no state.
+
+    `token_bytes_V` is the UTF-8 length of each token, int32, of the tokenizer's or the padded vocabulary.
+    """
+    model = Transformer(config)
+
+    def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
+        logits_BSV, stats = model.apply({"params": params}, batch.inputs, balance.expert_bias_GNE)
+        losses_BS = token_losses(logits_BSV, batch.targets)
+        counted_BS = batch.weights > 0
+        return EvalSums(
+            loss_B=jnp.sum(losses_BS * batch.weights, axis=1),
+            tokens_B=jnp.sum(batch.weights, axis=1),
+            bytes_B=jnp.sum(jnp.where(counted_BS, token_bytes_V[batch.targets], 0), axis=1),
+            counts_LE=jnp.sum(stats.counts_AE, axis=2).reshape(config.model.num_layers, -1),
+        )
+
+    return jax.jit(eval_step)
