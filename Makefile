@@ -52,9 +52,9 @@ clean:  ## Remove the virtual environment and every cache; runs/ stays
 
 # Stamps: a target is repeated only when its lock file is newer.
 $(VENV)/python.stamp:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed, and PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 || echo not there)." >&2; \
-		echo "Name one that is new enough: make PYTHON=python3.12 demo" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit("ready" if sys.version_info >= (3, 11) else "old")' 2>&1 | grep -qx ready || { \
+		echo "Python 3.11 or newer is needed, and PYTHON=$(PYTHON) is not that." >&2; \
+		echo "Name one that is: make PYTHON=python3.12 demo" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 

@@ -59,7 +59,8 @@ def compose_config(overrides: Sequence[str] = (), config_dir: str | os.PathLike[
     try:
         with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
             node = compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
+        # The last two escape from Hydra for an override without a setting ("=3", "+=3") and for "scale=3".
         raise ConfigError(_unknown(overrides, Path(config_dir)) or [_summary(error)]) from error
     finally:
         GlobalHydra.instance().hydra = previous
@@ -139,12 +140,14 @@ def _unknown(overrides: Sequence[str], config_dir: Path) -> list[str]:
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
-        if key in choices:
+        if not key:
+            problems.append(f"{override!r}: names no setting; write SETTING=VALUE")
+        elif key in choices:
             if value not in choices[key] and not value.startswith("["):
                 problems.append(f"{key}={value}: no such choice; choose one of {', '.join(choices[key])}")
         elif any(name.startswith(f"{key}.") for name in names):
             problems.append(f"{key}: a section, not a setting; override its settings one by one: {key}.NAME=VALUE")
-        elif key and key not in names and not key.startswith("hydra"):
+        elif key not in names and not key.startswith("hydra"):
             near = difflib.get_close_matches(key, [*names, *choices], n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "unipool_jax/config.py lists all settings"
             problems.append(f"{key}: no such setting or group; {hint}")
