@@ -1,6 +1,7 @@
 """Batches: the order of spec G.4 against brute-force oracles, and evaluation's exact counts."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -241,7 +242,8 @@ def real_store(tmp_path_factory):
     random = np.random.RandomState(3)
     (folder / "a.jsonl").write_text(
         "".join(
-            '{"text": "%s"}\n' % ("".join(map(chr, random.randint(97, 123, n)))) for n in random.randint(1, 400, 300)
+            json.dumps({"text": "".join(map(chr, random.randint(97, 123, n)))}) + "\n"
+            for n in random.randint(1, 400, 300)
         )
     )
     return build_store([folder / "a.jsonl"], folder / "s", "bytes", (80, 15, 5), progress=False, shard_tokens=8192)

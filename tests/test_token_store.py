@@ -359,7 +359,7 @@ def test_opening_something_else(tmp_path):
 def test_wrong_tokenizer_and_split_are_refused(corpus, tmp_path):
     build(corpus[0], tmp_path / "out")
     assert open_store(tmp_path / "out", "bytes", (969, 30, 1), "contiguous").eod == 256
-    with pytest.raises(DataError, match="built with tokenizer 'bytes'.*asked for 'gpt2'"):
+    with pytest.raises(DataError, match=r"built with tokenizer 'bytes'.*asked for 'gpt2'"):
         open_store(tmp_path / "out", "gpt2")
     with pytest.raises(DataError, match="asked for split"):
         open_store(tmp_path / "out", split=(1, 1, 1))

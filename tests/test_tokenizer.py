@@ -112,7 +112,7 @@ def test_packaged_files_are_checked(tmp_path, monkeypatch):
 
 
 def test_unknown_names_and_bad_definitions_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no-such-tokenizer.*bytes, demo, gpt2"):
+    with pytest.raises(DataError, match=r"no-such-tokenizer.*bytes, demo, gpt2"):
         load_tokenizer("no-such-tokenizer")
     bad = tmp_path / "bad.json"
     bad.write_text("{}")

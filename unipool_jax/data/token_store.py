@@ -6,10 +6,11 @@ store.read(0, 1025)
 
 import contextlib
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -62,9 +63,6 @@ class _Worker:
 
     @classmethod
     def start(cls, name: str, definition: bytes | None) -> None:
-        import signal
-
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         parent = parent_process()
         if parent is not None:
@@ -95,8 +93,19 @@ def _encoder(tokenizer: Tokenizer, workers: int) -> Iterator[_Submit]:
     # Spawned, not forked: this process has threads (TensorStore, maybe JAX) whose locks a fork
     # would copy in an unknown state.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _Worker.start, (tokenizer.name, tokenizer.definition))
+
+    def encode_there(path: Path, field: str, records: list[Record]) -> "Future[_Numbers]":
+        # Submitting starts processes, which inherit the signal mask: Ctrl-C reaches this process
+        # only, even while they are still importing.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.submit(_Worker.encode, path, field, records)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    resource_tracker.ensure_running()  # would be started by the first submit and reset the mask
     try:
-        yield lambda path, field, records: pool.submit(_Worker.encode, path, field, records)
+        yield encode_there
     finally:
         pool.shutdown(cancel_futures=True)
 
