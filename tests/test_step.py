@@ -14,6 +14,8 @@ import oracles
 from tiny import METHODS, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config import Config
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.model.transformer import forward
+from unipool_jax.moe.balance import load_fractions, pool_loss
 from unipool_jax.training.step import TrainState, make_eval_step, make_train_step
 
 
@@ -105,17 +107,14 @@ def test_balance_losses_give_experts_no_gradient() -> None:
     config = tiny_config("unipool", "moe.top_k=2")
     batch = tiny_batch(config)
     state = tiny_state(config)
-    params = jax.tree.map(jnp.asarray, state.params)
-    from unipool_jax.model.transformer import Transformer
-    from unipool_jax.moe.balance import load_fractions, pool_loss
 
     def balance_only(params: Any) -> jax.Array:
         # One layer of routing: the last; earlier layers feed it through their experts.
-        _, stats = Transformer(config).apply({"params": params}, batch.inputs, state.balance.expert_bias_GNE)
+        _, stats = forward(config, params, batch.inputs, state.balance.expert_bias_GNE)
         first = jax.tree.map(lambda x: x[:, :1], stats)
         return pool_loss(first, load_fractions(stats.counts_AE), batch.inputs.size, 1.0)
 
-    grads = jax.grad(balance_only)(params)["pools"]
+    grads = jax.grad(balance_only)(state.params)["pools"]
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads["bank"]))
     assert grads["layers"]["mixture"]["router"][0, 0].any()
     assert grads["layers"]["mixture"]["scale"][0, 0] > 0

@@ -13,13 +13,13 @@ import pytest
 import oracles
 from tiny import METHODS, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config import Config
-from unipool_jax.model.transformer import Transformer
+from unipool_jax.model.transformer import forward
 
 
 def _forward(config: Config, params: Any, tokens: np.ndarray, bias: Any = None) -> tuple[jax.Array, Any]:
     if bias is None:
         bias = jnp.zeros((config.pool.groups, config.layers_per_pool, config.experts_per_pool))
-    return jax.jit(Transformer(config).apply)({"params": params}, tokens, bias)
+    return jax.jit(forward, static_argnums=0)(config, params, tokens, bias)
 
 
 VARIANTS = [
@@ -114,7 +114,7 @@ def test_gradient_of_a_shared_expert_is_the_sum_over_its_layers() -> None:
 
     def loss(config: Config, params: Any) -> jax.Array:
         shape = (config.pool.groups, config.layers_per_pool, config.experts_per_pool)
-        logits, _ = Transformer(config).apply({"params": params}, batch.inputs, jnp.zeros(shape))
+        logits, _ = forward(config, params, batch.inputs, jnp.zeros(shape))
         return jnp.sum(jnp.square(logits)) / logits.size
 
     one = jax.grad(lambda p: loss(shared, p))(params)["pools"]["bank"]
@@ -135,7 +135,7 @@ def test_rematerialisation_changes_no_value(method: str) -> None:
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
 
         def loss(params: Any) -> jax.Array:
-            logits, stats = Transformer(changed).apply({"params": params}, batch.inputs, jnp.zeros(shape))
+            logits, stats = forward(changed, params, batch.inputs, jnp.zeros(shape))
             return jnp.mean(jnp.square(logits)) + jnp.sum(stats.score_sum_AE) * 1e-3
 
         return jax.jit(jax.grad(loss))(params)

@@ -6,9 +6,12 @@ router is the dense model: one structure for all of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import ArrayLike
 
 from unipool_jax.config import Config
 from unipool_jax.model.attention import Attention
@@ -156,3 +159,11 @@ class Transformer(nn.Module):
         output_VD = self.param("output", init, table_shape, jnp.float32).astype(hidden_BSD.dtype)
         logits_BSV = jnp.einsum("bsd,vd->bsv", hidden_BSD, output_VD, preferred_element_type=jnp.float32)
         return logits_BSV, stats
+
+
+def forward(
+    config: Config, params: Any, tokens_BS: ArrayLike, expert_bias_GNE: jax.Array
+) -> tuple[jax.Array, RoutingStats]:
+    """`Transformer` as a function of its parameters: logits `[B, S, V]` float32 and stacked `RoutingStats`."""
+    output: Any = Transformer(config).apply({"params": params}, tokens_BS, expert_bias_GNE)
+    return output

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from unipool_jax.config import Config
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.model.transformer import Transformer
+from unipool_jax.model.transformer import Transformer, forward
 from unipool_jax.moe.balance import load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.training.optimizer import make_optimizer, make_schedule
@@ -70,7 +71,7 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, balance)
 
 
-def token_losses(logits_BSV: jax.Array, targets_BS: jax.Array) -> jax.Array:
+def token_losses(logits_BSV: jax.Array, targets_BS: ArrayLike) -> jax.Array:
     """Cross-entropy in nats of every position over the padded vocabulary, float32 `[B, S]`."""
     return optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
 
@@ -85,7 +86,6 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), `grad_norm`, `learning_rate`, `finite`
     (bool), `counts_LE` (int32) and, with NormRouter, `router_scale_L`.
     """
-    model = Transformer(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = make_schedule(config.optimizer, config.train.steps)
     num_micro, loss_config = config.num_microbatches, config.loss
@@ -96,7 +96,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     def micro_loss(
         params: Any, micro: Batch, expert_bias: jax.Array, load_GE: jax.Array | None, total_weight: jax.Array
     ) -> tuple[jax.Array, tuple[Metrics, RoutingStats]]:
-        logits_BSV, stats = model.apply({"params": params}, micro.inputs, expert_bias)
+        logits_BSV, stats = forward(config, params, micro.inputs, expert_bias)
         losses_BS = token_losses(logits_BSV, micro.targets)
         # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
         lm = jnp.sum(losses_BS * micro.weights) * num_micro / total_weight
@@ -118,9 +118,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         """Choices per expert over all micro-batches. The pool loss multiplies two averages over the whole batch, so
         the first must be known before the gradient of the second is taken: a forward pass over the mixture."""
 
-        def count(_: None, micro: Batch) -> tuple[None, jax.Array]:
-            _, stats = model.apply({"params": params}, micro.inputs, expert_bias)
-            return None, stats.counts_AE
+        def count(carry: None, micro: Batch) -> tuple[Any, jax.Array]:
+            _, stats = forward(config, params, micro.inputs, expert_bias)
+            return carry, stats.counts_AE
 
         counts_mGNAE = jax.lax.scan(count, None, micros)[1]
         return load_fractions(jnp.sum(counts_mGNAE, axis=0))
@@ -192,10 +192,9 @@ def make_eval_step(config: Config) -> Callable[[Any, BalanceState, Batch, jax.Ar
 
     `token_bytes_V` is the UTF-8 length of each token, int32, of the tokenizer's or the padded vocabulary.
     """
-    model = Transformer(config)
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
-        logits_BSV, stats = model.apply({"params": params}, batch.inputs, balance.expert_bias_GNE)
+        logits_BSV, stats = forward(config, params, batch.inputs, balance.expert_bias_GNE)
         losses_BS = token_losses(logits_BSV, batch.targets)
         counted_BS = batch.weights > 0
         return EvalSums(
