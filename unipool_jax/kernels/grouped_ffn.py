@@ -3,14 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from unipool_jax.kernels import reference
+from unipool_jax.kernels import reference, xla
 from unipool_jax.kernels.group_plan import GroupPlan
-from unipool_jax.kernels.grouped_matmul import (
-    Implementation,
-    check_operands,
-    grouped_matmul,
-    resolve,
-)
+from unipool_jax.kernels.grouped_matmul import Implementation, check_operands, resolve, vary_alike
+
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, GroupPlan]
 
 
 def grouped_ffn(
@@ -25,8 +22,9 @@ def grouped_ffn(
     """SwiGLU of each row with its own expert: `(silu(x Wg) * (x Wu)) Wd` (Shazeer 2020, arXiv:2002.05202).
 
     SiLU is computed in float32, products accumulate in float32, weight gradients are summed in float32 and
-    rounded once to the weights' dtype. Rows past the last group are zero in the output and in the row
-    gradient and never reach a weight gradient, even where they hold NaN. Reverse mode only.
+    rounded once to the weights' dtype. Rows past the last group are zero in the output and in the row gradient
+    and never reach a weight gradient, even where they hold NaN. Reverse-mode derivatives only; the backward
+    pass keeps the rows and the gate and up products, so wrap the call in `jax.checkpoint` to save those two.
 
     Args:
         rows_RD: `[R, D]` rows sorted by group.
@@ -42,25 +40,46 @@ def grouped_ffn(
     Raises:
         ValueError: on shapes or dtypes that do not fit together, or an unknown implementation.
     """
-    if gate_EDF.ndim != 3:
-        raise ValueError(f"gate_EDF has shape {gate_EDF.shape}; expected [E, D, F]")
-    experts, width, hidden = gate_EDF.shape
-    check_operands(rows_RD, {"gate_EDF": gate_EDF, "up_EDF": up_EDF, "down_EFD": down_EFD}, plan)
+    check_operands({"rows_RD": rows_RD}, {"gate_EDF": gate_EDF, "up_EDF": up_EDF, "down_EFD": down_EFD}, plan)
+    rows, (experts, width, hidden) = rows_RD.shape[0], gate_EDF.shape
     expected = {
-        "rows_RD": (rows_RD.shape[1:], (width,)),
+        "rows_RD": (rows_RD.shape, (rows, width)),
         "up_EDF": (up_EDF.shape, (experts, width, hidden)),
         "down_EFD": (down_EFD.shape, (experts, hidden, width)),
     }
     for name, (actual, wanted) in expected.items():
         if actual != wanted:
-            raise ValueError(
-                f"{name} has (trailing) shape {actual}; expected {wanted} to fit gate_EDF {gate_EDF.shape}"
-            )
-    if resolve(implementation) == "reference":
-        return reference.grouped_ffn(rows_RD, gate_EDF, up_EDF, down_EFD, plan)
-    gate_RF = grouped_matmul(rows_RD, gate_EDF, plan, implementation=implementation)
-    up_RF = grouped_matmul(rows_RD, up_EDF, plan, implementation=implementation)
-    hidden_RF = jax.nn.silu(gate_RF.astype(jnp.float32)) * up_RF.astype(jnp.float32)
-    return grouped_matmul(
-        hidden_RF.astype(rows_RD.dtype), down_EFD, plan, implementation=implementation
+            raise ValueError(f"{name} has shape {actual}; expected {wanted} to fit gate_EDF {gate_EDF.shape}")
+    implementation = resolve(implementation)
+    if rows == 0:
+        return jnp.zeros_like(rows_RD)
+    operands = vary_alike((rows_RD, gate_EDF, up_EDF, down_EFD, plan))
+    if implementation == "reference":
+        return reference.grouped_ffn(*operands)
+    return _xla_ffn(*operands)
+
+
+@jax.custom_vjp
+def _xla_ffn(
+    rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
+) -> jax.Array:
+    return xla.ffn_forward(rows_RD, gate_EDF, up_EDF, down_EFD, plan)[0]
+
+
+def _forward(*operands: *Operands) -> tuple[jax.Array, tuple[Operands, tuple[jax.Array, jax.Array]]]:
+    out_RD, products = xla.ffn_forward(*operands)
+    return out_RD, (operands, products)
+
+
+def _backward(
+    residuals: tuple[Operands, tuple[jax.Array, jax.Array]], grad_RD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, None]:
+    operands, products = residuals
+    rows_grad_RD, *bank_grads = xla.ffn_backward(grad_RD, *operands, products)
+    gate_grad, up_grad, down_grad = (
+        gradient.astype(bank.dtype) for gradient, bank in zip(bank_grads, operands[1:4], strict=True)
     )
+    return rows_grad_RD, gate_grad, up_grad, down_grad, None
+
+
+_xla_ffn.defvjp(_forward, _backward)

@@ -1,17 +1,18 @@
 """Grouped matrix product: each row of a sorted buffer times its own expert's matrix. The public face."""
 
-from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from unipool_jax.kernels import reference, xla
 from unipool_jax.kernels.group_plan import GroupPlan
 
 Implementation = Literal["auto", "reference", "xla"]
+Operands = TypeVar("Operands")
 
-# What "auto" means on each platform; every platform not named here uses "xla".
+# What "auto" means on each platform; a platform not named here uses "xla".
 PLATFORM_IMPLEMENTATION: dict[str, Implementation] = {"cpu": "xla"}
 
 
@@ -26,9 +27,7 @@ def resolve(implementation: Implementation) -> Implementation:
     if implementation == "auto":
         return PLATFORM_IMPLEMENTATION.get(jax.default_backend(), "xla")
     if implementation not in ("reference", "xla"):
-        raise ValueError(
-            f"implementation is {implementation!r}; expected 'auto', 'reference' or 'xla'"
-        )
+        raise ValueError(f"implementation is {implementation!r}; expected 'auto', 'reference' or 'xla'")
     return implementation
 
 
@@ -43,7 +42,7 @@ def grouped_matmul(
 
     Products accumulate in float32. The bank's gradient is summed in float32 and rounded once to the bank's
     dtype. Rows past the last group are zero in the output and in the row gradient and never reach the bank's
-    gradient, whatever the buffer or the cotangent holds there (NaN included). Reverse mode only.
+    gradient, whatever the buffer or the cotangent holds there (NaN included). Reverse-mode derivatives only.
 
     Args:
         rows_RK: `[R, K]` rows sorted by group.
@@ -56,38 +55,63 @@ def grouped_matmul(
 
     Raises:
         ValueError: on shapes or dtypes that do not fit together, or an unknown implementation.
+
+    Example:
+        >>> from unipool_jax.kernels.group_plan import make_group_plan
+        >>> rows, bank = jnp.ones((3, 2)), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])
+        >>> grouped_matmul(rows, bank, make_group_plan(jnp.array([1, 1]), 3)).tolist()
+        [[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]
     """
-    if bank_EKN.ndim != 3:
-        raise ValueError(f"bank_EKN has shape {bank_EKN.shape}; expected [E, K, N]")
-    check_operands(rows_RK, {"bank_EKN": bank_EKN}, plan)
+    check_operands({"rows_RK": rows_RK}, {"bank_EKN": bank_EKN}, plan)
     if rows_RK.shape[1] != bank_EKN.shape[1]:
         raise ValueError(
-            f"rows_RK has shape {rows_RK.shape}; expected [R, {bank_EKN.shape[1]}] "
-            f"to fit bank_EKN {bank_EKN.shape}"
+            f"rows_RK has shape {rows_RK.shape}; expected [R, {bank_EKN.shape[1]}] to fit bank_EKN {bank_EKN.shape}"
         )
-    if resolve(implementation) == "reference":
+    implementation = resolve(implementation)
+    if rows_RK.shape[0] == 0:
+        return jnp.zeros((0, bank_EKN.shape[2]), rows_RK.dtype)
+    rows_RK, bank_EKN, plan = vary_alike((rows_RK, bank_EKN, plan))
+    if implementation == "reference":
         return reference.grouped_matmul(rows_RK, bank_EKN, plan)
     return _xla_matmul(rows_RK, bank_EKN, plan)
 
 
-def check_operands(rows: jax.Array, banks: dict[str, jax.Array], plan: GroupPlan) -> None:
-    """Raise ValueError unless rows, banks (by argument name) and plan agree in rank, dtype and groups."""
-    if rows.ndim != 2:
-        raise ValueError(f"rows has shape {rows.shape}; expected two dimensions [rows, width]")
-    num_groups = plan.group_sizes.shape[0]
+def check_operands(rows: dict[str, jax.Array], banks: dict[str, jax.Array], plan: GroupPlan) -> None:
+    """Raise ValueError unless rows and banks, given by argument name, agree with the plan and in dtype."""
+    num_rows, num_groups = plan.row_group.shape[0], plan.group_sizes.shape[0]
+    ((rows_name, rows_array),) = rows.items()
+    if rows_array.ndim != 2 or rows_array.shape[0] != num_rows:
+        raise ValueError(
+            f"{rows_name} has shape {rows_array.shape}; expected two dimensions and the plan's {num_rows} rows"
+        )
+    if not jnp.issubdtype(rows_array.dtype, jnp.floating):
+        raise ValueError(f"{rows_name} has dtype {rows_array.dtype}; expected a floating-point dtype")
     for name, bank in banks.items():
-        if bank.shape[0] != num_groups:
+        if bank.ndim != 3 or bank.shape[0] != num_groups:
             raise ValueError(
-                f"{name} has shape {bank.shape}; expected {num_groups} experts on its first axis, "
-                "one per group of the plan"
+                f"{name} has shape {bank.shape}; expected three dimensions and the plan's {num_groups} experts"
             )
-        if bank.dtype != rows.dtype:
+        if bank.dtype != rows_array.dtype:
             raise ValueError(
-                f"{name} has dtype {bank.dtype} and rows {rows.dtype}; expected one dtype: "
-                "cast the bank once per step, not once per layer"
+                f"{name} has dtype {bank.dtype} but {rows_name} has {rows_array.dtype}; expected one dtype: "
+                "cast the bank to the compute dtype first, once per step"
             )
-    if not jnp.issubdtype(rows.dtype, jnp.floating):
-        raise ValueError(f"rows has dtype {rows.dtype}; expected a floating-point dtype")
+
+
+def vary_alike(operands: Operands) -> Operands:
+    """Inside `shard_map`, mark all operands as varying over every mesh axis that any of them varies over.
+
+    A custom derivative must return cotangents that vary as its operands do. Marking them outside of it lets
+    JAX insert the sum over devices for an operand that was the same on all of them, such as a replicated bank.
+    """
+    leaves = jax.tree.leaves(operands)
+    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
+
+    def mark(leaf: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, operands)
 
 
 @jax.custom_vjp
@@ -95,15 +119,19 @@ def _xla_matmul(rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan) -> jax
     return xla.matmul(rows_RK, bank_EKN, plan, transpose_bank=False)
 
 
-def _forward(rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan):
+def _forward(
+    rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, GroupPlan]]:
     return _xla_matmul(rows_RK, bank_EKN, plan), (rows_RK, bank_EKN, plan)
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array, GroupPlan], grad_RN: jax.Array):
+def _backward(
+    residuals: tuple[jax.Array, jax.Array, GroupPlan], grad_RN: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     rows_RK, bank_EKN, plan = residuals
-    rows_grad = xla.matmul(grad_RN, bank_EKN, plan, transpose_bank=True)
-    bank_grad = xla.bank_gradient(rows_RK, grad_RN, plan).astype(bank_EKN.dtype)
-    return rows_grad, bank_grad, None
+    rows_grad_RK = xla.matmul(grad_RN, bank_EKN, plan, transpose_bank=True)
+    bank_grad_EKN = xla.bank_gradient(rows_RK, grad_RN, plan).astype(bank_EKN.dtype)
+    return rows_grad_RK, bank_grad_EKN, None
 
 
 _xla_matmul.defvjp(_forward, _backward)

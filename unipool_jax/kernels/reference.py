@@ -16,16 +16,15 @@ def grouped_matmul(rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan) -> 
     """`out[r] = rows[r] @ bank[group of r]`, zero for rows of no group. `[R, K]`, `[E, K, N]` -> `[R, N]`."""
     index_R1 = jnp.arange(rows_RK.shape[0])[:, None]
 
-    def add_expert(
-        out_RN: jax.Array, expert: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, None]:
+    def add_expert(out_RN: jax.Array, expert: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         weight_KN, start, end = expert
         mine_R1 = (start <= index_R1) & (index_R1 < end)
         mine_RK = jnp.where(mine_R1, rows_RK, 0).astype(jnp.float32)
         product_RN = jnp.matmul(mine_RK, weight_KN, precision=lax.Precision.HIGHEST)
         return out_RN + jnp.where(mine_R1, product_RN, 0), None
 
-    out_RN = jnp.zeros((rows_RK.shape[0], bank_EKN.shape[2]), jnp.float32)
+    # zeros_like, not zeros: inside shard_map the scan must start from a value that varies as its rows do.
+    out_RN = jnp.zeros_like(rows_RK, jnp.float32, shape=(rows_RK.shape[0], bank_EKN.shape[2]))
     experts = (bank_EKN.astype(jnp.float32), plan.offsets[:-1], plan.offsets[1:])
     return lax.scan(add_expert, out_RN, experts)[0].astype(rows_RK.dtype)
 

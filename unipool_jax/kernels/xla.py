@@ -1,97 +1,188 @@
 """Grouped products in plain XLA operations: runs on every platform, the default on CPU.
 
-Each product loops over experts and, inside, over the expert's row tiles: no data-dependent shape, no FLOPs for
-experts that own no rows, and at most one partly filled tile per expert.
+Two stages, both of static shape. First the leading rows of every group are gathered into a padded block
+`[E, T, ...]` and multiplied in one batched product, which reads each matrix once, in place. Then a loop visits the
+tiles of the groups that hold more than T rows; its trip count is the number of such tiles, so even routing
+hardly enters it and one expert holding every row costs at most one more pass over the rows.
+T and the tile size come from `group_plan.block_shape`.
+
+Every value gathered from a buffer is masked to the rows of its own group before it meets another group's
+rows in a sum, so rows of no group (and NaNs in them) reach no result.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unipool_jax.kernels.group_plan import GroupPlan
+from unipool_jax.kernels.group_plan import GroupPlan, block_shape
 
 
-def tile_rows(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: the expected rows per expert, rounded up to a multiple of 16, within 16 and 256."""
-    expected = -(-num_rows // num_groups)
-    return min(max(16, -(-expected // 16) * 16), 256, num_rows)
+def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:
+    """`out[r] = rows[r] @ bank[group of r]`, or with that matrix transposed; zero for rows of no group.
+
+    Shapes: `[R, K]`, `[E, K, N]` (transposed: `[E, N, K]`) -> `[R, N]` in the dtype of the rows.
+    """
+    contract = 1 if transpose_bank else 0
+    out_RN = _from_blocks(_batched_dot(_to_blocks(rows_RK, plan), bank, 1, contract), plan, rows_RK.dtype)
+
+    def visit(tile: jax.Array, out_RN: jax.Array) -> jax.Array:
+        group, base, mine_T1 = _tile(tile, plan)
+        product_TN = _dot(_take(rows_RK, base, mine_T1), _matrix(bank, group), 1, contract)
+        return _put(out_RN, product_TN, base, mine_T1)
+
+    return lax.fori_loop(0, plan.num_tiles, visit, out_RN)
+
+
+def bank_gradient(rows_RK: jax.Array, grad_RN: jax.Array, plan: GroupPlan) -> jax.Array:
+    """`[E, K, N]` float32: for each group the sum over its own rows of the outer products `rows[r] grad[r]^T`."""
+    bank_EKN = _batched_dot(_to_blocks(rows_RK, plan), _to_blocks(grad_RN, plan), 0, 0)
+
+    def visit(tile: jax.Array, bank_EKN: jax.Array) -> jax.Array:
+        group, base, mine_T1 = _tile(tile, plan)
+        product_KN = _dot(_take(rows_RK, base, mine_T1), _take(grad_RN, base, mine_T1), 0, 0)
+        return _add(bank_EKN, product_KN, group)
+
+    return lax.fori_loop(0, plan.num_tiles, visit, bank_EKN)
+
+
+def ffn_forward(
+    rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Gated expert FFN. Returns `[R, D]` and the blocks' gate and up products for `ffn_backward`.
+
+    The padded layout is kept through the whole network, so rows are moved only at its narrow ends.
+    """
+    dtype = rows_RD.dtype
+    block_ETD = _to_blocks(rows_RD, plan)
+    gate_ETF = _batched_dot(block_ETD, gate_EDF, 1, 0)
+    up_ETF = _batched_dot(block_ETD, up_EDF, 1, 0)
+    hidden_ETF = (jax.nn.silu(gate_ETF) * up_ETF).astype(dtype)
+    out_RD = _from_blocks(_batched_dot(hidden_ETF, down_EFD, 1, 0), plan, dtype)
+
+    def visit(tile: jax.Array, out_RD: jax.Array) -> jax.Array:
+        group, base, mine_T1 = _tile(tile, plan)
+        rows_TD = _take(rows_RD, base, mine_T1)
+        gate_TF = _dot(rows_TD, _matrix(gate_EDF, group), 1, 0)
+        up_TF = _dot(rows_TD, _matrix(up_EDF, group), 1, 0)
+        hidden_TF = (jax.nn.silu(gate_TF) * up_TF).astype(dtype)
+        return _put(out_RD, _dot(hidden_TF, _matrix(down_EFD, group), 1, 0), base, mine_T1)
+
+    return lax.fori_loop(0, plan.num_tiles, visit, out_RD), (gate_ETF.astype(dtype), up_ETF.astype(dtype))
+
+
+def ffn_backward(
+    grad_RD: jax.Array,
+    rows_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    plan: GroupPlan,
+    residuals: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of `ffn_forward`: rows in their own dtype, the three banks in float32.
+
+    Overflow tiles recompute their gate and up products: storing them would take a second `[R, F]` pair of
+    buffers for the rows that even routing does not have.
+    """
+    dtype = rows_RD.dtype
+    block_ETD = _to_blocks(rows_RD, plan)
+    grad_ETD = _to_blocks(grad_RD, plan)
+    hidden_ETF, gate_grad_ETF, up_grad_ETF = _gated_backward(*residuals, _batched_dot(grad_ETD, down_EFD, 1, 1), dtype)
+    gate_bank_EDF = _batched_dot(block_ETD, gate_grad_ETF, 0, 0)
+    up_bank_EDF = _batched_dot(block_ETD, up_grad_ETF, 0, 0)
+    down_bank_EFD = _batched_dot(hidden_ETF, grad_ETD, 0, 0)
+    rows_grad_ETD = _batched_dot(gate_grad_ETF, gate_EDF, 1, 1) + _batched_dot(up_grad_ETF, up_EDF, 1, 1)
+    rows_grad_RD = _from_blocks(rows_grad_ETD, plan, dtype)
+
+    def visit(tile: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        rows_grad_RD, gate_bank_EDF, up_bank_EDF, down_bank_EFD = gradients
+        group, base, mine_T1 = _tile(tile, plan)
+        rows_TD, grad_TD = _take(rows_RD, base, mine_T1), _take(grad_RD, base, mine_T1)
+        gate_DF, up_DF, down_FD = (_matrix(bank, group) for bank in (gate_EDF, up_EDF, down_EFD))
+        hidden_TF, gate_grad_TF, up_grad_TF = _gated_backward(
+            _dot(rows_TD, gate_DF, 1, 0), _dot(rows_TD, up_DF, 1, 0), _dot(grad_TD, down_FD, 1, 1), dtype
+        )
+        rows_grad_TD = _dot(gate_grad_TF, gate_DF, 1, 1) + _dot(up_grad_TF, up_DF, 1, 1)
+        return (
+            _put(rows_grad_RD, rows_grad_TD, base, mine_T1),
+            _add(gate_bank_EDF, _dot(rows_TD, gate_grad_TF, 0, 0), group),
+            _add(up_bank_EDF, _dot(rows_TD, up_grad_TF, 0, 0), group),
+            _add(down_bank_EFD, _dot(hidden_TF, grad_TD, 0, 0), group),
+        )
+
+    gradients = (rows_grad_RD, gate_bank_EDF, up_bank_EDF, down_bank_EFD)
+    return lax.fori_loop(0, plan.num_tiles, visit, gradients)
+
+
+def _gated_backward(
+    gate: jax.Array, up: jax.Array, hidden_grad: jax.Array, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`silu(gate) * up` and its derivatives by gate and by up, computed in float32, rounded to `dtype`."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    gate_grad = hidden_grad * up * (sigmoid + silu * (1 - sigmoid))
+    return (silu * up).astype(dtype), gate_grad.astype(dtype), (hidden_grad * silu).astype(dtype)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """2-D product over one axis of each operand, accumulated and returned in float32."""
+    """Product over one axis of each matrix, accumulated and returned in float32."""
     dimensions = (((contract_a,), (contract_b,)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _tile(array_RC: jax.Array, start: jax.Array, rows: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(array_RC, start, rows)
+def _batched_dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    """`_dot` for each expert, the first axis of both; the contracted axes are those of the matrices."""
+    dimensions = (((contract_a + 1,), (contract_b + 1,)), ((0,), (0,)))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _own_rows(start: jax.Array, end: jax.Array, base: jax.Array, rows: int) -> jax.Array:
-    """`[rows, 1]` mask of the tile at `base` that lies in `start:end`."""
-    index = base + jnp.arange(rows, dtype=jnp.int32)[:, None]
-    return (start <= index) & (index < end)
+def _to_blocks(rows_RC: jax.Array, plan: GroupPlan) -> jax.Array:
+    """`[E, T, C]`: the first T rows of each group, zero where the group has fewer."""
+    block, _ = block_shape(rows_RC.shape[0], plan.group_sizes.shape[0])
+    row_ET = plan.offsets[:-1, None] + jnp.arange(block, dtype=jnp.int32)
+    rows_ETC = jnp.take(rows_RC, row_ET, axis=0, mode="clip")
+    return jnp.where((row_ET < plan.offsets[1:, None])[..., None], rows_ETC, 0)
 
 
-def matmul(
-    rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool
-) -> jax.Array:
-    """`out[r] = rows[r] @ bank[group of r]`, or its transpose `bank[group of r].T`; zero for rows of no group.
+def _from_blocks(blocks_ETC: jax.Array, plan: GroupPlan, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`[R, C]`: the inverse of `_to_blocks`, zero for rows of no group and rows beyond their group's block."""
+    groups, block, width = blocks_ETC.shape
+    position_R = jnp.arange(plan.row_group.shape[0], dtype=jnp.int32) - jnp.take(
+        plan.offsets, plan.row_group, mode="clip"
+    )
+    source_R = plan.row_group * block + position_R
+    rows_RC = jnp.take(blocks_ETC.reshape(groups * block, width), source_R, axis=0, mode="clip")
+    in_block_R = (plan.row_group < groups) & (position_R < block)
+    return jnp.where(in_block_R[:, None], rows_RC, 0).astype(dtype)
 
-    Shapes: `[R, K]`, `[E, K, N]` (transposed: `[E, N, K]`) -> `[R, N]` in the dtype of the rows.
+
+def _tile(tile: jax.Array, plan: GroupPlan) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """An overflow tile's group, the row it is read from, and the `[rows, 1]` mask of rows it is to handle.
+
+    A tile that would stick out of the buffer is read from further up, its earlier rows masked.
     """
-    num_rows = rows_RK.shape[0]
-    num_groups = bank.shape[0]
-    width = bank.shape[1] if transpose_bank else bank.shape[2]
-    rows = tile_rows(num_rows, num_groups)
-
-    def expert_body(expert: jax.Array, out_RN: jax.Array) -> jax.Array:
-        weight = lax.dynamic_index_in_dim(bank, expert, keepdims=False)
-        end = plan.offsets[expert + 1]
-
-        def tile_body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            start, out_RN = carry
-            base = jnp.minimum(start, num_rows - rows)
-            tile = _dot(_tile(rows_RK, base, rows), weight, 1, 1 if transpose_bank else 0)
-            tile = jnp.where(
-                _own_rows(start, end, base, rows),
-                tile.astype(out_RN.dtype),
-                _tile(out_RN, base, rows),
-            )
-            return start + rows, lax.dynamic_update_slice_in_dim(out_RN, tile, base, 0)
-
-        return lax.while_loop(
-            lambda carry: carry[0] < end, tile_body, (plan.offsets[expert], out_RN)
-        )[1]
-
-    out_RN = jnp.zeros((num_rows, width), rows_RK.dtype)
-    return lax.fori_loop(0, num_groups, expert_body, out_RN)
+    num_rows = plan.row_group.shape[0]
+    _, rows = block_shape(num_rows, plan.group_sizes.shape[0])
+    group, start = plan.tile_group[tile], plan.tile_start[tile]
+    base = jnp.minimum(start, num_rows - rows)
+    row_T1 = base + jnp.arange(rows, dtype=jnp.int32)[:, None]
+    return group, base, (start <= row_T1) & (row_T1 < plan.offsets[group + 1])
 
 
-def bank_gradient(rows_RK: jax.Array, grad_RN: jax.Array, plan: GroupPlan) -> jax.Array:
-    """`[E, K, N]` float32: for each expert the sum over its own rows of `rows[r]^T grad[r]`."""
-    num_rows, depth = rows_RK.shape
-    width = grad_RN.shape[1]
-    num_groups = plan.group_sizes.shape[0]
-    rows = tile_rows(num_rows, num_groups)
+def _take(rows_RC: jax.Array, base: jax.Array, mine_T1: jax.Array) -> jax.Array:
+    return jnp.where(mine_T1, lax.dynamic_slice_in_dim(rows_RC, base, mine_T1.shape[0]), 0)
 
-    def expert_body(expert: jax.Array, bank_EKN: jax.Array) -> jax.Array:
-        end = plan.offsets[expert + 1]
 
-        def tile_body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            start, sum_KN = carry
-            base = jnp.minimum(start, num_rows - rows)
-            mine = _own_rows(start, end, base, rows)
-            rows_TK = jnp.where(mine, _tile(rows_RK, base, rows), 0)
-            grad_TN = jnp.where(mine, _tile(grad_RN, base, rows), 0)
-            return start + rows, sum_KN + _dot(rows_TK, grad_TN, 0, 0)
+def _put(rows_RC: jax.Array, tile_TC: jax.Array, base: jax.Array, mine_T1: jax.Array) -> jax.Array:
+    there_TC = lax.dynamic_slice_in_dim(rows_RC, base, mine_T1.shape[0])
+    tile_TC = jnp.where(mine_T1, tile_TC.astype(rows_RC.dtype), there_TC)
+    return lax.dynamic_update_slice_in_dim(rows_RC, tile_TC, base, 0)
 
-        sum_KN = lax.while_loop(
-            lambda carry: carry[0] < end,
-            tile_body,
-            (plan.offsets[expert], jnp.zeros((depth, width), jnp.float32)),
-        )[1]
-        return lax.dynamic_update_index_in_dim(bank_EKN, sum_KN, expert, 0)
 
-    bank_EKN = jnp.zeros((num_groups, depth, width), jnp.float32)
-    return lax.fori_loop(0, num_groups, expert_body, bank_EKN)
+def _matrix(bank: jax.Array, group: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(bank, group, keepdims=False)
+
+
+def _add(bank: jax.Array, matrix: jax.Array, group: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(bank, _matrix(bank, group) + matrix, group, 0)
