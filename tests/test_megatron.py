@@ -46,6 +46,7 @@ def test_pairs_are_read(tmp_path, dtype):
         assert store.split_documents("train").tolist() == list(range(39))
         assert (store.tokenizer.name, store.eod, store.text_bytes) == ("bytes", 256, None)
         store.verify()
+        assert store.fingerprint() != open_store(path, "bytes", (1, 1, 1)).fingerprint()
 
 
 def test_same_batches_as_our_own_store(tmp_path):

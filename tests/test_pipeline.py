@@ -293,9 +293,18 @@ def test_grain_path_equals_the_direct_one_and_reopened_stores_agree(real_store):
     assert list(training_batches(source, batch_size=20, start_step=20, end_step=20)) == []
 
 
-def test_seed_changes_order_not_content(real_store):
+def test_seed_changes_the_order(real_store):
     one, two = (WindowSource(real_store, "train", 16, 64, seed).batch(range(64)) for seed in (0, 1))
     assert not np.array_equal(one.inputs, two.inputs)
+
+
+def test_fingerprint_tells_sources_apart(real_store):
+    arguments = (real_store, "train", 16, 64, 0)
+    first = WindowSource(*arguments).fingerprint()
+    assert WindowSource(open_store(real_store.path), *arguments[1:]).fingerprint() == first
+    others = [[real_store] * 2, "valid", 17, 65, 1]
+    changed = [WindowSource(*arguments[:i], other, *arguments[i + 1 :]) for i, other in enumerate(others)]
+    assert len({first, *(source.fingerprint() for source in changed)}) == 6
 
 
 def test_loading_refusals(real_store):
@@ -341,6 +350,8 @@ def test_every_token_is_a_target_once(lengths, length, order):
     np.testing.assert_array_equal(batch.targets[real], tokens[1:])
     np.testing.assert_array_equal(batch.inputs[real], tokens[:-1])
     assert real[:-1].all()
+    assert not batch.inputs[~real].any()
+    assert not batch.targets[~real].any()
     assert windows.target_counts().sum() == len(tokens) - 1
 
 
@@ -383,6 +394,14 @@ def test_moving_evaluation_does_not_rewind(real_store):
         assert [batch.weights.any(axis=1).sum() for batch in batches] == [8, 8, 4]
         seen += [batch.inputs[row] for batch in batches for row in range(8) if batch.weights[row].any()]
     np.testing.assert_array_equal(seen, source.batch(range(60)).inputs)
+    # The last batch may leave a process without rows; it still gets as many batches as the others.
+    parts = [
+        list(moving_evaluation_batches(source, 0, 20, batch_size=8, process_index=p, process_count=4)) for p in range(4)
+    ]
+    assert [len(part) for part in parts] == [3] * 4
+    assert not parts[3][-1].weights.any()
+    joined = np.concatenate([part[2].inputs for part in parts])
+    np.testing.assert_array_equal(joined[:4], source.batch(range(16, 20)).inputs)
     with pytest.raises(DataError, match=r"windows 60\.\.80: there are 61"):
         moving_evaluation_batches(source, 3, 20, batch_size=8)
 

@@ -346,14 +346,29 @@ def test_no_text_is_an_error(tmp_path):
         build([tmp_path / "gone.jsonl"], tmp_path / "out")
     with pytest.raises(DataError, match="workers=0"):
         build([tmp_path / "a.jsonl"], tmp_path / "out", workers=0)
+    with pytest.raises(DataError, match="no name for a store"):
+        build([tmp_path / "a.jsonl"], "/")
     assert not (tmp_path / "out").exists()
 
 
 def test_opening_something_else(tmp_path):
     with pytest.raises(DataError, match="neither a token store nor"):
         open_store(tmp_path / "nothing")
-    with pytest.raises(DataError, match="neither a token store nor"):
-        open_store(tmp_path)
+    for path in (tmp_path, "/", "."):
+        with pytest.raises(DataError, match="neither a token store nor"):
+            open_store(path)
+
+
+def test_output_named_relative_to_the_working_folder(corpus, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    store = build(corpus[0], "sub/../../out/")
+    assert store.path == tmp_path / "out"
+    with pytest.raises(DataError, match="choose another folder"):
+        build(corpus[0], "..")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert build(corpus[0], tmp_path / "link").path == tmp_path / "elsewhere"
+    assert open_store(tmp_path / "link").num_tokens == store.num_tokens
 
 
 def test_wrong_tokenizer_and_split_are_refused(corpus, tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.splits import SplitOrder, check_split
+from unipool_jax.data.store_format import file_sha256, json_sha256
 from unipool_jax.data.store_reader import TokenStore
 from unipool_jax.data.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 def megatron_prefix(path: Path) -> Path | None:
     """`path` without `.bin` or `.idx` if both files are there, else None."""
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-    both = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx"))
+    both = (Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx"))
     return prefix if all(file.is_file() for file in both) else None
 
 
@@ -49,8 +50,8 @@ class MegatronTokenStore(TokenStore):
         self.eod = tokenizer.eod
         self.text_bytes = None
         self.manifest = {}
-        self._bin = prefix.with_name(prefix.name + ".bin")
-        self._load_index(prefix.with_name(prefix.name + ".idx"))
+        self._bin = Path(f"{prefix}.bin")
+        self._load_index(Path(f"{prefix}.idx"))
         self._tokens = np.memmap(self._bin, dtype=self.dtype, mode="r")
         self.read(0, min(self.num_tokens, 1 << 16))  # finds a wrong tokenizer at once
 
@@ -58,7 +59,7 @@ class MegatronTokenStore(TokenStore):
         size = path.stat().st_size
         if size < _HEADER.itemsize:
             raise DataError(f"{path}: {size} bytes, too short for a Megatron index")
-        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         magic = raw[:9].tobytes()
         header = raw[: _HEADER.itemsize].view(_HEADER)[0]
         if magic != _MAGIC or header["version"] != 1:
@@ -74,19 +75,33 @@ class MegatronTokenStore(TokenStore):
         lengths = raw[start : start + 4 * count].view("<i4")
         pointers = raw[start + 4 * count : start + 12 * count].view("<i8")
         self.dtype = np.dtype(_DTYPES[int(header["code"])])
-        offsets = np.zeros(count + 1, np.int64)
-        np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
-        if lengths.min() < 0 or (pointers != offsets[:-1] * self.dtype.itemsize).any():
+        # Both stay memory-mapped: thirty shards of the Pile have 170 million documents.
+        self._lengths, self._pointers, self._index = lengths, pointers, path
+        self.num_documents = count
+        self.num_tokens = int(lengths.sum(dtype=np.int64))
+        if lengths.min() < 0 or (pointers != self.document_offsets[:-1] * self.dtype.itemsize).any():
             raise DataError(f"{path}: sequences do not follow one another without gaps")
         stored = self._bin.stat().st_size
-        if offsets[-1] == 0 or stored != offsets[-1] * self.dtype.itemsize:
+        if self.num_tokens == 0 or stored != self.num_tokens * self.dtype.itemsize:
             raise DataError(
-                f"{self._bin}: {stored} bytes, but its index lists {offsets[-1]} tokens of "
+                f"{self._bin}: {stored} bytes, but its index lists {self.num_tokens} tokens of "
                 f"{self.dtype.itemsize} bytes; copy the pair again"
             )
-        self.document_offsets = offsets
-        self.num_documents = count
-        self.num_tokens = int(offsets[-1])
+
+    @property
+    def document_offsets(self) -> np.ndarray:  # type: ignore[override]
+        """Made from the lengths whenever asked for."""
+        return np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+
+    def document_starts(self, documents: np.ndarray) -> np.ndarray:
+        return self._pointers[documents] // self.dtype.itemsize
+
+    def document_lengths(self, documents: np.ndarray) -> np.ndarray:
+        return self._lengths[documents].astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """As for other stores, but of the index and the size of `.bin` only."""
+        return json_sha256([self.tokenizer_sha256, self.split, self.split_order, file_sha256(self._index)])
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -13,6 +13,7 @@ import numpy as np
 
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.splits import SplitName
+from unipool_jax.data.store_format import json_sha256
 from unipool_jax.data.store_reader import TokenStore
 from unipool_jax.data.streams import DocumentStream, read_ranges
 
@@ -102,7 +103,8 @@ class WindowSource:
     start every S tokens (neighbours share one token, the last incomplete one is dropped) and are
     shuffled, both with one NumPy `RandomState(seed)`. Windows cross document borders; the end of
     document token is an input and a target like any other. Several epochs are shuffled together,
-    except for a last epoch of which under 80% is used.
+    except for a last epoch of which under 80% is used; so where data repeats, the order depends on
+    `num_windows`.
 
     Stores have equal weight: window j is taken from the store that lags most behind its share
     (ties to the first), which is store `j mod n`, its window `j // n`. With several stores each
@@ -177,6 +179,15 @@ class WindowSource:
             ranges.append((places[store], start, start + self.sequence_length + 1))
         return read_ranges(used, ranges).reshape(len(indices), self.sequence_length + 1)
 
+    def fingerprint(self) -> str:
+        """Hash of all that decides what the windows hold.
+
+        Keep it with a checkpoint: a resumed run with another fingerprint sees other batches. Note
+        that `num_windows` is part of it, as it decides how epochs are shuffled.
+        """
+        stores = [store.fingerprint() for store in self.stores]
+        return json_sha256([stores, self.split, self.sequence_length, self._num_windows, self._seed])
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """Windows `indices` as a batch of `len(indices)` rows."""
         tokens = self.tokens(indices)
@@ -228,29 +239,30 @@ class EvalWindows:
     def __len__(self) -> int:
         return -(-self.num_targets // self.sequence_length)
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
+    def _ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Tokens `start .. stop-1` of all streams as (stream, start, stop) within each."""
         ranges = []
         for stream, end in enumerate(self._ends):
             begin = end - self._streams[stream].num_tokens
             low, high = max(start, begin), min(stop, end)
             if low < high:
                 ranges.append((stream, low - begin, high - begin))
-        return read_ranges(self._streams, ranges)
+        return ranges
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Windows `indices` as rows; padding has weight 0 and id 0."""
-        shape = (len(indices), self.sequence_length)
-        batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        """Windows `indices` as rows; padding has weight 0 and id 0. IndexError if out of range."""
+        length = self.sequence_length
+        tokens = np.zeros((len(indices), length + 1), np.int32)
+        sizes = np.zeros((len(indices), 1), np.int64)
+        ranges = []
         for row, index in enumerate(indices):
             if not 0 <= index < len(self):
                 raise IndexError(f"window {index}: there are {len(self)}")
-            start = index * self.sequence_length
-            size = min(self.sequence_length, self.num_targets - start)
-            tokens = self._read(start, start + size + 1)
-            batch.inputs[row, :size] = tokens[:-1]
-            batch.targets[row, :size] = tokens[1:]
-            batch.weights[row, :size] = 1.0
-        return batch
+            sizes[row] = min(length, self.num_targets - index * length)
+            ranges += self._ranges(index * length, index * length + int(sizes[row, 0]) + 1)
+        tokens[np.arange(length + 1) <= sizes] = read_ranges(self._streams, ranges)
+        real = np.arange(length) < sizes
+        return Batch(tokens[:, :-1] * real, tokens[:, 1:], real.astype(np.float32))
 
     def target_counts(self) -> np.ndarray:
         """How often each id is a target, int64 `[vocab_size]`.
@@ -260,7 +272,8 @@ class EvalWindows:
         counts = np.zeros(self.stores[0].vocab_size, np.int64)
         for start in range(0, self.num_targets, 1 << 20):
             stop = min(start + (1 << 20), self.num_targets)
-            counts += np.bincount(self._read(start + 1, stop + 1), minlength=len(counts))
+            tokens = read_ranges(self._streams, self._ranges(start + 1, stop + 1))
+            counts += np.bincount(tokens, minlength=len(counts))
         return counts
 
 

@@ -75,12 +75,19 @@ class TokenStore:
         """Indices of the documents of split `name`, ascending, int32."""
         return split_documents(self.num_documents, self.split, self.split_order, name)
 
+    def document_starts(self, documents: np.ndarray) -> np.ndarray:
+        """First token of each of `documents`, int64."""
+        return self.document_offsets[documents]
+
     def document_lengths(self, documents: np.ndarray) -> np.ndarray:
         """Tokens in each of `documents`, int64."""
-        # Index one past first, so that one temporary is alive at a time for millions of documents.
         lengths = self.document_offsets[documents + np.int32(1)]
         lengths -= self.document_offsets[documents]
         return lengths
+
+    def fingerprint(self) -> str:
+        """Hash of the contents; stores with one fingerprint give the same tokens and splits."""
+        raise NotImplementedError
 
     def verify(self) -> None:
         """Reads every byte and compares it with the recorded hashes; DataError names the file."""
@@ -176,6 +183,10 @@ class ZarrTokenStore(TokenStore):
         except (ValueError, OSError) as error:
             raise DataError(f"{self.path}: damaged store ({error}); rebuild it") from error
 
+    def fingerprint(self) -> str:
+        hashes = [recorded["sha256"] for _, recorded in self._files]
+        return store_format.json_sha256([self.tokenizer_sha256, self.split, self.split_order, hashes])
+
     def verify(self) -> None:
         for path, recorded in self._files:
             if store_format.file_sha256(path) != recorded["sha256"]:
@@ -226,11 +237,12 @@ def open_store(
                 "split; set both, for example tokenizer=gpt2 split=969,30,1"
             )
         return MegatronTokenStore(prefix, loaded, split, split_order or "contiguous")
-    if building_folder(path).exists():
+    if building_folder(path).is_dir() and not path.exists():
         raise DataError(f"{path}: its build was interrupted; repeat the build to finish it")
     raise DataError(f"{path}: neither a token store nor the prefix of a Megatron .bin/.idx pair")
 
 
 def building_folder(out: Path) -> Path:
     """Where the store `out` is put together before it gets its name."""
-    return out.with_name(out.name + ".building")
+    out = out.resolve()
+    return out.with_name(out.name + ".building") if out.name else out

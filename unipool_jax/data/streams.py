@@ -35,7 +35,7 @@ class DocumentStream:
         first = int(np.searchsorted(self._block_starts, start, side="right")) - 1
         last = int(np.searchsorted(self._block_starts, stop, side="left"))
         documents = self._documents[first * _BLOCK : last * _BLOCK]
-        begins = np.asarray(self.store.document_offsets[documents])
+        begins = self.store.document_starts(documents)
         lengths = self.store.document_lengths(documents)
         stream_ends = self._block_starts[first] + np.cumsum(lengths)
         stream_begins = stream_ends - lengths
@@ -64,4 +64,4 @@ def read_ranges(streams: Sequence[DocumentStream], ranges: Sequence[tuple[int, i
         stream.store.read_many(low, high) if low else []
         for stream, low, high in zip(streams, starts, stops, strict=True)
     ]
-    return np.concatenate([pieces[stream][place] for stream, place in order])
+    return np.concatenate([np.empty(0, np.int32), *(pieces[stream][place] for stream, place in order)])

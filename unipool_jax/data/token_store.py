@@ -228,7 +228,9 @@ def build_store(
             f"workers={workers} shard_tokens={shard_tokens}: at least one worker, and a positive "
             f"multiple of {store_format.CHUNK_TOKENS} tokens per shard"
         )
-    paths, out = [Path(file) for file in files], Path(out)
+    paths, out = [Path(file) for file in files], Path(out).resolve()
+    if not out.name:
+        raise DataError(f"{out}: is no name for a store; choose a folder below it")
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     checked = check_split(split, split_order)
     if not paths:
