@@ -201,17 +201,21 @@ def full_disk() -> Iterator[Any]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
+def _train_on_while_saving(checkpoints: Checkpoints) -> None:
+    checkpoints.save(2, items(make_state(2, width=2048)), make_meta(Config(), 2, None))
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        checkpoints.check()
+        time.sleep(0.001)
+
+
 def test_a_failed_background_save_surfaces_and_leaves_the_others_intact(tmp_path: Path, full_disk: Any) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         save(checkpoints, 1)
     checkpoints = Checkpoints(tmp_path, keep=1)
     full_disk()
     with pytest.raises(CheckpointError, match=r"newest complete checkpoint is step 1.*free space"):
-        checkpoints.save(2, items(make_state(2, width=2048)), make_meta(Config(), 2, None))
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            checkpoints.check()
-            time.sleep(0.01)
+        _train_on_while_saving(checkpoints)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     with Checkpoints(tmp_path, keep=1) as after:
         assert after.steps() == [1]

@@ -140,6 +140,13 @@ class Checkpoints:
         """Steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def newest(self) -> int:
+        """Step of the newest complete checkpoint; raises CheckpointError if there is none."""
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.directory}: no complete checkpoint here")
+        return steps[-1]
+
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of `step`."""
         return self.directory / str(step)
@@ -212,9 +219,8 @@ class Checkpoints:
           CheckpointError: if there is none, if `step` is missing or damaged, if all are damaged, or if the arrays have
             other names, shapes or dtypes than `target`.
         """
+        self.newest()
         steps = self.steps()
-        if not steps:
-            raise CheckpointError(f"{self.directory}: no complete checkpoint here")
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory}: no complete checkpoint of step {step}; there are {steps}")
         damaged: dict[int, Exception] = {}

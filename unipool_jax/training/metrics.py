@@ -110,12 +110,14 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """A JSON value: arrays as lists, NaN and infinity as null (JSON has neither)."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: plain_json(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -123,7 +125,7 @@ class MetricsWriter:
     """`metrics.jsonl` (one JSON object a line: kind, step, values) and TensorBoard events of one run folder.
 
     On resume every line of a later step is dropped, and with it a last line torn by a kill, so that the file is what
-    an uninterrupted run would have written.
+    an uninterrupted run would have written. `kinds_at_resume` tells which lines of `resume_step` were there.
 
     Args:
       folder: the run folder.
@@ -133,13 +135,14 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool):
         self.path = folder / "metrics.jsonl"
-        drop_later_lines(self.path, resume_step)
+        kept = _drop_later_lines(self.path, resume_step)
+        self.kinds_at_resume = {str(line.get("kind")) for line in kept if line.get("step") == resume_step}
         self._stream = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1) if tensorboard else None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line and one TensorBoard scalar per number; lists become one scalar per element."""
-        line = {"kind": kind, "step": step} | {key: _plain(value) for key, value in values.items()}
+        line = {"kind": kind, "step": step} | plain_json(values)
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
         if self._events is None:
@@ -165,11 +168,11 @@ class MetricsWriter:
             self._events.close()
 
 
-def drop_later_lines(path: Path, step: int) -> None:
-    """Keep only the complete lines of `path` up to `step`."""
+def _drop_later_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep only the complete lines of `path` up to `step`, and return what they say."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
@@ -177,12 +180,14 @@ def drop_later_lines(path: Path, step: int) -> None:
             continue
         if line.endswith("\n") and isinstance(record, dict) and record.get("step", 0) <= step:
             kept.append(line)
+            records.append(record)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         stream.writelines(kept)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
+    return records
 
 
 class Stopwatch:

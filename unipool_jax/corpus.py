@@ -1,0 +1,72 @@
+"""The text of a run: from `DataConfig` to a tokenizer and token stores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from unipool_jax.config import DataConfig
+from unipool_jax.data.errors import DataError
+from unipool_jax.data.splits import SPLIT_NAMES, SplitName
+from unipool_jax.data.token_store import TokenStore, cached_store, demo_corpus_path, open_store
+from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+
+class Corpus(NamedTuple):
+    """A tokenizer and the stores it made."""
+
+    tokenizer: Tokenizer
+    stores: list[TokenStore]
+
+    def num_tokens(self, split: SplitName) -> int:
+        """Tokens in one split of all stores."""
+        return sum(int(store.document_lengths(store.split_documents(split)).sum()) for store in self.stores)
+
+    def splits(self) -> list[SplitName]:
+        """Splits that hold at least one token to predict."""
+        return [split for split in SPLIT_NAMES if self.num_tokens(split) >= 2]
+
+    def token_bytes(self, vocab_size: int) -> np.ndarray | None:
+        """UTF-8 bytes per token, int32 `[vocab_size]` with zeros for pad ids; None where no exact table exists."""
+        table = self.tokenizer.token_bytes
+        return None if table is None else np.pad(table.astype(np.int32), (0, vocab_size - len(table)))
+
+
+def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
+    """The tokenizer and stores of `data`; text is tokenised into `data.cache_dir` the first time.
+
+    Args:
+      data: where text comes from.
+      vocab_size: rows of the model's embedding.
+
+    Raises:
+      DataError: missing or damaged data, or a tokenizer with more ids than the model has rows.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size}: data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} ids; "
+            f"set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    if data.source == "stores":
+        return Corpus(tokenizer, [_open(path, tokenizer, data) for path in data.stores])
+    files: Sequence[str | Path] = [demo_corpus_path()] if data.source == "demo" else data.files
+    store = cached_store(files, data.cache_dir, tokenizer, data.split, data.split_order, progress=True)
+    return Corpus(tokenizer, [store])
+
+
+def open_texts(data: DataConfig, files: Sequence[str], vocab_size: int) -> Corpus:
+    """Whole files as one corpus that is all `test`."""
+    whole = dataclasses.replace(data, source="files", files=tuple(files), split=(0, 0, 1), split_order="contiguous")
+    return open_corpus(whole, vocab_size)
+
+
+def _open(path: str, tokenizer: Tokenizer, data: DataConfig) -> TokenStore:
+    """Our own stores know their split; Megatron pairs have to be told."""
+    if Path(path).is_dir():
+        return open_store(path, tokenizer)
+    return open_store(path, tokenizer, data.split, data.split_order)

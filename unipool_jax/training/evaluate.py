@@ -1,0 +1,183 @@
+"""Loss, perplexity and bits per byte of a model on text, with exact denominators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from unipool_jax.config import Config
+from unipool_jax.corpus import Corpus
+from unipool_jax.data.pipeline import Batch, EvalWindows, WindowSource, evaluation_batches, moving_evaluation_batches
+from unipool_jax.data.splits import SplitName
+from unipool_jax.data.unigram import token_counts, unigram_loss
+from unipool_jax.training.metrics import perplexity
+from unipool_jax.training.step import make_eval_step
+
+UNIGRAM_MAX_TOKENS = 200_000_000
+"""Train splits larger than this are not read through for the unigram model."""
+
+
+class EvalResult(NamedTuple):
+    """Evaluation of one split."""
+
+    loss: float
+    """Language-model loss, nats per token; never contains auxiliary terms."""
+    perplexity: float
+    bits_per_byte: float | None
+    """None where the tokenizer has no exact byte count per token."""
+    tokens: int
+    """Predicted tokens."""
+    bytes: int | None
+    """UTF-8 bytes of the predicted tokens."""
+    counts_LE: np.ndarray
+    """Choices per layer and expert, int64; of full batches only, where there are any."""
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """The numbers, without the counts."""
+        return {key: value for key, value in self._asdict().items() if key != "counts_LE"}
+
+
+class Evaluator:
+    """Evaluation of parameters on the splits of a corpus; compiles once for all of them.
+
+    Args:
+      config: model, sequence length and batch sizes.
+      corpus: the text.
+      splits: those that will be evaluated.
+      limited: whether `train.eval_batches` limits a split to its first
+        `train.eval_batches x train.batch_size` sequences. That slice does not depend on `train.eval_batch_size`.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, splits: Sequence[SplitName], *, limited: bool):
+        self._config = config
+        self._corpus = corpus
+        self._step = make_eval_step(config)
+        table = corpus.token_bytes(config.model.vocab_size)
+        self.exact_bytes = table is not None
+        self._token_bytes_V = jax.device_put(np.zeros(config.model.vocab_size, np.int32) if table is None else table)
+        self._max_windows: int | None = None
+        if limited and config.train.eval_batches is not None:
+            self._max_windows = config.train.eval_batches * config.train.batch_size
+        # One batch shape for every split, and no larger than the largest of them.
+        self._batch_size = min(config.train.eval_batch_size, max(len(self.windows(split)) for split in splits))
+
+    def windows(self, split: SplitName) -> EvalWindows:
+        """The text of `split` as windows; raises DataError where there is none."""
+        return EvalWindows(self._corpus.stores, split, self._config.data.sequence_length, self._max_windows)
+
+    def fixed(self, split: SplitName) -> Iterator[Batch]:
+        """Batches over the same text every time."""
+        return evaluation_batches(
+            self.windows(split), batch_size=self._batch_size, num_threads=self._config.data.num_threads
+        )
+
+    def moving(self, evaluation: int) -> Iterator[Batch]:
+        """Batches over the next slice of the shuffled valid split (the published protocol).
+
+        Args:
+          evaluation: how many slices were used before this one.
+        """
+        config = self._config
+        size = self._max_windows or len(self.windows("valid"))
+        total = size * (config.train.steps // max(config.train.eval_every, 1) + 1)
+        source = WindowSource(self._corpus.stores, "valid", config.data.sequence_length, total, config.train.seed)
+        options = {"batch_size": self._batch_size, "num_threads": config.data.num_threads}
+        return moving_evaluation_batches(source, evaluation, size, **options)
+
+    def evaluate(
+        self,
+        params: Any,
+        balance: Any,
+        batches: Iterable[Batch],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> EvalResult | None:
+        """Run over `batches`; None if `cancelled` became true on the way.
+
+        Each batch comes back as sums per sequence, which are added up in float64 on the host.
+        """
+        total, pending = _Totals(), None
+        for batch in batches:
+            if cancelled():
+                return None
+            full = bool(np.all(batch.weights))
+            sums = self._step(params, balance, jax.device_put(batch), self._token_bytes_V)
+            if pending is not None:
+                total.add(*pending)
+            pending = sums, full
+        if pending is not None:
+            total.add(*pending)
+        return total.result(self.exact_bytes)
+
+
+class _Totals:
+    """Sums over batches, in float64 and integers."""
+
+    def __init__(self) -> None:
+        self._loss = 0.0
+        self._tokens = self._bytes = 0
+        # Padding is routed like text, so partly padded batches count only when there is nothing else.
+        self._counts: dict[bool, Any] = {True: 0, False: 0}
+        self._full_batches = 0
+
+    def add(self, sums: Any, full: bool) -> None:
+        host = jax.device_get(sums)
+        self._loss += float(np.sum(host.loss_B, dtype=np.float64))
+        self._tokens += int(np.sum(host.tokens_B, dtype=np.float64))
+        self._bytes += int(np.sum(host.bytes_B, dtype=np.int64))
+        self._counts[full] = self._counts[full] + host.counts_LE.astype(np.int64)
+        self._full_batches += full
+
+    def result(self, exact_bytes: bool) -> EvalResult:
+        loss = self._loss / self._tokens
+        bits = self._loss / math.log(2) / self._bytes if exact_bytes and self._bytes else None
+        counts = self._counts[self._full_batches > 0]
+        return EvalResult(loss, perplexity(loss), bits, self._tokens, self._bytes if exact_bytes else None, counts)
+
+
+def unigram_baseline(corpus: Corpus, windows: Mapping[str, EvalWindows]) -> dict[str, dict[str, float | None]] | None:
+    """Loss and bits per byte of a unigram model of the train split; None where that split is too large to read."""
+    if corpus.num_tokens("train") > UNIGRAM_MAX_TOKENS:
+        return None
+    train_counts = token_counts(corpus.stores, "train")
+    losses = {
+        name: unigram_loss(train_counts, window.target_counts(), corpus.tokenizer.token_bytes)
+        for name, window in windows.items()
+    }
+    return {name: {"loss": x.nats_per_token, "bits_per_byte": x.bits_per_byte} for name, x in losses.items()}
+
+
+def print_results(
+    results: Mapping[str, Mapping[str, Any]],
+    unigram: Mapping[str, Mapping[str, float | None]] | None = None,
+    facts: Mapping[str, str] | None = None,
+    title: str | None = None,
+) -> None:
+    """A table: one column per split, rows for the model and the unigram model, then `facts` as lines."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+
+    def row(label: str, values: Iterable[float | int | None], pattern: str) -> None:
+        table.add_row(label, *("-" if value is None else format(value, pattern) for value in values))
+
+    row("loss (nats per token)", (r["loss"] for r in results.values()), ".4f")
+    row("perplexity", (r["perplexity"] for r in results.values()), ".3f")
+    row("bits per byte", (r["bits_per_byte"] for r in results.values()), ".4f")
+    if unigram:
+        row("loss of a unigram model", (unigram[name]["loss"] for name in results), ".4f")
+        row("bits per byte of a unigram model", (unigram[name]["bits_per_byte"] for name in results), ".4f")
+    row("tokens", (r["tokens"] for r in results.values()), ",d")
+    row("bytes", (r["bytes"] for r in results.values()), ",d")
+    console = Console(width=None if Console().is_terminal else 100)
+    console.print(table)
+    for label, fact in (facts or {}).items():
+        console.print(f"{label}: {fact}", highlight=False)
+    if any(r["bits_per_byte"] is None for r in results.values()):
+        console.print("bits per byte: not known, this tokenizer has no exact number of bytes per token")

@@ -1,0 +1,159 @@
+"""The folder of one run: its name, its lock, and whether this configuration may go on in it.
+
+runs/<name>/config.yaml  metrics.jsonl  summary.json  tensorboard/  routing/  checkpoints/<step>/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from unipool_jax.compose import differences, load_config, save_config
+from unipool_jax.config import Config, settings
+
+CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
+
+_MAY_CHANGE = ("run.", "mesh.", "kernels.")
+_MAY_CHANGE_EXACTLY = {
+    "mode",
+    "data.num_threads",
+    "data.cache_dir",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.eval_batch_size",
+    "train.nonfinite",
+}
+
+
+class RunError(RuntimeError):
+    """The run folder cannot be used as asked; the message says why and what to do."""
+
+
+def run_name(config: Config) -> str:
+    """`run.name`, or a name made from scale, method, steps and seed."""
+    if config.run.name is not None:
+        return config.run.name
+    return f"{config.scale_name}-{config.method_name}-{config.train.steps}steps-seed{config.train.seed}"
+
+
+def frozen_differences(stored: Config, wanted: Config) -> list[str]:
+    """Settings that differ and may not change within a run: they decide which numbers it computes."""
+    return [
+        name
+        for name in differences(stored, wanted)
+        if not name.startswith(_MAY_CHANGE) and name not in _MAY_CHANGE_EXACTLY
+    ]
+
+
+class RunFolder:
+    """An open run folder, locked for this process until closed or until the process dies, however it dies.
+
+    Raises:
+      RunError: if another process trains into it, `run.resume` forbids what is found, or the folder belongs to a run
+        with other settings.
+    """
+
+    def __init__(self, config: Config):
+        self.path = Path(config.run.dir) / run_name(config)
+        # Without a checkpoint there is nothing to protect: a first attempt that failed early may be repeated.
+        existing = (self.path / CONFIG).exists() and holds_checkpoint(self.path)
+        if existing and config.run.resume == "never":
+            raise RunError(
+                f"run.resume=never, but {self.path} holds a run; choose another run.name, delete the folder, or use "
+                "run.resume=auto to go on"
+            )
+        if not existing and config.run.resume == "required":
+            raise RunError(f"run.resume=required, but {self.path} holds no checkpoint; check run.dir and run.name")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        try:
+            if existing:
+                self._check_same_run(config)
+            save_config(config, self.path / CONFIG)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_lock(self) -> TextIO:
+        stream = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            owner = stream.read().strip() or "unknown"
+            stream.close()
+            raise RunError(
+                f"{self.path}: process {owner} is training into this folder; stop it or choose another run.name"
+            ) from None
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        return stream
+
+    def _check_same_run(self, config: Config) -> None:
+        stored = load_config(self.path / CONFIG)
+        changed = frozen_differences(stored, config)
+        if changed:
+            before, now = settings(stored), settings(config)
+            lines = [f"  - {name}: {before[name]!r} there, {now[name]!r} now" for name in changed]
+            raise RunError(
+                f"{self.path} holds a run with other settings:\n"
+                + "\n".join(lines)
+                + "\nRepeat them as they were to go on, or start a new run under another run.name."
+            )
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / CHECKPOINTS
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What `write_summary` wrote; None before the run has finished."""
+        path = self.path / SUMMARY
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished, with its results."""
+        temporary = self.path / f".{SUMMARY}.tmp"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.path / SUMMARY)
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a run folder has at least one complete checkpoint."""
+    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+
+
+def find_run(wanted: str) -> Path:
+    """The run folder `wanted`; where its last part is `latest`, the run beside it that was saved to last.
+
+    `latest` alone looks into `runs`.
+
+    Raises:
+      RunError: if there is no such run.
+    """
+    path = Path(wanted)
+    if path.name != "latest" or path.exists():
+        if not (path / CONFIG).exists():
+            raise RunError(f"run={wanted}: no run here (no {CONFIG}); give the folder of a run, or run=latest")
+        return path
+    parent = path.parent if path.parent != Path() else Path("runs")
+    found = [folder for folder in sorted(parent.glob("*")) if holds_checkpoint(folder)]
+    if not found:
+        raise RunError(f"run={wanted}: no run with a checkpoint in {parent}/; train one first: python train.py")
+    return max(found, key=lambda folder: (folder / CHECKPOINTS).stat().st_mtime)
