@@ -45,6 +45,15 @@ def test_formats_give_the_same_documents(tmp_path, suffix, field):
     assert list(read_texts([path, path], field)) == TEXTS * 2
 
 
+def test_zstd_frames_with_a_long_window(tmp_path):
+    # `zstd --long=31`, as used for large corpora, asks for more memory than readers allow by default.
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, compression_level=1)
+    path = tmp_path / "a.jsonl.zst"
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(compressor.compress(_lines(TEXTS)) + compressor.flush())
+    assert list(read_texts([path])) == TEXTS
+
+
 def test_a_text_file_is_one_document(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\n\ntwo \xc3\xa9\n")

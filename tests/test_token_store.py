@@ -1,5 +1,6 @@
 """Token stores: contents, atomic and resumable builds, and refusal of anything unfinished."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -476,6 +478,41 @@ def test_lock_admits_one_holder(tmp_path):
         list(pool.map(hold, range(8)))
     assert most == [1]
     assert not (tmp_path / "lock").exists()
+
+
+def test_lock_on_a_removed_file_admits_nobody(tmp_path):
+    # One holder leaves (and removes the file) while a second waits and a third makes a new file.
+    path, entered = tmp_path / "lock", threading.Event()
+
+    def wait_and_enter():
+        with store_format.exclusive_lock(path):
+            entered.set()
+
+    with path.open("w") as old:
+        fcntl.flock(old, fcntl.LOCK_EX)
+        waiter = threading.Thread(target=wait_and_enter)
+        waiter.start()
+        time.sleep(0.2)  # until it waits for the old file
+        path.unlink()
+        new = path.open("w")
+        fcntl.flock(new, fcntl.LOCK_EX)
+    assert not entered.wait(0.3)
+    new.close()
+    assert entered.wait(10)
+    waiter.join()
+
+
+def test_processes_that_start_together_share_one_store(corpus, tmp_path):
+    code = (
+        "import sys; from unipool_jax.data.token_store import cached_store\n"
+        "store = cached_store(sys.argv[2:], sys.argv[1], 'bytes'); store.verify(); print(store.num_tokens)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "cache", *corpus[0]]
+    environment = os.environ | {"PYTHONPATH": str(Path(token_store.__file__).parents[2])}
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = [process.communicate(timeout=60)[0] for process in running]
+    assert printed == [f"{sum(len(text) + 1 for text in corpus[1])}\n"] * 3
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_demo_corpus_splits_span_the_centuries(tmp_path):

@@ -126,7 +126,8 @@ class _ZstdStream(io.RawIOBase):
         except ImportError as error:
             raise DataError(f"{path}: reading zstd needs the data extra: pip install unipool_jax[data]") from error
         self._error: type[Exception] = zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        # Up to the limit of the format: large corpora are often compressed with `--long`.
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._raw = raw
         self._frame: Any = None
         self._compressed = b""
