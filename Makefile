@@ -21,8 +21,8 @@ help:  ## Show these targets
 
 venv: $(VENV)/core.stamp  ## Make .venv with what training needs
 
-demo: $(VENV)/core.stamp  ## Train the demo model on the embedded corpus, evaluate it, print a table
-	$(RUN) train.py run.name=demo run.resume=auto
+demo: $(VENV)/core.stamp  ## Train the demo model, evaluate it, print a table; goes on with, or shows, what is in runs/demo
+	$(RUN) train.py run.name=demo
 
 test: lint typecheck  ## Check format, lint and types, then run the tests
 	$(RUN) -m pytest -m "not slow" $(PYTEST_FLAGS)
