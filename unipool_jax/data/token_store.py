@@ -10,6 +10,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from pathlib import Path
 from threading import Thread
@@ -261,6 +262,8 @@ def build_store(
     }
     key = store_format.json_sha256(identity)
     folder = building_folder(out)
+    if (out / store_format.MANIFEST).is_file():  # finished, maybe where nothing can be written
+        return _open_same(out, tokenizer, key, checked, split_order)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with store_format.exclusive_lock(out.with_name(out.name + ".lock")):
@@ -276,6 +279,11 @@ def build_store(
                     _append_all(writer, paths, field, tokenizer, workers, report)
                 writer.finish(manifest)
             publish(folder, out)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{folder}: a worker process died, perhaps for lack of memory; repeat the command with fewer than "
+            f"{workers} workers to go on from the last finished shard"
+        ) from error
     except OSError as error:
         raise cannot_write(folder, error) from error
     return _open_same(out, tokenizer, key, checked, split_order)
