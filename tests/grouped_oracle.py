@@ -1,7 +1,7 @@
 """NumPy oracle of grouped products: a float64 loop over experts, written without the package."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def poisoned(array: Array, sizes: list[int]) -> Array:
     return array
 
 
-def gradients(function: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+def gradients(function: Callable[..., jax.Array]) -> Any:
     """Compiled `(sizes, cotangent, *operands) -> (output, *gradients of operands)` of `function(*operands, plan)`."""
 
     @jax.jit

@@ -56,9 +56,22 @@ def test_block_holds_about_the_expected_rows(rows: int, experts: int) -> None:
 @given(ids=st.lists(st.integers(0, 6), min_size=50, max_size=50))
 def test_sort_is_stable_and_ids_past_the_groups_come_last(ids: list[int]) -> None:
     order, sizes = sort_by_group(jnp.array(ids), num_groups=5)
-    np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
+    np.testing.assert_array_equal(order, np.argsort(np.minimum(ids, 5), kind="stable"))
     np.testing.assert_array_equal(sizes, np.bincount(ids, minlength=7)[:5])
     assert order.dtype == sizes.dtype == jnp.int32
+
+
+def test_sort_with_more_group_and_row_pairs_than_32_bits_hold() -> None:
+    ids = np.random.default_rng(0).integers(0, 40_000, 70_000)
+    order, sizes = sort_by_group(jnp.array(ids), num_groups=35_000)
+    np.testing.assert_array_equal(order, np.argsort(np.minimum(ids, 35_000), kind="stable"))
+    np.testing.assert_array_equal(sizes, np.bincount(ids, minlength=40_000)[:35_000])
+
+
+def test_sort_of_nothing() -> None:
+    order, sizes = sort_by_group(jnp.zeros(0, jnp.int32), num_groups=2)
+    assert order.shape == (0,)
+    assert sizes.tolist() == [0, 0]
 
 
 def test_errors_name_the_argument() -> None:

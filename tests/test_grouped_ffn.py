@@ -1,6 +1,7 @@
 """The gated expert FFN against a float64 loop over experts: forward and all four gradients."""
 
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ NAMES = ("output", "rows gradient", "gate gradient", "up gradient", "down gradie
 
 
 @cache
-def compiled(implementation: Implementation, remat: bool = False):
-    def function(*operands: jax.Array) -> jax.Array:
+def compiled(implementation: Implementation, remat: bool = False) -> Any:
+    def function(*operands: Any) -> jax.Array:
         return grouped_ffn(*operands, implementation=implementation)
 
     return oracle.gradients(jax.checkpoint(function) if remat else function)

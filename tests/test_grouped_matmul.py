@@ -1,6 +1,7 @@
 """The grouped product against a float64 loop over experts: forward and both gradients."""
 
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference")
 
 
 @cache
-def compiled(implementation: Implementation):
+def compiled(implementation: Implementation) -> Any:
     return oracle.gradients(lambda *operands: grouped_matmul(*operands, implementation=implementation))
 
 

@@ -105,8 +105,8 @@ def sort_by_group(group_ids_R: jax.Array, num_groups: int) -> tuple[jax.Array, j
         num_groups: E.
 
     Returns:
-        `order_R` int32, such that `group_ids_R[order_R]` ascends with ties in their original order; and
-        `group_sizes_E` int32.
+        `order_R` int32, such that `group_ids_R[order_R]` ascends up to the rows of no group, ties (and those
+        rows) in their original order; and `group_sizes_E` int32.
 
     Raises:
         ValueError: if `group_ids_R` is not an integer vector or `num_groups` is not positive.
@@ -122,6 +122,14 @@ def sort_by_group(group_ids_R: jax.Array, num_groups: int) -> tuple[jax.Array, j
         )
     if num_groups < 1:
         raise ValueError(f"num_groups is {num_groups}; expected at least 1")
-    order_R = jnp.argsort(group_ids_R, stable=True).astype(jnp.int32)
-    group_sizes_E = jnp.bincount(group_ids_R, length=num_groups).astype(jnp.int32)
-    return order_R, group_sizes_E
+    num_rows = group_ids_R.shape[0]
+    group_ids_R = jnp.minimum(group_ids_R, num_groups).astype(jnp.int32)
+    if (num_groups + 1) * num_rows <= jnp.iinfo(jnp.int32).max:
+        # Group and row in one integer: sorting a single array is several times faster on CPU than an argsort.
+        row_R = jnp.arange(num_rows, dtype=jnp.int32)
+        sorted_ids_R, order_R = jnp.divmod(jnp.sort(group_ids_R * num_rows + row_R), max(1, num_rows))
+    else:
+        order_R = jnp.argsort(group_ids_R, stable=True).astype(jnp.int32)
+        sorted_ids_R = group_ids_R[order_R]
+    ends_E = jnp.searchsorted(sorted_ids_R, jnp.arange(num_groups, dtype=jnp.int32), side="right")
+    return order_R, jnp.diff(ends_E, prepend=0).astype(jnp.int32)
