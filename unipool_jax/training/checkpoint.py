@@ -140,12 +140,14 @@ class Checkpoints:
         """Steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def newest(self) -> int:
-        """Step of the newest complete checkpoint; raises CheckpointError if there is none."""
+    def find(self, step: int | None) -> int:
+        """`step`, or for None the newest; raises CheckpointError where there is no complete checkpoint of it."""
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self.directory}: no complete checkpoint here")
-        return steps[-1]
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.directory}: no complete checkpoint of step {step}; there are {steps}")
+        return steps[-1] if step is None else step
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of `step`."""
@@ -219,10 +221,8 @@ class Checkpoints:
           CheckpointError: if there is none, if `step` is missing or damaged, if all are damaged, or if the arrays have
             other names, shapes or dtypes than `target`.
         """
-        self.newest()
+        self.find(step)
         steps = self.steps()
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{self.directory}: no complete checkpoint of step {step}; there are {steps}")
         damaged: dict[int, Exception] = {}
         for candidate in [step] if step is not None else reversed(steps):
             try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -57,8 +58,8 @@ def parse_request(arguments: Sequence[str]) -> EvalRequest:
     """
     try:
         values = _dotted(OmegaConf.to_container(OmegaConf.from_cli(list(arguments)), resolve=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError([" ".join(str(error).split())]) from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError([f"{' '.join(arguments)}: {' '.join(str(error).split())}"]) from error
     problems: list[str] = []
     request: dict[str, Any] = {}
     overrides: list[tuple[str, Any]] = []
@@ -131,8 +132,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     request = parse_request(arguments)
     folder, step = locate(request)
     with Checkpoints(folder, read_only=True) as checkpoints:
-        if step is None:
-            step = checkpoints.newest()
+        step = checkpoints.find(step)
         meta = checkpoints.meta(step)
         config = with_overrides(from_mapping(meta["config"]), request.overrides)
         validate(config)

@@ -102,10 +102,10 @@ def train(config: Config) -> int:
             contextlib.closing(MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard))
         )
         stop = stack.enter_context(StopRequest().listening())
-        run = _Run(config, folder, checkpoints, corpus, writer, stop)
-        run.announce(start)
+        run = _Run(config, folder, checkpoints, corpus, writer, stop, start)
+        run.announce()
         try:
-            state = run.steps(state, start)
+            state = run.steps(state)
             _print_summary(config, run.finish(state))
         except NonFiniteError as error:
             run.progress.message("")
@@ -152,7 +152,7 @@ class _Reported(NamedTuple):
 
 
 class _Run:
-    """What the steps of one run share."""
+    """What the steps of one run share; `start` is the number of steps completed before."""
 
     def __init__(
         self,
@@ -162,9 +162,10 @@ class _Run:
         corpus: Corpus,
         writer: MetricsWriter,
         stop: StopRequest,
+        start: int,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
-        self.writer, self.stop = writer, stop
+        self.writer, self.stop, self.start = writer, stop, start
         self.progress = Progress(config.train.steps)
         names: list[SplitName] = ["valid", "test"]
         # Without valid text the evaluator says so before the first step, not after the last.
@@ -177,7 +178,7 @@ class _Run:
         peak = peak_flops(jax.local_devices()[0].device_kind)
         self.peak = None if peak is None else peak * jax.device_count()
 
-    def announce(self, start: int) -> None:
+    def announce(self) -> None:
         """Say what is about to happen."""
         config, device = self.config, jax.local_devices()[0]
         self.progress.message(
@@ -185,18 +186,18 @@ class _Run:
             f"{device.device_kind}, {config.total_experts} experts in {config.pool.groups} pool(s), "
             f"{config.tokens_per_step:,} tokens a step"
         )
-        if start:
-            self.progress.message(f"going on after step {start}")
+        if self.start:
+            self.progress.message(f"going on after step {self.start}")
 
-    def steps(self, state: TrainState, start: int) -> TrainState:
+    def steps(self, state: TrainState) -> TrainState:
         """Train from `start` completed steps to the last one."""
-        config, settings = self.config, self.config.train
+        config, settings, start = self.config, self.config.train, self.start
         train_step = make_train_step(config)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         if start and self.due(start, settings.eval_every) and "valid" not in self.writer.kinds_at_resume:
             # The interruption fell between the step and its evaluation.
             self.validate(state, start)
-        for step, batch in enumerate(self.batches(start), start + 1):
+        for step, batch in enumerate(self.batches(), start + 1):
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, jax.device_put(batch))
             # A non-finite update was never applied, so looking one step late loses nothing and keeps the device busy.
@@ -226,8 +227,8 @@ class _Run:
         """Whether something done every `every` steps (0: never) is done after `step`."""
         return every > 0 and step % every == 0
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """The training batches after `start` completed steps."""
+    def batches(self) -> Iterator[Batch]:
+        """The training batches that are left."""
         config = self.config
         num_windows = config.train.steps * config.train.batch_size
         length, seed = config.data.sequence_length, config.train.seed
@@ -235,7 +236,7 @@ class _Run:
         return training_batches(
             source,
             batch_size=config.train.batch_size,
-            start_step=start,
+            start_step=self.start,
             end_step=config.train.steps,
             num_threads=config.data.num_threads,
         )
@@ -303,7 +304,8 @@ class _Run:
         else:
             batches = self.evaluator.fixed("valid")
         self.valid = self.evaluator.evaluate(state.params, state.balance, batches, self.stop.requested)
-        if self.valid is not None:
+        # A run that was killed between its last checkpoint and its summary has the line already.
+        if self.valid is not None and not (step == self.start and "valid" in self.writer.kinds_at_resume):
             counts, groups = self.valid.counts_LE, config.pool.groups
             routing = {} if config.moe.router == "none" else routing_diagnostics(counts, groups)
             self.writer.write("valid", step, self.valid.as_json() | load_metrics(counts, groups) | routing)
