@@ -247,12 +247,17 @@ def test_what_cannot_be_evaluated_is_refused(
         evaluate_command([f"checkpoint={run[1]}"])
     with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7; there are \[10, 20\]"):
         evaluate_command([f"run={run[1]}", "step=7"])
-    with pytest.raises(RunError, match=r"data\.tokenizer"):
-        evaluate_command([f"run={run[1]}", "data.tokenizer=demo", "data.files=[x]"])
     with pytest.raises(DataError, match=r"nothing\.txt"):
         evaluate_command([f"run={run[1]}", "data.files=[nothing.txt]"])
     assert guarded(lambda: evaluate_command(["nonsense=1"])) == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_refused(run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = Checkpoints.meta
+    monkeypatch.setattr(Checkpoints, "meta", lambda self, step: meta(self, step) | {"tokenizer_sha256": "0" * 64})
+    with pytest.raises(RunError, match=r"data\.tokenizer=bytes"):
+        evaluate_command([f"run={run[1]}"])
 
 
 def test_the_default_run_is_the_latest_below_runs(

@@ -158,8 +158,10 @@ def print_results(
     facts: Mapping[str, str] | None = None,
     title: str | None = None,
 ) -> None:
-    """A table: one column per split, rows for the model and the unigram model, then `facts` as lines."""
-    table = Table(title=title, title_justify="left")
+    """`title`, a table with one column per split and rows for the model and the unigram model, `facts` as lines."""
+    if title:
+        print(title)
+    table = Table()
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
