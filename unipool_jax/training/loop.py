@@ -128,12 +128,10 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus) -> T
     """
     key = jax.random.key(config.train.seed)
     init = jax.jit(functools.partial(init_state, config))
-    # Both origins end on the same explicit device, or the first step after a resume would be compiled again.
-    device = jax.local_devices()[0]
     if not checkpoints.steps():
         if config.run.resume == "required":
             raise RunError(f"run.resume=required, but {checkpoints.directory} holds no complete checkpoint")
-        return jax.device_put(init(key), device)
+        return init(key)
     restored = checkpoints.restore(jax.eval_shape(init, key)._asdict())
     trained_with = restored.meta["tokenizer_sha256"]
     if trained_with != corpus.tokenizer.sha256:
@@ -141,7 +139,7 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus) -> T
             f"data.tokenizer={config.data.tokenizer}: its definition (sha256 {corpus.tokenizer.sha256[:12]}) is not "
             f"the one this run was trained with ({str(trained_with)[:12]}); put that tokenizer back or start a new run"
         )
-    return jax.device_put(TrainState(**restored.items), device)
+    return TrainState(**restored.items)
 
 
 class _Reported(NamedTuple):
