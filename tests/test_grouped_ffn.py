@@ -106,3 +106,17 @@ def test_errors_name_the_argument() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             grouped_ffn(*arguments, plan)
+
+
+def test_float32_weights_are_used_in_the_rows_dtype_and_their_gradients_are_not_rounded() -> None:
+    shape, sizes = oracle.SHAPES[0], [20, 0, 30, 10]
+    arrays = random_arrays(shape, sizes, 0)
+    grad, rows = (oracle.rounded(array, "bfloat16")[0] for array in arrays[:2])
+    banks = [oracle.rounded(array, "bfloat16")[0] for array in arrays[2:]]
+    narrow = compiled("xla")(jnp.array(sizes), grad, rows, *banks)
+    wide = compiled("xla")(jnp.array(sizes), grad, rows, *(bank.astype(jnp.float32) for bank in banks))
+    np.testing.assert_array_equal(np.asarray(wide[0], np.float32), np.asarray(narrow[0], np.float32))
+    for name, one, other in zip(NAMES[2:], wide[2:], narrow[2:], strict=True):
+        assert one.dtype == jnp.float32, name
+        np.testing.assert_array_equal(np.asarray(one.astype(jnp.bfloat16), np.float32), np.asarray(other, np.float32))
+        assert (one != other).any(), name

@@ -21,14 +21,15 @@ def grouped_ffn(
 ) -> jax.Array:
     """SwiGLU of each row with its own expert: `(silu(x Wg) * (x Wu)) Wd` (Shazeer 2020, arXiv:2002.05202).
 
-    SiLU is computed in float32, products accumulate in float32, weight gradients are summed in float32 and
-    rounded once to the weights' dtype. Rows past the last group are zero in the output and in the row gradient
+    SiLU is computed in float32 and products accumulate in float32. Float32 weights are used in the rows' dtype and
+    their gradients stay float32, so a scan over layers adds them up without rounding; gradients of narrower weights
+    are summed in float32 and rounded once. Rows past the last group are zero in the output and in the row gradient
     and never reach a weight gradient, even where they hold NaN. Reverse-mode derivatives only; the backward
     pass keeps the rows and the gate and up products, so wrap the call in `jax.checkpoint` to save those two.
 
     Args:
         rows_RD: `[R, D]` rows sorted by group.
-        gate_EDF: `[E, D, F]` gate projections, of the rows' dtype.
+        gate_EDF: `[E, D, F]` gate projections, of the rows' dtype or float32.
         up_EDF: `[E, D, F]` up projections.
         down_EFD: `[E, F, D]` down projections.
         plan: from `make_group_plan(sizes, R)`.
@@ -55,7 +56,7 @@ def grouped_ffn(
         return jnp.zeros_like(rows_RD)
     operands = vary_alike((rows_RD, gate_EDF, up_EDF, down_EFD, plan))
     if implementation == "reference":
-        return reference.grouped_ffn(*operands)
+        return reference.grouped_ffn(*_in_rows_dtype(*operands))
     return _xla_ffn(*operands)
 
 
@@ -63,11 +64,18 @@ def grouped_ffn(
 def _xla_ffn(
     rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
 ) -> jax.Array:
-    return xla.ffn_forward(rows_RD, gate_EDF, up_EDF, down_EFD, plan)[0]
+    return xla.ffn_forward(*_in_rows_dtype(rows_RD, gate_EDF, up_EDF, down_EFD, plan))[0]
+
+
+def _in_rows_dtype(
+    rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
+) -> Operands:
+    dtype = rows_RD.dtype
+    return rows_RD, gate_EDF.astype(dtype), up_EDF.astype(dtype), down_EFD.astype(dtype), plan
 
 
 def _forward(*operands: *Operands) -> tuple[jax.Array, tuple[Operands, tuple[jax.Array, jax.Array]]]:
-    out_RD, products = xla.ffn_forward(*operands)
+    out_RD, products = xla.ffn_forward(*_in_rows_dtype(*operands))
     return out_RD, (operands, products)
 
 
@@ -75,7 +83,7 @@ def _backward(
     residuals: tuple[Operands, tuple[jax.Array, jax.Array]], grad_RD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, None]:
     operands, products = residuals
-    rows_grad_RD, *bank_grads = xla.ffn_backward(grad_RD, *operands, products)
+    rows_grad_RD, *bank_grads = xla.ffn_backward(grad_RD, *_in_rows_dtype(*operands), products)
     gate_grad, up_grad, down_grad = (
         gradient.astype(bank.dtype) for gradient, bank in zip(bank_grads, operands[1:4], strict=True)
     )

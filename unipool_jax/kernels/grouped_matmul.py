@@ -40,13 +40,13 @@ def grouped_matmul(
 ) -> jax.Array:
     """`out[r] = rows[r] @ bank[group of r]`; zero for rows past the last group.
 
-    Products accumulate in float32. The bank's gradient is summed in float32 and rounded once to the bank's
-    dtype. Rows past the last group are zero in the output and in the row gradient and never reach the bank's
+    Products accumulate in float32. A float32 bank is used in the rows' dtype and its gradient stays float32;
+    otherwise the gradient is summed in float32 and rounded once to the bank's dtype. Rows past the last group are zero in the output and in the row gradient and never reach the bank's
     gradient, whatever the buffer or the cotangent holds there (NaN included). Reverse-mode derivatives only.
 
     Args:
         rows_RK: `[R, K]` rows sorted by group.
-        bank_EKN: `[E, K, N]` one matrix per expert, of the rows' dtype.
+        bank_EKN: `[E, K, N]` one matrix per expert, of the rows' dtype or float32.
         plan: from `make_group_plan(sizes, R)`.
         implementation: "auto" chooses by platform.
 
@@ -72,7 +72,7 @@ def grouped_matmul(
         return jnp.zeros((0, bank_EKN.shape[2]), rows_RK.dtype)
     rows_RK, bank_EKN, plan = vary_alike((rows_RK, bank_EKN, plan))
     if implementation == "reference":
-        return reference.grouped_matmul(rows_RK, bank_EKN, plan)
+        return reference.grouped_matmul(rows_RK, bank_EKN.astype(rows_RK.dtype), plan)
     return _xla_matmul(rows_RK, bank_EKN, plan)
 
 
@@ -91,10 +91,10 @@ def check_operands(rows: dict[str, jax.Array], banks: dict[str, jax.Array], plan
             raise ValueError(
                 f"{name} has shape {bank.shape}; expected three dimensions and the plan's {num_groups} experts"
             )
-        if bank.dtype != rows_array.dtype:
+        if bank.dtype not in (rows_array.dtype, jnp.float32):
             raise ValueError(
-                f"{name} has dtype {bank.dtype} but {rows_name} has {rows_array.dtype}; expected one dtype: "
-                "cast the bank to the compute dtype first, once per step"
+                f"{name} has dtype {bank.dtype} but {rows_name} has {rows_array.dtype}; "
+                "cast the bank to the rows' dtype or to float32"
             )
 
 
@@ -116,7 +116,7 @@ def vary_alike(operands: Operands) -> Operands:
 
 @jax.custom_vjp
 def _xla_matmul(rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
-    return xla.matmul(rows_RK, bank_EKN, plan, transpose_bank=False)
+    return xla.matmul(rows_RK, bank_EKN.astype(rows_RK.dtype), plan, transpose_bank=False)
 
 
 def _forward(
@@ -129,7 +129,7 @@ def _backward(
     residuals: tuple[jax.Array, jax.Array, GroupPlan], grad_RN: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     rows_RK, bank_EKN, plan = residuals
-    rows_grad_RK = xla.matmul(grad_RN, bank_EKN, plan, transpose_bank=True)
+    rows_grad_RK = xla.matmul(grad_RN, bank_EKN.astype(rows_RK.dtype), plan, transpose_bank=True)
     bank_grad_EKN = xla.bank_gradient(rows_RK, grad_RN, plan).astype(bank_EKN.dtype)
     return rows_grad_RK, bank_grad_EKN, None
 

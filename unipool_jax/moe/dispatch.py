@@ -54,8 +54,7 @@ def moe_ffn(hidden_ND: jax.Array, routing: Routing, bank: Bank, implementation: 
 
     slots_RD = jnp.repeat(hidden_ND, top_k, axis=0) if top_k > 1 else hidden_ND
     sorted_RD = _permute_rows(slots_RD, order_R, inverse_R)
-    gate_EDF, up_EDF, down_EFD = (weights.astype(hidden_ND.dtype) for weights in bank)
-    expert_RD = grouped_ffn(sorted_RD, gate_EDF, up_EDF, down_EFD, plan, implementation=implementation)
+    expert_RD = grouped_ffn(sorted_RD, bank.gate_EDF, bank.up_EDF, bank.down_EFD, plan, implementation=implementation)
     output_NKD = _permute_rows(expert_RD, inverse_R, order_R).reshape(num_tokens, top_k, -1)
     weighted_NKD = routing.gates_NK[:, :, None] * output_NKD.astype(jnp.float32)
     return jnp.sum(weighted_NKD, axis=1).astype(hidden_ND.dtype)
