@@ -147,7 +147,7 @@ class TrainConfig:
     eval_every: int = 1000
     """Steps between evaluations on the valid split; 0 evaluates only at the end."""
     eval_batches: int | None = 100
-    """Batches of one evaluation; null is the whole split."""
+    """Length of one evaluation during training: this many times train.batch_size sequences; null is the whole split."""
     eval_batch_size: int = 512
     """Sequences per evaluation batch; results do not depend on it."""
     eval_slice: Literal["fixed", "moving"] = "fixed"

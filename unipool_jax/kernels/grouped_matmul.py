@@ -40,9 +40,10 @@ def grouped_matmul(
 ) -> jax.Array:
     """`out[r] = rows[r] @ bank[group of r]`; zero for rows past the last group.
 
-    Products accumulate in float32. A float32 bank is used in the rows' dtype and its gradient stays float32;
-    otherwise the gradient is summed in float32 and rounded once to the bank's dtype. Rows past the last group are zero in the output and in the row gradient and never reach the bank's
-    gradient, whatever the buffer or the cotangent holds there (NaN included). Reverse-mode derivatives only.
+    Products accumulate in float32. A float32 bank is used in the rows' dtype and its gradient stays float32; otherwise
+    the gradient is summed in float32 and rounded once to the bank's dtype. Rows past the last group are zero in the
+    output and in the row gradient and never reach the bank's gradient, whatever the buffer or the cotangent holds there
+    (NaN included). Reverse-mode derivatives only.
 
     Args:
         rows_RK: `[R, K]` rows sorted by group.

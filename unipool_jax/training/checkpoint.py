@@ -9,6 +9,7 @@ process killed while saving leaves only a temporary folder behind, which the nex
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -55,6 +56,7 @@ def make_meta(config: Config, step: int, tokenizer_sha256: str | None) -> dict[s
     }
 
 
+@functools.cache
 def _git_commit() -> str | None:
     """Commit of the source tree, with `-dirty` for uncommitted changes; None outside a repository."""
     root = Path(__file__).resolve().parents[2]

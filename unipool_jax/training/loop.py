@@ -18,6 +18,7 @@ from unipool_jax.config import Config
 from unipool_jax.corpus import Corpus, open_corpus
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
+from unipool_jax.kernels.grouped_matmul import resolve
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
@@ -30,7 +31,7 @@ from unipool_jax.training.metrics import (
     routing_diagnostics,
 )
 from unipool_jax.training.run_folder import RunError, RunFolder
-from unipool_jax.training.step import TrainState, init_state, make_train_step
+from unipool_jax.training.step import TrainState, counts_before_gradient, init_state, make_train_step
 
 EXIT_NONFINITE = 3
 """Exit code of a run that a non-finite loss or gradient stopped. A signal gives 128 + its number (130, 143)."""
@@ -182,8 +183,13 @@ class _Run:
         self.progress.message(
             f"{self.folder.path}: {config.scale_name} {config.method_name} on {jax.device_count()} x "
             f"{device.device_kind}, {config.total_experts} experts in {config.pool.groups} pool(s), "
-            f"{config.tokens_per_step:,} tokens a step"
+            f"{config.tokens_per_step:,} tokens a step, {resolve(config.kernels.implementation)} kernels"
         )
+        if counts_before_gradient(config):
+            self.progress.message(
+                f"the exact pool loss over {config.num_microbatches} micro-batches costs one more forward pass a step; "
+                "train.microbatch_size=train.batch_size or loss.pool_statistics=previous avoids it"
+            )
         if self.start:
             self.progress.message(f"going on after step {self.start}")
 

@@ -71,6 +71,16 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, balance)
 
 
+def counts_before_gradient(config: Config) -> bool:
+    """Whether a step makes a forward pass over its micro-batches before their gradients, to count expert use.
+
+    The exact pool loss multiplies two averages over the whole batch, and the first must be known before the gradient
+    of the second is taken.
+    """
+    exact = config.loss.balance == "pool" and config.loss.pool_statistics == "current"
+    return exact and config.num_microbatches > 1
+
+
 def token_losses(logits_BSV: jax.Array, targets_BS: ArrayLike) -> jax.Array:
     """Cross-entropy in nats of every position over the padded vocabulary, float32 `[B, S]`."""
     return optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
@@ -90,7 +100,6 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     schedule = make_schedule(config.optimizer, config.train.steps)
     num_micro, loss_config = config.num_microbatches, config.loss
     micro_tokens = config.train.microbatch_size * config.data.sequence_length
-    exact_pool_loss = loss_config.balance == "pool" and loss_config.pool_statistics == "current"
     delayed_pool_loss = loss_config.balance == "pool" and loss_config.pool_statistics == "previous"
 
     def micro_loss(
@@ -115,8 +124,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
     def whole_batch_load(params: Any, micros: Batch, expert_bias: jax.Array) -> jax.Array:
-        """Choices per expert over all micro-batches. The pool loss multiplies two averages over the whole batch, so
-        the first must be known before the gradient of the second is taken: a forward pass over the mixture."""
+        """Share of choices per expert over all micro-batches."""
 
         def count(carry: None, micro: Batch) -> tuple[Any, jax.Array]:
             _, stats = forward(config, params, micro.inputs, expert_bias)
@@ -130,12 +138,13 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         total_weight = jnp.sum(batch.weights)
         bias, previous_GE = state.balance.expert_bias_GNE, state.balance.previous_load_GE
         if num_micro == 1:
-            load = None if exact_pool_loss else previous_GE
+            load = previous_GE if delayed_pool_loss else None
             (_, (metrics, stats)), grads = gradient(state.params, batch, bias, load, total_weight)
             return grads, metrics, jnp.sum(stats.counts_AE, axis=2), load_fractions(stats.counts_AE)
 
         micros = jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[1:]), batch)
-        if exact_pool_loss:
+        counted_before = counts_before_gradient(config)
+        if counted_before:
             previous_GE = whole_batch_load(state.params, micros, bias)
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
@@ -146,7 +155,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
                 jax.tree.map(mean, grads, micro_grads),
                 jax.tree.map(mean, metrics, micro_metrics),
                 counts_GNE + jnp.sum(stats.counts_AE, axis=2),
-                load_GE if exact_pool_loss else load_fractions(stats.counts_AE),
+                load_GE if counted_before else load_fractions(stats.counts_AE),
             ), None
 
         zero_metrics = dict.fromkeys(("loss/lm", "loss/balance", "loss/z", "loss/total"), jnp.zeros((), jnp.float32))
