@@ -5,15 +5,13 @@ store.read(0, 1025)
 """
 
 import contextlib
+import itertools
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process, resource_tracker
+from multiprocessing import connection, get_context, resource_tracker
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer, parse_tokenize
 
 __all__ = ["TokenStore", "build_store", "cached_store", "demo_corpus_path", "open_store"]
 
-# Work handed to one process at a time: about this many bytes of undecoded records.
+# Work handed to one encoder at a time: about this many bytes of undecoded records.
 _BATCH_BYTES = 1 << 21
 _BATCH_RECORDS = 4096
 
@@ -52,63 +50,92 @@ def _encode(tokenizer: Tokenizer, path: Path, field: str, records: list[Record])
     return lengths, text_bytes, tokens.astype(dtype)
 
 
-def _exit_after(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
+class _WorkerDiedError(Exception):
+    """A worker process ended before it answered."""
+
+
+class _Here:
+    """Encodes in this process."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    def start(self, path: Path, field: str, records: list[Record]) -> None:
+        self._numbers = _encode(self._tokenizer, path, field, records)
+
+    def result(self) -> _Numbers:
+        return self._numbers
 
 
 class _Worker:
-    """The tokenizer of a worker process, loaded once when the process starts."""
+    """A process that encodes one batch at a time.
 
-    tokenizer: Tokenizer
+    Each has a pipe of its own, closed on this side when it starts: if the process is killed, even in the middle of an
+    answer, reading ends with EOFError. A shared queue, as in `concurrent.futures`, would wait for ever.
+    """
 
-    @classmethod
-    def start(cls, name: str, definition: bytes | None) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        parent = parent_process()
-        if parent is not None:
-            # A killed parent cannot stop its workers, and they would wait for work for ever.
-            Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
-        cls.tokenizer = load_tokenizer(name) if definition is None else parse_tokenizer(name, definition)
+    def __init__(self, tokenizer: Tokenizer):
+        # Spawned, not forked: this process has threads (TensorStore, maybe JAX) whose locks a fork
+        # would copy in an unknown state.
+        context = get_context("spawn")
+        self.pipe, other = context.Pipe()
+        arguments = (other, tokenizer.name, tokenizer.definition)
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        other.close()
 
-    @classmethod
-    def encode(cls, path: Path, field: str, records: list[Record]) -> _Numbers:
-        return _encode(cls.tokenizer, path, field, records)
+    def start(self, path: Path, field: str, records: list[Record]) -> None:
+        try:
+            self.pipe.send((path, field, records))
+        except OSError as error:
+            raise _WorkerDiedError from error
+
+    def result(self) -> _Numbers:
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise _WorkerDiedError from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
-_Submit = Callable[[Path, str, list[Record]], "Future[_Numbers]"]
+def _work(pipe: connection.Connection, name: str, definition: bytes | None) -> None:
+    """Answer requests until the other side, or the process there, is gone."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = load_tokenizer(name) if definition is None else parse_tokenizer(name, definition)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            path, field, records = pipe.recv()
+            try:
+                answer: _Numbers | Exception = _encode(tokenizer, path, field, records)
+            except Exception as error:  # whatever it is, it belongs to the process that asked
+                answer = error
+            pipe.send(answer)
 
 
 @contextlib.contextmanager
-def _encoder(tokenizer: Tokenizer, workers: int) -> Iterator[_Submit]:
-    """A function that starts encoding records, in this process or in `workers` others."""
+def _encoders(tokenizer: Tokenizer, workers: int) -> Iterator[Sequence[_Here | _Worker]]:
+    """What encodes records: this process, or `workers` others."""
     if workers == 1:
-
-        def encode_here(path: Path, field: str, records: list[Record]) -> "Future[_Numbers]":
-            future: Future[_Numbers] = Future()
-            future.set_result(_encode(tokenizer, path, field, records))
-            return future
-
-        yield encode_here
+        yield [_Here(tokenizer)]
         return
-    # Spawned, not forked: this process has threads (TensorStore, maybe JAX) whose locks a fork
-    # would copy in an unknown state.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _Worker.start, (tokenizer.name, tokenizer.definition))
-
-    def encode_there(path: Path, field: str, records: list[Record]) -> "Future[_Numbers]":
-        # Submitting starts processes, which inherit the signal mask: Ctrl-C reaches this process
-        # only, even while they are still importing.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # would be started by the first process and reset the mask
+    # Processes inherit the signal mask: Ctrl-C reaches this process only, even while they are still importing.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    started: list[_Worker] = []
+    try:
         try:
-            return pool.submit(_Worker.encode, path, field, records)
+            for _ in range(workers):
+                started.append(_Worker(tokenizer))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    resource_tracker.ensure_running()  # would be started by the first submit and reset the mask
-    try:
-        yield encode_there
+        yield started
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in started:
+            worker.pipe.close()
+        for worker in started:
+            worker.process.join()
 
 
 def _batches(
@@ -151,20 +178,22 @@ def _append_all(
     report: Callable[[int, int], None],
 ) -> None:
     """Encodes everything the writer does not have yet, appending in input order."""
-    waiting: deque[tuple[int, int, Future[_Numbers]]] = deque()
+    waiting: deque[tuple[int, int, _Here | _Worker]] = deque()
 
     def append_oldest() -> None:
-        file, first, future = waiting.popleft()
-        writer.append(Encoded(file, first, *future.result()))
+        file, first, encoder = waiting.popleft()
+        writer.append(Encoded(file, first, *encoder.result()))
 
     def report_bytes(position: int) -> None:
         report(position, writer.num_tokens)
 
-    with _encoder(tokenizer, workers) as submit:
-        for file, first, records in _batches(files, field, writer.next_record, report_bytes):
-            waiting.append((file, first, submit(files[file], field, records)))
-            if len(waiting) > 2 * workers:
-                append_oldest()
+    with _encoders(tokenizer, workers) as encoders:
+        batches = _batches(files, field, writer.next_record, report_bytes)
+        for (file, first, records), encoder in zip(batches, itertools.cycle(encoders), strict=False):
+            if len(waiting) == len(encoders):
+                append_oldest()  # in turn, so it is this encoder's
+            encoder.start(files[file], field, records)
+            waiting.append((file, first, encoder))
         while waiting:
             append_oldest()
 
@@ -279,7 +308,7 @@ def build_store(
                     _append_all(writer, paths, field, tokenizer, workers, report)
                 writer.finish(manifest)
             publish(folder, out)
-    except BrokenProcessPool as error:
+    except _WorkerDiedError as error:
         raise DataError(
             f"{folder}: a worker process died, perhaps for lack of memory; repeat the command with fewer than "
             f"{workers} workers to go on from the last finished shard"
