@@ -293,7 +293,7 @@ def test_settings_that_decide_the_numbers_may_not_change(whole: tuple[Config, Pa
     with pytest.raises(RunError) as error:
         loop.train(changed)
     message = str(error.value)
-    assert "optimizer.learning_rate: 0.002 there, 0.001 now" in message
+    assert "optimizer.learning_rate: 0.003 there, 0.001 now" in message
     assert "train.batch_size: 4 there, 8 now" in message
     assert "run.name" in message
     assert "train.eval_every" not in message

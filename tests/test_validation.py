@@ -100,7 +100,7 @@ RELATIONS = [
     ("method=vanilla train.microbatch_size=8", "loss.switch_group_sequences=16", "1, 2, 4, 8"),
     ("loss.pool_coefficient=0", "loss.pool_coefficient=0", "positive"),
     ("method=vanilla loss.pool_statistics=previous", "loss.pool_statistics=previous", "current"),
-    ("optimizer.min_learning_rate=0.1", "optimizer.min_learning_rate=0.1", "0.002"),
+    ("optimizer.min_learning_rate=0.1", "optimizer.min_learning_rate=0.1", "0.003"),
     ("train.microbatch_size=6", "train.microbatch_size=6", "4"),
     ("train.eval_batch_size=1048576 data.sequence_length=65536", "train.eval_batch_size=1048576", "at most 32767"),
     ("model.vocab_size=8000", "model.vocab_size=8000", "8192"),
