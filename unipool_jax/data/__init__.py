@@ -4,7 +4,7 @@
     readers                      documents of text, jsonl and parquet files
     splits                       which documents are train, valid, test
     token_store                  build a store (`build_store`, `cached_store`), open one (`open_store`)
-    store_format, store_writer, store_reader, megatron   what `token_store` is made of
+    store_format, store_writer, store_reader, megatron, opening   what `token_store` is made of
     streams, pipeline            windows and batches: `WindowSource`, `training_batches`, `EvalWindows`
     unigram                      a baseline that any trained model has to beat
 

@@ -1,4 +1,4 @@
-"""Read-only random access to token stores: this package's own, and Megatron `.bin`/`.idx` pairs."""
+"""Read-only random access to token stores."""
 
 import functools
 from collections.abc import Sequence
@@ -201,45 +201,6 @@ def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
             f"{store.tokenizer_sha256[:12]}), asked for {tokenizer.name!r} (sha256 "
             f"{tokenizer.sha256[:12]}); use that tokenizer or rebuild the store"
         )
-
-
-def open_store(
-    path: str | Path,
-    tokenizer: str | Tokenizer | None = None,
-    split: Sequence[float] | None = None,
-    split_order: str | None = None,
-) -> TokenStore:
-    """Opens a store built by this package, or the Megatron pair `PATH.bin`, `PATH.idx`.
-
-    Args:
-      path: store folder, or Megatron prefix with or without `.bin` or `.idx`.
-      tokenizer: must be the one the store was built with; required for Megatron files, which do
-        not say which tokenizer wrote them.
-      split, split_order: required (split) for Megatron files; elsewhere the store knows them, and
-        asking for others is an error.
-
-    Raises:
-      DataError: nothing to open there, a damaged or unfinished store, or a mismatch.
-    """
-    from unipool_jax.data.megatron import MegatronTokenStore, megatron_prefix
-
-    path = Path(path)
-    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    if (path / store_format.MANIFEST).is_file():
-        store: TokenStore = ZarrTokenStore(path, split, split_order)
-        if loaded is not None:
-            check_tokenizer(store, loaded)
-        return store
-    if (prefix := megatron_prefix(path)) is not None:
-        if loaded is None or split is None:
-            raise DataError(
-                f"{path}: Megatron files say neither which tokenizer wrote them nor how they are "
-                "split; set both, for example tokenizer=gpt2 split=969,30,1"
-            )
-        return MegatronTokenStore(prefix, loaded, split, split_order or "contiguous")
-    if building_folder(path).is_dir() and not path.exists():
-        raise DataError(f"{path}: its build was interrupted; repeat the build to finish it")
-    raise DataError(f"{path}: neither a token store nor the prefix of a Megatron .bin/.idx pair")
 
 
 def building_folder(out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Builds token stores from files of text; opens them (see `store_reader`).
+"""Builds token stores from files of text; opens them (see `opening`).
 
 store = build_store(["pile/00.jsonl.zst"], "stores/00", "gpt2")
 store.read(0, 1025)
@@ -19,9 +19,10 @@ import numpy as np
 from unipool_jax.data import store_format
 from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.opening import open_store
 from unipool_jax.data.readers import DocumentFile, Record, document_text, file_format
 from unipool_jax.data.splits import PILE_SPLIT, check_split
-from unipool_jax.data.store_reader import TokenStore, building_folder, open_store
+from unipool_jax.data.store_reader import TokenStore, building_folder
 from unipool_jax.data.store_writer import Encoded, StoreWriter, cannot_write, publish
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer
 
