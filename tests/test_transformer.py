@@ -28,6 +28,7 @@ VARIANTS = [
     ("vanilla_aux_free", ("moe.top_k=2",)),
     ("unipool", ("pool.groups=2", "moe.score_constant=one")),
     ("unipool", ("pool.experts=3",)),
+    ("vanilla_aux_free", ("pool.groups=2",)),
 ]
 
 

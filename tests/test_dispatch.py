@@ -1,0 +1,72 @@
+"""Dispatch against a loop over tokens: values and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unipool_jax.kernels.grouped_matmul import Implementation
+from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
+from unipool_jax.moe.pool import Bank
+from unipool_jax.moe.routing import Routing, RoutingStats
+
+TOKENS, WIDTH, HIDDEN, EXPERTS = 20, 6, 5, 4
+UNUSED = RoutingStats(jnp.zeros((1, EXPERTS), jnp.int32), jnp.zeros((1, EXPERTS)), jnp.zeros(()))
+
+
+def _operands(top_k: int, experts: np.ndarray | None = None) -> tuple[jax.Array, Bank, jax.Array, np.ndarray]:
+    """Hidden states, bank, gates `[N, k]` and experts `[N, k]`; expert 2 gets no token."""
+    random = np.random.default_rng(top_k)
+    if experts is None:
+        experts = np.stack([random.permutation([0, 1, 3])[:top_k] for _ in range(TOKENS)])
+    shapes = ((TOKENS, WIDTH), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH))
+    hidden, *bank = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
+    return hidden, Bank(*bank), jnp.asarray(random.uniform(size=experts.shape), jnp.float32), experts
+
+
+def _loop(hidden: jax.Array, bank: Bank, gates: jax.Array, experts: np.ndarray) -> jax.Array:
+    """Token by token, choice by choice."""
+    rows = []
+    for token, chosen in enumerate(experts):
+        x = hidden[token]
+        outputs = [(jax.nn.silu(x @ bank.gate_EDF[e]) * (x @ bank.up_EDF[e])) @ bank.down_EFD[e] for e in chosen]
+        rows.append(sum(gate * output for gate, output in zip(gates[token], outputs, strict=True)))
+    return jnp.stack(rows)
+
+
+def _compare(found: Any, expected: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_values_and_gradients_match_the_loop(top_k: int, implementation: Implementation) -> None:
+    hidden, bank, gates, experts = _operands(top_k)
+
+    def dispatched(hidden: jax.Array, bank: Bank, gates: jax.Array) -> jax.Array:
+        routing = Routing(jnp.asarray(experts, jnp.int32), gates, UNUSED)
+        return moe_ffn(hidden, routing, bank, implementation)
+
+    _compare(dispatched(hidden, bank, gates), _loop(hidden, bank, gates, experts))
+    cotangent = jax.random.normal(jax.random.key(0), hidden.shape)
+    found = jax.vjp(dispatched, hidden, bank, gates)[1](cotangent)
+    expected = jax.vjp(lambda *operands: _loop(*operands, experts), hidden, bank, gates)[1](cotangent)
+    _compare(found, expected)
+
+
+def test_one_expert_may_take_every_token_as_the_dense_block_does() -> None:
+    hidden, bank, _, experts = _operands(1, np.zeros((TOKENS, 1), np.int64))
+    routing = Routing(jnp.asarray(experts, jnp.int32), jnp.ones((TOKENS, 1)), UNUSED)
+    _compare(moe_ffn(hidden, routing, bank), dense_ffn(hidden, bank))
+
+
+def test_the_dtype_of_the_hidden_states_is_kept() -> None:
+    hidden, bank, gates, experts = _operands(1)
+    routing = Routing(jnp.asarray(experts, jnp.int32), gates, UNUSED)
+    narrow = moe_ffn(hidden.astype(jnp.bfloat16), routing, bank)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow.astype(jnp.float32), moe_ffn(hidden, routing, bank), rtol=0.1, atol=0.3)
