@@ -228,9 +228,11 @@ class EvalWindows:
         self._ends = list(itertools.accumulate(stream.num_tokens for stream in self._streams))
         targets = self._ends[-1] - 1
         if targets < 1:
+            documents = sum(store.num_documents for store in self.stores)
             raise DataError(
-                f"{self.stores[0].path}: split {split!r} has {self._ends[-1]} tokens; evaluation "
-                "needs at least two: choose another split"
+                f"{self.stores[0].path}: split {split!r} has {self._ends[-1]} tokens, evaluation needs at least two. "
+                f"Splits are made of whole documents, and there are {documents}: give more of them (a .txt file is one "
+                "document, a line of .jsonl is one), other split weights, or evaluate another split"
             )
         if max_windows is not None:
             targets = min(targets, max_windows * sequence_length)
