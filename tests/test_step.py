@@ -73,9 +73,11 @@ def test_the_number_of_micro_batches_changes_nothing(method: str) -> None:
         assert float(parts[name]) == pytest.approx(float(whole[name]), rel=1e-5), name
     np.testing.assert_array_equal(parts["counts_LE"], whole["counts_LE"])
     # The first moment is (1 - beta1) x clipped gradient: gradients agree, leaf by leaf.
-    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)  # noqa: E731
-    jax.tree.map(compare, parts_state.opt_state, whole_state.opt_state)
-    jax.tree.map(compare, parts_state.balance, whole_state.balance)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7),
+        (parts_state.opt_state, parts_state.balance),
+        (whole_state.opt_state, whole_state.balance),
+    )
 
 
 def test_previous_statistics_are_one_micro_batch_behind_and_start_empty() -> None:

@@ -150,10 +150,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
             grads, metrics, counts_GNE, load_GE = carry
             (_, (micro_metrics, stats)), micro_grads = gradient(state.params, micro, bias, load_GE, total_weight)
-            mean = lambda total, part: total + part / num_micro  # noqa: E731 - used by two tree maps below
+            sums, parts = (grads, metrics), (micro_grads, micro_metrics)
             return (
-                jax.tree.map(mean, grads, micro_grads),
-                jax.tree.map(mean, metrics, micro_metrics),
+                *jax.tree.map(lambda total, part: total + part / num_micro, sums, parts),
                 counts_GNE + jnp.sum(stats.counts_AE, axis=2),
                 load_GE if counted_before else load_fractions(stats.counts_AE),
             ), None
