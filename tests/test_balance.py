@@ -103,3 +103,21 @@ def test_expert_bias_moves_by_the_rate_towards_the_mean() -> None:
     counts = jnp.array([[[4, 4, 4], [0, 4, 8]]])
     found = updated_expert_bias(jnp.full((1, 2, 3), 0.5), counts, 1e-3)
     np.testing.assert_allclose(found, [[[0.5, 0.5, 0.5], [0.501, 0.5, 0.499]]], rtol=1e-6)
+
+
+def test_pool_loss_of_layers_that_own_their_experts_is_a_switch_loss() -> None:
+    """Every expert used by one layer only: Switch over the layer's K experts with coefficient alpha / L (check 5)."""
+    own = 4
+    scores = np.random.default_rng(8).gamma(0.5, size=(LAYERS, TOKENS, own)).astype(np.float32)
+    wide = np.zeros((LAYERS, TOKENS, LAYERS * own), np.float32)
+    for layer in range(LAYERS):
+        wide[layer, :, layer * own : (layer + 1) * own] = scores[layer]
+
+    def stats(scores: np.ndarray, groups: int) -> RoutingStats:
+        layers = [route(jnp.asarray(s), jnp.asarray(s), router="norm", top_k=TOP_K).stats for s in scores]
+        return jax.tree.map(lambda *x: jnp.stack(x).reshape(groups, LAYERS // groups, *x[0].shape), *layers)
+
+    shared = stats(wide, 1)
+    found = pool_loss(shared, load_fractions(shared.counts_AE), TOKENS, ALPHA)
+    expected = switch_loss(stats(scores, LAYERS), TOKENS, TOP_K, ALPHA / LAYERS)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
