@@ -12,6 +12,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from tiny import METHODS
 from unipool_jax.compose import (
     CONFIG_DIR,
     compose_config,
@@ -25,15 +26,6 @@ from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_m
 from unipool_jax.validation import problems, validate
 
 SCALES = ("182m", "469m", "650m", "830m", "978m")
-METHODS = (
-    "dense",
-    "vanilla",
-    "vanilla_normrouter",
-    "vanilla_aux_free",
-    "shared_layer_aux",
-    "shared_pool_aux",
-    "unipool",
-)
 
 
 def composed(line: str) -> Config:

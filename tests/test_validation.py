@@ -15,21 +15,13 @@ from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from tiny import METHODS
 from unipool_jax.compose import compose_config
 from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
 from unipool_jax.training.step import init_state
 from unipool_jax.validation import RANGES, Range, problems, validate
 
 DEMO = compose_config([])
-METHODS = (
-    "dense",
-    "vanilla",
-    "vanilla_normrouter",
-    "vanilla_aux_free",
-    "shared_layer_aux",
-    "shared_pool_aux",
-    "unipool",
-)
 COMPOSED = {method: compose_config([f"method={method}"]) for method in METHODS}
 
 
