@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
-from unipool_jax.kernels.grouped_ffn import grouped_ffn
+from unipool_jax.kernels.grouped_ffn import Bank, grouped_ffn
 from unipool_jax.kernels.grouped_matmul import grouped_matmul
 
 Case = Callable[[], Any]
@@ -160,7 +160,7 @@ def run(arguments: argparse.Namespace) -> None:
         return jax.lax.ragged_dot(x, bank, plan.group_sizes)
 
     def ffn(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-        return grouped_ffn(x, gate, up, down, plan)
+        return grouped_ffn(x, Bank(gate, up, down), plan)
 
     torch_forward, torch_both = torch_cases(x, gate, wide, sizes)
     forward = {"dense": compiled(jnp.matmul, x, gate[0]), "grouped_matmul": compiled(product, x, gate), **torch_forward}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unipool_jax.kernels.group_plan import make_group_plan
+from unipool_jax.kernels.implementations import Implementation
 
 Array = NDArray[np.float64]
 
@@ -58,12 +59,12 @@ def poisoned(array: Array, sizes: list[int]) -> Array:
     return array
 
 
-def gradients(function: Callable[..., jax.Array]) -> Any:
+def gradients(function: Callable[..., jax.Array], implementation: Implementation) -> Any:
     """Compiled `(sizes, cotangent, *operands) -> (output, *gradients of operands)` of `function(*operands, plan)`."""
 
     @jax.jit
     def run(sizes_E: jax.Array, cotangent: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
-        plan = make_group_plan(sizes_E, operands[0].shape[0])
+        plan = make_group_plan(sizes_E, operands[0].shape[0], implementation=implementation)
         output, pullback = jax.vjp(lambda *operands: function(*operands, plan), *operands)
         return output, *pullback(cotangent)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unipool_jax.kernels.grouped_matmul import Implementation
+from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
-from unipool_jax.moe.pool import Bank
 from unipool_jax.moe.routing import Routing, RoutingStats
 
 TOKENS, WIDTH, HIDDEN, EXPERTS = 20, 6, 5, 4

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import grouped_oracle as oracle
 from unipool_jax.kernels.group_plan import block_shape, make_group_plan, sort_by_group
+from unipool_jax.kernels.implementations import Implementation
 
-make_plan = jax.jit(make_group_plan, static_argnums=1)
+make_plan = jax.jit(make_group_plan, static_argnums=1, static_argnames="implementation")
 
 
 @settings(max_examples=50, deadline=None)
@@ -35,6 +36,29 @@ def test_blocks_and_tiles_visit_each_row_once(data: st.DataObject, shape: oracle
     for group, start in list(zip(plan.tile_group.tolist(), plan.tile_start.tolist(), strict=True))[: plan.num_tiles]:
         visits[start : min(start + tile, offsets[group + 1]), group] += 1
     np.testing.assert_array_equal(visits, owner[:, None] == np.arange(shape.experts))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    data=st.data(), shape=st.sampled_from(oracle.SHAPES), implementation=st.sampled_from(["pallas_tpu", "pallas_gpu"])
+)
+def test_tiles_alone_visit_each_row_once(
+    data: st.DataObject, shape: oracle.Shape, implementation: Implementation
+) -> None:
+    """Kernels without blocks: every row lies in one tile of its own group, rows of no group in one tail tile."""
+    sizes = data.draw(oracle.group_sizes(shape))
+    plan = make_plan(jnp.array(sizes), shape.rows, implementation=implementation)
+    tiling = plan.tiling
+    starts, ends = [*plan.offsets.tolist()], [*plan.offsets.tolist()[1:], shape.rows]
+    # A tail tile starts at the next aligned row: the rows before it share a tile with the last group.
+    visits = np.zeros((shape.rows, shape.experts + 1), int)
+    visits[sum(sizes) : -(-sum(sizes) // tiling.alignment) * tiling.alignment, -1] += 1
+    total = plan.num_tiles + plan.num_tail_tiles
+    assert total <= len(plan.tile_group)
+    for group, start in list(zip(plan.tile_group.tolist(), plan.tile_start.tolist(), strict=True))[:total]:
+        assert start % tiling.alignment == 0
+        visits[max(start, starts[group]) : min(start + tiling.tile_rows, ends[group]), group] += 1
+    np.testing.assert_array_equal(visits, np.asarray(plan.row_group)[:, None] == np.arange(shape.experts + 1))
 
 
 def test_sizes_beyond_the_buffer_are_cut_off() -> None:

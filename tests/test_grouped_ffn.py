@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grouped_oracle as oracle
-from unipool_jax.kernels.group_plan import make_group_plan
-from unipool_jax.kernels.grouped_ffn import grouped_ffn
-from unipool_jax.kernels.grouped_matmul import Implementation
+from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
+from unipool_jax.kernels.grouped_ffn import Bank, grouped_ffn
+from unipool_jax.kernels.implementations import Implementation
 
 NAMES = ("output", "rows gradient", "gate gradient", "up gradient", "down gradient")
 
 
 @cache
 def compiled(implementation: Implementation, remat: bool = False) -> Any:
-    def function(*operands: Any) -> jax.Array:
-        return grouped_ffn(*operands, implementation=implementation)
+    def function(rows: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, plan: GroupPlan) -> jax.Array:
+        return grouped_ffn(rows, Bank(gate, up, down), plan)
 
-    return oracle.gradients(jax.checkpoint(function) if remat else function)
+    return oracle.gradients(jax.checkpoint(function) if remat else function, implementation)
 
 
 def random_arrays(shape: oracle.Shape, sizes: list[int], seed: int) -> list[np.ndarray]:
@@ -106,7 +106,7 @@ def test_errors_name_the_argument() -> None:
         ((rows, gate, gate, down.astype(jnp.bfloat16)), r"down_EFD has dtype bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
-            grouped_ffn(*arguments, plan)
+            grouped_ffn(arguments[0], Bank(*arguments[1:]), plan)
 
 
 def test_float32_weights_are_used_in_the_rows_dtype_and_their_gradients_are_not_rounded() -> None:

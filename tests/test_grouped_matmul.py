@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 
 import grouped_oracle as oracle
 from unipool_jax.kernels.group_plan import block_shape, make_group_plan
-from unipool_jax.kernels.grouped_matmul import Implementation, grouped_matmul
+from unipool_jax.kernels.grouped_matmul import grouped_matmul
+from unipool_jax.kernels.implementations import Implementation
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference")
 
 
 @cache
 def compiled(implementation: Implementation) -> Any:
-    return oracle.gradients(lambda *operands: grouped_matmul(*operands, implementation=implementation))
+    return oracle.gradients(grouped_matmul, implementation)
 
 
 def check(shape: oracle.Shape, sizes: list[int], dtype: str, implementation: Implementation, seed: int = 0) -> None:
@@ -95,7 +96,7 @@ def test_inside_shard_map(implementation: Implementation) -> None:
     sizes, rows, bank = jnp.array([10, 2]), jnp.ones((16, 3)), jnp.ones((2, 3, 4))
 
     def loss(rows: jax.Array, bank: jax.Array) -> jax.Array:
-        return (grouped_matmul(rows, bank, make_group_plan(sizes, 16), implementation=implementation) ** 2).sum()
+        return (grouped_matmul(rows, bank, make_group_plan(sizes, 16, implementation=implementation)) ** 2).sum()
 
     def shard_loss(rows: jax.Array, bank: jax.Array) -> jax.Array:
         return jax.lax.psum(loss(rows, bank), "data")
@@ -123,5 +124,5 @@ def test_errors_name_the_argument() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             grouped_matmul(bad_rows, bad_bank, plan)
-    with pytest.raises(ValueError, match=r"implementation is 'fast'; expected 'auto', 'reference' or 'xla'"):
-        grouped_matmul(rows, bank, plan, implementation="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"implementation is 'fast'; expected one of 'auto', 'reference', 'xla'"):
+        make_group_plan(jnp.array([1, 2]), 4, implementation="fast")  # type: ignore[arg-type]

@@ -202,7 +202,7 @@ class MeshConfig:
 class KernelsConfig:
     """Implementation of the grouped expert matmuls."""
 
-    implementation: Literal["auto", "reference", "xla"] = "auto"
+    implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
     """`auto` takes the best one for the platform; the choice is printed at start."""
 
 

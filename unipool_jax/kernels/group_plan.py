@@ -1,29 +1,51 @@
 """The plan of a grouped product: which rows of a sorted buffer belong to which expert.
 
-A plan is made once per MoE layer and shared by all of that layer's grouped products, forward and backward.
+A plan is made once per MoE layer, for one implementation, and shared by all of that layer's grouped products,
+forward and backward.
 """
 
 import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from unipool_jax.kernels import pallas_tiles
+from unipool_jax.kernels.implementations import Implementation, resolve
 
-class GroupPlan(NamedTuple):
+
+class Tiling(NamedTuple):
+    """How an implementation walks over the rows of a group; static, part of what a plan is compiled for.
+
+    Attributes:
+        implementation: the one that the plan is for.
+        block_rows: leading rows of every group that are handled apart from the tiles; 0 where tiles do it all.
+        tile_rows: rows of a tile.
+        alignment: a group's first tile starts at its first row rounded down to a multiple of this.
+    """
+
+    implementation: Implementation
+    block_rows: int
+    tile_rows: int
+    alignment: int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupPlan:
     """Where each of E groups lies in a buffer of R rows sorted by group. A pytree of int32 arrays.
-
-    The portable path works on the first `block_rows` rows of every group at once and visits what is left of
-    the larger groups tile by tile; `block_shape` gives both sizes, and so the number of tiles B.
 
     Attributes:
         group_sizes: `[E]` rows of each group; zero is allowed.
         offsets: `[E + 1]` exclusive prefix sums: group e owns rows `offsets[e]:offsets[e + 1]`. Rows from
             `offsets[E]` on belong to no group: products write zeros there and never use what they hold.
         row_group: `[R]` group of each row, E for rows of no group.
-        tile_group: `[B]` group of each overflow tile.
-        tile_start: `[B]` first row of each overflow tile.
-        num_tiles: `[]` how many of the B overflow tiles exist.
+        tile_group: `[B]` group of each tile, in the order of the rows; E for tiles of rows of no group.
+        tile_start: `[B]` first row of each tile.
+        num_tiles: `[]` how many of the B tiles hold rows of a group; an empty group has none.
+        num_tail_tiles: `[]` how many tiles after those cover the rows of no group.
+        tiling: the static sizes behind the tiles.
     """
 
     group_sizes: jax.Array
@@ -32,6 +54,20 @@ class GroupPlan(NamedTuple):
     tile_group: jax.Array
     tile_start: jax.Array
     num_tiles: jax.Array
+    num_tail_tiles: jax.Array
+    tiling: Tiling = field(metadata={"static": True})
+
+
+def choose_tiling(implementation: Implementation, num_rows: int, num_groups: int) -> Tiling:
+    """Sizes of blocks and tiles for a buffer of `num_rows` rows in `num_groups` groups."""
+    expected = num_rows / num_groups
+    if implementation == "pallas_tpu":
+        alignment = pallas_tiles.TPU_ROW_ALIGNMENT
+        return Tiling(implementation, 0, pallas_tiles.tpu_tile_rows(expected), alignment)
+    if implementation == "pallas_gpu":
+        return Tiling(implementation, 0, pallas_tiles.gpu_tile_rows(expected), 1)
+    block, tile = block_shape(num_rows, num_groups)
+    return Tiling(implementation, block, tile, 1)
 
 
 def block_shape(num_rows: int, num_groups: int) -> tuple[int, int]:
@@ -50,16 +86,18 @@ def block_shape(num_rows: int, num_groups: int) -> tuple[int, int]:
     return block, max(1, min(block, tile, num_rows))
 
 
-def make_group_plan(group_sizes_E: jax.Array, num_rows: int) -> GroupPlan:
+def make_group_plan(group_sizes_E: jax.Array, num_rows: int, *, implementation: Implementation = "auto") -> GroupPlan:
     """Plan for groups laid one after another from row 0 of a buffer.
 
     Args:
         group_sizes_E: `[E]` integer array, rows of each group.
         num_rows: R, rows of the buffer. The sizes must sum to at most R. That sum is a traced value and is
             not checked: rows beyond the buffer are cut off, so no product reads or writes outside it.
+        implementation: what computes the products of this plan; "auto" chooses by platform.
 
     Raises:
-        ValueError: if `group_sizes_E` is not a non-empty vector of integers, or `num_rows` is negative.
+        ValueError: if `group_sizes_E` is not a non-empty vector of integers, `num_rows` is negative, or the
+            implementation is unknown.
 
     Example:
         >>> plan = make_group_plan(jnp.array([2, 0, 3]), num_rows=6)
@@ -77,22 +115,35 @@ def make_group_plan(group_sizes_E: jax.Array, num_rows: int) -> GroupPlan:
     num_groups = group_sizes_E.shape[0]
     ends_E = jnp.minimum(jnp.cumsum(group_sizes_E.astype(jnp.int32)), num_rows)
     starts_E = jnp.concatenate([jnp.zeros_like(ends_E[:1]), ends_E[:-1]])
-    row_group = jnp.searchsorted(ends_E, jnp.arange(num_rows, dtype=jnp.int32), side="right")
+    offsets = jnp.concatenate([starts_E[:1], ends_E])
+    row_group = jnp.searchsorted(ends_E, jnp.arange(num_rows, dtype=jnp.int32), side="right").astype(jnp.int32)
 
-    block, tile = block_shape(num_rows, num_groups)
-    tiles_E = -(-jnp.maximum(ends_E - starts_E - block, 0) // tile)
-    tile_ends_E = jnp.cumsum(tiles_E)
-    # A tile is no larger than a block, so a group of n rows overflows into at most n // tile tiles.
-    index_B = jnp.arange(num_rows // tile, dtype=jnp.int32)
-    tile_group = jnp.minimum(jnp.searchsorted(tile_ends_E, index_B, side="right"), num_groups - 1)
-    tile_in_group = index_B - (tile_ends_E - tiles_E)[tile_group]
+    tiling = choose_tiling(resolve(implementation), num_rows, num_groups)
+    block, tile, alignment = tiling.block_rows, tiling.tile_rows, tiling.alignment
+    first_E = starts_E // alignment * alignment + block
+    tiles_E = jnp.where(ends_E > starts_E, -(-jnp.maximum(ends_E - first_E, 0) // tile), 0)
+    # The rows of no group, as one more group; where blocks do part of the work they also see to these rows.
+    tail = -(-ends_E[-1:] // alignment) * alignment
+    tail_tiles = -(-(num_rows - tail) // tile) if block == 0 else jnp.zeros_like(tail)
+    tile_ends = jnp.cumsum(jnp.concatenate([tiles_E, tail_tiles]))
+    if block:
+        # A tile is no larger than a block, so a group of n rows overflows into at most n // tile tiles.
+        most_tiles = num_rows // tile
+    else:
+        most_tiles = min(num_groups, num_rows) + 1 + (num_rows + min(num_groups, num_rows) * (alignment - 1)) // tile
+    index_B = jnp.arange(most_tiles, dtype=jnp.int32)
+    tile_group = jnp.minimum(jnp.searchsorted(tile_ends, index_B, side="right"), num_groups).astype(jnp.int32)
+    first_tile = jnp.concatenate([jnp.zeros_like(tile_ends[:1]), tile_ends[:-1]])[tile_group]
+    tile_start = jnp.concatenate([first_E, tail])[tile_group] + (index_B - first_tile) * tile
     return GroupPlan(
         group_sizes=ends_E - starts_E,
-        offsets=jnp.concatenate([starts_E[:1], ends_E]),
-        row_group=row_group.astype(jnp.int32),
-        tile_group=tile_group.astype(jnp.int32),
-        tile_start=(starts_E[tile_group] + block + tile_in_group * tile).astype(jnp.int32),
-        num_tiles=tile_ends_E[-1].astype(jnp.int32),
+        offsets=offsets,
+        row_group=row_group,
+        tile_group=tile_group,
+        tile_start=tile_start.astype(jnp.int32),
+        num_tiles=tile_ends[-2].astype(jnp.int32),
+        num_tail_tiles=tail_tiles[0].astype(jnp.int32),
+        tiling=tiling,
     )
 
 

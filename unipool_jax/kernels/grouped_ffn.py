@@ -1,93 +1,151 @@
-"""Gated expert feed-forward network on a group plan: the one symbol that the layers above import."""
+"""Gated expert feed-forward network on a group plan: what the layers above import."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from unipool_jax.kernels import reference, xla
+from unipool_jax.kernels import reference
 from unipool_jax.kernels.group_plan import GroupPlan
-from unipool_jax.kernels.grouped_matmul import Implementation, check_operands, resolve, vary_alike
-
-Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, GroupPlan]
+from unipool_jax.kernels.grouped_matmul import BACK_ENDS, check_operands, vary_alike
 
 
-def grouped_ffn(
-    rows_RD: jax.Array,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
-    plan: GroupPlan,
-    *,
-    implementation: Implementation = "auto",
-) -> jax.Array:
+class Bank(NamedTuple):
+    """The E experts of one pool; expert e computes `(silu(x gate_e) * (x up_e)) down_e`."""
+
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> "Bank":
+        """The same experts in another dtype."""
+        return Bank(*(weights.astype(dtype) for weights in self))
+
+
+def grouped_ffn(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> jax.Array:
     """SwiGLU of each row with its own expert: `(silu(x Wg) * (x Wu)) Wd` (Shazeer 2020, arXiv:2002.05202).
 
     SiLU is computed in float32 and products accumulate in float32. Float32 weights are used in the rows' dtype and
-    their gradients stay float32, so a scan over layers adds them up without rounding; gradients of narrower weights
-    are summed in float32 and rounded once. Rows past the last group are zero in the output and in the row gradient
-    and never reach a weight gradient, even where they hold NaN. Reverse-mode derivatives only; the backward
-    pass keeps the rows and the gate and up products, so wrap the call in `jax.checkpoint` to save those two.
+    their gradients stay float32; gradients of narrower weights are summed in float32 and rounded once. Rows past the
+    last group are zero in the output and in the row gradient and never reach a weight gradient, even where they hold
+    NaN. Reverse-mode derivatives only; the backward pass keeps the rows and the gate and up products, so wrap the
+    call in `jax.checkpoint` to save those two.
 
     Args:
         rows_RD: `[R, D]` rows sorted by group.
-        gate_EDF: `[E, D, F]` gate projections, of the rows' dtype or float32.
-        up_EDF: `[E, D, F]` up projections.
-        down_EFD: `[E, F, D]` down projections.
-        plan: from `make_group_plan(sizes, R)`.
-        implementation: "auto" chooses by platform.
+        bank: experts, of the rows' dtype or float32.
+        plan: from `make_group_plan(sizes, R)`; says which implementation computes the products.
 
     Returns:
         `[R, D]` in the rows' dtype.
 
     Raises:
-        ValueError: on shapes or dtypes that do not fit together, or an unknown implementation.
+        ValueError: on shapes or dtypes that do not fit together.
     """
-    check_operands({"rows_RD": rows_RD}, {"gate_EDF": gate_EDF, "up_EDF": up_EDF, "down_EFD": down_EFD}, plan)
-    rows, (experts, width, hidden) = rows_RD.shape[0], gate_EDF.shape
+    _check(rows_RD, bank, plan)
+    if rows_RD.shape[0] == 0:
+        return jnp.zeros_like(rows_RD)
+    rows_RD, bank, plan = vary_alike((rows_RD, bank, plan))
+    if plan.tiling.implementation == "reference":
+        return reference.grouped_ffn(rows_RD, *bank.astype(rows_RD.dtype), plan)
+    return _ffn(rows_RD, bank, plan)
+
+
+def accumulating_ffn(rows_RD: jax.Array, bank: Bank, master: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
+    """`grouped_ffn` for weights that several layers share: the backward pass adds to one gradient, in place.
+
+    Give the returned `master` to the next layer that uses the same experts. It is the `master` that came in, so
+    forward it costs nothing; backward its cotangent arrives holding the gradient of the layers above, this layer's
+    share is added to it in float32, touching only experts that have rows, and it goes on to the layer below. A scan
+    over layers that carries `master` therefore holds one gradient of the bank. Derived by autodiff from `bank` alone
+    it would make and add a gradient of full size for every layer.
+
+    Args:
+        rows_RD: `[R, D]` rows sorted by group.
+        bank: experts in the rows' dtype, no gradient flows to them.
+        master: the float32 parameters that `bank` was made from; their values are not used.
+        plan: from `make_group_plan(sizes, R)`.
+
+    Returns:
+        `[R, D]` in the rows' dtype, and `master`.
+
+    Raises:
+        ValueError: on shapes or dtypes that do not fit together.
+    """
+    _check(rows_RD, bank, plan)
+    for name, weights, wide in zip(Bank._fields, bank, master, strict=True):
+        if wide.shape != weights.shape or wide.dtype != jnp.float32:
+            raise ValueError(
+                f"master.{name} is {wide.dtype}{list(wide.shape)}; expected float32{list(weights.shape)} as bank.{name}"
+            )
+    bank = jax.lax.stop_gradient(bank)
+    if rows_RD.shape[0] == 0:
+        return jnp.zeros_like(rows_RD), master
+    rows_RD, bank, master, plan = vary_alike((rows_RD, bank, master, plan))
+    if plan.tiling.implementation == "reference":
+        # The values of `bank` with the gradient of `master`.
+        bank = jax.tree.map(lambda weights, wide: wide + jax.lax.stop_gradient(weights - wide), bank, master)
+        return reference.grouped_ffn(rows_RD, *bank.astype(rows_RD.dtype), plan), master
+    return _accumulating_ffn(rows_RD, bank, master, plan)
+
+
+def _check(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> None:
+    check_operands({"rows_RD": rows_RD}, bank._asdict(), plan)
+    rows, (experts, width, hidden) = rows_RD.shape[0], bank.gate_EDF.shape
     expected = {
         "rows_RD": (rows_RD.shape, (rows, width)),
-        "up_EDF": (up_EDF.shape, (experts, width, hidden)),
-        "down_EFD": (down_EFD.shape, (experts, hidden, width)),
+        "up_EDF": (bank.up_EDF.shape, (experts, width, hidden)),
+        "down_EFD": (bank.down_EFD.shape, (experts, hidden, width)),
     }
     for name, (actual, wanted) in expected.items():
         if actual != wanted:
-            raise ValueError(f"{name} has shape {actual}; expected {wanted} to fit gate_EDF {gate_EDF.shape}")
-    implementation = resolve(implementation)
-    if rows == 0:
-        return jnp.zeros_like(rows_RD)
-    operands = vary_alike((rows_RD, gate_EDF, up_EDF, down_EFD, plan))
-    if implementation == "reference":
-        return reference.grouped_ffn(*_in_rows_dtype(*operands))
-    return _xla_ffn(*operands)
+            raise ValueError(f"{name} has shape {actual}; expected {wanted} to fit gate_EDF {bank.gate_EDF.shape}")
 
 
 @jax.custom_vjp
-def _xla_ffn(
-    rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
-) -> jax.Array:
-    return xla.ffn_forward(*_in_rows_dtype(rows_RD, gate_EDF, up_EDF, down_EFD, plan))[0]
+def _ffn(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> jax.Array:
+    return _forward(rows_RD, bank, plan)[0]
 
 
-def _in_rows_dtype(
-    rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
-) -> Operands:
-    dtype = rows_RD.dtype
-    return rows_RD, gate_EDF.astype(dtype), up_EDF.astype(dtype), down_EFD.astype(dtype), plan
+def _forward(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> tuple[jax.Array, tuple[Any, ...]]:
+    back_end = BACK_ENDS[plan.tiling.implementation]
+    out_RD, products = back_end.ffn_forward(rows_RD, *bank.astype(rows_RD.dtype), plan)
+    return out_RD, (rows_RD, bank, plan, products)
 
 
-def _forward(*operands: *Operands) -> tuple[jax.Array, tuple[Operands, tuple[jax.Array, jax.Array]]]:
-    out_RD, products = xla.ffn_forward(*_in_rows_dtype(*operands))
-    return out_RD, (operands, products)
+def _backward(residuals: tuple[Any, ...], grad_RD: jax.Array) -> tuple[jax.Array, Bank, None]:
+    rows_RD, bank, plan, products = residuals
+    back_end = BACK_ENDS[plan.tiling.implementation]
+    gate_EDF, up_EDF, down_EFD = bank.astype(rows_RD.dtype)
+    rows_grad_RD, sums = back_end.ffn_backward(grad_RD, rows_RD, gate_EDF, up_EDF, down_EFD, plan, products)
+    return rows_grad_RD, Bank(*(total.astype(weights.dtype) for total, weights in zip(sums, bank, strict=True))), None
 
 
-def _backward(
-    residuals: tuple[Operands, tuple[jax.Array, jax.Array]], grad_RD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, None]:
-    operands, products = residuals
-    rows_grad_RD, *bank_grads = xla.ffn_backward(grad_RD, *_in_rows_dtype(*operands), products)
-    gate_grad, up_grad, down_grad = (
-        gradient.astype(bank.dtype) for gradient, bank in zip(bank_grads, operands[1:4], strict=True)
+_ffn.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _accumulating_ffn(rows_RD: jax.Array, bank: Bank, master: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
+    return _forward(rows_RD, bank, plan)[0], master
+
+
+def _accumulating_forward(
+    rows_RD: jax.Array, bank: Bank, master: Bank, plan: GroupPlan
+) -> tuple[tuple[jax.Array, Bank], tuple[Any, ...]]:
+    out_RD, residuals = _forward(rows_RD, bank, plan)
+    return (out_RD, master), residuals
+
+
+def _accumulating_backward(
+    residuals: tuple[Any, ...], cotangents: tuple[jax.Array, Bank]
+) -> tuple[jax.Array, None, Bank, None]:
+    grad_RD, into = cotangents
+    rows_RD, (gate_EDF, up_EDF, down_EFD), plan, products = residuals
+    back_end = BACK_ENDS[plan.tiling.implementation]
+    rows_grad_RD, sums = back_end.ffn_backward(
+        grad_RD, rows_RD, gate_EDF, up_EDF, down_EFD, plan, products, (into.gate_EDF, into.up_EDF, into.down_EFD)
     )
-    return rows_grad_RD, gate_grad, up_grad, down_grad, None
+    return rows_grad_RD, None, Bank(*sums), None
 
 
-_xla_ffn.defvjp(_forward, _backward)
+_accumulating_ffn.defvjp(_accumulating_forward, _accumulating_backward)

@@ -1,6 +1,6 @@
 """Grouped matrix product: each row of a sorted buffer times its own expert's matrix. The public face."""
 
-from typing import Literal, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,35 +8,49 @@ from jax import lax
 
 from unipool_jax.kernels import reference, xla
 from unipool_jax.kernels.group_plan import GroupPlan
+from unipool_jax.kernels.implementations import Implementation
 
-Implementation = Literal["auto", "reference", "xla"]
 Operands = TypeVar("Operands")
-
-# What "auto" means on each platform; a platform not named here uses "xla".
-PLATFORM_IMPLEMENTATION: dict[str, Implementation] = {"cpu": "xla"}
+Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def resolve(implementation: Implementation) -> Implementation:
-    """The implementation that `implementation` stands for on the default backend.
+class BackEnd(Protocol):
+    """What a module must offer to compute the products of a plan; operands have one dtype, products sum in float32."""
 
-    Code compiled ahead of time for another platform should name its implementation instead of "auto".
+    def matmul(self, rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:
+        """`out[r] = rows[r] @ bank[group of r]`, or with that matrix transposed; zero for rows of no group."""
 
-    Raises:
-        ValueError: if it is none of "auto", "reference", "xla".
-    """
-    if implementation == "auto":
-        return PLATFORM_IMPLEMENTATION.get(jax.default_backend(), "xla")
-    if implementation not in ("reference", "xla"):
-        raise ValueError(f"implementation is {implementation!r}; expected 'auto', 'reference' or 'xla'")
-    return implementation
+    def bank_gradient(
+        self, rows_RK: jax.Array, grad_RN: jax.Array, plan: GroupPlan, into_EKN: jax.Array | None = None
+    ) -> jax.Array:
+        """`[E, K, N]` float32: `into` (default zero) plus each group's sum of outer products `rows[r] grad[r]^T`."""
+
+    def ffn_forward(
+        self, rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
+    ) -> tuple[jax.Array, Any]:
+        """Gated expert FFN, `[R, D]`, and whatever `ffn_backward` wants to know of it."""
+
+    def ffn_backward(
+        self,
+        grad_RD: jax.Array,
+        rows_RD: jax.Array,
+        gate_EDF: jax.Array,
+        up_EDF: jax.Array,
+        down_EFD: jax.Array,
+        plan: GroupPlan,
+        residuals: Any,
+        into: Three | None = None,
+    ) -> tuple[jax.Array, Three]:
+        """Gradient of the rows, and those of the three banks added to `into` (default zero) in float32."""
+
+
+BACK_ENDS: dict[Implementation, BackEnd] = {"xla": xla}
 
 
 def grouped_matmul(
     rows_RK: jax.Array,
     bank_EKN: jax.Array,
     plan: GroupPlan,
-    *,
-    implementation: Implementation = "auto",
 ) -> jax.Array:
     """`out[r] = rows[r] @ bank[group of r]`; zero for rows past the last group.
 
@@ -48,14 +62,13 @@ def grouped_matmul(
     Args:
         rows_RK: `[R, K]` rows sorted by group.
         bank_EKN: `[E, K, N]` one matrix per expert, of the rows' dtype or float32.
-        plan: from `make_group_plan(sizes, R)`.
-        implementation: "auto" chooses by platform.
+        plan: from `make_group_plan(sizes, R)`; says which implementation computes the product.
 
     Returns:
         `[R, N]` in the rows' dtype.
 
     Raises:
-        ValueError: on shapes or dtypes that do not fit together, or an unknown implementation.
+        ValueError: on shapes or dtypes that do not fit together.
 
     Example:
         >>> from unipool_jax.kernels.group_plan import make_group_plan
@@ -68,13 +81,12 @@ def grouped_matmul(
         raise ValueError(
             f"rows_RK has shape {rows_RK.shape}; expected [R, {bank_EKN.shape[1]}] to fit bank_EKN {bank_EKN.shape}"
         )
-    implementation = resolve(implementation)
     if rows_RK.shape[0] == 0:
         return jnp.zeros((0, bank_EKN.shape[2]), rows_RK.dtype)
     rows_RK, bank_EKN, plan = vary_alike((rows_RK, bank_EKN, plan))
-    if implementation == "reference":
+    if plan.tiling.implementation == "reference":
         return reference.grouped_matmul(rows_RK, bank_EKN.astype(rows_RK.dtype), plan)
-    return _xla_matmul(rows_RK, bank_EKN, plan)
+    return _matmul(rows_RK, bank_EKN, plan)
 
 
 def check_operands(rows: dict[str, jax.Array], banks: dict[str, jax.Array], plan: GroupPlan) -> None:
@@ -116,23 +128,25 @@ def vary_alike(operands: Operands) -> Operands:
 
 
 @jax.custom_vjp
-def _xla_matmul(rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
-    return xla.matmul(rows_RK, bank_EKN.astype(rows_RK.dtype), plan, transpose_bank=False)
+def _matmul(rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
+    back_end = BACK_ENDS[plan.tiling.implementation]
+    return back_end.matmul(rows_RK, bank_EKN.astype(rows_RK.dtype), plan, transpose_bank=False)
 
 
 def _forward(
     rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, GroupPlan]]:
-    return _xla_matmul(rows_RK, bank_EKN, plan), (rows_RK, bank_EKN, plan)
+    return _matmul(rows_RK, bank_EKN, plan), (rows_RK, bank_EKN, plan)
 
 
 def _backward(
     residuals: tuple[jax.Array, jax.Array, GroupPlan], grad_RN: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     rows_RK, bank_EKN, plan = residuals
-    rows_grad_RK = xla.matmul(grad_RN, bank_EKN.astype(rows_RK.dtype), plan, transpose_bank=True)
-    bank_grad_EKN = xla.bank_gradient(rows_RK, grad_RN, plan).astype(bank_EKN.dtype)
+    back_end = BACK_ENDS[plan.tiling.implementation]
+    rows_grad_RK = back_end.matmul(grad_RN, bank_EKN.astype(rows_RK.dtype), plan, transpose_bank=True)
+    bank_grad_EKN = back_end.bank_gradient(rows_RK, grad_RN, plan).astype(bank_EKN.dtype)
     return rows_grad_RK, bank_grad_EKN, None
 
 
-_xla_matmul.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, _backward)

@@ -4,7 +4,7 @@ Two stages, both of static shape. First the leading rows of every group are gath
 `[E, T, ...]` and multiplied in one batched product, which reads each matrix once, in place. Then a loop visits the
 tiles of the groups that hold more than T rows; its trip count is the number of such tiles, so even routing
 hardly enters it and one expert holding every row costs at most one more pass over the rows.
-T and the tile size come from `group_plan.block_shape`.
+T and the tile size come from the plan's tiling.
 
 Every value gathered from a buffer is masked to the rows of its own group before it meets another group's
 rows in a sum, so rows of no group (and NaNs in them) reach no result.
@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unipool_jax.kernels.group_plan import GroupPlan, block_shape
+from unipool_jax.kernels.group_plan import GroupPlan
+
+Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:
@@ -33,9 +35,13 @@ def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_ba
     return lax.fori_loop(0, plan.num_tiles, visit, out_RN)
 
 
-def bank_gradient(rows_RK: jax.Array, grad_RN: jax.Array, plan: GroupPlan) -> jax.Array:
-    """`[E, K, N]` float32: for each group the sum over its own rows of the outer products `rows[r] grad[r]^T`."""
+def bank_gradient(
+    rows_RK: jax.Array, grad_RN: jax.Array, plan: GroupPlan, into_EKN: jax.Array | None = None
+) -> jax.Array:
+    """`[E, K, N]` float32: `into` (default zero) plus each group's sum of outer products `rows[r] grad[r]^T`."""
     bank_EKN = _batched_dot(_to_blocks(rows_RK, plan), _to_blocks(grad_RN, plan), 0, 0)
+    if into_EKN is not None:
+        bank_EKN += into_EKN
 
     def visit(tile: jax.Array, bank_EKN: jax.Array) -> jax.Array:
         group, base, mine_T1 = _tile(tile, plan)
@@ -78,8 +84,9 @@ def ffn_backward(
     down_EFD: jax.Array,
     plan: GroupPlan,
     residuals: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Gradients of `ffn_forward`: rows in their own dtype, the three banks in float32.
+    into: Three | None = None,
+) -> tuple[jax.Array, Three]:
+    """Gradients of `ffn_forward`: rows in their own dtype, the three banks in float32 and added to `into`.
 
     Overflow tiles recompute their gate and up products: storing them would take a second `[R, F]` pair of
     buffers for the rows that even routing does not have.
@@ -91,6 +98,12 @@ def ffn_backward(
     gate_bank_EDF = _batched_dot(block_ETD, gate_grad_ETF, 0, 0)
     up_bank_EDF = _batched_dot(block_ETD, up_grad_ETF, 0, 0)
     down_bank_EFD = _batched_dot(hidden_ETF, grad_ETD, 0, 0)
+    if into is not None:
+        gate_bank_EDF, up_bank_EDF, down_bank_EFD = (
+            gate_bank_EDF + into[0],
+            up_bank_EDF + into[1],
+            down_bank_EFD + into[2],
+        )
     rows_grad_ETD = _batched_dot(gate_grad_ETF, gate_EDF, 1, 1) + _batched_dot(up_grad_ETF, up_EDF, 1, 1)
     rows_grad_RD = _from_blocks(rows_grad_ETD, plan, dtype)
 
@@ -111,7 +124,8 @@ def ffn_backward(
         )
 
     gradients = (rows_grad_RD, gate_bank_EDF, up_bank_EDF, down_bank_EFD)
-    return lax.fori_loop(0, plan.num_tiles, visit, gradients)
+    rows_grad_RD, *bank_gradients = lax.fori_loop(0, plan.num_tiles, visit, gradients)
+    return rows_grad_RD, tuple(bank_gradients)
 
 
 def _gated_backward(
@@ -139,8 +153,7 @@ def _batched_dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -
 
 def _to_blocks(rows_RC: jax.Array, plan: GroupPlan) -> jax.Array:
     """`[E, T, C]`: the first T rows of each group, zero where the group has fewer."""
-    block, _ = block_shape(rows_RC.shape[0], plan.group_sizes.shape[0])
-    row_ET = plan.offsets[:-1, None] + jnp.arange(block, dtype=jnp.int32)
+    row_ET = plan.offsets[:-1, None] + jnp.arange(plan.tiling.block_rows, dtype=jnp.int32)
     rows_ETC = jnp.take(rows_RC, row_ET, axis=0, mode="clip")
     return jnp.where((row_ET < plan.offsets[1:, None])[..., None], rows_ETC, 0)
 
@@ -162,8 +175,7 @@ def _tile(tile: jax.Array, plan: GroupPlan) -> tuple[jax.Array, jax.Array, jax.A
 
     A tile that would stick out of the buffer is read from further up, its earlier rows masked.
     """
-    num_rows = plan.row_group.shape[0]
-    _, rows = block_shape(num_rows, plan.group_sizes.shape[0])
+    num_rows, rows = plan.row_group.shape[0], plan.tiling.tile_rows
     group, start = plan.tile_group[tile], plan.tile_start[tile]
     base = jnp.minimum(start, num_rows - rows)
     row_T1 = base + jnp.arange(rows, dtype=jnp.int32)[:, None]

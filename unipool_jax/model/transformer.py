@@ -14,9 +14,10 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from unipool_jax.config import Config
+from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.model.attention import Attention
 from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
-from unipool_jax.moe.pool import Bank, ExpertPool
+from unipool_jax.moe.pool import ExpertPool
 from unipool_jax.moe.routing import RoutingStats, norm_constant, route, scores
 
 

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from unipool_jax.kernels.group_plan import make_group_plan, sort_by_group
-from unipool_jax.kernels.grouped_ffn import grouped_ffn
-from unipool_jax.kernels.grouped_matmul import Implementation
-from unipool_jax.moe.pool import Bank
+from unipool_jax.kernels.grouped_ffn import Bank, grouped_ffn
+from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.moe.routing import Routing
 
 
@@ -42,7 +41,7 @@ def moe_ffn(hidden_ND: jax.Array, routing: Routing, bank: Bank, implementation: 
       hidden_ND: router input.
       routing: experts and gates of each token.
       bank: the experts, float32 or the dtype of `hidden_ND`; used in the dtype of `hidden_ND`.
-      implementation: see `kernels.grouped_matmul`.
+      implementation: see `kernels.implementations`.
     """
     num_tokens, top_k = routing.experts_NK.shape
     num_experts = bank.gate_EDF.shape[0]
@@ -50,11 +49,11 @@ def moe_ffn(hidden_ND: jax.Array, routing: Routing, bank: Bank, implementation: 
 
     order_R, group_sizes_E = sort_by_group(routing.experts_NK.reshape(num_rows), num_experts)
     inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(num_rows, dtype=order_R.dtype), unique_indices=True)
-    plan = make_group_plan(group_sizes_E, num_rows)
+    plan = make_group_plan(group_sizes_E, num_rows, implementation=implementation)
 
     slots_RD = jnp.repeat(hidden_ND, top_k, axis=0) if top_k > 1 else hidden_ND
     sorted_RD = _permute_rows(slots_RD, order_R, inverse_R)
-    expert_RD = grouped_ffn(sorted_RD, bank.gate_EDF, bank.up_EDF, bank.down_EFD, plan, implementation=implementation)
+    expert_RD = grouped_ffn(sorted_RD, bank, plan)
     output_NKD = _permute_rows(expert_RD, inverse_R, order_R).reshape(num_tokens, top_k, -1)
     weighted_NKD = routing.gates_NK[:, :, None] * output_NKD.astype(jnp.float32)
     return jnp.sum(weighted_NKD, axis=1).astype(hidden_ND.dtype)

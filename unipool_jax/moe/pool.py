@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-
-class Bank(NamedTuple):
-    """The E experts of one pool; expert e computes `(silu(x gate_e) * (x up_e)) down_e`."""
-
-    gate_EDF: jax.Array
-    up_EDF: jax.Array
-    down_EFD: jax.Array
+from unipool_jax.kernels.grouped_ffn import Bank
 
 
 class ExpertPool(nn.Module):

@@ -18,7 +18,7 @@ from unipool_jax.config import Config
 from unipool_jax.corpus import Corpus, open_corpus
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
-from unipool_jax.kernels.grouped_matmul import resolve
+from unipool_jax.kernels.implementations import resolve
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops

@@ -1,0 +1,30 @@
+"""Which implementation of the grouped products runs: the one table of platforms and names."""
+
+from typing import Literal, get_args
+
+import jax
+
+Implementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
+
+# What "auto" means on each platform; a platform not named here uses "xla".
+PLATFORM_IMPLEMENTATION: dict[str, Implementation] = {
+    "cpu": "xla",
+    "tpu": "pallas_tpu",
+    "gpu": "pallas_gpu",
+}
+
+
+def resolve(implementation: Implementation) -> Implementation:
+    """The implementation that `implementation` stands for on the default backend.
+
+    Code compiled ahead of time for another platform should name its implementation instead of "auto".
+
+    Raises:
+        ValueError: if it is not one of `Implementation`.
+    """
+    if implementation not in get_args(Implementation):
+        allowed = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"kernels.implementation is {implementation!r}; expected one of {allowed}")
+    if implementation == "auto":
+        return PLATFORM_IMPLEMENTATION.get(jax.default_backend(), "xla")
+    return implementation
