@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unipool_jax.kernels import pallas_tiles
-from unipool_jax.kernels.implementations import Implementation, resolve
+from unipool_jax.kernels.implementations import Implementation, resolve, target_device_kind
 
 
 class Tiling(NamedTuple):
@@ -62,8 +62,8 @@ def choose_tiling(implementation: Implementation, num_rows: int, num_groups: int
     """Sizes of blocks and tiles for a buffer of `num_rows` rows in `num_groups` groups."""
     expected = num_rows / num_groups
     if implementation == "pallas_tpu":
-        alignment = pallas_tiles.TPU_ROW_ALIGNMENT
-        return Tiling(implementation, 0, pallas_tiles.tpu_tile_rows(expected), alignment)
+        tile_rows = pallas_tiles.tpu_tile_rows(target_device_kind(), expected)
+        return Tiling(implementation, 0, tile_rows, pallas_tiles.TPU_ROW_ALIGNMENT)
     if implementation == "pallas_gpu":
         return Tiling(implementation, 0, pallas_tiles.gpu_tile_rows(expected), 1)
     block, tile = block_shape(num_rows, num_groups)

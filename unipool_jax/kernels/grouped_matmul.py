@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unipool_jax.kernels import reference, xla
+from unipool_jax.kernels import pallas_tpu, reference, xla
 from unipool_jax.kernels.group_plan import GroupPlan
 from unipool_jax.kernels.implementations import Implementation
 
@@ -44,7 +44,10 @@ class BackEnd(Protocol):
         """Gradient of the rows, and those of the three banks added to `into` (default zero) in float32."""
 
 
-BACK_ENDS: dict[Implementation, BackEnd] = {"xla": xla}
+BACK_ENDS: dict[Implementation, BackEnd] = {
+    "xla": xla,
+    "pallas_tpu": pallas_tpu,
+}
 
 
 def grouped_matmul(

@@ -28,3 +28,12 @@ def resolve(implementation: Implementation) -> Implementation:
     if implementation == "auto":
         return PLATFORM_IMPLEMENTATION.get(jax.default_backend(), "xla")
     return implementation
+
+
+def target_device_kind() -> str:
+    """The kind of device that is traced for: that of the mesh in use, else the default device's.
+
+    Compiling ahead of time for a device that is not there, trace under `jax.set_mesh` with a mesh of such devices.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind

@@ -1,0 +1,107 @@
+"""The TPU compiler's own schedule of a kernel, on a machine that has no TPU.
+
+`libtpu` contains the whole compiler. It compiles ahead of time for a named topology and writes the final schedule of
+every kernel: one line per instruction bundle (a bundle issues in one cycle) with the slots of each unit that it uses.
+Import this module before anything initialises JAX: the compiler reads its settings once.
+"""
+
+import os
+import tempfile
+
+_DUMP = tempfile.TemporaryDirectory()
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={_DUMP.name} --xla_jf_dump_llo_text=true"
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+
+import re  # noqa: E402 - the settings above must come before jax
+from collections.abc import Callable, Sequence  # noqa: E402
+from functools import cache  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any, NamedTuple  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+
+class Chip(NamedTuple):
+    """One JAX device of a TPU generation, from the vendor's published figures per chip."""
+
+    name: str
+    topology: str
+    device_kind: str
+    cores: int
+    """TensorCores of the device; those of a v5p chip form one device, those of a 7x chip two."""
+    matrix_unit: int
+    """Rows and columns of a matrix unit; each core has the arithmetic of four."""
+    flops: float
+    """Peak of the device in bfloat16, FLOP/s."""
+    bandwidth: float
+    """Of its high-bandwidth memory, bytes/s."""
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second at which the matrix units reach the published peak."""
+        return self.flops / (self.cores * 4 * 2 * self.matrix_unit**2)
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "v5e:2x2", "TPU v5 lite", 1, 128, 197e12, 819e9),
+        Chip("v5p", "v5p:2x2x1", "TPU v5", 2, 128, 459e12, 2765e9),
+        Chip("v6e", "v6e:2x2", "TPU v6 lite", 1, 256, 918e12, 1640e9),
+        Chip("7x", "tpu7x:2x2x1", "TPU7x", 1, 256, 2307e12 / 2, 7380e9 / 2),
+    )
+}
+
+
+class Schedule(NamedTuple):
+    """One kernel's schedule. Bundles of a loop body count once."""
+
+    bundles: int
+    fill: float
+    """Share of the matrix units' slots that issue a product."""
+    spills: int
+    """Stores of registers to memory for want of registers."""
+
+
+@cache
+def mesh(topology: str) -> jax.sharding.Mesh:
+    """A mesh of one device of the topology."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return jax.sharding.Mesh(np.array(devices[:1]), ("device",))
+
+
+def compile_for(
+    chip: Chip, function: Callable[..., Any], arguments: Sequence[Any], donate: Sequence[int] = ()
+) -> tuple[Any, dict[str, Schedule]]:
+    """Compile for one device of the chip: the compiled program, and the schedule of each kernel with matrix products.
+
+    Kernels are named as in the program, without the number that keeps equal names apart; of equal names the longest
+    schedule is kept.
+    """
+    for path in Path(_DUMP.name).iterdir():
+        path.unlink()
+    on_chip = jax.sharding.NamedSharding(mesh(chip.topology), jax.sharding.PartitionSpec())
+    with jax.set_mesh(mesh(chip.topology)):
+        shapes = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=on_chip) for shape in arguments]
+        # A new function, so that nothing traced for another chip is found in a cache.
+        program = jax.jit(lambda *operands: function(*operands), donate_argnums=donate).lower(*shapes).compile()
+    schedules: dict[str, Schedule] = {}
+    for path in Path(_DUMP.name).glob("*final_hlo-static-per-bundle-utilization.txt"):
+        name = re.sub(r"^\d+-|(\.\d+)?-\d+(-.*)?$", "", path.name)
+        schedule = _read(path)
+        if schedule.fill > 0.02 and schedule.bundles > schedules.get(name, Schedule(0, 0, 0)).bundles:
+            schedules[name] = schedule
+    return program, schedules
+
+
+def _read(path: Path) -> Schedule:
+    """Line 2 names the units, line 3 their slots per bundle, then follows a line per bundle."""
+    lines = path.read_text().splitlines()
+    names = [name.strip() for name in lines[1].split(",")]
+    slots = dict(zip(names, map(int, lines[2].split()), strict=False))
+    rows = [list(map(int, line.split())) for line in lines[4:] if line.strip() and line.split()[0].isdigit()]
+    used = {name: sum(row[index] for row in rows) for index, name in enumerate(names)}
+    fill = used["MATMUL"] / max(1, slots["MATMUL"] * len(rows))
+    return Schedule(len(rows), fill, used.get("VSTORE:SPILL", 0))
