@@ -63,11 +63,7 @@ def tpu_columns(
     chosen = tpu_table()["columns"].get(device_kind, {}).get(key)
     if chosen:
         return int(chosen)
-    choices = [
-        columns
-        for columns in tpu_column_choices(width, cores)
-        if fixed_bytes + columns * bytes_per_column <= vmem_bytes
-    ]
+    choices = tpu_fitting_columns(width, fixed_bytes, bytes_per_column, vmem_bytes, cores)
     if not choices:
         raise ValueError(
             f"{key}: a tile of {TPU_LANES} columns takes {fixed_bytes + TPU_LANES * bytes_per_column:,} bytes, but "
@@ -76,11 +72,12 @@ def tpu_columns(
     return choices[0]
 
 
-def tpu_column_choices(width: int, cores: int) -> list[int]:
-    """Legal tiles of `width` columns, largest first."""
+def tpu_fitting_columns(width: int, fixed_bytes: int, bytes_per_column: int, vmem_bytes: int, cores: int) -> list[int]:
+    """The tiles among which `tpu_columns` chooses, largest first."""
     parts = [parts for parts in range(1, width // TPU_LANES + 1) if width % (parts * TPU_LANES) == 0]
     balanced = [number for number in parts if number % cores == 0]
-    return [width // number for number in balanced or parts]
+    tiles = [width // number for number in balanced or parts]
+    return [columns for columns in tiles if fixed_bytes + columns * bytes_per_column <= vmem_bytes]
 
 
 def gpu_tile_rows(expected_rows: float) -> int:

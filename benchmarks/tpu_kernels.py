@@ -1,0 +1,186 @@
+"""The TPU kernels against megablox and `jax.lax.ragged_dot`, by the TPU compiler's own schedules. Needs no TPU.
+
+    python -m benchmarks.tpu_kernels                     # the three products at 768 -> 3072, 96 experts, four chips
+    python -m benchmarks.tpu_kernels --scales 182m 978m  # every kernel of the FFN at these published scales
+    python -m benchmarks.tpu_kernels --write-tiles       # search tile sizes, write kernels/tpu_tiles.json
+
+Nothing is timed. The compiler says how many instruction bundles one visit of a tile takes; how often each tile is
+visited and which bytes move follows from the sizes of the groups, one draw of even random routing. A kernel's
+
+    modelled time = max(visits x bundles / clock, FLOPs of the tiles visited / peak, bytes / HBM bandwidth)
+    floor         = max(FLOPs / peak, each operand and result once / HBM bandwidth)
+
+The second term of the model is there because a schedule may hold more products per cycle than the matrix units of the
+chip complete.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tpu_schedule import CHIPS, Chip, Schedule  # before jax: it sets up the compiler
+
+# isort: split
+from benchmarks.grouped_matmul import environment
+from benchmarks.tpu_costs import (
+    PRODUCTS,
+    Cost,
+    Problem,
+    megablox,
+    our_cost,
+    our_kernels,
+    our_programs,
+    ragged_dot_seconds,
+)
+from unipool_jax.kernels import pallas_tiles
+
+# Experts and widths of the published scales.
+SCALES = {
+    "182m": (96, 768, 3072),
+    "469m": (192, 1024, 4096),
+    "650m": (288, 1024, 4096),
+    "830m": (384, 1024, 4096),
+    "978m": (192, 1536, 6144),
+}
+# Rows per expert of the table of tiles: those of the published scales at 8k, 16k and 64k rows, and some between.
+ROWS_PER_EXPERT = (16, 22, 29, 43, 57, 86, 128, 171, 228, 342, 512, 683, 1024)
+TILE_ROWS = (32, 48, *range(64, 513, 32))
+
+
+def compare(chips: Sequence[Chip], rows: Sequence[int]) -> None:
+    """The three products at the 182M scale beside the kernels that JAX brings."""
+    schedules: dict[Any, Schedule | None] = {}
+    for chip in chips:
+        for number in rows:
+            problem = Problem.draw(number, *SCALES["182m"])
+            ours = our_kernels(problem, chip, list(PRODUCTS))
+            title(chip, problem)
+            for product, kernel in PRODUCTS.items():
+                cost, peer = ours[kernel], megablox(product, problem, chip, schedules)
+                print(line(product, cost, chip))
+                if peer is None:
+                    print("  megablox: no tiles compiled")
+                else:
+                    print(line(f"  megablox, {peer.seconds(chip) / cost.seconds(chip):.2f} x ours", peer, chip))
+            ragged = ragged_dot_seconds(problem, chip) / ours["grouped_matmul"].floor(chip)
+            print(f"  jax.lax.ragged_dot, forward: {ragged:.1f} of the floor", flush=True)
+
+
+def all_kernels(chips: Sequence[Chip], scales: Sequence[str], rows: Sequence[int]) -> None:
+    """Every kernel of the FFN, forward and backward, and the plain products."""
+    for chip in chips:
+        for scale in scales:
+            for number in rows:
+                problem = Problem.draw(number, *SCALES[scale])
+                title(chip, problem)
+                for name, cost in our_kernels(problem, chip, list(our_programs(problem))).items():
+                    print(line(name, cost, chip), flush=True)
+
+
+def title(chip: Chip, problem: Problem) -> None:
+    """Name the problem and the columns of what follows."""
+    print(f"\n{chip.name}, {problem.rows} rows, {problem.experts} experts, {problem.width} -> {problem.hidden}")
+    print(f"{'':<30}{'tile':>20}{'visits':>8}{'bundles':>9}{'fill':>6}{'spills':>8}{'GB':>8}{'ms':>9}{'floor':>7}")
+
+
+def line(name: str, cost: Cost, chip: Chip) -> str:
+    """A row under `title`: of a visit, bundles, filled share of the matrix units and spills; of the whole, bytes moved,
+    modelled time and its ratio to the floor."""
+    schedule, seconds = cost.schedule, cost.seconds(chip)
+    return (
+        f"{name:<30}{cost.tiles:>20}{cost.visits:>8}{schedule.bundles:>9}{schedule.fill:>6.2f}{schedule.spills:>8}"
+        f"{cost.bytes / 1e9:>8.3f}{1e3 * seconds:>9.3f}{seconds / cost.floor(chip):>7.2f}"
+    )
+
+
+def write_tiles(scales: Sequence[str], rows: Sequence[int]) -> None:
+    """Search the rows of a tile for every size of groups, then the columns at the given scales."""
+    table = pallas_tiles.tpu_table()
+    table.clear()
+    table.update(made_with=environment(), tile_rows={}, columns={})
+    for chip in CHIPS.values():
+        table["tile_rows"][chip.device_kind] = best_tile_rows(chip)
+        print(f"{chip.name}: tiles of", dict(table["tile_rows"][chip.device_kind]), flush=True)
+    for chip in CHIPS.values():
+        problems = [Problem.draw(number, *SCALES[scale]) for scale in scales for number in rows]
+        table["columns"][chip.device_kind] = best_columns(chip, problems)
+    Path(pallas_tiles.__file__).with_name("tpu_tiles.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+def best_tile_rows(chip: Chip) -> list[tuple[int, int]]:
+    """Rows per expert with the rows of a tile that take the least time for the forward product of the 182M scale;
+    where the memory's bandwidth decides, those with the least arithmetic."""
+    _, experts, width, hidden = 0, *SCALES["182m"]
+    schedules: dict[int, Cost] = {}
+    for tile_rows in TILE_ROWS:
+        problem = Problem.draw(128 * experts, experts, width, hidden)
+        with replaced("tpu_tile_rows", lambda *_, tile_rows=tile_rows: tile_rows):
+            schedules[tile_rows] = our_kernels(problem, chip, ["forward"])["grouped_matmul"]
+    pairs = []
+    for rows in ROWS_PER_EXPERT:
+        problem = Problem.draw(rows * experts, experts, width, hidden)
+        costs = {
+            tile_rows: our_cost("grouped_matmul", problem, tile_rows, known.column_tiles, chip, known.schedule)
+            for tile_rows, known in schedules.items()
+        }
+        best = min(costs, key=lambda tile_rows: (costs[tile_rows].seconds(chip), costs[tile_rows].compute(chip)))
+        pairs.append((rows, best))
+    return pairs
+
+
+def best_columns(chip: Chip, problems: Sequence[Problem]) -> dict[str, int]:
+    """Columns of a tile, by kernel, shape and rows of a tile: the better of the two largest tiles that fit."""
+    best: dict[str, tuple[float, int]] = {}
+    for problem in problems:
+        tile_rows = pallas_tiles.tpu_tile_rows(chip.device_kind, problem.rows / problem.experts)
+        for rank in range(2):
+            chosen: dict[str, int] = {}
+
+            def choose(kind: str, key: str, *limits: int, rank: int = rank, chosen: dict[str, int] = chosen) -> int:
+                fitting = pallas_tiles.tpu_fitting_columns(*limits)
+                chosen[key] = fitting[min(rank, len(fitting) - 1)]
+                return chosen[key]
+
+            with replaced("tpu_columns", choose):
+                costs = our_kernels(problem, chip, list(our_programs(problem)))
+            for key, columns in chosen.items():
+                seconds = costs[key.split()[0]].seconds(chip)
+                if key not in best or seconds < best[key][0]:
+                    best[key] = (seconds, columns)
+        print(chip.name, f"{problem.rows} rows, {problem.width} -> {problem.hidden}, tiles of {tile_rows}", flush=True)
+    return {key: columns for key, (_, columns) in sorted(best.items())}
+
+
+@contextmanager
+def replaced(name: str, function: Callable[..., int]) -> Iterator[None]:
+    """Let the kernels choose their tiles by another function."""
+    original = getattr(pallas_tiles, name)
+    setattr(pallas_tiles, name, function)
+    try:
+        yield
+    finally:
+        setattr(pallas_tiles, name, original)
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", choices=[*CHIPS], default=[*CHIPS])
+    parser.add_argument("--rows", nargs="+", type=int, default=[8192, 16384, 65536], help="rows per device")
+    parser.add_argument("--scales", nargs="+", choices=[*SCALES], help="all our kernels at these, instead of peers")
+    parser.add_argument("--write-tiles", action="store_true", help="search tiles, columns at --scales (default 182m)")
+    arguments = parser.parse_args()
+    print(environment())
+    if arguments.write_tiles:
+        write_tiles(arguments.scales or ["182m"], arguments.rows)
+    elif arguments.scales:
+        all_kernels([CHIPS[name] for name in arguments.chips], arguments.scales, arguments.rows)
+    else:
+        compare([CHIPS[name] for name in arguments.chips], arguments.rows)
+
+
+if __name__ == "__main__":
+    main()
