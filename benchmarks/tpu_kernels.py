@@ -47,6 +47,8 @@ SCALES = {
 }
 # Rows per expert of the table of tiles: those of the published scales at 8k, 16k and 64k rows, and some between.
 ROWS_PER_EXPERT = (16, 22, 29, 43, 57, 86, 128, 171, 228, 342, 512, 683, 1024)
+# Assumed cost of a pipeline step beside its instructions; decides only between tiles that are otherwise alike.
+STEP_SECONDS = 0.35e-6
 TILE_ROWS = (32, 48, *range(64, 513, 32))
 
 
@@ -111,8 +113,10 @@ def write_tiles(scales: Sequence[str], rows: Sequence[int]) -> None:
 
 
 def best_tile_rows(chip: Chip) -> list[tuple[int, int]]:
-    """Rows per expert with the rows of a tile that take the least time for the forward product of the 182M scale;
-    where the memory's bandwidth decides, those with the least arithmetic."""
+    """Rows per expert with the rows of a tile that take the least time for the forward product of the 182M scale.
+
+    Where the memory's bandwidth decides, those of the least work: instructions, and what a step of a pipeline costs.
+    """
     _, experts, width, hidden = 0, *SCALES["182m"]
     schedules: dict[int, Cost] = {}
     for tile_rows in TILE_ROWS:
@@ -126,7 +130,8 @@ def best_tile_rows(chip: Chip) -> list[tuple[int, int]]:
             tile_rows: our_cost("grouped_matmul", problem, tile_rows, known.column_tiles, chip, known.schedule)
             for tile_rows, known in schedules.items()
         }
-        best = min(costs, key=lambda tile_rows: (costs[tile_rows].seconds(chip), costs[tile_rows].compute(chip)))
+        work = {tile_rows: cost.compute(chip) + cost.waves * STEP_SECONDS for tile_rows, cost in costs.items()}
+        best = min(costs, key=lambda tile_rows: (max(costs[tile_rows].seconds(chip), work[tile_rows]), work[tile_rows]))
         pairs.append((rows, best))
     return pairs
 

@@ -9,8 +9,8 @@ Rows move between memories in blocks of 16, so a tile starts at its group's firs
 writing it twice would be a race. The row pass therefore writes a block only when its last group is done, and keeps
 the unfinished block in a carry until then.
 
-On a platform that is not a TPU the kernels run in Pallas's TPU interpreter, slowly. To compile ahead of time for a
-TPU, trace under `jax.set_mesh` with a mesh of that TPU's devices.
+On a single device that is not a TPU the kernels run in Pallas's TPU interpreter, slowly. To compile ahead of time for
+a TPU, trace under `jax.set_mesh` with a mesh of that TPU's devices.
 """
 
 import contextlib
@@ -411,9 +411,14 @@ def _on_tpu() -> bool:
 
 
 def _device() -> contextlib.AbstractContextManager[None]:
-    """The mesh in use, where it has no TPU pretending to have one: the interpreter asks what it is to imitate."""
+    """Where there is no TPU, a mesh that pretends to have one: the interpreter asks what it is to imitate."""
     mesh = jax.sharding.get_abstract_mesh()
     if not _on_tpu():
+        if not mesh.empty:
+            raise NotImplementedError(
+                f"kernels.implementation=pallas_tpu cannot be interpreted on a mesh of {target_device_kind()} devices; "
+                "use kernels.implementation=xla there"
+            )
         mesh = mesh.update(abstract_device=jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu"))
     return jax.sharding.use_abstract_mesh(mesh)
 
