@@ -14,10 +14,10 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from numpy.typing import NDArray
 
 from benchmarks.grouped_matmul import group_sizes
-from unipool_jax.kernels import pallas_tiles, pallas_tpu
+from unipool_jax.kernels import pallas_tpu, tpu_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
 
-ALIGNMENT = pallas_tiles.TPU_ROW_ALIGNMENT
+ALIGNMENT = tpu_tiles.ROW_ALIGNMENT
 BYTES = 2  # of a bfloat16 value; bank gradients are float32
 
 
@@ -177,7 +177,7 @@ def our_kernels(problem: Problem, chip: Chip, names: Sequence[str]) -> dict[str,
         if name not in names:
             continue
         _, schedules = compile_for(chip, function, arguments, donate)
-        tile_rows = pallas_tiles.tpu_tile_rows(chip.device_kind, problem.rows / problem.experts)
+        tile_rows = tpu_tiles.tile_rows(chip.device_kind, problem.rows / problem.experts)
         for kernel, column_tiles in pallas_grids(function, arguments, chip).items():
             schedule = schedules.get(kernel, Schedule(0, 0, 0))
             costs[kernel] = our_cost(kernel, problem, tile_rows, column_tiles, chip, schedule)

@@ -35,7 +35,7 @@ from benchmarks.tpu_costs import (
     our_programs,
     ragged_dot_seconds,
 )
-from unipool_jax.kernels import pallas_tiles
+from unipool_jax.kernels import tpu_tiles
 
 # Experts and widths of the published scales.
 SCALES = {
@@ -100,7 +100,7 @@ def line(name: str, cost: Cost, chip: Chip) -> str:
 
 def write_tiles(scales: Sequence[str], rows: Sequence[int]) -> None:
     """Search the rows of a tile for every size of groups, then the columns at the given scales."""
-    table = pallas_tiles.tpu_table()
+    table = tpu_tiles.table()
     table.clear()
     table.update(made_with=environment(), tile_rows={}, columns={})
     for chip in CHIPS.values():
@@ -109,7 +109,7 @@ def write_tiles(scales: Sequence[str], rows: Sequence[int]) -> None:
     for chip in CHIPS.values():
         problems = [Problem.draw(number, *SCALES[scale]) for scale in scales for number in rows]
         table["columns"][chip.device_kind] = best_columns(chip, problems)
-    Path(pallas_tiles.__file__).with_name("tpu_tiles.json").write_text(json.dumps(table, indent=1) + "\n")
+    Path(tpu_tiles.__file__).with_name("tpu_tiles.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 def best_tile_rows(chip: Chip) -> list[tuple[int, int]]:
@@ -121,7 +121,7 @@ def best_tile_rows(chip: Chip) -> list[tuple[int, int]]:
     schedules: dict[int, Cost] = {}
     for tile_rows in TILE_ROWS:
         problem = Problem.draw(128 * experts, experts, width, hidden)
-        with replaced("tpu_tile_rows", lambda *_, tile_rows=tile_rows: tile_rows):
+        with replaced("tile_rows", lambda *_, tile_rows=tile_rows: tile_rows):
             schedules[tile_rows] = our_kernels(problem, chip, ["forward"])["grouped_matmul"]
     pairs = []
     for rows in ROWS_PER_EXPERT:
@@ -140,16 +140,16 @@ def best_columns(chip: Chip, problems: Sequence[Problem]) -> dict[str, int]:
     """Columns of a tile, by kernel, shape and rows of a tile: the better of the two largest tiles that fit."""
     best: dict[str, tuple[float, int]] = {}
     for problem in problems:
-        tile_rows = pallas_tiles.tpu_tile_rows(chip.device_kind, problem.rows / problem.experts)
+        tile_rows = tpu_tiles.tile_rows(chip.device_kind, problem.rows / problem.experts)
         for rank in range(2):
             chosen: dict[str, int] = {}
 
             def choose(kind: str, key: str, *limits: int, rank: int = rank, chosen: dict[str, int] = chosen) -> int:
-                fitting = pallas_tiles.tpu_fitting_columns(*limits)
+                fitting = tpu_tiles.fitting_columns(*limits)
                 chosen[key] = fitting[min(rank, len(fitting) - 1)]
                 return chosen[key]
 
-            with replaced("tpu_columns", choose):
+            with replaced("columns", choose):
                 costs = our_kernels(problem, chip, list(our_programs(problem)))
             for key, columns in chosen.items():
                 seconds = costs[key.split()[0]].seconds(chip)
@@ -162,12 +162,12 @@ def best_columns(chip: Chip, problems: Sequence[Problem]) -> dict[str, int]:
 @contextmanager
 def replaced(name: str, function: Callable[..., int]) -> Iterator[None]:
     """Let the kernels choose their tiles by another function."""
-    original = getattr(pallas_tiles, name)
-    setattr(pallas_tiles, name, function)
+    original = getattr(tpu_tiles, name)
+    setattr(tpu_tiles, name, function)
     try:
         yield
     finally:
-        setattr(pallas_tiles, name, original)
+        setattr(tpu_tiles, name, original)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 import grouped_oracle as oracle
 import test_grouped_ffn
 import test_grouped_matmul
-from unipool_jax.kernels import pallas_tiles, pallas_tpu
+from unipool_jax.kernels import pallas_tpu, tpu_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
 
 needs_compiler = pytest.mark.skipif(
@@ -52,8 +52,8 @@ def test_ffn_at_edge_sizes(shape: oracle.Shape, dtype: str) -> None:
 
 def test_any_sizes_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 32 rows and 128 columns, so that groups have several of them and share blocks."""
-    monkeypatch.setattr(pallas_tiles, "tpu_tile_rows", lambda *_: 32)
-    monkeypatch.setattr(pallas_tiles, "tpu_columns", lambda *_: 128)
+    monkeypatch.setattr(tpu_tiles, "tile_rows", lambda *_: 32)
+    monkeypatch.setattr(tpu_tiles, "columns", lambda *_: 128)
     # Compiled within this test only: a cached program would have other tiles.
     for module in (test_grouped_matmul, test_grouped_ffn):
         monkeypatch.setattr(module, "compiled", functools.cache(module.compiled.__wrapped__))
@@ -116,14 +116,14 @@ def test_a_mesh_without_tpus_is_refused() -> None:
 @pytest.mark.parametrize("expected", [1, 10, 21.3, 57, 171, 683, 5000])
 def test_rows_of_a_tile_follow_the_groups(expected: float) -> None:
     for kind in ("TPU v5", "TPU v9000"):
-        tile_rows = pallas_tiles.tpu_tile_rows(kind, expected)
-        assert tile_rows % pallas_tiles.TPU_ROW_ALIGNMENT == 0
+        tile_rows = tpu_tiles.tile_rows(kind, expected)
+        assert tile_rows % tpu_tiles.ROW_ALIGNMENT == 0
         assert min(512, expected / 4) <= tile_rows <= 512
 
 
 def test_columns_divide_the_width_and_fit() -> None:
     def columns(width: int, cores: int, vmem: int) -> int:
-        return pallas_tiles.tpu_columns("TPU v9000", "kernel", width, 1000, 10, vmem, cores)
+        return tpu_tiles.columns("TPU v9000", "kernel", width, 1000, 10, vmem, cores)
 
     assert columns(3072, 1, 10**6) == 3072
     assert columns(3072, 2, 10**6) == 1536

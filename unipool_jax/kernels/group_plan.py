@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unipool_jax.kernels import pallas_tiles
+from unipool_jax.kernels import gpu_tiles, tpu_tiles
 from unipool_jax.kernels.implementations import Implementation, resolve, target_device_kind
 
 
@@ -62,10 +62,10 @@ def choose_tiling(implementation: Implementation, num_rows: int, num_groups: int
     """Sizes of blocks and tiles for a buffer of `num_rows` rows in `num_groups` groups."""
     expected = num_rows / num_groups
     if implementation == "pallas_tpu":
-        tile_rows = pallas_tiles.tpu_tile_rows(target_device_kind(), expected)
-        return Tiling(implementation, 0, tile_rows, pallas_tiles.TPU_ROW_ALIGNMENT)
+        tile_rows = tpu_tiles.tile_rows(target_device_kind(), expected)
+        return Tiling(implementation, 0, tile_rows, tpu_tiles.ROW_ALIGNMENT)
     if implementation == "pallas_gpu":
-        return Tiling(implementation, 0, pallas_tiles.gpu_tile_rows(expected), 1)
+        return Tiling(implementation, 0, gpu_tiles.tile_rows(expected), 1)
     block, tile = block_shape(num_rows, num_groups)
     return Tiling(implementation, block, tile, 1)
 

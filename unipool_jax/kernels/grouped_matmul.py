@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unipool_jax.kernels import pallas_tpu, reference, xla
+from unipool_jax.kernels import pallas_gpu, pallas_tpu, reference, xla
 from unipool_jax.kernels.group_plan import GroupPlan
 from unipool_jax.kernels.implementations import Implementation
 
@@ -47,6 +47,7 @@ class BackEnd(Protocol):
 BACK_ENDS: dict[Implementation, BackEnd] = {
     "xla": xla,
     "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
 }
 
 

@@ -24,11 +24,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from unipool_jax.kernels import pallas_tiles
+from unipool_jax.kernels import tpu_tiles
 from unipool_jax.kernels.group_plan import GroupPlan
 from unipool_jax.kernels.implementations import target_device_kind
-from unipool_jax.kernels.pallas_tiles import TPU_LANES as LANES
-from unipool_jax.kernels.pallas_tiles import TPU_ROW_ALIGNMENT as ALIGNMENT
+from unipool_jax.kernels.tpu_tiles import LANES
+from unipool_jax.kernels.tpu_tiles import ROW_ALIGNMENT as ALIGNMENT
 
 Three = tuple[jax.Array, jax.Array, jax.Array]
 BANK_PASS = "grouped_bank_gradient"
@@ -180,7 +180,7 @@ def _row_pass(
     padded_rows, width = rows[0].shape[0], banks[0].shape[1 if transpose_bank else 2]
     contracted = sum(array.shape[1] for array in rows[:num_whole])
     columns = _columns(
-        pallas_tiles.columns_key(name, contracted, width, dtype.name, tile_rows),
+        tpu_tiles.columns_key(name, contracted, width, dtype.name, tile_rows),
         width,
         fixed_bytes=2 * tile_rows * contracted * dtype.itemsize,
         # Everything is held twice, once to compute with and once for the copies; the sums are float32.
@@ -295,7 +295,7 @@ def _bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan
     width = max(rows_width, grad_width)
     narrow, itemsize = min(rows_width, grad_width), rows_RK.dtype.itemsize
     columns = _columns(
-        pallas_tiles.columns_key(BANK_PASS, narrow, width, rows_RK.dtype.name, tile_rows),
+        tpu_tiles.columns_key(BANK_PASS, narrow, width, rows_RK.dtype.name, tile_rows),
         width,
         fixed_bytes=2 * tile_rows * narrow * itemsize,
         # The gradient before and after, each held twice, and the product.
@@ -400,7 +400,7 @@ def _columns(key: str, width: int, *, fixed_bytes: int, bytes_per_column: int) -
         device = pltpu.get_tpu_info()
         # Besides its tiles a kernel needs room for values that the compiler keeps in memory; an eighth is left to it.
         budget = device.vmem_capacity_bytes * 3 // 4
-        return pallas_tiles.tpu_columns(
+        return tpu_tiles.columns(
             target_device_kind(), key, width, fixed_bytes, bytes_per_column, budget, device.num_cores
         )
 
