@@ -156,7 +156,7 @@ def our_programs(problem: Problem) -> dict[str, tuple[Callable[..., Any], list[A
             (3,),
         ),
         "ffn": (
-            lambda sizes, x, gate, up, down: pallas_tpu.ffn_forward(x, gate, up, down, plan(sizes)),
+            lambda sizes, x, gate, up, down: pallas_tpu.ffn_forward(x, gate, up, down, plan(sizes), keep_products=True),
             [sizes, narrow, into, into, out],
             (),
         ),

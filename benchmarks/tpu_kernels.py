@@ -105,15 +105,15 @@ def write_tiles(scales: Sequence[str], rows: Sequence[int]) -> None:
     table.update(made_with=environment(), tile_rows={}, columns={})
     for chip in CHIPS.values():
         table["tile_rows"][chip.device_kind] = best_tile_rows(chip)
-        print(f"{chip.name}: tiles of", dict(table["tile_rows"][chip.device_kind]), flush=True)
+        print(f"{chip.name}: tiles of", table["tile_rows"][chip.device_kind], flush=True)
     for chip in CHIPS.values():
         problems = [Problem.draw(number, *SCALES[scale]) for scale in scales for number in rows]
         table["columns"][chip.device_kind] = best_columns(chip, problems)
     Path(tpu_tiles.__file__).with_name("tpu_tiles.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
-def best_tile_rows(chip: Chip) -> list[tuple[int, int]]:
-    """Rows per expert with the rows of a tile that take the least time for the forward product of the 182M scale.
+def best_tile_rows(chip: Chip) -> dict[int, int]:
+    """For each number of rows per expert the rows of a tile with which the forward product of the 182M scale is fastest.
 
     Where the memory's bandwidth decides, those of the least work: instructions, and what a step of a pipeline costs.
     """
@@ -123,7 +123,7 @@ def best_tile_rows(chip: Chip) -> list[tuple[int, int]]:
         problem = Problem.draw(128 * experts, experts, width, hidden)
         with replaced("tile_rows", lambda *_, tile_rows=tile_rows: tile_rows):
             schedules[tile_rows] = our_kernels(problem, chip, ["forward"])["grouped_matmul"]
-    pairs = []
+    chosen: dict[int, int] = {}
     for rows in ROWS_PER_EXPERT:
         problem = Problem.draw(rows * experts, experts, width, hidden)
         costs = {
@@ -132,8 +132,8 @@ def best_tile_rows(chip: Chip) -> list[tuple[int, int]]:
         }
         work = {tile_rows: cost.compute(chip) + cost.waves * STEP_SECONDS for tile_rows, cost in costs.items()}
         best = min(costs, key=lambda tile_rows: (max(costs[tile_rows].seconds(chip), work[tile_rows]), work[tile_rows]))
-        pairs.append((rows, best))
-    return pairs
+        chosen[rows] = best
+    return chosen
 
 
 def best_columns(chip: Chip, problems: Sequence[Problem]) -> dict[str, int]:

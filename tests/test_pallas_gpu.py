@@ -64,7 +64,7 @@ def test_gradients_add_to_what_is_there(dtype: str) -> None:
     @jax.jit
     def backward(into: list[jax.Array]) -> Any:
         plan = make_group_plan(jnp.array(sizes), shape.rows, implementation="pallas_gpu")
-        _, residuals = pallas_gpu.ffn_forward(rows, *banks, plan)
+        _, residuals = pallas_gpu.ffn_forward(rows, *banks, plan, keep_products=True)
         return pallas_gpu.ffn_backward(grad, rows, *banks, plan, residuals, tuple(into))[1]
 
     wanted, magnitudes = oracle.ffn(sizes, *exact)[2:], oracle.ffn_magnitudes(sizes, *exact)[2:]
@@ -103,7 +103,9 @@ def test_tiles_may_run_in_any_order() -> None:
     _, rows, gate, up, down = (jnp.asarray(array, jnp.float32) for array in ffn.random_arrays(shape, sizes, 0))
     plan = make_group_plan(jnp.array(sizes), shape.rows, implementation="pallas_gpu")
     backwards = replace(plan, tile_group=plan.tile_group[::-1], tile_start=plan.tile_start[::-1])
-    one, other = (pallas_gpu.ffn_forward(rows, gate, up, down, order) for order in (plan, backwards))
+    one, other = (
+        pallas_gpu.ffn_forward(rows, gate, up, down, order, keep_products=True) for order in (plan, backwards)
+    )
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 

@@ -118,7 +118,7 @@ def test_rows_of_a_tile_follow_the_groups(expected: float) -> None:
     for kind in ("TPU v5", "TPU v9000"):
         tile_rows = tpu_tiles.tile_rows(kind, expected)
         assert tile_rows % tpu_tiles.ROW_ALIGNMENT == 0
-        assert min(512, expected / 4) <= tile_rows <= 512
+        assert min(256, expected / 4) <= tile_rows <= 512
 
 
 def test_columns_divide_the_width_and_fit() -> None:
@@ -156,7 +156,7 @@ PUBLISHED = ((96, 768, 3072, 16384), (192, 1536, 6144, 8192), (288, 1024, 4096, 
 
 
 @needs_compiler
-@pytest.mark.parametrize(("topology", "scale"), zip(TOPOLOGIES, PUBLISHED, strict=True), ids=str)
+@pytest.mark.parametrize(("topology", "scale"), list(zip(TOPOLOGIES, PUBLISHED, strict=True)), ids=str)
 def test_ffn_compiles_for_tpu(topology: str, scale: tuple[int, int, int, int]) -> None:
     """Forward and backward at a published scale; the gradients are added in place."""
     experts, width, hidden, num_rows = scale
@@ -166,7 +166,7 @@ def test_ffn_compiles_for_tpu(topology: str, scale: tuple[int, int, int, int]) -
 
     def step(sizes: jax.Array, grad: jax.Array, rows: jax.Array, bank: Any, totals: Any) -> Any:
         plan = make_group_plan(sizes, num_rows, implementation="pallas_tpu")
-        out, products = pallas_tpu.ffn_forward(rows, *bank, plan)
+        out, products = pallas_tpu.ffn_forward(rows, *bank, plan, keep_products=True)
         return out, pallas_tpu.ffn_backward(grad, rows, *bank, plan, products, totals)
 
     banks = [(experts, width, hidden), (experts, width, hidden), (experts, hidden, width)]
@@ -188,7 +188,7 @@ def test_ffn_compiles_for_tpu(topology: str, scale: tuple[int, int, int, int]) -
 
 
 @needs_compiler
-@pytest.mark.parametrize(("topology", "dtype"), zip(TOPOLOGIES, ["float32", "bfloat16"] * 2, strict=True))
+@pytest.mark.parametrize(("topology", "dtype"), list(zip(TOPOLOGIES, ["float32", "bfloat16"] * 2, strict=True)))
 def test_products_of_any_size_compile_for_tpu(topology: str, dtype: str) -> None:
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)

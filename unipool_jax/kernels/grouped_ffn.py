@@ -104,12 +104,15 @@ def _check(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> None:
 
 @jax.custom_vjp
 def _ffn(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> jax.Array:
-    return _forward(rows_RD, bank, plan)[0]
+    return _forward(rows_RD, bank, plan, keep_products=False)[0]
 
 
-def _forward(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(
+    rows_RD: jax.Array, bank: Bank, plan: GroupPlan, *, keep_products: bool = True
+) -> tuple[jax.Array, tuple[Any, ...]]:
     back_end = BACK_ENDS[plan.tiling.implementation]
-    out_RD, products = back_end.ffn_forward(rows_RD, *bank.astype(rows_RD.dtype), plan)
+    gate_EDF, up_EDF, down_EFD = bank.astype(rows_RD.dtype)
+    out_RD, products = back_end.ffn_forward(rows_RD, gate_EDF, up_EDF, down_EFD, plan, keep_products=keep_products)
     return out_RD, (rows_RD, bank, plan, products)
 
 
@@ -126,7 +129,7 @@ _ffn.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def _accumulating_ffn(rows_RD: jax.Array, bank: Bank, master: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
-    return _forward(rows_RD, bank, plan)[0], master
+    return _forward(rows_RD, bank, plan, keep_products=False)[0], master
 
 
 def _accumulating_forward(

@@ -26,9 +26,16 @@ class BackEnd(Protocol):
         """`[E, K, N]` float32: `into` (default zero) plus each group's sum of outer products `rows[r] grad[r]^T`."""
 
     def ffn_forward(
-        self, rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
+        self,
+        rows_RD: jax.Array,
+        gate_EDF: jax.Array,
+        up_EDF: jax.Array,
+        down_EFD: jax.Array,
+        plan: GroupPlan,
+        *,
+        keep_products: bool,
     ) -> tuple[jax.Array, Any]:
-        """Gated expert FFN, `[R, D]`, and whatever `ffn_backward` wants to know of it."""
+        """Gated expert FFN, `[R, D]`; if asked to keep them, the products that `ffn_backward` wants, else anything."""
 
     def ffn_backward(
         self,

@@ -23,10 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from unipool_jax.kernels.epilogues import Three, gated, gated_and_products, gated_backward, summed, unchanged
 from unipool_jax.kernels.gpu_tiles import GpuTile, bank_tile, row_pass_tile
 from unipool_jax.kernels.group_plan import GroupPlan
-
-Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:
@@ -34,7 +33,7 @@ def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_ba
 
     Shapes: `[R, K]`, `[E, K, N]` (transposed: `[E, N, K]`) -> `[R, N]` in the dtype of the rows.
     """
-    return _row_pass(_unchanged, 1, (rows_RK,), (bank,), plan, transpose_bank=transpose_bank)[0]
+    return _row_pass(unchanged, 1, (rows_RK,), (bank,), plan, transpose_bank=transpose_bank)[0]
 
 
 def bank_gradient(
@@ -81,11 +80,18 @@ def bank_gradient(
 
 
 def ffn_forward(
-    rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Gated expert FFN. Returns `[R, D]` and the `[R, F]` gate and up products for `ffn_backward`."""
-    hidden_RF, gate_RF, up_RF = _row_pass(_gated, 3, (rows_RD,), (gate_EDF, up_EDF), plan, transpose_bank=False)
-    return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), (gate_RF, up_RF)
+    rows_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    plan: GroupPlan,
+    *,
+    keep_products: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Gated expert FFN. Returns `[R, D]` and, if they are to be kept, the gate and up products for `ffn_backward`."""
+    epilogue, num_outputs = (gated_and_products, 3) if keep_products else (gated, 1)
+    hidden_RF, *products = _row_pass(epilogue, num_outputs, (rows_RD,), (gate_EDF, up_EDF), plan, transpose_bank=False)
+    return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), tuple(products)
 
 
 def ffn_backward(
@@ -100,37 +106,15 @@ def ffn_backward(
 ) -> tuple[jax.Array, Three]:
     """Gradients of `ffn_forward`: rows in their own dtype, the three banks in float32 and added to `into`."""
     hidden_RF, gate_grad_RF, up_grad_RF = _row_pass(
-        _gated_backward, 3, (grad_RD,), (down_EFD,), plan, transpose_bank=True, beside=residuals
+        gated_backward, 3, (grad_RD,), (down_EFD,), plan, transpose_bank=True, beside=residuals
     )
-    (rows_grad_RD,) = _row_pass(_sum, 1, (gate_grad_RF, up_grad_RF), (gate_EDF, up_EDF), plan, transpose_bank=True)
+    (rows_grad_RD,) = _row_pass(summed, 1, (gate_grad_RF, up_grad_RF), (gate_EDF, up_EDF), plan, transpose_bank=True)
     into_gate, into_up, into_down = into or (None, None, None)
     return rows_grad_RD, (
         bank_gradient(rows_RD, gate_grad_RF, plan, into_gate),
         bank_gradient(rows_RD, up_grad_RF, plan, into_up),
         bank_gradient(hidden_RF, grad_RD, plan, into_down),
     )
-
-
-# Epilogues of a row pass: float32 tiles in, one float32 tile per output. All of them turn zeros into zeros.
-
-
-def _unchanged(product: jax.Array) -> tuple[jax.Array]:
-    return (product,)
-
-
-def _sum(first: jax.Array, second: jax.Array) -> tuple[jax.Array]:
-    return (first + second,)
-
-
-def _gated(gate: jax.Array, up: jax.Array) -> Three:
-    return jax.nn.silu(gate) * up, gate, up
-
-
-def _gated_backward(hidden_grad: jax.Array, gate: jax.Array, up: jax.Array) -> Three:
-    """`silu(gate) * up` and its derivatives by gate and by up."""
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return silu * up, hidden_grad * up * (sigmoid + silu * (1 - sigmoid)), hidden_grad * silu
 
 
 def _row_pass(

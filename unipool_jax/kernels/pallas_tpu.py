@@ -25,12 +25,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from unipool_jax.kernels import tpu_tiles
+from unipool_jax.kernels.epilogues import Three, gated, gated_and_products, gated_backward, summed, unchanged
 from unipool_jax.kernels.group_plan import GroupPlan
 from unipool_jax.kernels.implementations import target_device_kind
 from unipool_jax.kernels.tpu_tiles import LANES
 from unipool_jax.kernels.tpu_tiles import ROW_ALIGNMENT as ALIGNMENT
 
-Three = tuple[jax.Array, jax.Array, jax.Array]
 BANK_PASS = "grouped_bank_gradient"
 # How the kernels run where there is no TPU; tests switch the race detector on here.
 INTERPRET = pltpu.InterpretParams()
@@ -41,12 +41,8 @@ def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_ba
 
     Shapes: `[R, K]`, `[E, K, N]` (transposed: `[E, N, K]`) -> `[R, N]` in the dtype of the rows.
     """
-
-    def body(rows: Sequence[jax.Array], banks: Sequence[jax.Array]) -> list[jax.Array]:
-        return [_dot(rows[0], banks[0], 1, 1 if transpose_bank else 0)]
-
     name = "grouped_matmul_transposed" if transpose_bank else "grouped_matmul"
-    return _row_pass(body, [rows_RK], [], [bank], 1, plan, transpose_bank=transpose_bank, name=name)[0]
+    return _row_pass(unchanged, 1, [rows_RK], [bank], plan, transpose_bank=transpose_bank, name=name)[0]
 
 
 def bank_gradient(
@@ -63,16 +59,18 @@ def bank_gradient(
 
 
 def ffn_forward(
-    rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Gated expert FFN. Returns `[R, D]` and the gate and up products `[R, F]` for `ffn_backward`."""
-
-    def body(rows: Sequence[jax.Array], banks: Sequence[jax.Array]) -> list[jax.Array]:
-        gate, up = _dot(rows[0], banks[0], 1, 0), _dot(rows[0], banks[1], 1, 0)
-        return [gate, up, jax.nn.silu(gate) * up]
-
-    gate_RF, up_RF, hidden_RF = _row_pass(body, [rows_RD], [], [gate_EDF, up_EDF], 3, plan, name="expert_ffn_in")
-    return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), (gate_RF, up_RF)
+    rows_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    plan: GroupPlan,
+    *,
+    keep_products: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Gated expert FFN. Returns `[R, D]` and, if they are to be kept, the gate and up products for `ffn_backward`."""
+    epilogue, outputs = (gated_and_products, 3) if keep_products else (gated, 1)
+    hidden_RF, *products = _row_pass(epilogue, outputs, [rows_RD], [gate_EDF, up_EDF], plan, name="expert_ffn_in")
+    return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), tuple(products)
 
 
 def ffn_backward(
@@ -86,21 +84,12 @@ def ffn_backward(
     into: Three | None = None,
 ) -> tuple[jax.Array, Three]:
     """Gradients of `ffn_forward`: rows in their own dtype, the three banks in float32 and added to `into`."""
-
-    def gated(rows: Sequence[jax.Array], banks: Sequence[jax.Array]) -> list[jax.Array]:
-        gate, up = rows[1].astype(jnp.float32), rows[2].astype(jnp.float32)
-        hidden_grad, sigmoid = _dot(rows[0], banks[0], 1, 1), jax.nn.sigmoid(gate)
-        silu = gate * sigmoid
-        return [silu * up, hidden_grad * up * (sigmoid + silu * (1 - sigmoid)), hidden_grad * silu]
-
-    def rows_gradient(rows: Sequence[jax.Array], banks: Sequence[jax.Array]) -> list[jax.Array]:
-        return [_dot(rows[0], banks[0], 1, 1) + _dot(rows[1], banks[1], 1, 1)]
-
     hidden_RF, gate_grad_RF, up_grad_RF = _row_pass(
-        gated, [grad_RD], list(residuals), [down_EFD], 3, plan, transpose_bank=True, name="expert_ffn_gate_gradient"
-    )
+        gated_backward, 3, [grad_RD], [down_EFD], plan, beside=residuals, transpose_bank=True,
+        name="expert_ffn_gate_gradient",
+    )  # fmt: skip
     (rows_grad_RD,) = _row_pass(
-        rows_gradient, [gate_grad_RF, up_grad_RF], [], [gate_EDF, up_EDF], 1, plan, transpose_bank=True,
+        summed, 1, [gate_grad_RF, up_grad_RF], [gate_EDF, up_EDF], plan, transpose_bank=True,
         name="expert_ffn_rows_gradient",
     )  # fmt: skip
     gate_into, up_into, down_into = into or (None, None, None)
@@ -109,9 +98,6 @@ def ffn_backward(
         bank_gradient(rows_RD, up_grad_RF, plan, up_into),
         bank_gradient(hidden_RF, grad_RD, plan, down_into),
     )
-
-
-Body = Callable[[Sequence[jax.Array], Sequence[jax.Array]], list[jax.Array]]
 
 
 class _Visits(NamedTuple):
@@ -153,30 +139,28 @@ def _whole_blocks(rows: jax.Array | int) -> jax.Array | int:
 
 
 def _row_pass(
-    body: Body,
-    rows: list[jax.Array],
-    tiled_rows: list[jax.Array],
-    banks: list[jax.Array],
+    epilogue: Callable[..., tuple[jax.Array, ...]],
     num_outputs: int,
+    rows: Sequence[jax.Array],
+    banks: Sequence[jax.Array],
     plan: GroupPlan,
     *,
+    beside: Sequence[jax.Array] = (),
     transpose_bank: bool = False,
     name: str,
 ) -> list[jax.Array]:
-    """Rows computed from rows and their own expert's matrices.
+    """`epilogue(products..., beside...)` for every row of a group, zero for the others.
 
     Args:
-        body: from the values of a tile, `[T, K]` of each of `rows` and `[T, C]` of each of `tiled_rows`, and of its
-            expert, `[K, C]` (transposed: `[C, K]`) of each of `banks`, to `[T, C]` for each output. It runs for every
-            tile of C of the N columns. Row t of its results may depend on row t of its operands only.
-        rows: `[R, K]` each.
-        tiled_rows: `[R, N]` each.
-        banks: `[E, K, N]` each, or `[E, N, K]`.
-        num_outputs: how many arrays `[R, N]` the body makes; they have the dtype of the rows.
+        epilogue: elementwise function of float32 tiles.
+        num_outputs: how many arrays `[R, N]` it makes; they get the dtype of the rows.
+        rows: `[R, K]`; one array for each bank, or one for all of them.
+        banks: `[E, K, N]` each (transposed: `[E, N, K]`). A product is `rows[r] @ bank[group of r]`.
+        beside: `[R, N]` each.
     """
     num_rows, num_groups, tile_rows = rows[0].shape[0], plan.group_sizes.shape[0], plan.tiling.tile_rows
     dtype, num_columns, num_whole = rows[0].dtype, banks[0].shape[1 if transpose_bank else 2], len(rows)
-    rows, banks = [_padded(array) for array in (*rows, *tiled_rows)], [_padded(bank) for bank in banks]
+    rows, banks = [_padded(array) for array in (*rows, *beside)], [_padded(bank) for bank in banks]
     padded_rows, width = rows[0].shape[0], banks[0].shape[1 if transpose_bank else 2]
     contracted = sum(array.shape[1] for array in rows[:num_whole])
     columns = _columns(
@@ -185,7 +169,7 @@ def _row_pass(
         fixed_bytes=2 * tile_rows * contracted * dtype.itemsize,
         # Everything is held twice, once to compute with and once for the copies; the sums are float32.
         bytes_per_column=2 * dtype.itemsize * sum(bank.shape[2 if transpose_bank else 1] for bank in banks)
-        + tile_rows * (2 * dtype.itemsize * (len(tiled_rows) + num_outputs) + 4 * max(len(banks), num_outputs)),
+        + tile_rows * (2 * dtype.itemsize * (len(beside) + num_outputs) + 4 * max(len(banks), num_outputs)),
     )
 
     def kernel(*refs: Any) -> None:
@@ -220,9 +204,12 @@ def _row_pass(
 
             @pl.when(group < num_groups)
             def _() -> None:
-                values = body(
-                    [block[...] for block in blocks[: len(rows)]], [block[...] for block in blocks[len(rows) :]]
-                )
+                tiles, matrices = _split([block[...] for block in blocks], len(rows))
+                products = [
+                    _dot(tiles[index % num_whole], matrix, 1, 1 if transpose_bank else 0)
+                    for index, matrix in enumerate(matrices)
+                ]
+                values = epilogue(*products, *(tile.astype(jnp.float32) for tile in tiles[num_whole:]))
                 first, end = visits.offsets[group], visits.offsets[group + 1]
                 start = visits.start[visit]
                 row_T1 = start + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)

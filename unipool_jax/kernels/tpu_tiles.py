@@ -19,10 +19,10 @@ _TABLE = Path(__file__).with_name("tpu_tiles.json")
 
 @cache
 def table() -> dict[str, Any]:
-    """The checked-in table: `tile_rows[device kind]`, pairs of rows per group (ascending) and rows of a tile, and
-    `columns[device kind]`, columns of a tile under the key `columns_key`."""
-    table: dict[str, Any] = json.loads(_TABLE.read_text())
-    return table
+    """The checked-in table: `tile_rows[device kind]`, rows of a tile by rows per group (ascending), and
+    `columns[device kind]`, columns of a tile by `columns_key`."""
+    content: dict[str, Any] = json.loads(_TABLE.read_text())
+    return content
 
 
 def tile_rows(device_kind: str, expected_rows: float) -> int:
@@ -31,9 +31,9 @@ def tile_rows(device_kind: str, expected_rows: float) -> int:
     Without an entry: groups are cut into equal tiles of at most 512 rows, one for almost every group (2.5 standard
     deviations above the mean) where that is enough, with room for a start between two blocks of 16 rows.
     """
-    for rows, tile_rows in table()["tile_rows"].get(device_kind, ()):
-        if expected_rows <= rows:
-            return int(tile_rows)
+    for rows_per_group, rows in table()["tile_rows"].get(device_kind, {}).items():
+        if expected_rows <= int(rows_per_group):
+            return int(rows)
     most_rows = expected_rows + 2.5 * math.sqrt(expected_rows) + ROW_ALIGNMENT - 1
     return math.ceil(most_rows / math.ceil(most_rows / 512) / 32) * 32
 

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from unipool_jax.kernels.epilogues import Three, gated, gated_backward
 from unipool_jax.kernels.group_plan import GroupPlan
-
-Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:
@@ -52,9 +51,15 @@ def bank_gradient(
 
 
 def ffn_forward(
-    rows_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, plan: GroupPlan
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Gated expert FFN. Returns `[R, D]` and the blocks' gate and up products for `ffn_backward`.
+    rows_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    plan: GroupPlan,
+    *,
+    keep_products: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Gated expert FFN. Returns `[R, D]` and, if they are to be kept, the blocks' products for `ffn_backward`.
 
     The padded layout is kept through the whole network, so rows are moved only at its narrow ends.
     """
@@ -62,7 +67,7 @@ def ffn_forward(
     block_ETD = _to_blocks(rows_RD, plan)
     gate_ETF = _batched_dot(block_ETD, gate_EDF, 1, 0)
     up_ETF = _batched_dot(block_ETD, up_EDF, 1, 0)
-    hidden_ETF = (jax.nn.silu(gate_ETF) * up_ETF).astype(dtype)
+    hidden_ETF = gated(gate_ETF, up_ETF)[0].astype(dtype)
     out_RD = _from_blocks(_batched_dot(hidden_ETF, down_EFD, 1, 0), plan, dtype)
 
     def visit(tile: jax.Array, out_RD: jax.Array) -> jax.Array:
@@ -70,10 +75,11 @@ def ffn_forward(
         rows_TD = _take(rows_RD, base, mine_T1)
         gate_TF = _dot(rows_TD, _matrix(gate_EDF, group), 1, 0)
         up_TF = _dot(rows_TD, _matrix(up_EDF, group), 1, 0)
-        hidden_TF = (jax.nn.silu(gate_TF) * up_TF).astype(dtype)
+        hidden_TF = gated(gate_TF, up_TF)[0].astype(dtype)
         return _put(out_RD, _dot(hidden_TF, _matrix(down_EFD, group), 1, 0), base, mine_T1)
 
-    return lax.fori_loop(0, plan.num_tiles, visit, out_RD), (gate_ETF.astype(dtype), up_ETF.astype(dtype))
+    products = (gate_ETF.astype(dtype), up_ETF.astype(dtype)) if keep_products else ()
+    return lax.fori_loop(0, plan.num_tiles, visit, out_RD), products
 
 
 def ffn_backward(
@@ -131,12 +137,9 @@ def ffn_backward(
 def _gated_backward(
     gate: jax.Array, up: jax.Array, hidden_grad: jax.Array, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`silu(gate) * up` and its derivatives by gate and by up, computed in float32, rounded to `dtype`."""
-    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    gate_grad = hidden_grad * up * (sigmoid + silu * (1 - sigmoid))
-    return (silu * up).astype(dtype), gate_grad.astype(dtype), (hidden_grad * silu).astype(dtype)
+    """`gated_backward`, computed in float32, rounded to `dtype`."""
+    hidden, gate_grad, up_grad = gated_backward(hidden_grad, gate.astype(jnp.float32), up.astype(jnp.float32))
+    return hidden.astype(dtype), gate_grad.astype(dtype), up_grad.astype(dtype)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
