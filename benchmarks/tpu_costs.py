@@ -217,7 +217,13 @@ def megablox(product: str, problem: Problem, chip: Chip, schedules: dict[Any, Sc
     _, experts, width, hidden, _ = problem
     contracted, columns = (hidden, width) if product == "input gradient" else (width, hidden)
     best: Cost | None = None
-    for tiles in product_of((128, 256, 512), _parts(contracted, 3072), _parts(columns, 1536)):
+    unknown = Schedule(0, 0.0, 0)
+    candidates = product_of((128, 256, 512), _parts(contracted, 3072), _parts(columns, 1536))
+    # By a bound from bytes and arithmetic alone: once it passes the best time, no schedule can help.
+    bounds = {tiles: _megablox_cost(product, problem, tiles, chip, unknown).seconds(chip) for tiles in candidates}
+    for tiles, bound in sorted(bounds.items(), key=lambda item: item[1]):
+        if best is not None and bound >= best.seconds(chip):
+            break
         key = (product, chip.name, experts, width, hidden, tiles)
         if key not in schedules:
             schedules[key] = _megablox_schedule(product, problem, chip, tiles)

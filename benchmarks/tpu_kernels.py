@@ -113,7 +113,7 @@ def write_tiles(scales: Sequence[str], rows: Sequence[int]) -> None:
 
 
 def best_tile_rows(chip: Chip) -> dict[int, int]:
-    """For each number of rows per expert the rows of a tile with which the forward product of the 182M scale is fastest.
+    """For each number of rows per expert the rows of a tile that make the forward product of the 182M scale fastest.
 
     Where the memory's bandwidth decides, those of the least work: instructions, and what a step of a pipeline costs.
     """
