@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.grouped_matmul import group_sizes
 from unipool_jax.kernels import pallas_tpu, tpu_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
+from unipool_jax.kernels.tpu_passes import BANK_PASS
 
 ALIGNMENT = tpu_tiles.ROW_ALIGNMENT
 BYTES = 2  # of a bfloat16 value; bank gradients are float32
@@ -87,15 +88,16 @@ def our_shapes(problem: Problem) -> dict[str, Shape]:
 
 
 def our_cost(name: str, problem: Problem, tile_rows: int, column_tiles: int, chip: Chip, schedule: Schedule) -> Cost:
-    """Counted from the definition of a tile: a group's rows from the block of 16 that it starts in."""
+    """Counted from the definition of a tile: a group's rows from the block of 16 that it starts in. A block that two
+    groups share is read once."""
     ends = np.cumsum(problem.sizes)
     starts = ends - problem.sizes
     busy = problem.sizes > 0
     first = starts // ALIGNMENT * ALIGNMENT
-    read = (-(-ends // ALIGNMENT) * ALIGNMENT - first)[busy].sum()
+    read = -(-ends[-1] // ALIGNMENT) * ALIGNMENT
     tiles = (-(-(ends - first) // tile_rows))[busy].sum()
     matrix = problem.width * problem.hidden
-    if name == pallas_tpu.BANK_PASS:
+    if name == BANK_PASS:
         narrow, wide = sorted((problem.width, problem.hidden))
         flops = 2.0 * problem.rows * matrix
         tile_flops = 2 * tile_rows * matrix / column_tiles
@@ -112,7 +114,7 @@ def our_cost(name: str, problem: Problem, tile_rows: int, column_tiles: int, chi
         out = problem.rows * shape.outputs * shape.width * BYTES
         moved = banks + out + read * (contracted * column_tiles + shape.tiled * shape.width) * BYTES
         least = banks + out + problem.rows * (contracted + shape.tiled * shape.width) * BYTES
-    width = max(problem.width, problem.hidden) if name == pallas_tpu.BANK_PASS else our_shapes(problem)[name].width
+    width = max(problem.width, problem.hidden) if name == BANK_PASS else our_shapes(problem)[name].width
     return Cost(
         tiles=f"{tile_rows} x {width // column_tiles}",
         column_tiles=column_tiles,
@@ -205,7 +207,7 @@ def pallas_grids(function: Callable[..., Any], arguments: Sequence[Any], chip: C
 PRODUCTS = {
     "forward": "grouped_matmul",
     "input gradient": "grouped_matmul_transposed",
-    "weight gradient": pallas_tpu.BANK_PASS,
+    "weight gradient": BANK_PASS,
 }
 
 

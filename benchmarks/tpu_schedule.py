@@ -10,7 +10,8 @@ import tempfile
 
 _DUMP = tempfile.TemporaryDirectory()
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={_DUMP.name} --xla_jf_dump_llo_text=true"
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+# Look for no TPU, and let other processes compile at the same time.
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 import re  # noqa: E402 - the settings above must come before jax
 from collections.abc import Callable, Sequence  # noqa: E402

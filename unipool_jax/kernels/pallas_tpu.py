@@ -1,39 +1,15 @@
-"""Grouped products for TPU: two Pallas kernels, made for many experts with few rows each.
+"""Grouped products for TPU, made for many experts with few rows each. The kernels are in `tpu_passes`.
 
-`_row_pass` computes rows from rows (the product, the product with the transposed bank, and the fused parts of the
-FFN); `_bank_pass` adds outer products of rows to a bank gradient, in place. Both walk over the tiles of the plan, one
-group's rows after another, so each expert's matrix is read once per pass while the next one's is already on its way.
-
-Rows move between memories in blocks of 16, so a tile starts at its group's first row rounded down to a multiple of
-16, and neighbouring groups may meet inside a block. Computing that block for both groups costs less than 16 rows;
-writing it twice would be a race. The row pass therefore writes a block only when its last group is done, and keeps
-the unfinished block in a carry until then.
-
-On a single device that is not a TPU the kernels run in Pallas's TPU interpreter, slowly. To compile ahead of time for
-a TPU, trace under `jax.set_mesh` with a mesh of that TPU's devices.
+On a single device that is not a TPU they run in Pallas's TPU interpreter, slowly. To compile ahead of time for a TPU,
+trace under `jax.set_mesh` with a mesh of that TPU's devices.
 """
-
-import contextlib
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from unipool_jax.kernels import tpu_tiles
 from unipool_jax.kernels.epilogues import Three, gated, gated_and_products, gated_backward, summed, unchanged
 from unipool_jax.kernels.group_plan import GroupPlan
-from unipool_jax.kernels.implementations import target_device_kind
-from unipool_jax.kernels.tpu_tiles import LANES
-from unipool_jax.kernels.tpu_tiles import ROW_ALIGNMENT as ALIGNMENT
-
-BANK_PASS = "grouped_bank_gradient"
-# How the kernels run where there is no TPU; tests switch the race detector on here.
-INTERPRET = pltpu.InterpretParams()
+from unipool_jax.kernels.tpu_passes import bank_pass, row_pass
 
 
 def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:
@@ -42,7 +18,7 @@ def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_ba
     Shapes: `[R, K]`, `[E, K, N]` (transposed: `[E, N, K]`) -> `[R, N]` in the dtype of the rows.
     """
     name = "grouped_matmul_transposed" if transpose_bank else "grouped_matmul"
-    return _row_pass(unchanged, 1, [rows_RK], [bank], plan, transpose_bank=transpose_bank, name=name)[0]
+    return row_pass(unchanged, 1, [rows_RK], [bank], plan, transpose_bank=transpose_bank, name=name)[0]
 
 
 def bank_gradient(
@@ -55,7 +31,7 @@ def bank_gradient(
     if into_EKN is None:
         shape = (plan.group_sizes.shape[0], rows_RK.shape[1], grad_RN.shape[1])
         into_EKN = jnp.zeros_like(rows_RK, jnp.float32, shape=shape)
-    return _bank_pass(rows_RK, grad_RN, into_EKN, plan)
+    return bank_pass(rows_RK, grad_RN, into_EKN, plan)
 
 
 def ffn_forward(
@@ -69,7 +45,7 @@ def ffn_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Gated expert FFN. Returns `[R, D]` and, if they are to be kept, the gate and up products for `ffn_backward`."""
     epilogue, outputs = (gated_and_products, 3) if keep_products else (gated, 1)
-    hidden_RF, *products = _row_pass(epilogue, outputs, [rows_RD], [gate_EDF, up_EDF], plan, name="expert_ffn_in")
+    hidden_RF, *products = row_pass(epilogue, outputs, [rows_RD], [gate_EDF, up_EDF], plan, name="expert_ffn_in")
     return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), tuple(products)
 
 
@@ -84,11 +60,11 @@ def ffn_backward(
     into: Three | None = None,
 ) -> tuple[jax.Array, Three]:
     """Gradients of `ffn_forward`: rows in their own dtype, the three banks in float32 and added to `into`."""
-    hidden_RF, gate_grad_RF, up_grad_RF = _row_pass(
+    hidden_RF, gate_grad_RF, up_grad_RF = row_pass(
         gated_backward, 3, [grad_RD], [down_EFD], plan, beside=residuals, transpose_bank=True,
         name="expert_ffn_gate_gradient",
     )  # fmt: skip
-    (rows_grad_RD,) = _row_pass(
+    (rows_grad_RD,) = row_pass(
         summed, 1, [gate_grad_RF, up_grad_RF], [gate_EDF, up_EDF], plan, transpose_bank=True,
         name="expert_ffn_rows_gradient",
     )  # fmt: skip
@@ -98,342 +74,3 @@ def ffn_backward(
         bank_gradient(rows_RD, up_grad_RF, plan, up_into),
         bank_gradient(hidden_RF, grad_RD, plan, down_into),
     )
-
-
-class _Visits(NamedTuple):
-    """What the kernels must know of each tile before its data arrives: int32 vectors in scalar memory."""
-
-    group: jax.Array
-    """Group of the tile, E for rows of no group."""
-    start: jax.Array
-    """First row of the tile."""
-    read: jax.Array
-    """Rows to fetch, in whole blocks."""
-    write: jax.Array
-    """Rows complete once this tile is computed, in whole blocks: all but a block that the next group enters."""
-    offsets: jax.Array
-    """`[E + 1]` of the plan."""
-    tiles: jax.Array
-    """`[2]`: tiles with rows of groups; the same and the tiles of rows of no group."""
-
-
-def _visits(plan: GroupPlan) -> _Visits:
-    num_groups, num_rows = plan.group_sizes.shape[0], _whole_blocks(plan.row_group.shape[0])
-    tile_rows, offsets = plan.tiling.tile_rows, plan.offsets
-    of_group = plan.tile_group < num_groups
-    end = jnp.where(of_group, offsets[jnp.minimum(plan.tile_group + 1, num_groups)], num_rows)
-    last_block = _whole_blocks(end)
-    complete = jnp.where(of_group & (end < offsets[-1]), end // ALIGNMENT * ALIGNMENT, last_block)
-    return _Visits(
-        group=plan.tile_group,
-        start=plan.tile_start,
-        read=jnp.clip(last_block - plan.tile_start, 0, tile_rows),
-        write=jnp.clip(complete - plan.tile_start, 0, tile_rows),
-        offsets=offsets,
-        tiles=jnp.stack([plan.num_tiles, plan.num_tiles + plan.num_tail_tiles]),
-    )
-
-
-def _whole_blocks(rows: jax.Array | int) -> jax.Array | int:
-    return (rows + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-
-
-def _row_pass(
-    epilogue: Callable[..., tuple[jax.Array, ...]],
-    num_outputs: int,
-    rows: Sequence[jax.Array],
-    banks: Sequence[jax.Array],
-    plan: GroupPlan,
-    *,
-    beside: Sequence[jax.Array] = (),
-    transpose_bank: bool = False,
-    name: str,
-) -> list[jax.Array]:
-    """`epilogue(products..., beside...)` for every row of a group, zero for the others.
-
-    Args:
-        epilogue: elementwise function of float32 tiles.
-        num_outputs: how many arrays `[R, N]` it makes; they get the dtype of the rows.
-        rows: `[R, K]`; one array for each bank, or one for all of them.
-        banks: `[E, K, N]` each (transposed: `[E, N, K]`). A product is `rows[r] @ bank[group of r]`.
-        beside: `[R, N]` each.
-    """
-    num_rows, num_groups, tile_rows = rows[0].shape[0], plan.group_sizes.shape[0], plan.tiling.tile_rows
-    dtype, num_columns, num_whole = rows[0].dtype, banks[0].shape[1 if transpose_bank else 2], len(rows)
-    rows, banks = [_padded(array) for array in (*rows, *beside)], [_padded(bank) for bank in banks]
-    padded_rows, width = rows[0].shape[0], banks[0].shape[1 if transpose_bank else 2]
-    contracted = sum(array.shape[1] for array in rows[:num_whole])
-    columns = _columns(
-        tpu_tiles.columns_key(name, contracted, width, dtype.name, tile_rows),
-        width,
-        fixed_bytes=2 * tile_rows * contracted * dtype.itemsize,
-        # Everything is held twice, once to compute with and once for the copies; the sums are float32.
-        bytes_per_column=2 * dtype.itemsize * sum(bank.shape[2 if transpose_bank else 1] for bank in banks)
-        + tile_rows * (2 * dtype.itemsize * (len(beside) + num_outputs) + 4 * max(len(banks), num_outputs)),
-    )
-
-    def kernel(*refs: Any) -> None:
-        visits = _Visits(*refs[: len(_Visits._fields)])
-        inputs, others = _split(refs[len(_Visits._fields) :], len(rows) + len(banks))
-        outputs, (buffer, carry, semaphore) = _split(others, num_outputs)
-        column, num_visits = pl.program_id(0), visits.tiles[1]
-
-        def copy_out(visit: jax.Array, action: Literal["start", "wait"]) -> None:
-            """Start or await the copies of the complete rows of a visit."""
-            size = pl.multiple_of(visits.write[visit], ALIGNMENT)
-            start, slot = pl.multiple_of(visits.start[visit], ALIGNMENT), lax.rem(visit, 2)
-
-            @pl.when(size > 0)
-            def _() -> None:
-                for index, output in enumerate(outputs):
-                    source = buffer.at[slot, index, pl.ds(0, size)]
-                    target = output.at[pl.ds(start, size), pl.ds(pl.multiple_of(column * columns, LANES), columns)]
-                    getattr(pltpu.make_async_copy(source, target, semaphore.at[slot, index]), action)()
-
-        def compute(*blocks: jax.Ref) -> None:
-            visit = pl.program_id(0)
-            slot, group = lax.rem(visit, 2), visits.group[visit]
-
-            @pl.when(visit >= 2)
-            def _() -> None:
-                copy_out(visit - 2, "wait")
-
-            @pl.when(group == num_groups)
-            def _() -> None:
-                buffer[slot] = jnp.zeros(buffer.shape[1:], dtype)
-
-            @pl.when(group < num_groups)
-            def _() -> None:
-                tiles, matrices = _split([block[...] for block in blocks], len(rows))
-                products = [
-                    _dot(tiles[index % num_whole], matrix, 1, 1 if transpose_bank else 0)
-                    for index, matrix in enumerate(matrices)
-                ]
-                values = epilogue(*products, *(tile.astype(jnp.float32) for tile in tiles[num_whole:]))
-                first, end = visits.offsets[group], visits.offsets[group + 1]
-                start = visits.start[visit]
-                row_T1 = start + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
-                for index, value in enumerate(values):
-                    buffer[slot, index] = jnp.where(row_T1 < end, value, 0).astype(dtype)
-
-                @pl.when(start < first)
-                def _() -> None:
-                    mine = row_T1[:ALIGNMENT] >= first
-                    for index in range(num_outputs):
-                        block = buffer[slot, index, :ALIGNMENT]
-                        buffer[slot, index, :ALIGNMENT] = jnp.where(mine, block, carry[index])
-
-                @pl.when(visits.write[visit] < visits.read[visit])
-                def _() -> None:
-                    unfinished = pl.multiple_of(visits.write[visit], ALIGNMENT)
-                    for index in range(num_outputs):
-                        carry[index] = buffer[slot, index, pl.ds(unfinished, ALIGNMENT)]
-
-            copy_out(visit, "start")
-
-        def rows_block(array: jax.Array, is_tiled: bool) -> pl.BlockSpec:
-            def index(visit: jax.Array) -> tuple[Any, jax.Array | int]:
-                return _window(visits, visit), column if is_tiled else 0
-
-            return pl.BlockSpec((pl.BoundedSlice(tile_rows), columns if is_tiled else array.shape[1]), index)
-
-        def bank_block(bank: jax.Array) -> pl.BlockSpec:
-            def index(visit: jax.Array) -> tuple[jax.Array, jax.Array | int, jax.Array | int]:
-                group = jnp.minimum(visits.group[visit], num_groups - 1)
-                return (group, column, 0) if transpose_bank else (group, 0, column)
-
-            block = (None, columns, bank.shape[2]) if transpose_bank else (None, bank.shape[1], columns)
-            # Looking ahead, the next group's matrix is fetched during all tiles of this group, not the last only.
-            return pl.BlockSpec(block, index, pipeline_mode=pl.Buffered(2, use_lookahead=True))
-
-        row_blocks = [rows_block(array, index >= num_whole) for index, array in enumerate(rows)]
-        pltpu.emit_pipeline(compute, grid=(num_visits,), in_specs=[*row_blocks, *map(bank_block, banks)], out_specs=[])(
-            *inputs
-        )
-        for back in (2, 1):
-
-            @pl.when(num_visits >= back)
-            def _(back: int = back) -> None:
-                copy_out(num_visits - back, "wait")
-
-    outputs = _call(
-        kernel,
-        _visits(plan),
-        [*rows, *banks],
-        [_like(rows[0], (padded_rows, width))] * num_outputs,
-        column_tiles=width // columns,
-        scratch=[
-            pltpu.VMEM((2, num_outputs, tile_rows, columns), dtype),
-            pltpu.VMEM((num_outputs, ALIGNMENT, columns), dtype),
-            pltpu.SemaphoreType.DMA((2, num_outputs)),
-        ],
-        name=name,
-        flops=2 * num_rows * width * contracted * len(banks) // num_whole,
-    )
-    return [output[:num_rows, :num_columns] for output in outputs]
-
-
-def _bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
-    """`bank_gradient`. The wider axis of the gradient is cut into tiles, so the narrower rows are read repeatedly."""
-    tile_rows, shape = plan.tiling.tile_rows, into_EKN.shape
-    rows_RK, grad_RN, into_EKN = _padded(rows_RK), _padded(grad_RN), _padded(into_EKN)
-    _, rows_width, grad_width = into_EKN.shape
-    tile_rows_axis = rows_width > grad_width
-    width = max(rows_width, grad_width)
-    narrow, itemsize = min(rows_width, grad_width), rows_RK.dtype.itemsize
-    columns = _columns(
-        tpu_tiles.columns_key(BANK_PASS, narrow, width, rows_RK.dtype.name, tile_rows),
-        width,
-        fixed_bytes=2 * tile_rows * narrow * itemsize,
-        # The gradient before and after, each held twice, and the product.
-        bytes_per_column=2 * tile_rows * itemsize + 5 * narrow * 4,
-    )
-
-    def kernel(*refs: Any) -> None:
-        visits = _Visits(*refs[: len(_Visits._fields)])
-        column = pl.program_id(0)
-
-        def compute(rows: jax.Ref, grad: jax.Ref, into: jax.Ref, out: jax.Ref) -> None:
-            visit = pl.program_id(0)
-            group = visits.group[visit]
-            first, end = visits.offsets[group], visits.offsets[group + 1]
-            row_T1 = visits.start[visit] + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
-            mine_T1 = (first <= row_T1) & (row_T1 < end)
-            product = _dot(jnp.where(mine_T1, rows[...], 0), jnp.where(mine_T1, grad[...], 0), 0, 0)
-            is_first = visits.start[visit] <= first
-
-            @pl.when(is_first)
-            def _() -> None:
-                out[...] = into[...] + product
-
-            @pl.when(jnp.logical_not(is_first))
-            def _() -> None:
-                out[...] += product
-
-        def rows_block(array_width: int, is_tiled: bool) -> pl.BlockSpec:
-            def index(visit: jax.Array) -> tuple[Any, jax.Array | int]:
-                return _window(visits, visit), column if is_tiled else 0
-
-            return pl.BlockSpec((pl.BoundedSlice(tile_rows), columns if is_tiled else array_width), index)
-
-        def index(visit: jax.Array) -> tuple[jax.Array, jax.Array | int, jax.Array | int]:
-            return (visits.group[visit], column, 0) if tile_rows_axis else (visits.group[visit], 0, column)
-
-        block = (None, columns, grad_width) if tile_rows_axis else (None, rows_width, columns)
-        pltpu.emit_pipeline(
-            compute,
-            grid=(visits.tiles[0],),
-            in_specs=[
-                rows_block(rows_width, tile_rows_axis),
-                rows_block(grad_width, not tile_rows_axis),
-                pl.BlockSpec(block, index),
-            ],
-            out_specs=[pl.BlockSpec(block, index)],
-        )(*refs[len(_Visits._fields) :])
-
-    (out_EKN,) = _call(
-        kernel,
-        _visits(plan),
-        [rows_RK, grad_RN, into_EKN],
-        [_like(into_EKN, into_EKN.shape)],
-        column_tiles=width // columns,
-        aliases={len(_Visits._fields) + 2: 0},
-        name=BANK_PASS,
-        flops=2 * rows_RK.shape[0] * rows_width * grad_width,
-    )
-    return out_EKN[:, : shape[1], : shape[2]]
-
-
-def _call(
-    kernel: Callable[..., None],
-    visits: _Visits,
-    operands: Sequence[jax.Array],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    *,
-    column_tiles: int,
-    scratch: Sequence[Any] = (),
-    aliases: dict[int, int] | None = None,
-    name: str,
-    flops: int,
-) -> list[jax.Array]:
-    """Run a kernel over tiles of columns; cores that share the memory of one device take different ones."""
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    arrays: list[Any] = [*operands, *outputs]
-    bytes_accessed = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-    interpret = False if _on_tpu() else INTERPRET
-    with _device():
-        return pl.pallas_call(
-            kernel,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(_Visits._fields),
-                grid=(column_tiles,),
-                in_specs=[anywhere] * len(operands),
-                out_specs=[anywhere] * len(outputs),
-                scratch_shapes=scratch,
-            ),
-            out_shape=list(outputs),
-            input_output_aliases=aliases or {},
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",), vmem_limit_bytes=pltpu.get_tpu_info().vmem_capacity_bytes * 7 // 8
-            ),
-            cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=bytes_accessed, transcendentals=0),
-            interpret=interpret,
-            name=name,
-        )(*visits, *operands)
-
-
-def _columns(key: str, width: int, *, fixed_bytes: int, bytes_per_column: int) -> int:
-    with _device():
-        device = pltpu.get_tpu_info()
-        # Besides its tiles a kernel needs room for values that the compiler keeps in memory; an eighth is left to it.
-        budget = device.vmem_capacity_bytes * 3 // 4
-        return tpu_tiles.columns(
-            target_device_kind(), key, width, fixed_bytes, bytes_per_column, budget, device.num_cores
-        )
-
-
-def _on_tpu() -> bool:
-    """Whether kernels are compiled for a TPU, and not interpreted."""
-    return target_device_kind().startswith("TPU")
-
-
-def _device() -> contextlib.AbstractContextManager[None]:
-    """Where there is no TPU, a mesh that pretends to have one: the interpreter asks what it is to imitate."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not _on_tpu():
-        if not mesh.empty:
-            raise NotImplementedError(
-                f"kernels.implementation=pallas_tpu cannot be interpreted on a mesh of {target_device_kind()} devices; "
-                "use kernels.implementation=xla there"
-            )
-        mesh = mesh.update(abstract_device=jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu"))
-    return jax.sharding.use_abstract_mesh(mesh)
-
-
-def _window(visits: _Visits, visit: jax.Array) -> Any:
-    """The rows of a tile, as the pipeline wants them."""
-    start = pl.multiple_of(visits.start[visit], ALIGNMENT)
-    return pl.ds(start, pl.multiple_of(visits.read[visit], ALIGNMENT))
-
-
-def _split(refs: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any]]:
-    return refs[:count], refs[count:]
-
-
-def _padded(array: jax.Array) -> jax.Array:
-    """Rows `[R, C]` or a bank `[E, K, N]` with zeros up to whole blocks of 16 rows and 128 columns: usually itself."""
-    granules = (ALIGNMENT, LANES) if array.ndim == 2 else (1, LANES, LANES)
-    missing = [(0, -size % granule) for size, granule in zip(array.shape, granules, strict=True)]
-    return jnp.pad(array, missing) if any(after for _, after in missing) else array
-
-
-def _like(array: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """Shape of an output that varies over the same mesh axes as `array`."""
-    return jax.ShapeDtypeStruct(shape, array.dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """Product over one axis of each matrix, accumulated and returned in float32; exact for float32 operands."""
-    dimensions = (((contract_a,), (contract_b,)), ((), ()))
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,407 @@
+"""The two TPU kernels behind the grouped products: `row_pass` and `bank_pass`.
+
+Both walk over the tiles of the plan, one group's rows after another, so each expert's matrix is read once per pass
+while the next one's is already on its way. Rows are read once too, a tile ahead.
+
+Rows move between memories in blocks of 16, so a tile starts at its group's first row rounded down to a multiple of
+16, and neighbouring groups may meet inside a block. The second one takes such a block over from the tile before.
+Computing it for both groups costs less than 16 rows; writing it twice would be a race. The row pass therefore writes a
+block only when its last group is done, and keeps the unfinished block in a carry until then.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from unipool_jax.kernels import tpu_tiles
+from unipool_jax.kernels.group_plan import GroupPlan
+from unipool_jax.kernels.implementations import target_device_kind
+from unipool_jax.kernels.tpu_tiles import LANES
+from unipool_jax.kernels.tpu_tiles import ROW_ALIGNMENT as ALIGNMENT
+
+BANK_PASS = "grouped_bank_gradient"
+# How the kernels run where there is no TPU; tests switch the race detector on here.
+INTERPRET = pltpu.InterpretParams()
+
+
+class _Visits(NamedTuple):
+    """What the kernels must know of each tile before its data arrives: int32 vectors in scalar memory."""
+
+    group: jax.Array
+    """Group of the tile, E for rows of no group."""
+    start: jax.Array
+    """First row of the tile."""
+    read: jax.Array
+    """Rows to have, in whole blocks."""
+    shared: jax.Array
+    """How many of them the tile before has: a block, or none."""
+    write: jax.Array
+    """Rows complete once this tile is computed, in whole blocks: all but a block that the next group enters."""
+    offsets: jax.Array
+    """`[E + 1]` of the plan."""
+    tiles: jax.Array
+    """`[2]`: tiles with rows of groups; the same and the tiles of rows of no group."""
+
+
+def _visits(plan: GroupPlan) -> _Visits:
+    num_groups, num_rows = plan.group_sizes.shape[0], _whole_blocks(plan.row_group.shape[0])
+    tile_rows, offsets = plan.tiling.tile_rows, plan.offsets
+    of_group = plan.tile_group < num_groups
+    end = jnp.where(of_group, offsets[jnp.minimum(plan.tile_group + 1, num_groups)], num_rows)
+    last_block = _whole_blocks(end)
+    complete = jnp.where(of_group & (end < offsets[-1]), end // ALIGNMENT * ALIGNMENT, last_block)
+    read = jnp.where(of_group, jnp.clip(last_block - plan.tile_start, 0, tile_rows), 0)
+    read_before = jnp.pad((plan.tile_start + read)[:-1], (1, 0))
+    return _Visits(
+        group=plan.tile_group,
+        start=plan.tile_start,
+        read=read,
+        shared=jnp.where(of_group & (plan.tile_start < read_before), ALIGNMENT, 0),
+        write=jnp.clip(complete - plan.tile_start, 0, tile_rows),
+        offsets=offsets,
+        tiles=jnp.stack([plan.num_tiles, plan.num_tiles + plan.num_tail_tiles]),
+    )
+
+
+def _copy_rows(
+    visits: _Visits,
+    visit: jax.Array | int,
+    sources: Sequence[Any],
+    buffers: Sequence[Any],
+    semaphore: Any,
+    action: Literal["start", "wait"],
+) -> None:
+    """Start or await the copies of a tile's rows into its slot: a block that the tile before has, the rest from HBM."""
+    slot, shared, read = lax.rem(visit, 2), visits.shared[visit], visits.read[visit]
+    fresh, skip = pl.multiple_of(read - shared, ALIGNMENT), pl.multiple_of(shared, ALIGNMENT)
+    start = pl.multiple_of(visits.start[visit] + shared, ALIGNMENT)
+
+    @pl.when(shared > 0)
+    def _() -> None:
+        last = pl.multiple_of(visits.read[visit - 1] - ALIGNMENT, ALIGNMENT)
+        for index, buffer in enumerate(buffers):
+            block, target = buffer.at[1 - slot, pl.ds(last, ALIGNMENT)], buffer.at[slot, pl.ds(0, ALIGNMENT)]
+            getattr(pltpu.make_async_copy(block, target, semaphore.at[slot, 0, index]), action)()
+
+    @pl.when(fresh > 0)
+    def _() -> None:
+        for index, (source, buffer) in enumerate(zip(sources, buffers, strict=True)):
+            block, target = source.at[pl.ds(start, fresh)], buffer.at[slot, pl.ds(skip, fresh)]
+            getattr(pltpu.make_async_copy(block, target, semaphore.at[slot, 1, index]), action)()
+
+
+def _whole_blocks(rows: jax.Array | int) -> jax.Array | int:
+    return (rows + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def row_pass(
+    epilogue: Callable[..., tuple[jax.Array, ...]],
+    num_outputs: int,
+    rows: Sequence[jax.Array],
+    banks: Sequence[jax.Array],
+    plan: GroupPlan,
+    *,
+    beside: Sequence[jax.Array] = (),
+    transpose_bank: bool = False,
+    name: str,
+) -> list[jax.Array]:
+    """`epilogue(products..., beside...)` for every row of a group, zero for the others.
+
+    Args:
+        epilogue: elementwise function of float32 tiles.
+        num_outputs: how many arrays `[R, N]` it makes; they get the dtype of the rows.
+        rows: `[R, K]`; one array for each bank, or one for all of them.
+        banks: `[E, K, N]` each (transposed: `[E, N, K]`). A product is `rows[r] @ bank[group of r]`.
+        beside: `[R, N]` each.
+    """
+    num_rows, num_groups, tile_rows = rows[0].shape[0], plan.group_sizes.shape[0], plan.tiling.tile_rows
+    dtype, num_columns, num_whole = rows[0].dtype, banks[0].shape[1 if transpose_bank else 2], len(rows)
+    rows, banks = [_padded(array) for array in (*rows, *beside)], [_padded(bank) for bank in banks]
+    padded_rows, width = rows[0].shape[0], banks[0].shape[1 if transpose_bank else 2]
+    contracted = sum(array.shape[1] for array in rows[:num_whole])
+    columns = _columns(
+        tpu_tiles.columns_key(name, contracted, width, dtype.name, tile_rows),
+        width,
+        fixed_bytes=2 * tile_rows * contracted * dtype.itemsize,
+        # Everything is held twice, once to compute with and once for the copies; the sums are float32.
+        bytes_per_column=2 * dtype.itemsize * sum(bank.shape[2 if transpose_bank else 1] for bank in banks)
+        + tile_rows * (2 * dtype.itemsize * (len(beside) + num_outputs) + 4 * max(len(banks), num_outputs)),
+    )
+
+    def kernel(*refs: Any) -> None:
+        visits = _Visits(*refs[: len(_Visits._fields)])
+        inputs, others = _split(refs[len(_Visits._fields) :], len(rows))
+        matrices, others = _split(others, len(banks))
+        outputs, (buffer, carry, semaphore, *row_buffers, row_semaphore) = _split(others, num_outputs)
+        column, num_visits = pl.program_id(0), visits.tiles[1]
+        column_slice = pl.ds(pl.multiple_of(column * columns, LANES), columns)
+        sources = [*inputs[:num_whole], *(source.at[:, column_slice] for source in inputs[num_whole:])]
+
+        def copy_out(visit: jax.Array, action: Literal["start", "wait"]) -> None:
+            """Start or await the copies of the complete rows of a visit."""
+            size = pl.multiple_of(visits.write[visit], ALIGNMENT)
+            start, slot = pl.multiple_of(visits.start[visit], ALIGNMENT), lax.rem(visit, 2)
+
+            @pl.when(size > 0)
+            def _() -> None:
+                for index, output in enumerate(outputs):
+                    source = buffer.at[slot, index, pl.ds(0, size)]
+                    target = output.at[pl.ds(start, size), column_slice]
+                    getattr(pltpu.make_async_copy(source, target, semaphore.at[slot, index]), action)()
+
+        def compute(*matrices: jax.Ref) -> None:
+            visit = pl.program_id(0)
+            slot, group = lax.rem(visit, 2), visits.group[visit]
+            _copy_rows(visits, visit, sources, row_buffers, row_semaphore, "wait")
+
+            @pl.when(visit + 1 < num_visits)
+            def _() -> None:
+                _copy_rows(visits, visit + 1, sources, row_buffers, row_semaphore, "start")
+
+            @pl.when(visit >= 2)
+            def _() -> None:
+                copy_out(visit - 2, "wait")
+
+            @pl.when(group == num_groups)
+            def _() -> None:
+                buffer[slot] = jnp.zeros(buffer.shape[1:], dtype)
+
+            @pl.when(group < num_groups)
+            def _() -> None:
+                tiles = [row_buffer[slot] for row_buffer in row_buffers]
+                products = [
+                    _dot(tiles[index % num_whole], matrix[...], 1, 1 if transpose_bank else 0)
+                    for index, matrix in enumerate(matrices)
+                ]
+                values = epilogue(*products, *(tile.astype(jnp.float32) for tile in tiles[num_whole:]))
+                first, end = visits.offsets[group], visits.offsets[group + 1]
+                start = visits.start[visit]
+                row_T1 = start + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
+                for index, value in enumerate(values):
+                    buffer[slot, index] = jnp.where(row_T1 < end, value, 0).astype(dtype)
+
+                @pl.when(start < first)
+                def _() -> None:
+                    mine = row_T1[:ALIGNMENT] >= first
+                    for index in range(num_outputs):
+                        block = buffer[slot, index, :ALIGNMENT]
+                        buffer[slot, index, :ALIGNMENT] = jnp.where(mine, block, carry[index])
+
+                @pl.when(visits.write[visit] < visits.read[visit])
+                def _() -> None:
+                    unfinished = pl.multiple_of(visits.write[visit], ALIGNMENT)
+                    for index in range(num_outputs):
+                        carry[index] = buffer[slot, index, pl.ds(unfinished, ALIGNMENT)]
+
+            copy_out(visit, "start")
+
+        def bank_block(bank: jax.Array) -> pl.BlockSpec:
+            def index(visit: jax.Array) -> tuple[jax.Array, jax.Array | int, jax.Array | int]:
+                group = jnp.minimum(visits.group[visit], num_groups - 1)
+                return (group, column, 0) if transpose_bank else (group, 0, column)
+
+            block = (None, columns, bank.shape[2]) if transpose_bank else (None, bank.shape[1], columns)
+            # Looking ahead, the next group's matrix is fetched during all tiles of this group, not the last only.
+            return pl.BlockSpec(block, index, pipeline_mode=pl.Buffered(2, use_lookahead=True))
+
+        _copy_rows(visits, 0, sources, row_buffers, row_semaphore, "start")
+        pltpu.emit_pipeline(compute, grid=(num_visits,), in_specs=list(map(bank_block, banks)))(*matrices)
+        for back in (2, 1):
+
+            @pl.when(num_visits >= back)
+            def _(back: int = back) -> None:
+                copy_out(num_visits - back, "wait")
+
+    outputs = _call(
+        kernel,
+        _visits(plan),
+        [*rows, *banks],
+        [_like(rows[0], (padded_rows, width))] * num_outputs,
+        column_tiles=width // columns,
+        scratch=[
+            pltpu.VMEM((2, num_outputs, tile_rows, columns), dtype),
+            pltpu.VMEM((num_outputs, ALIGNMENT, columns), dtype),
+            pltpu.SemaphoreType.DMA((2, num_outputs)),
+            *_row_buffers([array.shape[1] for array in rows[:num_whole]] + [columns] * len(beside), tile_rows, dtype),
+        ],
+        name=name,
+        flops=2 * num_rows * width * contracted * len(banks) // num_whole,
+    )
+    return [output[:num_rows, :num_columns] for output in outputs]
+
+
+def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
+    """`bank_gradient`. The wider axis of the gradient is cut into tiles, so the narrower rows are read repeatedly."""
+    tile_rows, shape = plan.tiling.tile_rows, into_EKN.shape
+    rows_RK, grad_RN, into_EKN = _padded(rows_RK), _padded(grad_RN), _padded(into_EKN)
+    _, rows_width, grad_width = into_EKN.shape
+    tile_rows_axis = rows_width > grad_width
+    width = max(rows_width, grad_width)
+    narrow, itemsize = min(rows_width, grad_width), rows_RK.dtype.itemsize
+    columns = _columns(
+        tpu_tiles.columns_key(BANK_PASS, narrow, width, rows_RK.dtype.name, tile_rows),
+        width,
+        fixed_bytes=2 * tile_rows * narrow * itemsize,
+        # The gradient before and after, each held twice, and the product.
+        bytes_per_column=2 * tile_rows * itemsize + 5 * narrow * 4,
+    )
+
+    def kernel(*refs: Any) -> None:
+        visits = _Visits(*refs[: len(_Visits._fields)])
+        rows, grad, into, out, *row_buffers, row_semaphore = refs[len(_Visits._fields) :]
+        column, num_visits = pl.program_id(0), visits.tiles[0]
+        column_slice = pl.ds(pl.multiple_of(column * columns, LANES), columns)
+        sources = [rows.at[:, column_slice], grad] if tile_rows_axis else [rows, grad.at[:, column_slice]]
+
+        def compute(into: jax.Ref, out: jax.Ref) -> None:
+            visit = pl.program_id(0)
+            slot, group = lax.rem(visit, 2), visits.group[visit]
+            _copy_rows(visits, visit, sources, row_buffers, row_semaphore, "wait")
+
+            @pl.when(visit + 1 < num_visits)
+            def _() -> None:
+                _copy_rows(visits, visit + 1, sources, row_buffers, row_semaphore, "start")
+
+            first, end = visits.offsets[group], visits.offsets[group + 1]
+            row_T1 = visits.start[visit] + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
+            mine_T1 = (first <= row_T1) & (row_T1 < end)
+            rows_TK, grad_TN = (jnp.where(mine_T1, row_buffer[slot], 0) for row_buffer in row_buffers)
+            product = _dot(rows_TK, grad_TN, 0, 0)
+            is_first = visits.start[visit] <= first
+
+            @pl.when(is_first)
+            def _() -> None:
+                out[...] = into[...] + product
+
+            @pl.when(jnp.logical_not(is_first))
+            def _() -> None:
+                out[...] += product
+
+        def index(visit: jax.Array) -> tuple[jax.Array, jax.Array | int, jax.Array | int]:
+            return (visits.group[visit], column, 0) if tile_rows_axis else (visits.group[visit], 0, column)
+
+        block = (None, columns, grad_width) if tile_rows_axis else (None, rows_width, columns)
+
+        @pl.when(num_visits > 0)
+        def _() -> None:
+            _copy_rows(visits, 0, sources, row_buffers, row_semaphore, "start")
+
+        spec = pl.BlockSpec(block, index)
+        pltpu.emit_pipeline(compute, grid=(num_visits,), in_specs=[spec], out_specs=[spec])(into, out)
+
+    (out_EKN,) = _call(
+        kernel,
+        _visits(plan),
+        [rows_RK, grad_RN, into_EKN],
+        [_like(into_EKN, into_EKN.shape)],
+        column_tiles=width // columns,
+        scratch=_row_buffers(
+            [columns, grad_width] if tile_rows_axis else [rows_width, columns], tile_rows, rows_RK.dtype
+        ),
+        aliases={len(_Visits._fields) + 2: 0},
+        name=BANK_PASS,
+        flops=2 * rows_RK.shape[0] * rows_width * grad_width,
+    )
+    return out_EKN[:, : shape[1], : shape[2]]
+
+
+def _call(
+    kernel: Callable[..., None],
+    visits: _Visits,
+    operands: Sequence[jax.Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    column_tiles: int,
+    scratch: Sequence[Any] = (),
+    aliases: dict[int, int] | None = None,
+    name: str,
+    flops: int,
+) -> list[jax.Array]:
+    """Run a kernel over tiles of columns; cores that share the memory of one device take different ones."""
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    arrays: list[Any] = [*operands, *outputs]
+    bytes_accessed = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    interpret = False if _on_tpu() else INTERPRET
+    with _device():
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(_Visits._fields),
+                grid=(column_tiles,),
+                in_specs=[anywhere] * len(operands),
+                out_specs=[anywhere] * len(outputs),
+                scratch_shapes=scratch,
+            ),
+            out_shape=list(outputs),
+            input_output_aliases=aliases or {},
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel",), vmem_limit_bytes=pltpu.get_tpu_info().vmem_capacity_bytes * 7 // 8
+            ),
+            cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=bytes_accessed, transcendentals=0),
+            interpret=interpret,
+            name=name,
+        )(*visits, *operands)
+
+
+def _columns(key: str, width: int, *, fixed_bytes: int, bytes_per_column: int) -> int:
+    with _device():
+        device = pltpu.get_tpu_info()
+        # Besides its tiles a kernel needs room for values that the compiler keeps in memory; an eighth is left to it.
+        budget = device.vmem_capacity_bytes * 3 // 4
+        return tpu_tiles.columns(
+            target_device_kind(), key, width, fixed_bytes, bytes_per_column, budget, device.num_cores
+        )
+
+
+def _on_tpu() -> bool:
+    """Whether kernels are compiled for a TPU, and not interpreted."""
+    return target_device_kind().startswith("TPU")
+
+
+def _device() -> contextlib.AbstractContextManager[None]:
+    """Where there is no TPU, a mesh that pretends to have one: the interpreter asks what it is to imitate."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _on_tpu():
+        if not mesh.empty:
+            raise NotImplementedError(
+                f"kernels.implementation=pallas_tpu cannot be interpreted on a mesh of {target_device_kind()} devices; "
+                "use kernels.implementation=xla there"
+            )
+        mesh = mesh.update(abstract_device=jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu"))
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def _row_buffers(widths: Sequence[int], tile_rows: int, dtype: jnp.dtype) -> list[Any]:
+    """Memory for two tiles of each array of rows, one to compute with and one to fill, and the copies' semaphores."""
+    buffers = [pltpu.VMEM((2, tile_rows, width), dtype) for width in widths]
+    return [*buffers, pltpu.SemaphoreType.DMA((2, 2, len(widths)))]
+
+
+def _split(refs: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    return refs[:count], refs[count:]
+
+
+def _padded(array: jax.Array) -> jax.Array:
+    """Rows `[R, C]` or a bank `[E, K, N]` with zeros up to whole blocks of 16 rows and 128 columns: usually itself."""
+    granules = (ALIGNMENT, LANES) if array.ndim == 2 else (1, LANES, LANES)
+    missing = [(0, -size % granule) for size, granule in zip(array.shape, granules, strict=True)]
+    return jnp.pad(array, missing) if any(after for _, after in missing) else array
+
+
+def _like(array: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Shape of an output that varies over the same mesh axes as `array`."""
+    return jax.ShapeDtypeStruct(shape, array.dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    """Product over one axis of each matrix, accumulated and returned in float32; exact for float32 operands."""
+    dimensions = (((contract_a,), (contract_b,)), ((), ()))
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
