@@ -31,21 +31,20 @@ def rms_norm(hidden: jax.Array, gain_D: jax.Array, epsilon: float) -> jax.Array:
 class MixtureBlock(nn.Module):
     """Router of one layer over the bank of its pool: `[B, S, D] -> [B, S, D]`, and the layer's `RoutingStats`.
 
-    `master` holds the parameters that `bank` was cast from; it is handed on so that the layers of a pool add their
-    gradients of it to one buffer (see `accumulating_ffn`).
+    `master`, handed on unchanged, holds the parameters behind a bank that layers share: see `moe_ffn`.
     """
 
     config: Config
 
     @nn.compact
     def __call__(
-        self, hidden_BSD: jax.Array, bank: Bank, master: Bank, expert_bias_E: jax.Array
-    ) -> tuple[jax.Array, Bank, RoutingStats]:
+        self, hidden_BSD: jax.Array, bank: Bank, master: Bank | None, expert_bias_E: jax.Array
+    ) -> tuple[jax.Array, Bank | None, RoutingStats]:
         config, moe = self.config, self.config.moe
         batch = hidden_BSD.shape[0]
         hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
         if moe.router == "none":
-            output_ND = dense_ffn(hidden_ND, master)
+            output_ND = dense_ffn(hidden_ND, bank)
             return output_ND.reshape(hidden_BSD.shape), master, _no_routing(hidden_ND.shape[0])
 
         num_experts, width = config.experts_per_pool, config.model.hidden_size
@@ -89,8 +88,8 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Bank], bank: Bank, expert_bias_E: jax.Array
-    ) -> tuple[tuple[jax.Array, Bank], RoutingStats]:
+        self, carry: tuple[jax.Array, Bank | None], bank: Bank, expert_bias_E: jax.Array
+    ) -> tuple[tuple[jax.Array, Bank | None], RoutingStats]:
         hidden_BSD, master = carry
         model = self.config.model
         ones, width = nn.initializers.ones, (model.hidden_size,)
@@ -112,7 +111,7 @@ class PoolStage(nn.Module):
     @nn.compact
     def __call__(self, hidden_BSD: jax.Array, expert_bias_NE: jax.Array) -> tuple[jax.Array, RoutingStats]:
         config, model = self.config, self.config.model
-        master = ExpertPool(
+        bank = ExpertPool(
             num_experts=config.experts_per_pool,
             hidden_size=model.hidden_size,
             ffn_size=model.ffn_size,
@@ -120,10 +119,12 @@ class PoolStage(nn.Module):
             num_layers=model.num_layers,
             name="bank",
         )()
-        # Cast once for all layers. Gradients reach the parameters through `master`, which the scan carries so that
-        # backward one float32 buffer collects them; the gradient of a value the layers share by closure would be made
-        # in full and added once a layer.
-        bank = jax.lax.stop_gradient(master.astype(model.compute_dtype))
+        master = None
+        if config.layers_per_pool > 1:
+            # Gradients reach a shared bank through `master`, which the scan carries, so that backward one float32
+            # buffer collects them; closing over the bank would create and add a gradient of full size for every layer.
+            # A bank of one layer is closed over: adding its gradient to zeros costs more than just writing it.
+            master, bank = bank, jax.lax.stop_gradient(bank.astype(model.compute_dtype))
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False) if model.remat == "full" else Layer,
             variable_axes={"params": 0},

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from unipool_jax.kernels.group_plan import make_group_plan, sort_by_group
-from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn
+from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.moe.routing import Routing
 
@@ -32,8 +32,12 @@ _permute_rows.defvjp(_permute_forward, _permute_backward)
 
 
 def moe_ffn(
-    hidden_ND: jax.Array, routing: Routing, bank: Bank, master: Bank, implementation: Implementation = "auto"
-) -> tuple[jax.Array, Bank]:
+    hidden_ND: jax.Array,
+    routing: Routing,
+    bank: Bank,
+    master: Bank | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, Bank | None]:
     """Sum over each token's k experts of gate times expert output, and `master` for the next layer of the pool.
 
     The N k (token, slot) pairs are sorted by expert, pass through the grouped feed-forward, and are put back; an expert
@@ -42,8 +46,9 @@ def moe_ffn(
     Args:
       hidden_ND: router input.
       routing: experts and gates of each token.
-      bank: the experts in the dtype of `hidden_ND`; no gradient flows to them.
-      master: the float32 parameters behind `bank`, which receive the gradient: see `accumulating_ffn`.
+      bank: the experts, in the dtype of `hidden_ND`, or in float32 where there is no `master`.
+      master: where layers share the bank, the float32 parameters behind it. They receive the gradient, and `bank`
+        none: see `accumulating_ffn`.
       implementation: see `kernels.implementations`.
 
     Returns:
@@ -59,7 +64,10 @@ def moe_ffn(
 
     slots_RD = jnp.repeat(hidden_ND, top_k, axis=0) if top_k > 1 else hidden_ND
     sorted_RD = _permute_rows(slots_RD, order_R, inverse_R)
-    expert_RD, master = accumulating_ffn(sorted_RD, bank, master, plan)
+    if master is None:
+        expert_RD = grouped_ffn(sorted_RD, bank, plan)
+    else:
+        expert_RD, master = accumulating_ffn(sorted_RD, bank, master, plan)
     output_NKD = _permute_rows(expert_RD, inverse_R, order_R).reshape(num_tokens, top_k, -1)
     weighted_NKD = routing.gates_NK[:, :, None] * output_NKD.astype(jnp.float32)
     return jnp.sum(weighted_NKD, axis=1).astype(hidden_ND.dtype), master
