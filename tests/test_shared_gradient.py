@@ -161,6 +161,7 @@ def test_the_one_expert_of_a_dense_layer_receives_its_gradient() -> None:
     gradient = jax.jit(jax.grad(_loss(config)))(params)["pools"]["bank"]
     for name in ("gate", "up", "down"):
         direction = jnp.sign(gradient[name])
+        assert direction.any(), name
 
         def moved(step: float, name: str = name, direction: jax.Array = direction) -> jax.Array:
             bank = params["pools"]["bank"]
