@@ -7,6 +7,9 @@ ratio is the median over the rounds of (variant / dense in the same round). Grou
 random routing, or of uneven routing with `--skew`. The row "fresh bank" only writes zeros of the bank's size: the
 price of a new gradient array, which the dense product does not pay. On Linux most of it is page faults, and
 `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the environment removes most of those.
+
+The last tables are what training does: the FFN in a scan over layers that share one bank, so buffers are used again,
+with `accumulating_ffn` adding to one gradient or with the gradient that plain autodiff makes and adds for every layer.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
-from unipool_jax.kernels.grouped_ffn import Bank, grouped_ffn
+from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.grouped_matmul import grouped_matmul
 
 Case = Callable[[], Any]
@@ -63,17 +66,17 @@ def report(title: str, seconds: Mapping[str, list[float]]) -> None:
         print(f"  {name:<36}{1e3 * np.median(values):>10.2f}{ratio:>8.2f}{minima:>17.2f}{len(values):>8}")
 
 
-def compiled(function: Callable[..., jax.Array], *operands: jax.Array) -> Case:
+def compiled(function: Callable[..., jax.Array], *operands: Any) -> Case:
     """Run a forward pass to its end."""
     run = jax.jit(function)
     return lambda: jax.block_until_ready(run(*operands))
 
 
-def compiled_with_gradients(function: Callable[..., jax.Array], cotangent: jax.Array, *operands: jax.Array) -> Case:
+def compiled_with_gradients(function: Callable[..., jax.Array], cotangent: jax.Array, *operands: Any) -> Case:
     """Run a forward and a backward pass to their end, gradients of all operands included."""
 
     @jax.jit
-    def run(cotangent: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    def run(cotangent: jax.Array, *operands: Any) -> tuple[Any, ...]:
         output, pullback = jax.vjp(function, *operands)
         return output, *pullback(cotangent)
 
@@ -117,6 +120,46 @@ def dense_ffn(rows: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) 
     return (jax.nn.silu(rows @ gate) * (rows @ up)) @ down
 
 
+def scanned_ffn(
+    rows: int, experts: int, width: int, hidden: int, layers: int, dtype: jnp.dtype, skew: float
+) -> tuple[dict[str, Case], dict[str, Case]]:
+    """Forward, and forward with backward, of `layers` residual FFNs that share their weights."""
+    rng = np.random.default_rng(2)
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32) * 0.05, dtype)
+
+    x, cotangent = array(rows, width), array(rows, width)
+    bank = Bank(array(experts, width, hidden), array(experts, width, hidden), array(experts, hidden, width))
+    one_expert = Bank(*(weights[0] for weights in bank))
+    sizes = jnp.stack([jnp.asarray(group_sizes(rows, experts, skew, seed)) for seed in range(layers)])
+    plans: GroupPlan = jax.vmap(lambda sizes_E: make_group_plan(sizes_E, rows))(sizes)
+
+    def dense(x: jax.Array, weights: Bank) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (x + dense_ffn(x, *weights), None), x, None, length=layers)[0]
+
+    def autodiff(x: jax.Array, bank: Bank) -> jax.Array:
+        return jax.lax.scan(lambda x, plan: (x + grouped_ffn(x, bank, plan), None), x, plans)[0]
+
+    def accumulating(x: jax.Array, master: Bank) -> jax.Array:
+        bank = jax.lax.stop_gradient(master.astype(dtype))
+
+        def layer(carry: tuple[jax.Array, Bank], plan: GroupPlan) -> tuple[tuple[jax.Array, Bank], None]:
+            x, master = carry
+            out, master = accumulating_ffn(x, bank, master, plan)
+            return (x + out, master), None
+
+        return jax.lax.scan(layer, (x, master.astype(jnp.float32)), plans)[0][0]
+
+    weights = {"dense": one_expert, "accumulating_ffn": bank, "grouped_ffn, plain autodiff": bank}
+    functions = dict(zip(weights, (dense, accumulating, autodiff), strict=True))
+    forward = {name: compiled(functions[name], x, weights[name]) for name in ("dense", "accumulating_ffn")}
+    both = {
+        name: compiled_with_gradients(function, cotangent, x, weights[name]) for name, function in functions.items()
+    }
+    return forward, both
+
+
 def environment() -> str:
     """What the numbers depend on besides the arguments."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -132,7 +175,7 @@ def environment() -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure and print the four tables: product and FFN, forward and forward with backward."""
+    """Measure and print the tables: product, FFN and a scan of FFNs, each forward and forward with backward."""
     rows, experts, width, hidden = arguments.rows, arguments.experts, arguments.width, arguments.hidden
     dtype = jnp.dtype(arguments.dtype)
     sizes = group_sizes(rows, experts, arguments.skew)
@@ -187,6 +230,11 @@ def run(arguments: argparse.Namespace) -> None:
     report("FFN, forward", measure(forward, arguments.repeats))
     report("FFN, forward and backward", measure(both, arguments.repeats))
 
+    layers = arguments.layers
+    forward, both = scanned_ffn(rows, experts, width, hidden, layers, dtype, arguments.skew)
+    report(f"{layers} FFNs, forward", measure(forward, arguments.repeats))
+    report(f"{layers} FFNs, forward and backward", measure(both, arguments.repeats))
+
 
 def main() -> None:
     """Read the command line and run."""
@@ -197,6 +245,7 @@ def main() -> None:
     parser.add_argument("--out", dest="hidden", type=int, default=1024, help="width of an expert")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--skew", type=float, default=0.0, help="spread of expert popularity (log-normal width)")
+    parser.add_argument("--layers", type=int, default=12, help="layers that share the bank in the last tables")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of every table")
     parser.add_argument("--ragged-repeats", type=int, default=2, help="rounds of jax.lax.ragged_dot; 0 leaves it out")
     run(parser.parse_args())

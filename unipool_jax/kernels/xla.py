@@ -38,9 +38,7 @@ def bank_gradient(
     rows_RK: jax.Array, grad_RN: jax.Array, plan: GroupPlan, into_EKN: jax.Array | None = None
 ) -> jax.Array:
     """`[E, K, N]` float32: `into` (default zero) plus each group's sum of outer products `rows[r] grad[r]^T`."""
-    bank_EKN = _batched_dot(_to_blocks(rows_RK, plan), _to_blocks(grad_RN, plan), 0, 0)
-    if into_EKN is not None:
-        bank_EKN += into_EKN
+    bank_EKN = _outer_products(_to_blocks(rows_RK, plan), _to_blocks(grad_RN, plan), into_EKN)
 
     def visit(tile: jax.Array, bank_EKN: jax.Array) -> jax.Array:
         group, base, mine_T1 = _tile(tile, plan)
@@ -101,15 +99,10 @@ def ffn_backward(
     block_ETD = _to_blocks(rows_RD, plan)
     grad_ETD = _to_blocks(grad_RD, plan)
     hidden_ETF, gate_grad_ETF, up_grad_ETF = _gated_backward(*residuals, _batched_dot(grad_ETD, down_EFD, 1, 1), dtype)
-    gate_bank_EDF = _batched_dot(block_ETD, gate_grad_ETF, 0, 0)
-    up_bank_EDF = _batched_dot(block_ETD, up_grad_ETF, 0, 0)
-    down_bank_EFD = _batched_dot(hidden_ETF, grad_ETD, 0, 0)
-    if into is not None:
-        gate_bank_EDF, up_bank_EDF, down_bank_EFD = (
-            gate_bank_EDF + into[0],
-            up_bank_EDF + into[1],
-            down_bank_EFD + into[2],
-        )
+    gate_into_EDF, up_into_EDF, down_into_EFD = into or (None, None, None)
+    gate_bank_EDF = _outer_products(block_ETD, gate_grad_ETF, gate_into_EDF)
+    up_bank_EDF = _outer_products(block_ETD, up_grad_ETF, up_into_EDF)
+    down_bank_EFD = _outer_products(hidden_ETF, grad_ETD, down_into_EFD)
     rows_grad_ETD = _batched_dot(gate_grad_ETF, gate_EDF, 1, 1) + _batched_dot(up_grad_ETF, up_EDF, 1, 1)
     rows_grad_RD = _from_blocks(rows_grad_ETD, plan, dtype)
 
@@ -152,6 +145,21 @@ def _batched_dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -
     """`_dot` for each expert, the first axis of both; the contracted axes are those of the matrices."""
     dimensions = (((contract_a + 1,), (contract_b + 1,)), ((0,), (0,)))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _outer_products(a_ETK: jax.Array, b_ETN: jax.Array, into_EKN: jax.Array | None) -> jax.Array:
+    """`into` (default zero) plus the product of each expert's two blocks over their rows, float32 `[E, K, N]`.
+
+    One expert at a time its product is added to `into` while it is in cache; a batched product would first write an
+    array of the bank's size to memory and read it back.
+    """
+    if into_EKN is None:
+        return _batched_dot(a_ETK, b_ETN, 0, 0)
+
+    def add_expert(expert: jax.Array, total_EKN: jax.Array) -> jax.Array:
+        return _add(total_EKN, _dot(_matrix(a_ETK, expert), _matrix(b_ETN, expert), 0, 0), expert)
+
+    return lax.fori_loop(0, into_EKN.shape[0], add_expert, into_EKN)
 
 
 def _to_blocks(rows_RC: jax.Array, plan: GroupPlan) -> jax.Array:

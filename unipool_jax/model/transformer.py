@@ -29,17 +29,23 @@ def rms_norm(hidden: jax.Array, gain_D: jax.Array, epsilon: float) -> jax.Array:
 
 
 class MixtureBlock(nn.Module):
-    """Router of one layer over the bank of its pool: `[B, S, D] -> [B, S, D]` and the layer's `RoutingStats`."""
+    """Router of one layer over the bank of its pool: `[B, S, D] -> [B, S, D]`, and the layer's `RoutingStats`.
+
+    `master`, handed on unchanged, holds the parameters behind a bank that layers share: see `moe_ffn`.
+    """
 
     config: Config
 
     @nn.compact
-    def __call__(self, hidden_BSD: jax.Array, bank: Bank, expert_bias_E: jax.Array) -> tuple[jax.Array, RoutingStats]:
+    def __call__(
+        self, hidden_BSD: jax.Array, bank: Bank, master: Bank | None, expert_bias_E: jax.Array
+    ) -> tuple[jax.Array, Bank | None, RoutingStats]:
         config, moe = self.config, self.config.moe
         batch = hidden_BSD.shape[0]
         hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
         if moe.router == "none":
-            return dense_ffn(hidden_ND, bank).reshape(hidden_BSD.shape), _no_routing(hidden_ND.shape[0])
+            output_ND = dense_ffn(hidden_ND, bank)
+            return output_ND.reshape(hidden_BSD.shape), master, _no_routing(hidden_ND.shape[0])
 
         num_experts, width = config.experts_per_pool, config.model.hidden_size
         init = nn.initializers.normal(config.model.init_std)
@@ -62,8 +68,8 @@ class MixtureBlock(nn.Module):
             num_stat_groups=batch // group_sequences if batch % group_sequences == 0 else 1,
             expert_bias_E=expert_bias_E if config.loss.balance == "expert_bias" else None,
         )
-        output_ND = moe_ffn(hidden_ND, routing, bank, config.kernels.implementation)
-        return output_ND.reshape(hidden_BSD.shape), routing.stats
+        output_ND, master = moe_ffn(hidden_ND, routing, bank, master, config.kernels.implementation)
+        return output_ND.reshape(hidden_BSD.shape), master, routing.stats
 
 
 def _no_routing(num_tokens: int) -> RoutingStats:
@@ -76,12 +82,15 @@ def _no_routing(num_tokens: int) -> RoutingStats:
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer; the carry of the scan over layers."""
+    """One pre-norm transformer layer; the body of the scan over the layers of a pool."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, hidden_BSD: jax.Array, bank: Bank, expert_bias_E: jax.Array) -> tuple[jax.Array, RoutingStats]:
+    def __call__(
+        self, carry: tuple[jax.Array, Bank | None], bank: Bank, expert_bias_E: jax.Array
+    ) -> tuple[tuple[jax.Array, Bank | None], RoutingStats]:
+        hidden_BSD, master = carry
         model = self.config.model
         ones, width = nn.initializers.ones, (model.hidden_size,)
         attention_gain_D = self.param("attention_norm", ones, width, jnp.float32)
@@ -90,8 +99,8 @@ class Layer(nn.Module):
         ffn_gain_D = self.param("ffn_norm", ones, width, jnp.float32)
         normed_BSD = rms_norm(hidden_BSD, ffn_gain_D, model.norm_epsilon)
         mixture = nn.remat(MixtureBlock, prevent_cse=False) if model.remat == "moe" else MixtureBlock
-        output_BSD, stats = mixture(self.config, name="mixture")(normed_BSD, bank, expert_bias_E)
-        return hidden_BSD + output_BSD, stats
+        output_BSD, master, stats = mixture(self.config, name="mixture")(normed_BSD, bank, master, expert_bias_E)
+        return (hidden_BSD + output_BSD, master), stats
 
 
 class PoolStage(nn.Module):
@@ -110,6 +119,12 @@ class PoolStage(nn.Module):
             num_layers=model.num_layers,
             name="bank",
         )()
+        master = None
+        if config.layers_per_pool > 1:
+            # Gradients reach a shared bank through `master`, which the scan carries, so that backward one float32
+            # buffer collects them; closing over the bank would create and add a gradient of full size for every layer.
+            # A bank of one layer is closed over: adding its gradient to zeros costs more than just writing it.
+            master, bank = bank, jax.lax.stop_gradient(bank.astype(model.compute_dtype))
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False) if model.remat == "full" else Layer,
             variable_axes={"params": 0},
@@ -117,7 +132,8 @@ class PoolStage(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=config.layers_per_pool,
         )
-        return layers(config, name="layers")(hidden_BSD, bank, expert_bias_NE)
+        (hidden_BSD, _), stats = layers(config, name="layers")((hidden_BSD, master), bank, expert_bias_NE)
+        return hidden_BSD, stats
 
 
 class Transformer(nn.Module):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from unipool_jax.kernels.group_plan import make_group_plan, sort_by_group
-from unipool_jax.kernels.grouped_ffn import Bank, grouped_ffn
+from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.moe.routing import Routing
 
@@ -31,8 +31,14 @@ def _permute_backward(saved: tuple[jax.Array, jax.Array], grad_RD: jax.Array) ->
 _permute_rows.defvjp(_permute_forward, _permute_backward)
 
 
-def moe_ffn(hidden_ND: jax.Array, routing: Routing, bank: Bank, implementation: Implementation = "auto") -> jax.Array:
-    """Sum over each token's k experts of gate times expert output, `[N, D]` in the dtype of `hidden_ND`.
+def moe_ffn(
+    hidden_ND: jax.Array,
+    routing: Routing,
+    bank: Bank,
+    master: Bank | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, Bank | None]:
+    """Sum over each token's k experts of gate times expert output, and `master` for the next layer of the pool.
 
     The N k (token, slot) pairs are sorted by expert, pass through the grouped feed-forward, and are put back; an expert
     with no token, or with all of them, is legal.
@@ -40,8 +46,13 @@ def moe_ffn(hidden_ND: jax.Array, routing: Routing, bank: Bank, implementation: 
     Args:
       hidden_ND: router input.
       routing: experts and gates of each token.
-      bank: the experts, float32 or the dtype of `hidden_ND`; used in the dtype of `hidden_ND`.
+      bank: the experts, in the dtype of `hidden_ND`, or in float32 where there is no `master`.
+      master: where layers share the bank, the float32 parameters behind it. They receive the gradient, and `bank`
+        none: see `accumulating_ffn`.
       implementation: see `kernels.implementations`.
+
+    Returns:
+      `[N, D]` in the dtype of `hidden_ND`, and `master`.
     """
     num_tokens, top_k = routing.experts_NK.shape
     num_experts = bank.gate_EDF.shape[0]
@@ -53,10 +64,13 @@ def moe_ffn(hidden_ND: jax.Array, routing: Routing, bank: Bank, implementation: 
 
     slots_RD = jnp.repeat(hidden_ND, top_k, axis=0) if top_k > 1 else hidden_ND
     sorted_RD = _permute_rows(slots_RD, order_R, inverse_R)
-    expert_RD = grouped_ffn(sorted_RD, bank, plan)
+    if master is None:
+        expert_RD = grouped_ffn(sorted_RD, bank, plan)
+    else:
+        expert_RD, master = accumulating_ffn(sorted_RD, bank, master, plan)
     output_NKD = _permute_rows(expert_RD, inverse_R, order_R).reshape(num_tokens, top_k, -1)
     weighted_NKD = routing.gates_NK[:, :, None] * output_NKD.astype(jnp.float32)
-    return jnp.sum(weighted_NKD, axis=1).astype(hidden_ND.dtype)
+    return jnp.sum(weighted_NKD, axis=1).astype(hidden_ND.dtype), master
 
 
 def dense_ffn(hidden_ND: jax.Array, bank: Bank) -> jax.Array:
