@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         # Statistics of groups mean something for whole groups only; evaluation may use any batch.
         group = min(settings.switch_group_sequences, batch)
         num_groups = batch // group if settings.balance == "switch" and batch % group == 0 else 1
-        banks = [pool.cast(self.dtype) for pool in self.experts]
+        banks = [pool(self.dtype) for pool in self.experts]
 
         x_BSD = self.embedding(tokens_BS).to(self.dtype)
         statistics = []

@@ -116,7 +116,7 @@ class ExpertPool(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, width, 2 * ffn))
         self.down = nn.Parameter(torch.empty(experts, ffn, width))
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Both matrices in the dtype of use: once per pass, not once per layer."""
         return self.gate_up.to(dtype), self.down.to(dtype)
 
@@ -168,4 +168,4 @@ def pool_loss(layers: list[Statistics], mean_counts_M: Tensor, tokens: int, top_
       coefficient: alpha.
     """
     factor = coefficient * len(mean_counts_M) / (top_k * tokens**2 * len(layers))
-    return factor * sum((mean_counts_M * layer.score_sum_AM.sum(0)).sum() for layer in layers)
+    return torch.stack([factor * (mean_counts_M * layer.score_sum_AM.sum(0)).sum() for layer in layers]).sum()
