@@ -6,84 +6,125 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="the parity tests need PyTorch: make test-torch")
+pytest.importorskip("torch", reason="parity with the PyTorch twin needs torch: make test-torch")
 
-from tiny import METHODS, tiny_batch, tiny_config, tiny_state
-from twin import by_name, in_our_structure, torch_batch, twin_of
+from tiny import METHODS, tiny_batch, tiny_config
+from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
+from unipool_jax.config import Config
 from unipool_jax.model.transformer import forward
-from unipool_jax.training.step import make_train_step
+from unipool_jax.training.step import TrainState, make_train_step
 
+pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
+
+METHOD_STEPS, OTHER_STEPS = 100, 3
+_SMALL = ("train.microbatch_size=2", "loss.switch_group_sequences=2")
 VARIANTS = {
-    **{method: (method,) for method in METHODS},
-    "unipool in 2 pools": ("unipool", "pool.groups=2"),
-    "unipool, reduced pool": ("unipool", "pool.experts=5"),
-    "unipool, c = 1": ("unipool", "moe.score_constant=one"),
-    "unipool top-2": ("unipool", "moe.top_k=2"),
-    "vanilla top-2": ("vanilla", "moe.top_k=2", "moe.experts_per_layer=4"),
-    "sigmoid top-2": ("vanilla_aux_free", "moe.top_k=2", "moe.experts_per_layer=4"),
-    "shared_pool_aux top-3 with z-loss": ("shared_pool_aux", "moe.top_k=3", "loss.z_coefficient=1e-2"),
-    "previous": (
-        "unipool",
-        "loss.pool_statistics=previous",
-        "train.microbatch_size=2",
-        "loss.switch_group_sequences=2",
-    ),
-    "current, 4 micro-batches": ("unipool", "train.microbatch_size=2", "loss.switch_group_sequences=2"),
-    "vanilla, 2 micro-batches": ("vanilla", "train.microbatch_size=4", "loss.switch_group_sequences=2"),
-    "aux-free, 2 micro-batches": ("vanilla_aux_free", "train.microbatch_size=4"),
+    **{method: (method, *(() if method == "dense" else ("moe.experts_per_layer=4",))) for method in METHODS},
+    "unipool in 2 pools, z-loss": ("unipool", "pool.groups=2", "loss.z_coefficient=1e-3"),
+    "unipool top-2, reduced pool, c = 1": ("unipool", "moe.top_k=2", "pool.experts=5", "moe.score_constant=one"),
+    "vanilla top-2, micro-batches": ("vanilla", "moe.top_k=2", "moe.experts_per_layer=4", *_SMALL),
+    "aux-free top-2, micro-batches": ("vanilla_aux_free", "moe.top_k=2", "moe.experts_per_layer=4", *_SMALL),
+    "shared_pool_aux top-3, z-loss": ("shared_pool_aux", "moe.top_k=3", "loss.z_coefficient=1e-2"),
+    "unipool top-2, one micro-batch behind": ("unipool", "moe.top_k=2", "loss.pool_statistics=previous", *_SMALL),
+    "unipool, exact, micro-batches": ("unipool", *_SMALL),
 }
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """Norm of the difference over the norm, over all entries."""
-    scale = float(np.linalg.norm(np.asarray(b, np.float64)))
-    return float(np.linalg.norm(np.asarray(a, np.float64) - b)) / max(scale, 1e-30)
+    """Norm of the difference over the norm, of whole arrays."""
+    wide = np.asarray(b, np.float64)
+    return float(np.linalg.norm(a - wide)) / max(float(np.linalg.norm(wide)), 1e-30)
+
+
+def logits(config: Config, state: TrainState, tokens: np.ndarray) -> np.ndarray:
+    run = jax.jit(lambda params: forward(config, params, tokens, state.balance.expert_bias_GNE)[0])
+    return np.asarray(run(state.params))
+
+
+def moments(state: TrainState) -> dict[str, np.ndarray]:
+    """Adam's first moments: from one step to the next they tell the gradient, as it was after clipping."""
+    return by_name(state.opt_state[1][0].mu)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_losses_and_gradients(variant: str) -> None:
-    # Gradients are read out of Adam's first moment, so nothing may be clipped.
-    config = tiny_config(*VARIANTS[variant], "optimizer.clip_norm=1000")
-    state, batch = tiny_state(config), tiny_batch(config)
+def test_float32(variant: str) -> None:
+    """Logits, losses and gradients agree, and 100 steps of each method stay together.
+
+    Both choose experts by comparing float32 scores, so sooner or later a near tie falls differently and one token
+    takes another expert. Until that happens the gap in the loss grows slowly from 1e-6 nats: to 1e-5 in most methods,
+    to 1e-3 with NormRouter over four experts.
+    """
+    steps = METHOD_STEPS if variant in METHODS else OTHER_STEPS
+    config = tiny_config(*VARIANTS[variant], "train.steps=100")
+    state = random_state(config)
     trainer = twin_of(config, state)
-    tokens, targets = torch_batch(batch)
+    batch = tiny_batch(config)
+    theirs = trainer.model(torch_batch(batch)[0])[0].detach().numpy()
+    assert relative(theirs, logits(config, state, batch.inputs)) < 1e-5
 
-    ours = jax.jit(lambda params: forward(config, params, batch.inputs, state.balance.expert_bias_GNE)[0])(state.params)
-    theirs = trainer.model(tokens)[0].detach().numpy()
-    assert relative(theirs, np.asarray(ours)) < 1e-5
-
-    step = make_train_step(config)
-    # Two steps (the first has learning rate 0): the second one has seen an earlier micro-batch and a moved bias.
-    beta = config.optimizer.beta1
-    moments = [jax.tree.map(np.zeros_like, jax.device_get(state.params))]
-    for _ in range(2):
-        state, metrics = step(state, batch)
-        losses = trainer.step(tokens, targets)
-        for name in ("lm", "balance", "z", "total"):
-            assert float(losses[name]) == pytest.approx(float(metrics[f"loss/{name}"]), rel=1e-4, abs=1e-9), name
-        assert float(losses["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
-        moments.append(jax.device_get(state.opt_state[1][0].mu))
-        gradients = by_name(jax.tree.map(lambda new, old: (new - beta * old) / (1 - beta), moments[-1], moments[-2]))
-        found = in_our_structure(config, {n: p.grad for n, p in trainer.model.named_parameters()})
-        errors = {name: relative(found[name], gradients[name]) for name in gradients}
-        assert max(errors.values()) < 1e-4, errors
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_hundred_steps_stay_together(method: str) -> None:
-    config = tiny_config(method, "train.steps=100")
-    state = tiny_state(config)
-    trainer = twin_of(config, state)
-    step = make_train_step(config)
-    gaps = []
-    for number in range(100):
+    step, beta, gaps = make_train_step(config), config.optimizer.beta1, []
+    old = {name: np.zeros_like(value) for name, value in moments(state).items()}
+    for number in range(steps):
         batch = tiny_batch(config, seed=number % 4)
         state, metrics = step(state, batch)
         losses = trainer.step(*torch_batch(batch))
+        if "counts" in losses and not np.array_equal(losses["counts"], metrics["counts_LE"]):
+            break
         gaps.append(abs(float(losses["total"]) - float(metrics["loss/total"])))
-    found = in_our_structure(config, dict(trainer.model.named_parameters()))
-    ours = by_name(state.params)
-    errors = {name: relative(found[name], ours[name]) for name in ours}
-    print(f"{method}: loss gap {max(gaps):.2e} nats, weights {max(errors.values()):.2e}")
-    assert max(gaps) < 1e-3
-    assert max(errors.values()) < 1e-2
+        if number >= OTHER_STEPS:
+            continue
+        for name in ("lm", "balance", "z", "total"):
+            assert float(losses[name]) == pytest.approx(float(metrics[f"loss/{name}"]), rel=1e-5, abs=1e-9), name
+        assert float(losses["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
+        new = moments(state)
+        found = in_our_structure(config, {name: p.grad for name, p in trainer.model.named_parameters()})
+        errors = {name: relative(found[name], (new[name] - beta * old[name]) / (1 - beta)) for name in new}
+        assert max(errors.values()) < 1e-4, errors
+        old = new
+    found, ours = in_our_structure(config, dict(trainer.model.named_parameters())), by_name(state.params)
+    weights_gap = max(relative(found[name], ours[name]) for name in ours)
+    print(
+        f"{variant}: {len(gaps)} steps together, gap in the loss {max(gaps):.1e} nats, in the weights {weights_gap:.1e}"
+    )
+    assert len(gaps) >= min(steps, 40)
+    assert max(gaps[:40]) < 1e-4
+    assert max(gaps) < 1e-2
+    assert weights_gap < 3e-2
+
+
+BFLOAT16 = {
+    "dense": ("dense",),
+    "unipool": ("unipool",),
+    "unipool, every expert": ("unipool", "moe.top_k=8"),
+}
+
+
+@pytest.mark.parametrize("variant", BFLOAT16)
+def test_bfloat16(variant: str) -> None:
+    """With bfloat16 activations (8 bits of precision) two orders of operations differ by a few roundings.
+
+    A token whose best experts are nearly equal may then take either, so where there is a choice the typical position
+    is compared, and gradients where there is none.
+    """
+    config = tiny_config(*BFLOAT16[variant], "model.compute_dtype=bfloat16", "moe.router_dtype=bfloat16")
+    state, batch = random_state(config), tiny_batch(config)
+    trainer = twin_of(config, state)
+    tokens, targets = torch_batch(batch)
+    theirs, ours = trainer.model(tokens)[0].detach().numpy(), logits(config, state, batch.inputs)
+    per_position = np.linalg.norm(theirs - ours, axis=-1) / np.linalg.norm(ours, axis=-1)
+
+    state, metrics = make_train_step(config)(state, batch)
+    losses = trainer.step(tokens, targets)
+    loss_gap = abs(float(losses["total"]) / float(metrics["loss/total"]) - 1)
+    new = moments(state)
+    found = in_our_structure(config, {name: p.grad for name, p in trainer.model.named_parameters()})
+    gradient = np.concatenate([new[name].ravel() for name in new]) / (1 - config.optimizer.beta1)
+    gradient_gap = relative(np.concatenate([found[name].ravel() for name in new]), gradient)
+    print(
+        f"{variant}: logits {np.median(per_position):.1e} (largest {per_position.max():.1e}), "
+        f"loss {loss_gap:.1e}, gradient {gradient_gap:.1e}"
+    )
+    assert np.median(per_position) < 0.04
+    assert loss_gap < 2e-3
+    if variant in ("dense", "unipool, every expert"):
+        assert gradient_gap < 0.06

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -17,7 +18,11 @@ from unipool_jax.convert.layouts import make_layout
 from unipool_jax.convert.runs import as_numpy
 from unipool_jax.convert.weights import empty_weights
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.training.step import TrainState
+from unipool_jax.training.optimizer import GAIN_NAMES, make_optimizer
+from unipool_jax.training.step import TrainState, init_balance
+
+# Threads that wait for each other cost more than they bring at these sizes.
+torch.set_num_threads(1)
 
 
 def twin_settings(config: Config) -> Settings:
@@ -68,6 +73,21 @@ def twin_of(config: Config, state: TrainState) -> Trainer:
     tensors = to_tensors(make_layout("twin", config, as_numpy(state.params, state.balance.expert_bias_GNE)))
     model.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
     return Trainer(model)
+
+
+def random_state(config: Config, seed: int = 0) -> TrainState:
+    """A training state with normal weights, made without compiling anything."""
+    random = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: np.ndarray) -> np.ndarray:
+        if jax.tree_util.keystr(path[-1:], simple=True) in GAIN_NAMES:
+            return random.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        return random.normal(0, config.model.init_std, leaf.shape).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, empty_weights(config).params)
+    params = jax.tree.map(jnp.asarray, params)
+    opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, init_balance(config))
 
 
 def torch_batch(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,7 +105,11 @@ class Trainer:
         return torch.stack([self.mean_counts(self.run(tokens)[1]) for tokens, _ in micros]).mean(0)
 
     def step(self, tokens_BS: Tensor, targets_BS: Tensor) -> dict[str, Tensor]:
-        """One optimiser step over a batch; gives losses (means over micro-batches) and the norm of the gradient."""
+        """One optimiser step over a batch.
+
+        Returns:
+          Losses (means over micro-batches), the norm of the gradient, and the choices per layer and expert, `counts`.
+        """
         settings = self.settings
         size = settings.microbatch_size
         micros = list(zip(tokens_BS.split(size), targets_BS.split(size), strict=True))
@@ -136,9 +140,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, self.completed)
         self.optimizer.step()
-        if settings.balance == "expert_bias":
-            assert counts_LM is not None
-            self._update_expert_bias(counts_LM.float())
+        if counts_LM is not None:
+            sums["counts"] = counts_LM
+            if settings.balance == "expert_bias":
+                self._update_expert_bias(counts_LM.float())
         self.completed += 1
         return sums
 
