@@ -127,4 +127,4 @@ def test_bfloat16(variant: str) -> None:
     assert np.median(per_position) < 0.04
     assert loss_gap < 2e-3
     if variant in ("dense", "unipool, every expert"):
-        assert gradient_gap < 0.06
+        assert gradient_gap < 0.12

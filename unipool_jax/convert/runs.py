@@ -17,7 +17,7 @@ from unipool_jax.compose import save_config
 from unipool_jax.config import Config, from_mapping
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.weights import Weights, check_same_experts, expert_hashes
-from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.optimizer import make_optimizer
 from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, find_run
@@ -51,12 +51,18 @@ def as_numpy(params: Any, expert_bias_GNE: Any) -> Weights:
     return Weights(jax.tree.map(np.array, jax.device_get(params)), np.array(expert_bias_GNE))
 
 
-def write_run(folder: Path, config: Config, weights: Weights) -> int:
+def write_run(folder: Path, config: Config, weights: Weights, tokenizer_json: bytes | None = None) -> int:
     """Make a run folder with a checkpoint of step 0: `weights`, and an optimiser that has seen nothing yet.
 
     `eval.py run=FOLDER` evaluates it; `train.py` with the settings of `config` and this `run.dir` and `run.name` goes
     on from it. The folder is made under a temporary name, read back, compared with `weights` expert by expert and only
     then given its name.
+
+    Args:
+      folder: to be made.
+      config: of the model; its run.dir and run.name are replaced by those of `folder`.
+      weights: of the model.
+      tokenizer_json: a tokenizer to keep in the folder and use; None leaves data.tokenizer as it is.
 
     Returns:
       The number of experts.
@@ -68,7 +74,12 @@ def write_run(folder: Path, config: Config, weights: Weights) -> int:
         raise ConversionError(f"{folder}: exists already; choose another name or delete it")
     place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name)
     config = dataclasses.replace(config, run=place)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer_json is None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    else:
+        name = str(folder / "tokenizer.json")
+        tokenizer = parse_tokenizer(name, tokenizer_json)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
     params = jax.tree.map(jnp.asarray, weights.params)
     state = TrainState(
         jnp.zeros((), jnp.int32),
@@ -85,6 +96,8 @@ def write_run(folder: Path, config: Config, weights: Weights) -> int:
             checkpoints.wait()
             check_same_experts(wanted, expert_hashes(_restore(checkpoints, config, 0)), str(folder))
         save_config(config, temporary / CONFIG)
+        if tokenizer_json is not None:
+            (temporary / "tokenizer.json").write_bytes(tokenizer_json)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
