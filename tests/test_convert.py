@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from runner import overrides
 from tiny import METHODS, tiny_config
+from unipool_jax.compose import compose_config
 from unipool_jax.config import Config
 from unipool_jax.convert.__main__ import main
 from unipool_jax.convert.errors import ConversionError
@@ -17,6 +19,7 @@ from unipool_jax.convert.files import read_file, write_file
 from unipool_jax.convert.layouts import LAYOUT_NAMES, make_layout
 from unipool_jax.convert.runs import read_run, write_run
 from unipool_jax.convert.weights import Weights, empty_weights, expert_hashes
+from unipool_jax.training.entry import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 
@@ -206,3 +209,17 @@ def test_from_run_to_run_on_the_command_line(
     assert main(["import", "file=a.safetensors", "run=runs/c", "method=unipool"]) == 1
     assert main(["upgrade"]) == main([]) == main(["export", "colour=red"]) == 2
     assert capsys.readouterr().err.count("exists already") == 2
+
+
+def test_training_and_evaluation_go_on_from_an_imported_run(tmp_path: Path) -> None:
+    """The optimiser and the data start anew, the weights do not."""
+    first = overrides(tmp_path, "train.steps=4", "train.checkpoint_every=2", "run.name=first")
+    assert run(compose_config(first)) == 0
+    folder, file = tmp_path / "runs" / "imported", tmp_path / "model.safetensors"
+    assert main(["export", f"run={tmp_path / 'runs' / 'first'}", "step=2", f"out={file}", "layout=megatron"]) == 0
+    assert main(["import", f"file={file}", f"run={folder}"]) == 0
+    _, weights = read_run(str(tmp_path / "runs" / "first"), 2)
+    assert_equal(read_run(str(folder))[1], weights)
+    again = [word for word in first if not word.startswith("run.name")]
+    assert run(compose_config([*again, "run.name=imported", "run.resume=required"])) == 0
+    assert (folder / "summary.json").exists()
