@@ -68,10 +68,12 @@ def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
     layers, groups, experts = target.model.num_layers, target.pool.groups, target.experts_per_pool
     router, top_k = target.moe.router, target.moe.top_k
     old, bank = weights.params["pools"]["bank"], new.params["pools"]["bank"]
-    if router == "none" or router == "norm":
+    if router == "none":
+        raise ConversionError("moe.router=none: the target is dense like the source; nothing to convert")
+    if router == "norm":
         raise ConversionError(
-            f"moe.router={router}: a router without a bias on its logits cannot give every token a gate of 1 through a "
-            "NormRouter, so no weights compute what the dense model does; upcycle to softmax or sigmoid"
+            "moe.router=norm: NormRouter's gates follow the direction of the logits, and no router weights make them 1 "
+            "for every token, so no weights compute what the dense model does; upcycle to softmax or sigmoid"
         )
     _mixture(new)["router"][...] = 0
     if groups == layers:
