@@ -104,6 +104,16 @@ class Router(nn.Module):
         return experts_NK, gates_NK, statistics
 
 
+# torch.compile refuses to trace float32 grouped products (torch 2.13), which run well outside it.
+_untraced_grouped_mm = torch.compiler.disable(F.grouped_mm)
+
+
+def grouped_mm(rows_RD: Tensor, weights_MDF: Tensor, offsets_M: Tensor) -> Tensor:
+    """Each run of rows times its expert's matrix, `[R, F]`; `offsets_M` (int32) are the ends of the runs."""
+    multiply = F.grouped_mm if rows_RD.dtype == torch.bfloat16 else _untraced_grouped_mm
+    return multiply(rows_RD, weights_MDF, offs=offsets_M)
+
+
 class ExpertPool(nn.Module):
     """SwiGLU experts that one or more layers use; gate and up projections are one matrix, gate first.
 
@@ -139,8 +149,8 @@ class Mixture(nn.Module):
         inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
         offsets_M = statistics.counts_AM.sum(0).cumsum(0).int()
         sorted_RD = hidden_ND.index_select(0, order_R // self.router.top_k)
-        gate_RF, up_RF = F.grouped_mm(sorted_RD, gate_up_MDF, offs=offsets_M).chunk(2, dim=-1)
-        output_RD = F.grouped_mm(F.silu(gate_RF) * up_RF, down_MFD, offs=offsets_M)
+        gate_RF, up_RF = grouped_mm(sorted_RD, gate_up_MDF, offsets_M).chunk(2, dim=-1)
+        output_RD = grouped_mm(F.silu(gate_RF) * up_RF, down_MFD, offsets_M)
 
         output_NKD = output_RD.index_select(0, inverse_R).view(*experts_NK.shape, -1)
         mixed_ND = (output_NKD * gates_NK.unsqueeze(-1)).sum(1).to(hidden_ND.dtype)
