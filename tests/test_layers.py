@@ -27,6 +27,7 @@ ALLOWED = {
     "training": {"kernels", "moe", "model", "sharding", "data", "corpus"} | _SETTINGS,
     "analysis": _MODEL_SIDE | {"data", "corpus"},
     "planner": _MODEL_SIDE,
+    "convert": _MODEL_SIDE | {"data"},
     "__init__": set[str](),
 }
 

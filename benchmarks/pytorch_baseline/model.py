@@ -1,0 +1,155 @@
+"""The language model of the twin: pre-norm LLaMA-style layers over one or more expert pools."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.pytorch_baseline.moe import ExpertPool, Mixture, Statistics
+from benchmarks.pytorch_baseline.settings import Settings
+
+
+class Linear(nn.Linear):
+    """Without bias; the float32 weight is used in the dtype of the input."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    """Computed in float32, returned in the dtype of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; one projection makes queries, keys and values."""
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_size = settings.num_heads, settings.num_kv_heads, settings.head_size
+        self.qkv = Linear(settings.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_size)
+        self.out = Linear(settings.hidden_size, settings.hidden_size)
+
+    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+        batch, length, _ = x_BSD.shape
+        heads_BHSC = self.qkv(x_BSD).view(batch, length, -1, self.head_size).transpose(1, 2)
+        query, key, value = heads_BHSC.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        query, key = rotate(query, cos_SC, sin_SC), rotate(key, cos_SC, sin_SC)
+        mixed_BHSC = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return self.out(mixed_BHSC.transpose(1, 2).reshape_as(x_BSD))
+
+
+def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    """Rotary positions in the half-rotation layout: channel i turns with channel i + C/2. Angles are float32."""
+    first, second = x_BHSC.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos_SC - second * sin_SC, second * cos_SC + first * sin_SC), dim=-1)
+    return turned.to(x_BHSC.dtype)
+
+
+class DenseFFN(nn.Module):
+    """SwiGLU; gate and up projections are one matrix, gate first."""
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        self.gate_up = Linear(settings.hidden_size, 2 * settings.ffn_size)
+        self.down = Linear(settings.ffn_size, settings.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """One transformer layer. A mixture is handed the bank of its pool, so a pool is registered once."""
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        self.recompute = settings.recompute
+        self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
+        self.attention = Attention(settings)
+        self.ffn_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
+        self.ffn: DenseFFN | Mixture = DenseFFN(settings) if settings.router == "none" else Mixture(settings)
+
+    def forward(
+        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, bank: tuple[Tensor, Tensor] | None, num_groups: int
+    ) -> tuple[Tensor, Statistics | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin)
+        normed_BSD = self.ffn_norm(x_BSD)
+        if bank is None:
+            return x_BSD + self.ffn(normed_BSD), None
+        run = recomputed if self.recompute == "moe" and torch.is_grad_enabled() else call
+        output_BSD, statistics = run(self.ffn, normed_BSD, *bank, num_groups)
+        return x_BSD + output_BSD, statistics
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`."""
+    return function(*arguments)
+
+
+def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, run again in the backward pass instead of keeping its activations."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+class Transformer(nn.Module):
+    """Tokens `[B, S]` to logits `[B, S, V]` (float32) and the statistics of each mixture layer."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, settings: Settings, max_length: int = 1024):
+        super().__init__()
+        self.settings = settings
+        self.dtype = getattr(torch, settings.dtype)
+        pooled = settings.router != "none"
+        self.embedding = nn.Embedding(settings.vocab_size, settings.hidden_size)
+        self.layers = nn.ModuleList(Layer(settings) for _ in range(settings.num_layers))
+        self.experts = nn.ModuleList(ExpertPool(settings) for _ in range(settings.num_pools if pooled else 0))
+        self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
+        self.output = Linear(settings.hidden_size, settings.vocab_size)
+        exponents = torch.arange(0, settings.head_size, 2, dtype=torch.float32) / settings.head_size
+        angles_SC = torch.outer(torch.arange(max_length, dtype=torch.float32), settings.rope_base**-exponents)
+        self.register_buffer("cos", angles_SC.cos(), persistent=False)
+        self.register_buffer("sin", angles_SC.sin(), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights: init_std, and init_std / sqrt(2 L) for what writes to the residual stream; gains stay 1."""
+        std = self.settings.init_std
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                last = name.endswith(("attention.out.weight", "down.weight", ".down"))
+                scaled = std / math.sqrt(2 * self.settings.num_layers) if last else std
+                nn.init.normal_(parameter, std=scaled, generator=generator)
+
+    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Statistics]]:
+        settings = self.settings
+        batch, length = tokens_BS.shape
+        cos, sin = self.cos[:length], self.sin[:length]
+        # Statistics of groups mean something for whole groups only; evaluation may use any batch.
+        group = min(settings.switch_group_sequences, batch)
+        num_groups = batch // group if settings.balance == "switch" and batch % group == 0 else 1
+        banks = [pool(self.dtype) for pool in self.experts]
+
+        x_BSD = self.embedding(tokens_BS).to(self.dtype)
+        statistics = []
+        for index, layer in enumerate(self.layers):
+            bank = banks[index // settings.layers_per_pool] if banks else None
+            run = recomputed if settings.recompute == "full" and torch.is_grad_enabled() else call
+            x_BSD, layer_statistics = run(layer, x_BSD, cos, sin, bank, num_groups)
+            if layer_statistics is not None:
+                statistics.append(layer_statistics)
+        return self.output(self.norm(x_BSD)).float(), statistics

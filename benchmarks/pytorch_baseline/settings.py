@@ -1,0 +1,65 @@
+"""Settings of the twin: one flat dataclass, with the published 182M UniPool recipe as defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A model, its balance losses and its optimiser."""
+
+    num_layers: int = 12
+    hidden_size: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 4
+    ffn_size: int = 3072
+    vocab_size: int = 51200
+    rope_base: float = 1e6
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.01
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations, and of weights at use; parameters and optimiser state are float32."""
+    recompute: Literal["none", "moe", "full"] = "moe"
+    """What the backward pass computes again: nothing, the mixture of each layer, or each whole layer."""
+
+    router: Literal["none", "softmax", "sigmoid", "norm"] = "norm"
+    """`none` is the dense model."""
+    num_pools: int = 1
+    """1 is UniPool, num_layers the ordinary mixture."""
+    experts_per_pool: int = 96
+    top_k: int = 1
+    router_dtype: Literal["float32", "bfloat16"] = "float32"
+    score_constant: Literal["monte_carlo", "one"] = "monte_carlo"
+    score_epsilon: float = 1e-8
+
+    balance: Literal["none", "switch", "pool", "expert_bias"] = "pool"
+    pool_statistics: Literal["current", "previous"] = "current"
+    switch_coefficient: float = 1e-2
+    switch_group_sequences: int = 16
+    pool_coefficient: float = 1e-2
+    z_coefficient: float = 0.0
+    expert_bias_rate: float = 1e-3
+
+    steps: int = 60_000
+    microbatch_size: int = 16
+    learning_rate: float = 5e-4
+    min_learning_rate: float = 5e-5
+    warmup_fraction: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    seed: int = 1234
+
+    @property
+    def layers_per_pool(self) -> int:
+        """Adjacent layers that share one pool."""
+        return self.num_layers // self.num_pools
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads

@@ -1,0 +1,155 @@
+"""Training of the twin: losses of one micro-batch, AdamW, the schedule, and one optimiser step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.pytorch_baseline.model import Transformer
+from benchmarks.pytorch_baseline.moe import Mixture, Statistics, pool_loss, switch_loss
+from benchmarks.pytorch_baseline.settings import Settings
+
+
+def learning_rate(settings: Settings, completed: int) -> float:
+    """Of the update after `completed` steps: linear from 0 to the peak, then half a cosine to the minimum."""
+    warmup = max(1, round(settings.warmup_fraction * settings.steps)) if settings.warmup_fraction else 0
+    if completed < warmup:
+        return settings.learning_rate * completed / warmup
+    progress = min((completed - warmup) / max(settings.steps - warmup, 1), 1.0)
+    span = settings.learning_rate - settings.min_learning_rate
+    return settings.min_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: Transformer) -> torch.optim.AdamW:
+    """Fused AdamW; matrices decay, gains and router scales do not."""
+    settings = model.settings
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=True,
+    )
+
+
+@dataclass
+class Losses:
+    """Means over the tokens of a micro-batch, in nats."""
+
+    lm: Tensor
+    balance: Tensor
+    z: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """What is differentiated."""
+        return self.lm + self.balance + self.z
+
+
+class Trainer:
+    """A model, its optimiser and the state of expert balancing.
+
+    Args:
+      model: on its device.
+      compiled: run the model through `torch.compile`.
+    """
+
+    def __init__(self, model: Transformer, *, compiled: bool = False):
+        self.model, self.settings = model, model.settings
+        self.run = torch.compile(model) if compiled else model
+        self.optimizer = make_optimizer(model)
+        self.completed = 0
+        self.previous_counts_GM: Tensor | None = None
+
+    def micro_losses(
+        self, tokens_BS: Tensor, targets_BS: Tensor, mean_counts_GM: Tensor | None = None
+    ) -> tuple[Losses, list[Statistics]]:
+        """Losses of one micro-batch.
+
+        `mean_counts_GM` are the choices per expert that the pool loss uses, averaged over the layers of each pool; None
+        takes those of this micro-batch.
+        """
+        settings = self.settings
+        logits_BSV, statistics = self.run(tokens_BS)
+        lm = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
+        balance = z = torch.zeros((), device=lm.device)
+        if settings.balance == "switch":
+            tokens = settings.switch_group_sequences * tokens_BS.shape[1]
+            balance = switch_loss(statistics, tokens, settings.top_k, settings.switch_coefficient)
+        elif settings.balance == "pool":
+            counts_GM = self.mean_counts(statistics) if mean_counts_GM is None else mean_counts_GM
+            size = settings.layers_per_pool
+            for pool, counts_M in enumerate(counts_GM):
+                layers = statistics[pool * size : (pool + 1) * size]
+                balance = balance + pool_loss(
+                    layers, counts_M, tokens_BS.numel(), settings.top_k, settings.pool_coefficient
+                )
+        if settings.z_coefficient:
+            z = settings.z_coefficient * torch.stack([layer.z_square_mean for layer in statistics]).sum()
+        return Losses(lm, balance, z), statistics
+
+    def mean_counts(self, statistics: list[Statistics]) -> Tensor:
+        """Choices per expert averaged over the layers of each pool, float32 `[G, M]`."""
+        counts_LM = torch.stack([layer.counts_AM.sum(0) for layer in statistics]).float()
+        return counts_LM.view(self.settings.num_pools, self.settings.layers_per_pool, -1).mean(1)
+
+    @torch.no_grad()
+    def count(self, micros: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Mean choices per expert over all micro-batches: the exact pool loss needs them before any gradient."""
+        return torch.stack([self.mean_counts(self.run(tokens)[1]) for tokens, _ in micros]).mean(0)
+
+    def step(self, tokens_BS: Tensor, targets_BS: Tensor) -> dict[str, Tensor]:
+        """One optimiser step over a batch.
+
+        Returns:
+          Losses (means over micro-batches), the norm of the gradient, and the choices per layer and expert, `counts`.
+        """
+        settings = self.settings
+        size = settings.microbatch_size
+        micros = list(zip(tokens_BS.split(size), targets_BS.split(size), strict=True))
+        use_GM = None
+        if settings.balance == "pool" and settings.pool_statistics == "current" and len(micros) > 1:
+            use_GM = self.count(micros)
+
+        self.optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        counts_LM: Tensor | None = None
+        for tokens, targets in micros:
+            if settings.balance == "pool" and settings.pool_statistics == "previous":
+                # Nothing is known before the first micro-batch, and counts of zero make the loss zero.
+                shape = (settings.num_pools, settings.experts_per_pool)
+                fresh_GM = torch.zeros(shape, device=tokens.device)
+                use_GM = fresh_GM if self.previous_counts_GM is None else self.previous_counts_GM
+            losses, statistics = self.micro_losses(tokens, targets, use_GM)
+            (losses.total / len(micros)).backward()
+            if statistics:
+                self.previous_counts_GM = self.mean_counts(statistics)
+                micro_counts_LM = torch.stack([layer.counts_AM.sum(0) for layer in statistics])
+                counts_LM = micro_counts_LM if counts_LM is None else counts_LM + micro_counts_LM
+            for name in ("lm", "balance", "z", "total"):
+                part = getattr(losses, name).detach() / len(micros)
+                sums[name] = sums[name] + part if name in sums else part
+
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, self.completed)
+        self.optimizer.step()
+        if counts_LM is not None:
+            sums["counts"] = counts_LM
+            if settings.balance == "expert_bias":
+                self._update_expert_bias(counts_LM.float())
+        self.completed += 1
+        return sums
+
+    @torch.no_grad()
+    def _update_expert_bias(self, counts_LM: Tensor) -> None:
+        """`b += rate * sign(mean count - count)` with the counts of the whole batch."""
+        for layer, counts_M in zip(self.model.layers, counts_LM, strict=True):
+            assert isinstance(layer.ffn, Mixture)
+            layer.ffn.router.expert_bias += self.settings.expert_bias_rate * (counts_M.mean() - counts_M).sign()

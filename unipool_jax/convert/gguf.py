@@ -1,0 +1,149 @@
+"""LLaMA-style models in GGUF files as our dense model. Needs the `gguf` package, which knows the quantised formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unipool_jax.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, PoolConfig
+from unipool_jax.convert.errors import ConversionError
+from unipool_jax.convert.layouts import FileTensor, Layout, Part, View
+from unipool_jax.convert.weights import Weights, empty_weights
+
+
+def read_gguf(path: Path) -> tuple[Config, Weights, bytes]:
+    """Configuration, weights (float32) and tokenizer.json of a GGUF file of the `llama` architecture.
+
+    Raises:
+      ConversionError: without the `gguf` package, for another architecture or tokenizer, and for missing, surplus or
+        misshapen tensors.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConversionError("reading GGUF files needs the gguf package: pip install gguf") from error
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: not a readable GGUF file: {error}") from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    if fields.get("general.architecture") != "llama":
+        raise ConversionError(f"{path}: architecture {fields.get('general.architecture')}; only llama is known")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(fields, vocab_size=int(tensors["token_embd.weight"].shape[1]))
+    weights = empty_weights(config)
+    layout = _layout(config, weights)
+    tied = "output.weight" not in tensors
+    wanted = layout.tensors.keys() - ({"output.weight"} if tied else set())
+    if wanted != tensors.keys():
+        missing, surplus = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+        raise ConversionError(f"{path}: missing tensors {missing}, unknown tensors {surplus}")
+    for name, entry in layout.tensors.items():
+        tensor = tensors["token_embd.weight" if tied and name == "output.weight" else name]
+        array = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if array.shape != entry.shape:
+            raise ConversionError(f"{path}: {name} has shape {list(array.shape)}, expected {list(entry.shape)}")
+        for part in entry.parts:
+            part.ours[...] = part.view(array)
+    return config, weights, _tokenizer(fields)
+
+
+def _config(fields: dict[str, Any], vocab_size: int) -> Config:
+    layers = int(fields["llama.block_count"])
+    heads = int(fields["llama.attention.head_count"])
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=int(fields["llama.embedding_length"]),
+        num_heads=heads,
+        num_kv_heads=int(fields.get("llama.attention.head_count_kv", heads)),
+        ffn_size=int(fields["llama.feed_forward_length"]),
+        vocab_size=vocab_size,
+        rope_base=float(fields.get("llama.rope.freq_base", 10_000.0)),
+        # Stored as float32: the shortest decimal is what was meant.
+        norm_epsilon=float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
+    )
+    return Config(
+        model=model,
+        moe=MoEConfig(router="none", experts_per_layer=1),
+        pool=PoolConfig(groups=layers),
+        loss=LossConfig(balance="none"),
+        data=dataclasses.replace(DataConfig(), sequence_length=min(1024, int(fields["llama.context_length"]))),
+        scale_name="gguf",
+        method_name="dense",
+    )
+
+
+def _layout(config: Config, weights: Weights) -> Layout:
+    params, model = weights.params, config.model
+    layers, bank = params["pools"]["layers"], params["pools"]["bank"]
+
+    def whole(array: np.ndarray) -> FileTensor:
+        return FileTensor(array.shape, [Part(lambda t: t, array)])
+
+    def linear(array: np.ndarray) -> FileTensor:
+        return FileTensor(array.shape[::-1], [Part(lambda t: t.T, array)])
+
+    def rotary(array: np.ndarray, heads: int) -> FileTensor:
+        """GGUF turns channel 2 i with 2 i + 1, we turn i with i + C/2: the same pairs, numbered in another order."""
+        width, half = array.shape[0], config.head_size // 2
+        view: View = lambda t: t.reshape(heads, half, 2, width).transpose(3, 0, 2, 1)  # noqa: E731
+        return FileTensor(array.shape[::-1], [Part(view, array.reshape(width, heads, 2, half))])
+
+    tensors = {
+        "token_embd.weight": whole(params["embedding"]),
+        "output_norm.weight": whole(params["final_norm"]),
+        "output.weight": whole(params["output"]),
+    }
+    for layer in range(model.num_layers):
+        name, attention = f"blk.{layer}", {key: value[layer, 0] for key, value in layers["attention"].items()}
+        tensors |= {
+            f"{name}.attn_norm.weight": whole(layers["attention_norm"][layer, 0]),
+            f"{name}.attn_q.weight": rotary(attention["query"], model.num_heads),
+            f"{name}.attn_k.weight": rotary(attention["key"], model.num_kv_heads),
+            f"{name}.attn_v.weight": linear(attention["value"]),
+            f"{name}.attn_output.weight": linear(attention["output"]),
+            f"{name}.ffn_norm.weight": whole(layers["ffn_norm"][layer, 0]),
+            f"{name}.ffn_gate.weight": linear(bank["gate"][layer, 0]),
+            f"{name}.ffn_up.weight": linear(bank["up"][layer, 0]),
+            f"{name}.ffn_down.weight": linear(bank["down"][layer, 0]),
+        }
+    return Layout(tensors, {})
+
+
+_SPLITS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [],
+    "smollm": [{"type": "Digits", "individual_digits": True}],
+}
+"""What cuts the text before the byte-level splitter, by `tokenizer.ggml.pre`."""
+
+
+def _tokenizer(fields: dict[str, Any]) -> bytes:
+    """A tokenizer.json with the vocabulary and merges of the file."""
+    kind, before = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or before not in _SPLITS:
+        raise ConversionError(f"tokenizer {kind} ({before}): only gpt2 with one of {', '.join(_SPLITS)} is known")
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    control = 3
+    special = [
+        {"id": index, "content": token, "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == control
+    ]
+    bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    document = {
+        "version": "1.0",
+        "added_tokens": special,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*_SPLITS[before], bytelevel]},
+        "decoder": bytelevel,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": fields["tokenizer.ggml.merges"],
+        },
+    }
+    return json.dumps(document).encode()

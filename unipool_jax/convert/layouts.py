@@ -1,0 +1,209 @@
+"""Layouts of weight files, each written down once, as a table that serves both directions.
+
+A tensor of a file is made of parts. A part is a pair of NumPy views of one shape, one of the file's tensor and one of
+our arrays: writing a file copies from right to left, reading one from left to right, so the two cannot disagree.
+
+`twin` is the state_dict of `benchmarks/pytorch_baseline`. `megatron` is the model state of the published PyTorch code
+(a Megatron-LM fork, Transformer Engine layers with grouped expert matmuls, no model parallelism, as its launch scripts
+set it up). A shared pool is registered there under every layer that uses it; in a file it stands under the first one,
+and repetitions under the others are accepted when they are equal to it. Its `.pt` files hold pickled Python objects,
+which this package never opens. Re-save one in the environment that made it, from a source you trust:
+
+    import torch
+    from safetensors.torch import save_file
+
+    model = torch.load("iter_0060000/mp_rank_00/model_optim_rng.pt", map_location="cpu", weights_only=False)["model"]
+    kept, seen = {}, set()
+    for name, value in model.items():
+        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state") and value.data_ptr() not in seen:
+            seen.add(value.data_ptr())
+            kept[name] = value.contiguous()
+    save_file(kept, "model.safetensors")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from unipool_jax.config import Config
+from unipool_jax.convert.weights import Weights
+
+LayoutName = Literal["twin", "megatron"]
+LAYOUT_NAMES: tuple[LayoutName, ...] = get_args(LayoutName)
+
+View = Callable[[np.ndarray], np.ndarray]
+
+
+class Part(NamedTuple):
+    """A piece of a file's tensor and where it is in our arrays."""
+
+    view: View
+    """File's tensor -> the piece, as a view."""
+    ours: np.ndarray
+    """The same values, as a view of our weights."""
+    expert: tuple[int, int] | None = None
+    """(pool, expert) that the piece belongs to."""
+
+
+class FileTensor(NamedTuple):
+    """One tensor of a file."""
+
+    shape: tuple[int, ...]
+    parts: list[Part]
+
+
+class Layout(NamedTuple):
+    """All tensors of a file for one model."""
+
+    tensors: dict[str, FileTensor]
+    copies: dict[str, str]
+    """Names that may repeat another tensor: repetition -> the tensor that it must be equal to."""
+
+
+def make_layout(name: LayoutName, config: Config, weights: Weights) -> Layout:
+    """The table of one layout; its views read and write `weights`."""
+    return {"twin": _twin, "megatron": _megatron}[name](config, weights)
+
+
+def _whole(array: np.ndarray, shape: tuple[int, ...] | None = None) -> FileTensor:
+    """A tensor that is one array, under another shape if one is given."""
+    return FileTensor(array.shape if shape is None else shape, [Part(lambda t: t.reshape(array.shape), array)])
+
+
+def _transposed(array: np.ndarray, expert: tuple[int, int] | None = None) -> FileTensor:
+    """A tensor stored output-major, where ours is input-major."""
+    return FileTensor(array.shape[::-1], [Part(lambda t: t.T, array, expert)])
+
+
+def _gate_up(gate_DF: np.ndarray, up_DF: np.ndarray, expert: tuple[int, int] | None) -> FileTensor:
+    """Gate rows, then up rows, output-major: `[2 F, D]`."""
+    width, size = gate_DF.shape
+    return FileTensor(
+        (2 * size, width),
+        [Part(lambda t: t[:size].T, gate_DF, expert), Part(lambda t: t[size:].T, up_DF, expert)],
+    )
+
+
+def _expert_columns(expert: int, columns: slice) -> View:
+    """Columns of one expert's matrix in a stack of them, `[E, D, F]`."""
+    return lambda t: t[expert, :, columns]
+
+
+def _head_rows(shape: tuple[int, ...], index: int) -> View:
+    """One head of every key-value group of a fused projection, input-major: `[D, groups, C]`."""
+    return lambda t: t.reshape(shape)[:, index].transpose(2, 0, 1)
+
+
+def _twin(config: Config, weights: Weights) -> Layout:
+    params, model = weights.params, config.model
+    layers, bank = params["pools"]["layers"], params["pools"]["bank"]
+    query_end = model.num_heads * config.head_size
+    key_end = query_end + model.num_kv_heads * config.head_size
+    tensors = {
+        "embedding.weight": _whole(params["embedding"]),
+        "norm.weight": _whole(params["final_norm"]),
+        "output.weight": _whole(params["output"]),
+    }
+    for layer in range(model.num_layers):
+        at, name = (*divmod(layer, config.layers_per_pool), ...), f"layers.{layer}"
+        attention = layers["attention"]
+        tensors |= {
+            f"{name}.attention_norm.weight": _whole(layers["attention_norm"][at]),
+            f"{name}.attention.qkv.weight": FileTensor(
+                (2 * key_end - query_end, model.hidden_size),
+                [
+                    Part(lambda t: t[:query_end].T, attention["query"][at]),
+                    Part(lambda t: t[query_end:key_end].T, attention["key"][at]),
+                    Part(lambda t: t[key_end:].T, attention["value"][at]),
+                ],
+            ),
+            f"{name}.attention.out.weight": _transposed(attention["output"][at]),
+            f"{name}.ffn_norm.weight": _whole(layers["ffn_norm"][at]),
+        }
+        if config.moe.router == "none":
+            gate_DF, up_DF, down_FD = (bank[key][layer, 0] for key in ("gate", "up", "down"))
+            tensors[f"{name}.ffn.gate_up.weight"] = _gate_up(gate_DF, up_DF, (layer, 0))
+            tensors[f"{name}.ffn.down.weight"] = _transposed(down_FD, (layer, 0))
+        else:
+            tensors |= _router(config, weights, layer, f"{name}.ffn.router", scale="scale", scale_shape=())
+    if config.moe.router == "none":
+        return Layout(tensors, {})
+    size = model.ffn_size
+    for pool in range(config.pool.groups):
+        gate_up, down = [], []
+        for e in range(config.experts_per_pool):
+            gate_up.append(Part(_expert_columns(e, slice(size)), bank["gate"][pool, e], (pool, e)))
+            gate_up.append(Part(_expert_columns(e, slice(size, None)), bank["up"][pool, e], (pool, e)))
+            down.append(Part(_expert_columns(e, slice(None)), bank["down"][pool, e], (pool, e)))
+        shape = bank["gate"].shape[1:]
+        tensors[f"experts.{pool}.gate_up"] = FileTensor((*shape[:2], 2 * size), gate_up)
+        tensors[f"experts.{pool}.down"] = FileTensor(bank["down"].shape[1:], down)
+    return Layout(tensors, {})
+
+
+def _megatron(config: Config, weights: Weights) -> Layout:
+    params, model = weights.params, config.model
+    layers, bank = params["pools"]["layers"], params["pools"]["bank"]
+    width, kv_heads, size = model.hidden_size, model.num_kv_heads, config.head_size
+    per_group = model.num_heads // kv_heads
+    qkv_shape = (kv_heads, per_group + 2, size, width)
+    tensors = {
+        "embedding.word_embeddings.weight": _whole(params["embedding"]),
+        "decoder.final_layernorm.weight": _whole(params["final_norm"]),
+        "output_layer.weight": _whole(params["output"]),
+    }
+    copies: dict[str, str] = {}
+    for layer in range(model.num_layers):
+        pool, inner = divmod(layer, config.layers_per_pool)
+        at, name = (pool, inner, ...), f"decoder.layers.{layer}"
+        attention = {key: value[at] for key, value in layers["attention"].items()}
+        # Rows run over key-value groups; each holds its queries, then its key, then its value.
+        tensors |= {
+            f"{name}.self_attention.linear_qkv.layer_norm_weight": _whole(layers["attention_norm"][at]),
+            f"{name}.self_attention.linear_qkv.weight": FileTensor(
+                (kv_heads * (per_group + 2) * size, width),
+                [
+                    Part(
+                        lambda t: t.reshape(qkv_shape)[:, :per_group].transpose(3, 0, 1, 2),
+                        attention["query"].reshape(width, kv_heads, per_group, size),
+                    ),
+                    Part(_head_rows(qkv_shape, per_group), attention["key"].reshape(width, kv_heads, size)),
+                    Part(_head_rows(qkv_shape, per_group + 1), attention["value"].reshape(width, kv_heads, size)),
+                ],
+            ),
+            f"{name}.self_attention.linear_proj.weight": _transposed(attention["output"]),
+        }
+        if config.moe.router == "none":
+            gate_DF, up_DF, down_FD = (bank[key][layer, 0] for key in ("gate", "up", "down"))
+            tensors[f"{name}.mlp.linear_fc1.layer_norm_weight"] = _whole(layers["ffn_norm"][at])
+            tensors[f"{name}.mlp.linear_fc1.weight"] = _gate_up(gate_DF, up_DF, (layer, 0))
+            tensors[f"{name}.mlp.linear_fc2.weight"] = _transposed(down_FD, (layer, 0))
+            continue
+        tensors[f"{name}.pre_mlp_layernorm.weight"] = _whole(layers["ffn_norm"][at])
+        tensors |= _router(config, weights, layer, f"{name}.mlp.router", scale="norm_scale", scale_shape=(1,))
+        first = f"decoder.layers.{pool * config.layers_per_pool}"
+        for e in range(config.experts_per_pool):
+            fc1, fc2 = f"mlp.experts.linear_fc1.weight{e}", f"mlp.experts.linear_fc2.weight{e}"
+            if inner:
+                copies |= {f"{name}.{fc1}": f"{first}.{fc1}", f"{name}.{fc2}": f"{first}.{fc2}"}
+            else:
+                tensors[f"{name}.{fc1}"] = _gate_up(bank["gate"][pool, e], bank["up"][pool, e], (pool, e))
+                tensors[f"{name}.{fc2}"] = _transposed(bank["down"][pool, e], (pool, e))
+    return Layout(tensors, copies)
+
+
+def _router(
+    config: Config, weights: Weights, layer: int, name: str, *, scale: str, scale_shape: tuple[int, ...]
+) -> dict[str, FileTensor]:
+    """Router weight, NormRouter's scale and the selection bias of one layer, as far as the model has them."""
+    at = (*divmod(layer, config.layers_per_pool), ...)
+    mixture = weights.params["pools"]["layers"]["mixture"]
+    tensors = {f"{name}.weight": _whole(mixture["router"][at])}
+    if config.moe.router == "norm":
+        tensors[f"{name}.{scale}"] = _whole(mixture["scale"][at], scale_shape)
+    if config.loss.balance == "expert_bias":
+        tensors[f"{name}.expert_bias"] = _whole(weights.expert_bias_GNE[at])
+    return tensors

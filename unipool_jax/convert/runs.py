@@ -1,0 +1,104 @@
+"""Weights from a run's checkpoint, and a new run folder that starts from given weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unipool_jax.compose import save_config
+from unipool_jax.config import Config, from_mapping
+from unipool_jax.convert.errors import ConversionError
+from unipool_jax.convert.weights import Weights, check_same_experts, expert_hashes
+from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
+from unipool_jax.training.checkpoint import Checkpoints, make_meta
+from unipool_jax.training.optimizer import make_optimizer
+from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, find_run
+from unipool_jax.training.step import TrainState, init_balance, init_state
+
+
+def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
+    """Configuration and weights of one checkpoint.
+
+    Args:
+      run: folder of a run, or `latest`.
+      step: which checkpoint; None is the newest.
+
+    Raises:
+      RunError, CheckpointError: if there is no such checkpoint or it cannot be read.
+    """
+    with Checkpoints(find_run(run) / CHECKPOINTS, read_only=True) as checkpoints:
+        step = checkpoints.find(step)
+        config = from_mapping(checkpoints.meta(step)["config"])
+        return config, _restore(checkpoints, config, step)
+
+
+def _restore(checkpoints: Checkpoints, config: Config, step: int) -> Weights:
+    target = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    items = checkpoints.restore({"params": target.params, "balance": target.balance}, step).items
+    return as_numpy(items["params"], items["balance"].expert_bias_GNE)
+
+
+def as_numpy(params: Any, expert_bias_GNE: Any) -> Weights:
+    """`Weights` from a parameter tree and a selection bias on any device."""
+    return Weights(jax.tree.map(np.array, jax.device_get(params)), np.array(expert_bias_GNE))
+
+
+def write_run(folder: Path, config: Config, weights: Weights, tokenizer_json: bytes | None = None) -> int:
+    """Make a run folder with a checkpoint of step 0: `weights`, and an optimiser that has seen nothing yet.
+
+    `eval.py run=FOLDER` evaluates it; `train.py` with the settings of `config` and this `run.dir` and `run.name` goes
+    on from it. The folder is made under a temporary name, read back, compared with `weights` expert by expert and only
+    then given its name.
+
+    Args:
+      folder: to be made.
+      config: of the model; its run.dir and run.name are replaced by those of `folder`.
+      weights: of the model.
+      tokenizer_json: a tokenizer to keep in the folder and use; None leaves data.tokenizer as it is.
+
+    Returns:
+      The number of experts.
+
+    Raises:
+      ConversionError: if `folder` exists, or what was read back is not what was written.
+    """
+    if folder.exists():
+        raise ConversionError(f"{folder}: exists already; choose another name or delete it")
+    place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name)
+    config = dataclasses.replace(config, run=place)
+    if tokenizer_json is None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    else:
+        name = str(folder / "tokenizer.json")
+        tokenizer = parse_tokenizer(name, tokenizer_json)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
+    params = jax.tree.map(jnp.asarray, weights.params)
+    state = TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        make_optimizer(config.optimizer, config.train.steps).init(params),
+        init_balance(config)._replace(expert_bias_GNE=jnp.asarray(weights.expert_bias_GNE)),
+    )
+    wanted = expert_hashes(weights)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        with Checkpoints(temporary / CHECKPOINTS) as checkpoints:
+            checkpoints.save(0, state._asdict(), make_meta(config, 0, tokenizer.sha256))
+            checkpoints.wait()
+            check_same_experts(wanted, expert_hashes(_restore(checkpoints, config, 0)), str(folder))
+        save_config(config, temporary / CONFIG)
+        if tokenizer_json is not None:
+            (temporary / "tokenizer.json").write_bytes(tokenizer_json)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return len(wanted)

@@ -1,0 +1,67 @@
+"""Weights as NumPy arrays on the host, in the structure of our parameter tree, and what identifies each expert."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from unipool_jax.config import Config
+from unipool_jax.convert.errors import ConversionError
+from unipool_jax.training.step import init_state
+
+ExpertHashes = dict[tuple[int, int], str]
+"""(pool, expert) -> hash."""
+
+
+class Weights(NamedTuple):
+    """What a model computes with; optimiser state is not part of it."""
+
+    params: dict[str, Any]
+    """Our parameter tree with float32 leaves: per-layer ones `[G, L/G, ...]`, the bank `[G, E, ...]`."""
+    expert_bias_GNE: np.ndarray
+    """Selection bias, float32; zeros unless loss.balance is `expert_bias`."""
+
+
+def empty_weights(config: Config) -> Weights:
+    """Weights of the model that `config` describes, uninitialised."""
+    state = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), state.params)
+    return Weights(params, np.zeros(state.balance.expert_bias_GNE.shape, np.float32))
+
+
+def hash_arrays(arrays: list[np.ndarray]) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the float32 values in row-major order."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array, np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def expert_hashes(weights: Weights) -> ExpertHashes:
+    """The hash of the gate, up and down matrices of every expert."""
+    bank = weights.params["pools"]["bank"]
+    pools, experts = bank["gate"].shape[:2]
+    return {
+        (pool, expert): hash_arrays([bank[name][pool, expert] for name in ("gate", "up", "down")])
+        for pool in range(pools)
+        for expert in range(experts)
+    }
+
+
+def check_same_experts(wanted: ExpertHashes, found: ExpertHashes, what: str) -> None:
+    """Compare experts one by one.
+
+    Raises:
+      ConversionError: if their number or any of them differs.
+    """
+    if len(wanted) != len(found):
+        raise ConversionError(f"{what}: {len(found)} experts where there should be {len(wanted)}; nothing was kept")
+    different = [key for key in wanted if wanted[key] != found.get(key)]
+    if different:
+        names = ", ".join(f"pool {pool} expert {expert}" for pool, expert in different[:8])
+        more = f" and {len(different) - 8} more" if len(different) > 8 else ""
+        raise ConversionError(f"{what}: other weights than the source has in {names}{more}; nothing was kept")
