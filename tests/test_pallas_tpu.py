@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ import test_grouped_ffn
 import test_grouped_matmul
 from unipool_jax.kernels import pallas_tpu, tpu_passes, tpu_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
+from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is built for Linux on x86 only"
@@ -223,3 +225,54 @@ def test_inside_shard_map_compiles_for_tpu() -> None:
         *(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 8), (3, 8, 16))),
     ]
     compile_for(mesh, jax.grad(sharded, (1, 2)), shapes)
+
+
+def scanned_ffn_gradient(num_layers: int, *, shared: bool) -> Any:
+    """Compiled for a TPU: the gradient of a bank that a scan over layers shares, carried (`shared`) or by autodiff."""
+    rows, experts, width, hidden = 1024, 64, 256, 512
+
+    def loss(master: Bank, sizes_LE: jax.Array, rows_RD: jax.Array) -> jax.Array:
+        bank = master.astype(jnp.bfloat16)
+
+        def layer(carry: tuple[jax.Array, Bank], sizes_E: jax.Array) -> tuple[tuple[jax.Array, Bank], None]:
+            rows_RD, master = carry
+            plan = make_group_plan(sizes_E, rows, implementation="pallas_tpu")
+            if shared:
+                out_RD, master = accumulating_ffn(rows_RD, bank, master, plan)
+            else:
+                out_RD = grouped_ffn(rows_RD, bank, plan)
+            return (rows_RD + out_RD, master), None
+
+        (rows_RD, _), _ = jax.lax.scan(layer, (rows_RD, master), sizes_LE)
+        return jnp.sum(rows_RD.astype(jnp.float32) ** 2)
+
+    wide, narrow = (experts, width, hidden), (experts, hidden, width)
+    master = Bank(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (wide, wide, narrow)))
+    sizes = jax.ShapeDtypeStruct((num_layers, experts), jnp.int32)
+    mesh = mesh_of("v5e:2x2")
+    place = jax.sharding.NamedSharding(mesh, REPLICATED)
+    with jax.set_mesh(mesh):
+        arguments = jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+            (master, sizes, jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)),
+        )
+        return jax.jit(jax.grad(loss)).lower(*arguments).compile()
+
+
+def bank_sized_values(program: Any) -> set[str]:
+    """Operations in loops whose result is a float32 array of a bank's size, but for those that only name one."""
+    entry_from = program.as_text().index("ENTRY")
+    found = re.findall(r"= f32\[64,(?:256,512|512,256)\]\S* ([\w-]+)\(", program.as_text()[:entry_from])
+    return set(found) - {"parameter", "get-tuple-element", "bitcast"}
+
+
+@needs_compiler
+def test_a_scan_on_tpu_adds_every_layers_gradient_in_place() -> None:
+    few, many = (scanned_ffn_gradient(layers, shared=True) for layers in (2, 8))
+    assert bank_sized_values(many) == {"custom-call"}
+    one_bank = 64 * 3 * 256 * 512 * 4
+    growth = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
+    # Six more layers keep their rows and products, 2.5 KiB per row, and nothing of the bank.
+    assert growth < 6 * 1024 * 3 * 1024 < one_bank
+    # What the test would see without the shared gradient:
+    assert bank_sized_values(scanned_ffn_gradient(2, shared=False)) > {"custom-call"}
