@@ -342,6 +342,13 @@ def test_errors_become_messages_and_exit_codes(
     assert "nowhere.txt" in capsys.readouterr().err
 
 
+def test_kernels_of_another_platform_are_refused(
+    configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(lambda: run(configure("kernels.implementation=pallas_tpu"))) == 2
+    assert "kernels.implementation=pallas_tpu: made for tpu; on cpu" in capsys.readouterr().err
+
+
 def test_describe_prints_and_trains_nothing(
     configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:

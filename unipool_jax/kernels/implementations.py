@@ -30,6 +30,18 @@ def resolve(implementation: Implementation) -> Implementation:
     return implementation
 
 
+def platform_problem(implementation: Implementation) -> str | None:
+    """Why a model should not be run with `implementation` on this machine, if that is so."""
+    platform = jax.default_backend()
+    homes = {name: home for home, name in PLATFORM_IMPLEMENTATION.items() if name.startswith("pallas")}
+    if homes.get(implementation, platform) == platform:
+        return None
+    return (
+        f"kernels.implementation={implementation}: made for {homes[implementation]}; on {platform} these kernels are "
+        "only interpreted, for tests; use kernels.implementation=auto"
+    )
+
+
 def target_device_kind() -> str:
     """The kind of device that is traced for: that of the mesh in use, else the default device's.
 

@@ -10,6 +10,7 @@ import jax
 
 from unipool_jax.config import Config, ConfigError
 from unipool_jax.data.errors import DataError
+from unipool_jax.kernels.implementations import platform_problem
 from unipool_jax.training.checkpoint import CheckpointError
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.validation import validate
@@ -45,6 +46,8 @@ def run(config: Config) -> int:
 
         print(describe(config))
         return 0
+    if problem := platform_problem(config.kernels.implementation):
+        raise ConfigError([problem])
     from unipool_jax.training.loop import train
 
     return train(config)

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
 from unipool_jax.corpus import open_corpus, open_texts
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
+from unipool_jax.kernels.implementations import platform_problem
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results
 from unipool_jax.training.metrics import plain_json
@@ -136,6 +137,8 @@ def evaluate_command(arguments: Sequence[str]) -> int:
         meta = checkpoints.meta(step)
         config = with_overrides(from_mapping(meta["config"]), request.overrides)
         validate(config)
+        if problem := platform_problem(config.kernels.implementation):
+            raise ConfigError([problem])
         results = _evaluate(config, request, checkpoints, step, meta)
     table = {name: result.as_json() for name, result in results.items()}
     print_results(table, title=f"{checkpoints.path(step)}: {config.scale_name} {config.method_name}")
