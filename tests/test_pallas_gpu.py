@@ -130,6 +130,10 @@ def test_tiles_are_powers_of_two(rows: int, tiles: int, itemsize: int, extents: 
         assert all(size >= 16 and size.bit_count() == 1 for size in tile[:3])
 
 
+# JAX 0.12 wants to know what it lowers for.
+GPU = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
+
+
 def triton_modules(function: Callable[..., Any], *arguments: Any) -> list[str]:
     """Text of the Triton modules in `function` lowered for CUDA, each parsed, which verifies it."""
     modules: list[str] = []
@@ -143,7 +147,8 @@ def triton_modules(function: Callable[..., Any], *arguments: Any) -> list[str]:
                 modules.append(f"{operation.attributes['output_operand_aliases']}\n{module}")
         return ir.WalkResult.ADVANCE
 
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh().update(abstract_device=GPU)):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     lowered.compiler_ir("stablehlo").operation.walk(visit)
     return modules
 
@@ -206,7 +211,7 @@ def test_lowers_inside_shard_map() -> None:
         out = grouped_matmul(rows, bank, make_group_plan(sizes, 16, implementation="pallas_gpu"))
         return jax.lax.psum((out**2).sum(), "data")
 
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=GPU)
     spec, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=(spec, replicated), out_specs=replicated)
     assert len(triton_modules(jax.grad(sharded, (0, 1)), rows, bank)) == 3
