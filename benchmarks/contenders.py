@@ -23,8 +23,15 @@ from unipool_jax.config import Config
 
 Kind = Literal["jax", "pytorch", "pytorch-compiled"]
 
-# Threads of PyTorch's pool that spin while another process has its turn would slow that one down.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+_ENVIRONMENT = {
+    # Threads of PyTorch's pool that spin while another process has its turn would slow that one down.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Compile time is that of a program never seen before.
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    # Several processes share a GPU.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}
 
 
 class ContenderError(RuntimeError):

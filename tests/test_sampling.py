@@ -158,6 +158,11 @@ def test_nucleus_against_numpy(top_p: float) -> None:
         np.testing.assert_array_equal(found_V[kept], logits_V[kept])
 
 
+def test_a_nucleus_that_reaches_the_probability_exactly_is_complete() -> None:
+    found = np.asarray(nucleus(jnp.zeros((1, 4)), 0.5))
+    np.testing.assert_array_equal(np.isfinite(found), [[True, True, False, False]])
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (0.7, 0.6)])
 def test_drawn_frequencies_are_the_probabilities(temperature: float, top_p: float) -> None:
     """20,000 draws; the standard error of a frequency is at most 0.0036. The pad ids 6 and 7 are never drawn."""
