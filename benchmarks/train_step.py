@@ -1,27 +1,25 @@
-"""Time of a whole training step of the shared pool, relative to the vanilla mixture of the same budget.
+"""Time and memory of a whole training step: ours beside the PyTorch twin's, or one of our methods beside another.
 
     python -m benchmarks.train_step --case demo
-    python -m benchmarks.train_step --case 182m-cut
+    python -m benchmarks.train_step --case 182m-cut --methods vanilla unipool
+    python -m benchmarks.train_step --case demo --against vanilla
 
-Contenders take turns within one process, so a slow moment of the machine meets them alike; a ratio is taken in each
-round against the first contender, and printed as the median over the rounds with its quartiles. `182m-cut` has the
-published layer shape (768 wide, experts of 3072, 8 a layer) in float32 with few layers, a small vocabulary and short
-sequences, so that two CPU cores hold it. Tokens are random: routing starts near even, as in a new run.
+Contenders take turns, each in a process of its own that sleeps meanwhile, so a slow moment of the machine meets them
+alike. A ratio is taken in each round against the first contender, and printed as the median over the rounds with its
+quartiles: beside PyTorch the first is ours, so a ratio is also how many times as fast as that contender we are.
+`182m-cut` has the published layer shape (768 wide, experts of 3072, 8 a layer) in float32 with few layers, a small
+vocabulary and short sequences, so that two CPU cores hold it. Tokens are random and weights fresh: routing starts near
+even, as in a new run. Without PyTorch, ours runs alone.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import jax
 import numpy as np
 
-from benchmarks.grouped_matmul import environment
+from benchmarks.contenders import Contender, ContenderError, Kind, Worker, has_torch
 from unipool_jax.compose import compose_config
 from unipool_jax.config import Config
-from unipool_jax.data.pipeline import Batch
-from unipool_jax.training.step import init_state, make_train_step
 
 CASES = {
     "demo": ["scale=demo"],
@@ -37,89 +35,93 @@ CASES = {
         "loss.switch_group_sequences=8",
     ],
 }
+METHODS = ["dense", "vanilla", "unipool"]
 
 
-@dataclass(frozen=True)
-class Contender:
-    """Something that trains: `prepare` compiles it and returns a function that makes one step and waits for its end."""
-
-    name: str
-    prepare: Callable[[], Callable[[], None]]
-
-
-def random_batch(config: Config) -> Batch:
-    """One batch of random tokens, the same for every contender."""
-    shape = (config.train.batch_size, config.data.sequence_length + 1)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
-
-
-def method(name: str, config: Config) -> Contender:
-    """The training step of one of our methods."""
-
-    def prepare() -> Callable[[], None]:
-        state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(config.train.seed))
-        step, batch = make_train_step(config), jax.device_put(random_batch(config))
-
-        def run() -> None:
-            nonlocal state
-            state, metrics = step(state, batch)
-            jax.block_until_ready((state, metrics))
-
-        return run
-
-    return Contender(name, prepare)
-
-
-def measure(contenders: list[Contender], repeats: int) -> dict[str, list[float]]:
+def measure(workers: list[Worker], repeats: int) -> dict[str, list[float]]:
     """Seconds of each contender's step in each round; the order alternates from round to round."""
-    steps = {contender.name: contender.prepare() for contender in contenders}
-    for step in steps.values():
-        step()
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {worker.contender.name: [] for worker in workers}
     for turn in range(repeats):
-        for name, step in list(steps.items())[:: 1 if turn % 2 == 0 else -1]:
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+        for worker in workers[:: 1 if turn % 2 == 0 else -1]:
+            seconds[worker.contender.name].append(worker.step())
     return seconds
 
 
-def report(seconds: Mapping[str, list[float]], tokens: int) -> None:
-    """Print one row per contender, relative to the first."""
-    base = np.array(next(iter(seconds.values())))
+def report(workers: list[Worker], seconds: dict[str, list[float]], tokens: int) -> None:
+    """End the workers and print one row for each, relative to the first."""
+    base = np.array(seconds[workers[0].contender.name])
     print(
-        f"\n{'':<14}{'step / first':>14}{'quartiles':>16}{'of minima':>11}{'rounds':>8}  tokens/s (this machine only)"
+        f"\n{'':<26}{'step / first':>13}{'quartiles':>16}{'of minima':>11}{'rounds':>8}{'compile s':>11}{'peak MB':>9}"
+        "  tokens/s (this machine only)"
     )
-    for name, values in seconds.items():
-        low, middle, high = np.quantile(np.array(values) / base, [0.25, 0.5, 0.75])
-        minima = min(values) / base.min()
-        rate = tokens / np.median(values)
-        print(f"{name:<14}{middle:>14.3f}{f'{low:.3f} - {high:.3f}':>16}{minima:>11.3f}{len(values):>8}{rate:>10.0f}")
+    for worker in workers:
+        values = np.array(seconds[worker.contender.name])
+        low, middle, high = np.quantile(values / base, [0.25, 0.5, 0.75])
+        compile_seconds = max(0.0, worker.first_seconds - float(np.median(values)))
+        print(
+            f"{worker.contender.name:<26}{middle:>13.3f}{f'{low:.3f} - {high:.3f}':>16}"
+            f"{values.min() / base.min():>11.3f}{len(values):>8}{compile_seconds:>11.1f}{worker.finish() / 1e6:>9.0f}"
+            f"{tokens / np.median(values):>10.0f}",
+            flush=True,
+        )
+
+
+def rounds(configs: dict[str, Config], against: str) -> Iterator[list[Contender]]:
+    """Contenders that take turns with each other: the frameworks of each method, or all our methods."""
+    if against != "pytorch":
+        names = [against, *(name for name in configs if name != against)]
+        yield [Contender(name, "jax", configs[name]) for name in names]
+        return
+    kinds: list[Kind] = ["jax", "pytorch", "pytorch-compiled"] if has_torch() else ["jax"]
+    for name, config in configs.items():
+        yield [Contender(f"{name} {kind}", kind, config) for kind in kinds]
+
+
+def start(contenders: list[Contender]) -> list[Worker]:
+    """Workers of those that can run here; the others are named with the reason."""
+    workers = []
+    for contender in contenders:
+        try:
+            workers.append(Worker(contender))
+        except ContenderError as error:
+            print(f"left out: {error}")
+    return workers
+
+
+def environment() -> str:
+    """What the numbers depend on besides the arguments."""
+    # Imported here: the contenders' processes import this module and are not to hold JAX for it.
+    from benchmarks.grouped_matmul import environment
+
+    if not has_torch():
+        return f"{environment()}; PyTorch is not installed"
+    import importlib.metadata
+
+    return f"{environment()}; torch {importlib.metadata.version('torch')}"
 
 
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="demo")
-    parser.add_argument("--methods", nargs="+", default=["vanilla", "unipool"], help="the first is what is divided by")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--against", default="pytorch", help="`pytorch`, or the method that others are divided by")
     parser.add_argument("--repeats", type=int, default=15, help="rounds")
     parser.add_argument("overrides", nargs="*", help="settings for all methods, as train.py takes them")
     arguments = parser.parse_args()
-    configs = {
-        name: compose_config([*CASES[arguments.case], f"method={name}", *arguments.overrides])
-        for name in arguments.methods
-    }
+    names = dict.fromkeys([*arguments.methods, *([arguments.against] if arguments.against != "pytorch" else [])])
+    configs = {name: compose_config([*CASES[arguments.case], f"method={name}", *arguments.overrides]) for name in names}
     first = next(iter(configs.values()))
-    tokens = first.train.batch_size * first.data.sequence_length
     print(environment())
     print(
         f"{arguments.case}: {first.model.num_layers} layers, {first.model.hidden_size} wide, experts of "
-        f"{first.model.ffn_size}, {first.moe.experts_per_layer} a layer, {tokens} tokens a step, "
-        f"{first.model.compute_dtype}, remat {first.model.remat}"
+        f"{first.model.ffn_size}, {first.moe.experts_per_layer} a layer, {first.tokens_per_step} tokens a step, "
+        f"{first.model.compute_dtype}, remat {first.model.remat}",
+        flush=True,
     )
-    report(measure([method(name, config) for name, config in configs.items()], arguments.repeats), tokens)
+    for contenders in rounds(configs, arguments.against):
+        if workers := start(contenders):
+            report(workers, measure(workers, arguments.repeats), first.tokens_per_step)
 
 
 if __name__ == "__main__":

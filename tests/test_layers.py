@@ -28,6 +28,7 @@ ALLOWED = {
     "analysis": _MODEL_SIDE | {"data", "corpus"},
     "planner": _MODEL_SIDE,
     "convert": _MODEL_SIDE | {"data"},
+    "generate": _MODEL_SIDE | {"data"},
     "__init__": set[str](),
 }
 

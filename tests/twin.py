@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from benchmarks.pytorch_baseline.model import Transformer
-from benchmarks.pytorch_baseline.settings import Settings
 from benchmarks.pytorch_baseline.train import Trainer
+from benchmarks.twin_settings import twin_settings
 from unipool_jax.config import Config
 from unipool_jax.convert.files import to_tensors
 from unipool_jax.convert.layouts import make_layout
@@ -23,48 +23,6 @@ from unipool_jax.training.step import TrainState, init_balance
 
 # Threads that wait for each other cost more than they bring at these sizes.
 torch.set_num_threads(1)
-
-
-def twin_settings(config: Config) -> Settings:
-    """The twin's settings that mean the same."""
-    model, moe, loss, optimizer = config.model, config.moe, config.loss, config.optimizer
-    return Settings(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        ffn_size=model.ffn_size,
-        vocab_size=model.vocab_size,
-        rope_base=model.rope_base,
-        norm_epsilon=model.norm_epsilon,
-        init_std=model.init_std,
-        dtype=model.compute_dtype,
-        recompute=model.remat,
-        router=moe.router,
-        num_pools=config.pool.groups,
-        experts_per_pool=config.experts_per_pool,
-        top_k=moe.top_k,
-        router_dtype=moe.router_dtype,
-        score_constant=moe.score_constant,
-        score_epsilon=moe.score_epsilon,
-        balance=loss.balance,
-        pool_statistics=loss.pool_statistics,
-        switch_coefficient=loss.switch_coefficient,
-        switch_group_sequences=loss.switch_group_sequences,
-        pool_coefficient=loss.pool_coefficient,
-        z_coefficient=loss.z_coefficient,
-        expert_bias_rate=loss.expert_bias_rate,
-        steps=config.train.steps,
-        microbatch_size=config.train.microbatch_size,
-        learning_rate=optimizer.learning_rate,
-        min_learning_rate=optimizer.min_learning_rate,
-        warmup_fraction=optimizer.warmup_fraction,
-        beta1=optimizer.beta1,
-        beta2=optimizer.beta2,
-        epsilon=optimizer.epsilon,
-        weight_decay=optimizer.weight_decay,
-        clip_norm=optimizer.clip_norm,
-    )
 
 
 def twin_of(config: Config, state: TrainState) -> Trainer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import shutil
 from pathlib import Path
@@ -18,10 +17,10 @@ from unipool_jax.config import Config, from_mapping
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.weights import Weights, check_same_experts, expert_hashes
 from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
-from unipool_jax.training.checkpoint import Checkpoints, make_meta
+from unipool_jax.training.checkpoint import Checkpoints, make_meta, restore_model
 from unipool_jax.training.optimizer import make_optimizer
 from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, find_run
-from unipool_jax.training.step import TrainState, init_balance, init_state
+from unipool_jax.training.step import TrainState, init_balance
 
 
 def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
@@ -41,9 +40,8 @@ def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
 
 
 def _restore(checkpoints: Checkpoints, config: Config, step: int) -> Weights:
-    target = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
-    items = checkpoints.restore({"params": target.params, "balance": target.balance}, step).items
-    return as_numpy(items["params"], items["balance"].expert_bias_GNE)
+    params, balance = restore_model(checkpoints, config, step)
+    return as_numpy(params, balance.expert_bias_GNE)
 
 
 def as_numpy(params: Any, expert_bias_GNE: Any) -> Weights:

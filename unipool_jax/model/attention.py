@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,33 +12,59 @@ from flax import linen as nn
 from unipool_jax.config import ModelConfig
 
 
-def rotate(heads_BSHC: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding over the whole head, positions 0..S-1 (arXiv 2104.09864).
+class KeyValueCache(NamedTuple):
+    """Keys (after rotation) and values of earlier positions in T slots a row; position p is in slot p.
+
+    A query sees the slots up to its own position, so what later slots hold does not matter: rows of a batch may be at
+    different positions, and padding behind a row is overwritten before it is seen. A model has one cache per layer,
+    stacked to `[G, L/G, B, T, H, C]`.
+    """
+
+    key_BTHC: jax.Array
+    value_BTHC: jax.Array
+
+    def write(self, key_BSHC: jax.Array, value_BSHC: jax.Array, positions_BS: jax.Array) -> KeyValueCache:
+        """The cache with keys and values of these positions put in."""
+        row_B1 = jnp.arange(positions_BS.shape[0])[:, None]
+        return KeyValueCache(
+            self.key_BTHC.at[row_B1, positions_BS].set(key_BSHC),
+            self.value_BTHC.at[row_B1, positions_BS].set(value_BSHC),
+        )
+
+
+def rotate(heads_BSHC: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding over the whole head (arXiv 2104.09864).
 
     Half-rotation layout: channel i is paired with channel i + C/2. Angles and products are float32.
 
     Args:
       heads_BSHC: queries or keys, `[B, S, H, C]` with even C.
+      positions_BS: int32 `[B, S]`, or `[S]` where all rows have the same.
       base: base of the frequencies `base^(-2 i / C)`.
     """
-    length, channels = heads_BSHC.shape[1], heads_BSHC.shape[3]
+    channels = heads_BSHC.shape[3]
     frequencies = base ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
-    angles_S1C = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequencies
-    cos, sin = jnp.cos(angles_S1C), jnp.sin(angles_S1C)
+    angles_BS1C = positions_BS.astype(jnp.float32)[..., None, None] * frequencies
+    cos, sin = jnp.cos(angles_BS1C), jnp.sin(angles_BS1C)
     first, second = jnp.split(heads_BSHC.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(heads_BSHC.dtype)
 
 
 class Attention(nn.Module):
-    """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`."""
+    """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`, and the cache it was given, extended.
+
+    Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the cache.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
+    def __call__(
+        self, hidden_BSD: jax.Array, cache: KeyValueCache | None = None, start_B: jax.Array | None = None
+    ) -> tuple[jax.Array, KeyValueCache | None]:
         config = self.config
-        width = config.hidden_size
+        batch, length, width = hidden_BSD.shape
         head_size = width // config.num_heads
         dtype = hidden_BSD.dtype
         init = nn.initializers.normal(config.init_std)
@@ -45,12 +72,18 @@ class Attention(nn.Module):
 
         def project(name: str, num_heads: int) -> jax.Array:
             weights_DC = self.param(name, init, (width, num_heads * head_size), jnp.float32).astype(dtype)
-            return (hidden_BSD @ weights_DC).reshape(*hidden_BSD.shape[:2], num_heads, head_size)
+            return (hidden_BSD @ weights_DC).reshape(batch, length, num_heads, head_size)
 
-        query = rotate(project("query", config.num_heads), config.rope_base)
-        key = rotate(project("key", config.num_kv_heads), config.rope_base)
+        positions = jnp.arange(length) if start_B is None else start_B[:, None] + jnp.arange(length)
+        query = rotate(project("query", config.num_heads), positions, config.rope_base)
+        key = rotate(project("key", config.num_kv_heads), positions, config.rope_base)
         value = project("value", config.num_kv_heads)
         # Scores and softmax are float32 inside; the default scale is 1 / sqrt(head_size).
-        mixed_BSHC = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        if cache is None:
+            mixed_BSHC = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        else:
+            cache = cache.write(key, value, positions)
+            seen_B1ST = jnp.arange(cache.key_BTHC.shape[1]) <= positions[:, None, :, None]
+            mixed_BSHC = jax.nn.dot_product_attention(query, *cache, mask=seen_B1ST)
         output_DD = self.param("output", init_output, (width, width), jnp.float32).astype(dtype)
-        return mixed_BSHC.reshape(hidden_BSD.shape) @ output_DD
+        return mixed_BSHC.reshape(hidden_BSD.shape) @ output_DD, cache

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from unipool_jax.config import Config
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.model.attention import Attention
+from unipool_jax.model.attention import Attention, KeyValueCache
 from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
 from unipool_jax.moe.pool import ExpertPool
 from unipool_jax.moe.routing import RoutingStats, norm_constant, route, scores
@@ -88,19 +88,25 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Bank | None], bank: Bank, expert_bias_E: jax.Array
-    ) -> tuple[tuple[jax.Array, Bank | None], RoutingStats]:
+        self,
+        carry: tuple[jax.Array, Bank | None],
+        bank: Bank,
+        start_B: jax.Array | None,
+        expert_bias_E: jax.Array,
+        cache: KeyValueCache | None,
+    ) -> tuple[tuple[jax.Array, Bank | None], tuple[RoutingStats, KeyValueCache | None]]:
         hidden_BSD, master = carry
         model = self.config.model
         ones, width = nn.initializers.ones, (model.hidden_size,)
         attention_gain_D = self.param("attention_norm", ones, width, jnp.float32)
         normed_BSD = rms_norm(hidden_BSD, attention_gain_D, model.norm_epsilon)
-        hidden_BSD = hidden_BSD + Attention(model, name="attention")(normed_BSD)
+        attended_BSD, cache = Attention(model, name="attention")(normed_BSD, cache, start_B)
+        hidden_BSD = hidden_BSD + attended_BSD
         ffn_gain_D = self.param("ffn_norm", ones, width, jnp.float32)
         normed_BSD = rms_norm(hidden_BSD, ffn_gain_D, model.norm_epsilon)
         mixture = nn.remat(MixtureBlock, prevent_cse=False) if model.remat == "moe" else MixtureBlock
         output_BSD, master, stats = mixture(self.config, name="mixture")(normed_BSD, bank, master, expert_bias_E)
-        return (hidden_BSD + output_BSD, master), stats
+        return (hidden_BSD + output_BSD, master), (stats, cache)
 
 
 class PoolStage(nn.Module):
@@ -109,7 +115,13 @@ class PoolStage(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, hidden_BSD: jax.Array, expert_bias_NE: jax.Array) -> tuple[jax.Array, RoutingStats]:
+    def __call__(
+        self,
+        hidden_BSD: jax.Array,
+        start_B: jax.Array | None,
+        expert_bias_NE: jax.Array,
+        cache: KeyValueCache | None,
+    ) -> tuple[jax.Array, tuple[RoutingStats, KeyValueCache | None]]:
         config, model = self.config, self.config.model
         bank = ExpertPool(
             num_experts=config.experts_per_pool,
@@ -129,11 +141,11 @@ class PoolStage(nn.Module):
             nn.remat(Layer, prevent_cse=False) if model.remat == "full" else Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             length=config.layers_per_pool,
         )
-        (hidden_BSD, _), stats = layers(config, name="layers")((hidden_BSD, master), bank, expert_bias_NE)
-        return hidden_BSD, stats
+        carry, by_layer = layers(config, name="layers")((hidden_BSD, master), bank, start_B, expert_bias_NE, cache)
+        return carry[0], by_layer
 
 
 class Transformer(nn.Module):
@@ -146,15 +158,23 @@ class Transformer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, tokens_BS: jax.Array, expert_bias_GNE: jax.Array) -> tuple[jax.Array, RoutingStats]:
-        """Logits of the next token at every position, and routing statistics.
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        expert_bias_GNE: jax.Array,
+        cache: KeyValueCache | None = None,
+        start_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, RoutingStats, KeyValueCache | None]:
+        """Logits of the next token at every position, routing statistics, and the cache with these tokens in it.
 
         Args:
           tokens_BS: token ids, int32.
           expert_bias_GNE: selection bias, float32; used when loss.balance is `expert_bias`.
+          cache: of the positions before, `[G, L/G, B, T, H, C]`; None: the tokens are all there is.
+          start_B: with a cache, the position of each row's first token, int32.
 
         Returns:
-          Logits, float32 `[B, S, V]` over the padded vocabulary, and `RoutingStats` stacked to `[G, L/G, ...]`.
+          Logits, float32 `[B, S, V]` over the padded vocabulary, `RoutingStats` stacked to `[G, L/G, ...]`, the cache.
         """
         config, model = self.config, self.config.model
         init = nn.initializers.normal(model.init_std)
@@ -166,16 +186,16 @@ class Transformer(nn.Module):
             PoolStage,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=0,
+            in_axes=(nn.broadcast, 0, 0),
             length=config.pool.groups,
         )
-        hidden_BSD, stats = pools(config, name="pools")(hidden_BSD, expert_bias_GNE)
+        hidden_BSD, (stats, cache) = pools(config, name="pools")(hidden_BSD, start_B, expert_bias_GNE, cache)
 
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
         hidden_BSD = rms_norm(hidden_BSD, final_gain_D, model.norm_epsilon)
         output_VD = self.param("output", init, table_shape, jnp.float32).astype(hidden_BSD.dtype)
         logits_BSV = jnp.einsum("bsd,vd->bsv", hidden_BSD, output_VD, preferred_element_type=jnp.float32)
-        return logits_BSV, stats
+        return logits_BSV, stats, cache
 
 
 def forward(
@@ -183,4 +203,31 @@ def forward(
 ) -> tuple[jax.Array, RoutingStats]:
     """`Transformer` as a function of its parameters: logits `[B, S, V]` float32 and stacked `RoutingStats`."""
     output: Any = Transformer(config).apply({"params": params}, tokens_BS, expert_bias_GNE)
-    return output
+    logits_BSV, stats, _ = output
+    return logits_BSV, stats
+
+
+def empty_cache(config: Config, batch_size: int, length: int) -> KeyValueCache:
+    """A cache for `length` positions of `batch_size` rows, in the compute dtype."""
+    model = config.model
+    rows = (config.pool.groups, config.layers_per_pool, batch_size, length)
+    zeros = jnp.zeros((*rows, model.num_kv_heads, config.head_size), model.compute_dtype)
+    return KeyValueCache(zeros, zeros)
+
+
+def forward_cached(
+    config: Config,
+    params: Any,
+    tokens_BS: ArrayLike,
+    expert_bias_GNE: jax.Array,
+    cache: KeyValueCache,
+    start_B: jax.Array,
+) -> tuple[jax.Array, KeyValueCache]:
+    """`forward` for tokens that follow on those in `cache`: the same logits, float32 `[B, S, V]`, and the new cache.
+
+    Row b holds positions `start_B[b] .. start_B[b] + S - 1`, which must lie within the cache; the cache must hold all
+    positions before them. Tokens of padding behind a row are harmless if later calls overwrite them in order.
+    """
+    output: Any = Transformer(config).apply({"params": params}, tokens_BS, expert_bias_GNE, cache, start_B)
+    logits_BSV, _, cache = output
+    return logits_BSV, cache

@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from unipool_jax.config import Config, to_mapping
+from unipool_jax.training.step import BalanceState, init_state
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What a damaged checkpoint raises when it is read; anything else (out of memory, a lost device) is not its fault.
@@ -277,6 +278,13 @@ class Checkpoints:
             warnings.warn(message, stacklevel=3)
         if damaged:
             self._manager.reload()
+
+
+def restore_model(checkpoints: Checkpoints, config: Config, step: int) -> tuple[Any, BalanceState]:
+    """Parameters and balance state of one checkpoint, without its optimiser state; raises like `restore`."""
+    target = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    items = checkpoints.restore({"params": target.params, "balance": target.balance}, step).items
+    return items["params"], items["balance"]
 
 
 def _placed(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

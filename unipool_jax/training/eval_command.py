@@ -7,14 +7,12 @@ python eval.py checkpoint=runs/NAME/checkpoints/200 data.files=[article.txt] tra
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,11 +21,10 @@ from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_m
 from unipool_jax.corpus import open_corpus, open_texts
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
 from unipool_jax.kernels.implementations import platform_problem
-from unipool_jax.training.checkpoint import Checkpoints
+from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results
 from unipool_jax.training.metrics import plain_json
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
-from unipool_jax.training.step import init_state
 from unipool_jax.validation import validate
 
 _OVERRIDES = ("data.", "kernels.", "mesh.")
@@ -163,11 +160,7 @@ def _evaluate(
         raise RunError(
             f"data.tokenizer={config.data.tokenizer}: not the tokenizer that {checkpoints.path(step)} was trained with"
         )
-    target = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
-    items = checkpoints.restore({"params": target.params, "balance": target.balance}, step).items
+    params, balance = restore_model(checkpoints, config, step)
     evaluator = Evaluator(config, corpus, splits=list(splits.values()), limited=False)
-    results = {
-        name: evaluator.evaluate(items["params"], items["balance"], evaluator.fixed(split))
-        for name, split in splits.items()
-    }
+    results = {name: evaluator.evaluate(params, balance, evaluator.fixed(split)) for name, split in splits.items()}
     return {name: result for name, result in results.items() if result is not None}

@@ -1,0 +1,48 @@
+"""Our configuration as settings of the PyTorch twin; loads neither JAX nor PyTorch."""
+
+from __future__ import annotations
+
+from benchmarks.pytorch_baseline.settings import Settings
+from unipool_jax.config import Config
+
+
+def twin_settings(config: Config) -> Settings:
+    """The twin's settings that mean the same."""
+    model, moe, loss, optimizer = config.model, config.moe, config.loss, config.optimizer
+    return Settings(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        ffn_size=model.ffn_size,
+        vocab_size=model.vocab_size,
+        rope_base=model.rope_base,
+        norm_epsilon=model.norm_epsilon,
+        init_std=model.init_std,
+        dtype=model.compute_dtype,
+        recompute=model.remat,
+        router=moe.router,
+        num_pools=config.pool.groups,
+        experts_per_pool=config.experts_per_pool,
+        top_k=moe.top_k,
+        router_dtype=moe.router_dtype,
+        score_constant=moe.score_constant,
+        score_epsilon=moe.score_epsilon,
+        balance=loss.balance,
+        pool_statistics=loss.pool_statistics,
+        switch_coefficient=loss.switch_coefficient,
+        switch_group_sequences=loss.switch_group_sequences,
+        pool_coefficient=loss.pool_coefficient,
+        z_coefficient=loss.z_coefficient,
+        expert_bias_rate=loss.expert_bias_rate,
+        steps=config.train.steps,
+        microbatch_size=config.train.microbatch_size,
+        learning_rate=optimizer.learning_rate,
+        min_learning_rate=optimizer.min_learning_rate,
+        warmup_fraction=optimizer.warmup_fraction,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        epsilon=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay,
+        clip_norm=optimizer.clip_norm,
+    )

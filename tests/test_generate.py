@@ -1,0 +1,113 @@
+"""The command line of `python -m unipool_jax.generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from runner import overrides
+from unipool_jax.compose import compose_config
+from unipool_jax.config import ConfigError
+from unipool_jax.generate import GenerateRequest, generate_command, generate_texts, parse_request
+from unipool_jax.model.transformer import forward
+from unipool_jax.training import loop
+from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, restore_model
+from unipool_jax.training.entry import guarded
+from unipool_jax.training.run_folder import RunError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on bytes with 16 positions."""
+    place = tmp_path_factory.mktemp("generate")
+    assert loop.train(compose_config(overrides(place, "train.steps=10"))) == 0
+    return place / "runs" / "tiny"
+
+
+def test_every_setting_is_read_and_a_prompt_is_literal() -> None:
+    words = ["run=a/b", "prompt=1: [x] = ü", "prompt=two", "step=5", "max_tokens=3", "temperature=0.5", "top_p=1"]
+    assert parse_request([*words, "seed=9"]) == GenerateRequest(("1: [x] = ü", "two"), "a/b", 5, 3, 0.5, 1.0, 9)
+    assert parse_request(["prompt=x"]) == GenerateRequest(("x",))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("prompt=", "prompt=: no text"),
+        ("top_p=0", "top_p=0: expected more than 0 and at most 1"),
+        ("top_p=1.5", "top_p=1.5"),
+        ("top_p=nan", "top_p=nan"),
+        ("temperature=-1", "temperature=-1: expected 0"),
+        ("temperature=inf", "temperature=inf"),
+        ("max_tokens=0", "max_tokens=0: expected a whole number, 1 or more"),
+        ("max_tokens=two", "max_tokens=two"),
+        ("seed=-1", "seed=-1"),
+        ("seed=4294967296", "seed=4294967296"),
+        ("step=1.5", "step=1.5"),
+        ("run=", "run=: not understood"),
+        ("top_k=3", "top_k=3: not understood"),
+        ("words", "words: not understood; use prompt="),
+    ],
+)
+def test_a_bad_word_is_named_and_all_are_reported(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_request(["prompt=text", word, "max_tokens=-7"])
+    text = str(caught.value)
+    assert message in text
+    assert "max_tokens=-7" in text
+
+
+def test_without_a_prompt() -> None:
+    with pytest.raises(ConfigError, match="prompt=: no text"):
+        parse_request([])
+
+
+def test_no_run_no_step_and_too_many_positions(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run here"):
+        generate_texts(GenerateRequest(("x",), str(tmp_path / "missing")))
+    with pytest.raises(CheckpointError, match="step 3"):
+        generate_texts(GenerateRequest(("x",), str(folder), step=3))
+    with pytest.raises(
+        ConfigError, match=r"prompt='a{9}'.*max_tokens=8.*1 to 8.*16 positions \(data.sequence_length\)"
+    ):
+        generate_texts(GenerateRequest(("a" * 8, "a" * 9), str(folder), max_tokens=8))
+    assert guarded(lambda: generate_command([f"run={folder}", "prompt=x", "max_tokens=16"])) == 2
+
+
+def test_a_changed_tokenizer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unipool_jax.data.tokenizer.ByteTokenizer.sha256", "another")
+    with pytest.raises(RunError, match=r"data\.tokenizer=bytes"):
+        generate_texts(GenerateRequest(("x",), str(folder), max_tokens=2))
+
+
+def test_greedy_texts_are_those_of_the_checkpoint(folder: Path) -> None:
+    """Prompts of different lengths, up to the last position, against the forward pass token by token."""
+    prompts = ("pool exp", "é")
+    texts = generate_texts(GenerateRequest(prompts, str(folder), max_tokens=8, temperature=0))
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        config = compose_config(overrides(folder.parents[1], "train.steps=10"))
+        params, balance = restore_model(checkpoints, config, 10)
+    step = jax.jit(lambda tokens: forward(config, params, tokens, balance.expert_bias_GNE)[0])
+    for prompt, text in zip(prompts, texts, strict=True):
+        tokens = list(prompt.encode())
+        start = len(tokens)
+        for _ in range(8):
+            logits = step(np.pad(tokens, (0, 16 - len(tokens)))[None].astype(np.int32))
+            tokens.append(int(np.argmax(logits[0, len(tokens) - 1])))
+            if tokens[-1] == 256:
+                tokens.pop()
+                break
+        assert text == bytes(tokens[start:]).decode(errors="replace")
+
+
+def test_the_command_prints_prompts_with_their_texts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"run={folder.parent}/latest", "prompt=pool", "prompt=layer", "max_tokens=5", "seed=3"]
+    assert generate_command(words) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("pool")
+    assert f"\n{'-' * 40}\nlayer" in first
+    assert generate_command(words) == 0
+    assert capsys.readouterr().out == first
