@@ -30,7 +30,7 @@ demo: $(VENV)/core.stamp  ## Train the demo model, evaluate it, print a table; g
 	$(HUGE_PAGES) $(RUN) train.py run.name=demo
 
 test: lint typecheck  ## Check format, lint and types, then run the tests
-	$(RUN) -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/test.stamp  ## Run the minutes-long studies
 	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)
