@@ -15,7 +15,9 @@ from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
 from unipool_jax.moe.routing import Routing, RoutingStats
 
 TOKENS, WIDTH, HIDDEN, EXPERTS = 20, 6, 5, 4
-UNUSED = RoutingStats(jnp.zeros((1, EXPERTS), jnp.int32), jnp.zeros((1, EXPERTS)), jnp.zeros(()))
+UNUSED = RoutingStats(
+    jnp.zeros((1, EXPERTS), jnp.int32), jnp.zeros((1, EXPERTS)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+)
 
 
 def _operands(top_k: int, experts: np.ndarray | None = None) -> tuple[jax.Array, Bank, jax.Array, np.ndarray]:
@@ -62,7 +64,7 @@ def test_a_master_takes_the_gradient_of_the_bank_and_is_handed_on() -> None:
     hidden, bank, gates, experts = _operands(3)
     routing = Routing(jnp.asarray(experts, jnp.int32), gates, UNUSED)
     above = jax.tree.map(jnp.ones_like, bank)
-    (_, handed_on), pullback = jax.vjp(lambda bank, master: moe_ffn(hidden, routing, bank, master), bank, bank)
+    (_, handed_on), pullback = jax.vjp(lambda bank, master: moe_ffn(hidden, routing, bank, master)[:2], bank, bank)
     bank_grad, master_grad = pullback((jnp.ones_like(hidden), above))
     expected = jax.grad(lambda bank: jnp.sum(_loop(hidden, bank, gates, experts)))(bank)
     _compare(handed_on, bank)
@@ -79,6 +81,6 @@ def test_one_expert_may_take_every_token_as_the_dense_block_does() -> None:
 def test_the_dtype_of_the_hidden_states_is_kept() -> None:
     hidden, bank, gates, experts = _operands(1)
     routing = Routing(jnp.asarray(experts, jnp.int32), gates, UNUSED)
-    narrow, _ = moe_ffn(hidden.astype(jnp.bfloat16), routing, bank)
+    narrow, *_ = moe_ffn(hidden.astype(jnp.bfloat16), routing, bank)
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_allclose(narrow.astype(jnp.float32), moe_ffn(hidden, routing, bank)[0], rtol=0.1, atol=0.3)

@@ -13,18 +13,20 @@ MAX_LINES = 450
 
 # What each room may import of unipool_jax, besides itself.
 _SETTINGS = {"config", "compose", "validation"}
-_MODEL_SIDE = {"kernels", "moe", "model", "sharding", "training"} | _SETTINGS
+_MODEL_SIDE = {"kernels", "mesh", "moe", "model", "sharding", "training"} | _SETTINGS
 ALLOWED = {
     "kernels": set[str](),
     "data": set[str](),
     "config": set[str](),
     "compose": {"config"},
-    "validation": {"config"},
-    "moe": {"kernels"} | _SETTINGS,
-    "model": {"kernels", "moe"} | _SETTINGS,
-    "sharding": {"kernels", "moe", "model"} | _SETTINGS,
+    "ranges": set[str](),
+    "validation": {"config", "mesh", "ranges"},
+    "mesh": {"config"},
+    "moe": {"kernels", "mesh"} | _SETTINGS,
+    "model": {"kernels", "mesh", "moe"} | _SETTINGS,
+    "sharding": {"kernels", "mesh", "moe", "model"} | _SETTINGS,
     "corpus": {"data"} | _SETTINGS,
-    "training": {"kernels", "moe", "model", "sharding", "data", "corpus"} | _SETTINGS,
+    "training": {"kernels", "mesh", "moe", "model", "sharding", "data", "corpus"} | _SETTINGS,
     "analysis": _MODEL_SIDE | {"data", "corpus"},
     "planner": _MODEL_SIDE,
     "convert": _MODEL_SIDE | {"data"},

@@ -125,7 +125,7 @@ def test_route_matches_numpy(router: str, top_k: int) -> None:
         np.testing.assert_array_equal(found.stats.counts_AE[group], np.bincount(experts[part].reshape(-1), minlength=7))
         np.testing.assert_allclose(found.stats.score_sum_AE[group], expected[part].sum(0), rtol=1e-5)
     z_square = np.log(np.exp(logits.astype(np.float64)).sum(1)) ** 2
-    np.testing.assert_allclose(found.stats.z_square_sum, z_square.sum(), rtol=1e-5)
+    np.testing.assert_allclose(found.stats.z_square_sum_A.sum(), z_square.sum(), rtol=1e-5)
 
 
 def test_ties_go_to_the_lowest_index() -> None:

@@ -19,7 +19,8 @@ from tiny import METHODS
 from unipool_jax.compose import compose_config
 from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
 from unipool_jax.training.step import init_state
-from unipool_jax.validation import RANGES, Range, problems, validate
+from unipool_jax.ranges import RANGES, Range
+from unipool_jax.validation import problems, validate
 
 DEMO = compose_config([])
 COMPOSED = {method: compose_config([f"method={method}"]) for method in METHODS}

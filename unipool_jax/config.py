@@ -186,16 +186,40 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device-mesh axes."""
+    """The device mesh: sizes of its axes, whose product is the number of devices, and how experts use it."""
 
-    data: int = 1
-    """Batch parallelism."""
+    data: int = -1
+    """Batch parallelism. -1, allowed for one axis, means what the other axes leave of the devices."""
     fsdp: int = 1
-    """Batch parallelism with sharded parameters."""
+    """Batch parallelism with parameters and optimiser state sharded over model width."""
     expert: int = 1
-    """Expert parallelism."""
+    """Expert parallelism: batch parallelism with the experts of each pool dealt out over devices."""
     tensor: int = 1
-    """Tensor parallelism."""
+    """Tensor parallelism over attention heads, expert width and vocabulary."""
+    transport: Literal["auto", "all_gather", "ragged"] = "auto"
+    """How tokens reach experts on other devices: gather all tokens of the expert group (works everywhere), or send
+    each to its expert with a ragged all-to-all (TPU and GPU); `auto` takes `ragged` where it exists."""
+    receive_factor: float = 3.0
+    """Rows a device can receive in one layer, over the mean; the size of the expert group is always enough."""
+    overflow: Literal["stop", "drop"] = "stop"
+    """When more rows arrive: stop with a report, or count them as `overflow` and go on without their experts."""
+    expert_placement: Literal["contiguous", "measured"] = "contiguous"
+    """Which experts share a device: neighbours, or, when a run is resumed, those whose loads in its last evaluation
+    even out over devices layer by layer. Checkpoints and metrics keep the order of the experts."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, one per host or per device. On Slurm, Open MPI, Cloud TPU and GKE nothing need be set."""
+
+    coordinator: str | None = None
+    """Address host:port of process 0; set it, num_processes and process_id where nothing announces them."""
+    num_processes: int | None = None
+    """Processes in all, with `coordinator`."""
+    process_id: int | None = None
+    """Number of this process from 0, with `coordinator`."""
+    timeout_seconds: int = 60
+    """A process not heard from for this long is taken for dead, and the others stop."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +256,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     run: RunConfig = field(default_factory=RunConfig)
     scale_name: str = "custom"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipool_jax.config import ModelConfig
+from unipool_jax.mesh import constrain, gathered
 
 _QUERY_BLOCKS = 4
 """Blocks of queries in `causal_attention`: 4 skip three eighths of all scores; 8 were no faster."""
@@ -98,7 +99,8 @@ class Attention(nn.Module):
 
         def project(name: str, num_heads: int) -> jax.Array:
             weights_DC = self.param(name, init, (width, num_heads * head_size), jnp.float32).astype(dtype)
-            return (hidden_BSD @ weights_DC).reshape(batch, length, num_heads, head_size)
+            heads_BSHC = (hidden_BSD @ gathered(weights_DC, "embed", "heads")).reshape(batch, length, -1, head_size)
+            return constrain(heads_BSHC, "batch", None, "heads", None)
 
         positions = jnp.arange(length) if start_B is None else start_B[:, None] + jnp.arange(length)
         query = rotate(project("query", config.num_heads), positions, config.rope_base)
@@ -111,4 +113,4 @@ class Attention(nn.Module):
             seen_B1ST = jnp.arange(cache.key_BTHC.shape[1]) <= positions[:, None, :, None]
             mixed_BSHC = jax.nn.dot_product_attention(query, *cache, mask=seen_B1ST)
         output_DD = self.param("output", init_output, (width, width), jnp.float32).astype(dtype)
-        return mixed_BSHC.reshape(hidden_BSD.shape) @ output_DD, cache
+        return mixed_BSHC.reshape(hidden_BSD.shape) @ gathered(output_DD, "heads", "embed"), cache

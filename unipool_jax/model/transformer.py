@@ -15,9 +15,10 @@ from jax.typing import ArrayLike
 
 from unipool_jax.config import Config
 from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.mesh import GATHERED, active, constrain, gathered
 from unipool_jax.model.attention import Attention, KeyValueCache
 from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
-from unipool_jax.moe.pool import ExpertPool
+from unipool_jax.moe.pool import ExpertPool, gathered_bank, gradient_master
 from unipool_jax.moe.routing import RoutingStats, norm_constant, route, scores
 
 
@@ -41,15 +42,16 @@ class MixtureBlock(nn.Module):
         self, hidden_BSD: jax.Array, bank: Bank, master: Bank | None, expert_bias_E: jax.Array
     ) -> tuple[jax.Array, Bank | None, RoutingStats]:
         config, moe = self.config, self.config.moe
-        batch = hidden_BSD.shape[0]
-        hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+        batch, length, width = hidden_BSD.shape
+        hidden_ND = constrain(hidden_BSD.reshape(-1, width), "batch", None)
         if moe.router == "none":
             output_ND = dense_ffn(hidden_ND, bank)
-            return output_ND.reshape(hidden_BSD.shape), master, _no_routing(hidden_ND.shape[0])
+            return output_ND.reshape(hidden_BSD.shape), master, _no_routing(batch, length)
 
-        num_experts, width = config.experts_per_pool, config.model.hidden_size
+        num_experts = config.experts_per_pool
         init = nn.initializers.normal(config.model.init_std)
         router_ED = self.param("router", init, (num_experts, width), jnp.float32).astype(hidden_ND.dtype)
+        router_ED = gathered(router_ED, None, "embed")
         logits_NE = jnp.einsum("nd,ed->ne", hidden_ND, router_ED, preferred_element_type=jnp.float32)
         logits_NE = logits_NE.astype(moe.router_dtype)
 
@@ -58,26 +60,27 @@ class MixtureBlock(nn.Module):
             scale = self.param("scale", nn.initializers.ones, (), jnp.float32)
             if moe.score_constant == "monte_carlo":
                 constant = norm_constant(num_experts, moe.top_k)
-        # A training micro-batch is whole groups (validated); elsewhere the statistics of groups are not used.
-        group_sequences = min(config.loss.switch_group_sequences, batch)
         routing = route(
             scores(logits_NE, moe.router, scale, constant, moe.score_epsilon),
             logits_NE,
             router=moe.router,
             top_k=moe.top_k,
-            num_stat_groups=batch // group_sequences if batch % group_sequences == 0 else 1,
+            num_stat_groups=batch,
             expert_bias_E=expert_bias_E if config.loss.balance == "expert_bias" else None,
         )
-        output_ND, master = moe_ffn(hidden_ND, routing, bank, master, config.kernels.implementation)
-        return output_ND.reshape(hidden_BSD.shape), master, routing.stats
+        output_ND, master, overflow_X = moe_ffn(
+            hidden_ND, routing, bank, master, config.kernels.implementation, config.mesh
+        )
+        return output_ND.reshape(hidden_BSD.shape), master, routing.stats._replace(overflow_X=overflow_X)
 
 
-def _no_routing(num_tokens: int) -> RoutingStats:
+def _no_routing(batch: int, length: int) -> RoutingStats:
     """Statistics of a layer whose one expert takes every token."""
     return RoutingStats(
-        counts_AE=jnp.full((1, 1), num_tokens, jnp.int32),
-        score_sum_AE=jnp.zeros((1, 1), jnp.float32),
-        z_square_sum=jnp.zeros((), jnp.float32),
+        counts_AE=jnp.full((batch, 1), length, jnp.int32),
+        score_sum_AE=jnp.zeros((batch, 1), jnp.float32),
+        z_square_sum_A=jnp.zeros((batch,), jnp.float32),
+        overflow_X=jnp.zeros((1,), jnp.int32),
     )
 
 
@@ -106,7 +109,7 @@ class Layer(nn.Module):
         normed_BSD = rms_norm(hidden_BSD, ffn_gain_D, model.norm_epsilon)
         mixture = nn.remat(MixtureBlock, prevent_cse=False) if model.remat == "moe" else MixtureBlock
         output_BSD, master, stats = mixture(self.config, name="mixture")(normed_BSD, bank, master, expert_bias_E)
-        return (hidden_BSD + output_BSD, master), (stats, cache)
+        return (constrain(hidden_BSD + output_BSD, "batch", None, None), master), (stats, cache)
 
 
 class PoolStage(nn.Module):
@@ -121,7 +124,8 @@ class PoolStage(nn.Module):
         start_B: jax.Array | None,
         expert_bias_NE: jax.Array,
         cache: KeyValueCache | None,
-    ) -> tuple[jax.Array, tuple[RoutingStats, KeyValueCache | None]]:
+        master: Bank | None,
+    ) -> tuple[jax.Array, tuple[RoutingStats, KeyValueCache | None, Bank | None]]:
         config, model = self.config, self.config.model
         bank = ExpertPool(
             num_experts=config.experts_per_pool,
@@ -131,12 +135,14 @@ class PoolStage(nn.Module):
             num_layers=model.num_layers,
             name="bank",
         )()
-        master = None
-        if config.layers_per_pool > 1:
+        routed, given = config.moe.router != "none", master is not None
+        if given:
+            bank = gathered_bank(bank, model.compute_dtype)
+        elif routed and (config.layers_per_pool > 1 or active() is not None):
             # Gradients reach a shared bank through `master`, which the scan carries, so that backward one float32
             # buffer collects them; closing over the bank would create and add a gradient of full size for every layer.
-            # A bank of one layer is closed over: adding its gradient to zeros costs more than just writing it.
-            master, bank = bank, jax.lax.stop_gradient(bank.astype(model.compute_dtype))
+            # On one device a bank of one layer is closed over: adding its gradient to zeros costs more than writing it.
+            master, bank = gradient_master(bank), gathered_bank(bank, model.compute_dtype)
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False) if model.remat == "full" else Layer,
             variable_axes={"params": 0},
@@ -145,7 +151,7 @@ class PoolStage(nn.Module):
             length=config.layers_per_pool,
         )
         carry, by_layer = layers(config, name="layers")((hidden_BSD, master), bank, start_B, expert_bias_NE, cache)
-        return carry[0], by_layer
+        return carry[0], (*by_layer, carry[1] if given else None)
 
 
 class Transformer(nn.Module):
@@ -164,7 +170,8 @@ class Transformer(nn.Module):
         expert_bias_GNE: jax.Array,
         cache: KeyValueCache | None = None,
         start_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, RoutingStats, KeyValueCache | None]:
+        master: Bank | None = None,
+    ) -> tuple[jax.Array, RoutingStats, KeyValueCache | None, Bank | None]:
         """Logits of the next token at every position, routing statistics, and the cache with these tokens in it.
 
         Args:
@@ -172,39 +179,64 @@ class Transformer(nn.Module):
           expert_bias_GNE: selection bias, float32; used when loss.balance is `expert_bias`.
           cache: of the positions before, `[G, L/G, B, T, H, C]`; None: the tokens are all there is.
           start_B: with a cache, the position of each row's first token, int32.
+          master: for G = 1, `[1, ...]`, what carries gradients to the bank (which then has none); see `pool`.
 
         Returns:
-          Logits, float32 `[B, S, V]` over the padded vocabulary, `RoutingStats` stacked to `[G, L/G, ...]`, the cache.
+          Logits, float32 `[B, S, V]` over the padded vocabulary, `RoutingStats` stacked to `[G, L/G, ...]`, the cache,
+          and the masters of the pools.
         """
         config, model = self.config, self.config.model
         init = nn.initializers.normal(model.init_std)
         table_shape = (model.vocab_size, model.hidden_size)
         embedding_VD = self.param("embedding", init, table_shape, jnp.float32)
-        hidden_BSD = embedding_VD[tokens_BS].astype(model.compute_dtype)
+        # Gathered whole: looking rows up in a table that is split along its rows or its width moves activations.
+        embedding_VD = constrain(embedding_VD.astype(model.compute_dtype), None, None)
+        hidden_BSD = constrain(embedding_VD[tokens_BS], "batch", None, None)
 
+        mesh, stage = active(), PoolStage
+        if mesh is not None and mesh.shape["fsdp"] > 1 and config.pool.groups > 1:
+            kept = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+            stage = nn.remat(PoolStage, prevent_cse=False, policy=kept)
         pools = nn.scan(
-            PoolStage,
+            stage,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, 0, 0, 0),
             length=config.pool.groups,
         )
-        hidden_BSD, (stats, cache) = pools(config, name="pools")(hidden_BSD, start_B, expert_bias_GNE, cache)
+        hidden_BSD, (stats, cache, master) = pools(config, name="pools")(
+            hidden_BSD, start_B, expert_bias_GNE, cache, master
+        )
 
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
         hidden_BSD = rms_norm(hidden_BSD, final_gain_D, model.norm_epsilon)
         output_VD = self.param("output", init, table_shape, jnp.float32).astype(hidden_BSD.dtype)
+        output_VD = gathered(output_VD, "vocab", "embed")
         logits_BSV = jnp.einsum("bsd,vd->bsv", hidden_BSD, output_VD, preferred_element_type=jnp.float32)
-        return logits_BSV, stats, cache
+        # Groups of the Switch loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
+        batch, sequences = tokens_BS.shape[0], config.loss.switch_group_sequences
+        stats = stats.grouped(batch // sequences if batch % sequences == 0 else 1)
+        return constrain(logits_BSV, "batch", None, "vocab"), stats, cache, master
 
 
 def forward(
     config: Config, params: Any, tokens_BS: ArrayLike, expert_bias_GNE: jax.Array
 ) -> tuple[jax.Array, RoutingStats]:
     """`Transformer` as a function of its parameters: logits `[B, S, V]` float32 and stacked `RoutingStats`."""
-    output: Any = Transformer(config).apply({"params": params}, tokens_BS, expert_bias_GNE)
-    logits_BSV, stats, _ = output
-    return logits_BSV, stats
+    return forward_sharing(config, params, tokens_BS, expert_bias_GNE, None)[:2]
+
+
+def forward_sharing(
+    config: Config, params: Any, tokens_BS: ArrayLike, expert_bias_GNE: jax.Array, master: Bank | None
+) -> tuple[jax.Array, RoutingStats, Bank | None]:
+    """`forward` of a model with one pool whose bank is a constant: gradients reach it through `master` `[1, ...]`.
+
+    Returns:
+      What `forward` returns, and `master`, for the next micro-batch; None is handed on as None.
+    """
+    output: Any = Transformer(config).apply({"params": params}, tokens_BS, expert_bias_GNE, master=master)
+    logits_BSV, stats, _, master = output
+    return logits_BSV, stats, master
 
 
 def empty_cache(config: Config, batch_size: int, length: int) -> KeyValueCache:
@@ -229,5 +261,5 @@ def forward_cached(
     positions before them. Tokens of padding behind a row are harmless if later calls overwrite them in order.
     """
     output: Any = Transformer(config).apply({"params": params}, tokens_BS, expert_bias_GNE, cache, start_B)
-    logits_BSV, _, cache = output
+    logits_BSV, _, cache, _ = output
     return logits_BSV, cache

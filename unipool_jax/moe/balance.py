@@ -51,7 +51,7 @@ def pool_loss(stats: RoutingStats, load_GE: jax.Array, tokens: int, coefficient:
 
 def z_loss(stats: RoutingStats, tokens: int, coefficient: float) -> jax.Array:
     """`coefficient` x mean over tokens of the squared logsumexp of the router logits, summed over layers."""
-    return coefficient * jnp.sum(stats.z_square_sum) / tokens
+    return coefficient * jnp.sum(stats.z_square_sum_A) / tokens
 
 
 def updated_expert_bias(bias_GNE: jax.Array, counts_GNE: jax.Array, rate: float) -> jax.Array:

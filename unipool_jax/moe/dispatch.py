@@ -1,34 +1,31 @@
-"""Tokens to experts and back, without dropping any."""
+"""One mixture layer: tokens to their experts and back, on one device or over a mesh."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from unipool_jax.kernels.group_plan import make_group_plan, sort_by_group
+from unipool_jax.config import MeshConfig
+from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
+from unipool_jax.mesh import RULES, active, gathered, spec, whole
+from unipool_jax.moe.pool import BANK_AXES
 from unipool_jax.moe.routing import Routing
+from unipool_jax.moe.transport import CARRIERS, Transport
 
 
-@jax.custom_vjp
-def _permute_rows(rows_RD: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    """`rows[order]` for a permutation; its gradient is a gather too, where autodiff would scatter."""
-    return rows_RD[order_R]
-
-
-def _permute_forward(
-    rows_RD: jax.Array, order_R: jax.Array, inverse_R: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return rows_RD[order_R], (order_R, inverse_R)
-
-
-def _permute_backward(saved: tuple[jax.Array, jax.Array], grad_RD: jax.Array) -> tuple[jax.Array, None, None]:
-    _, inverse_R = saved
-    return grad_RD[inverse_R], None, None
-
-
-_permute_rows.defvjp(_permute_forward, _permute_backward)
+def transport_for(config: MeshConfig, expert_devices: int) -> Transport:
+    """The transport of a mesh whose expert axis has this many devices; `auto` goes by the mesh's platform."""
+    if expert_devices == 1:
+        return "local"
+    if config.transport != "auto":
+        return config.transport
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    platform = device.platform if device else jax.default_backend()
+    return "all_gather" if platform == "cpu" else "ragged"
 
 
 def moe_ffn(
@@ -37,44 +34,70 @@ def moe_ffn(
     bank: Bank,
     master: Bank | None = None,
     implementation: Implementation = "auto",
-) -> tuple[jax.Array, Bank | None]:
+    mesh_config: MeshConfig | None = None,
+) -> tuple[jax.Array, Bank | None, jax.Array]:
     """Sum over each token's k experts of gate times expert output, and `master` for the next layer of the pool.
 
     The N k (token, slot) pairs are sorted by expert, pass through the grouped feed-forward, and are put back; an expert
-    with no token, or with all of them, is legal.
+    with no token, or with all of them, is legal. Over a mesh, tokens and experts are dealt out over devices, tokens
+    travel (see `transport`), and expert width is split over the tensor axis.
 
     Args:
       hidden_ND: router input.
       routing: experts and gates of each token.
       bank: the experts, in the dtype of `hidden_ND`, or in float32 where there is no `master`.
-      master: where layers share the bank, the float32 parameters behind it. They receive the gradient, and `bank`
-        none: see `accumulating_ffn`.
+      master: where layers share the bank, and over a mesh always, what carries gradients to its float32 parameters
+        (`bank` then has none): see `accumulating_ffn` and `pool.gradient_master`.
       implementation: see `kernels.implementations`.
+      mesh_config: transport and size of receive buffers; None is the default.
 
     Returns:
-      `[N, D]` in the dtype of `hidden_ND`, and `master`.
+      `[N, D]` in the dtype of `hidden_ND`; `master`; and rows that overflowed a receive buffer, int32, one number for
+      each part of the batch.
     """
-    num_tokens, top_k = routing.experts_NK.shape
+    config = mesh_config or MeshConfig()
     num_experts = bank.gate_EDF.shape[0]
-    num_rows = num_tokens * top_k
+    mesh = active()
 
-    order_R, group_sizes_E = sort_by_group(routing.experts_NK.reshape(num_rows), num_experts)
-    inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(num_rows, dtype=order_R.dtype), unique_indices=True)
-    plan = make_group_plan(group_sizes_E, num_rows, implementation=implementation)
+    def layer(
+        hidden_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array, bank: Bank, master: Bank | None
+    ) -> tuple[jax.Array, Bank | None, jax.Array]:
+        def compute(rows_RD: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, Bank | None]:
+            plan = make_group_plan(sizes_E, rows_RD.shape[0], implementation=implementation)
+            if master is None:
+                return grouped_ffn(rows_RD, bank, plan), None
+            return accumulating_ffn(rows_RD, bank, master, plan)
 
-    slots_RD = jnp.repeat(hidden_ND, top_k, axis=0) if top_k > 1 else hidden_ND
-    sorted_RD = _permute_rows(slots_RD, order_R, inverse_R)
+        carrier = CARRIERS[transport_for(config, 1 if mesh is None else mesh.shape["expert"])]
+        carried = carrier(hidden_ND, experts_NK, gates_NK, compute, num_experts, config.receive_factor)
+        return carried.output_ND, carried.master, carried.overflow[None]
+
+    if mesh is None:
+        return layer(hidden_ND, routing.experts_NK, routing.gates_NK, bank, master)
     if master is None:
-        expert_RD = grouped_ffn(sorted_RD, bank, plan)
-    else:
-        expert_RD, master = accumulating_ffn(sorted_RD, bank, master, plan)
-    output_NKD = _permute_rows(expert_RD, inverse_R, order_R).reshape(num_tokens, top_k, -1)
-    weighted_NKD = routing.gates_NK[:, :, None] * output_NKD.astype(jnp.float32)
-    return jnp.sum(weighted_NKD, axis=1).astype(hidden_ND.dtype), master
+        raise ValueError("over a mesh the bank needs a master: see pool.gradient_master")
+
+    def on_device(
+        hidden_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array, bank: Bank, master: Bank
+    ) -> tuple[jax.Array, Bank, jax.Array]:
+        own = Bank(*(copies[0] for copies in master))
+        output_ND, own, overflow = layer(hidden_ND, experts_NK, gates_NK, bank, own)
+        assert own is not None
+        return jax.lax.psum(output_ND, "tensor"), Bank(*(grads[None] for grads in own)), overflow
+
+    tokens = PartitionSpec(RULES["batch"])
+    banks = Bank(*(spec(*whole(axes)) for axes in BANK_AXES))
+    masters = Bank(*(spec("copies", *whole(axes)) for axes in BANK_AXES))
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(tokens, tokens, tokens, banks, masters), out_specs=(tokens, masters, tokens)
+    )(hidden_ND, routing.experts_NK, routing.gates_NK, bank, master)
 
 
 def dense_ffn(hidden_ND: jax.Array, bank: Bank) -> jax.Array:
     """The feed-forward block of the dense model: a bank of one expert that every token visits, `[N, D]`."""
-    gate_DF, up_DF, down_FD = (weights[0].astype(hidden_ND.dtype) for weights in bank)
+    placed = (
+        gathered(weights[0].astype(hidden_ND.dtype), *axes[1:]) for weights, axes in zip(bank, BANK_AXES, strict=True)
+    )
+    gate_DF, up_DF, down_FD = placed
     gated_NF = jax.nn.silu((hidden_ND @ gate_DF).astype(jnp.float32)).astype(hidden_ND.dtype)
     return (gated_NF * (hidden_ND @ up_DF)) @ down_FD

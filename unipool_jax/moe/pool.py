@@ -1,13 +1,18 @@
-"""The expert bank: one set of SwiGLU experts per pool."""
+"""The expert bank: one set of SwiGLU experts per pool, and its layout over a device mesh."""
 
 from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.mesh import active, constrain, gathered, shards, spec, whole
+
+BANK_AXES = Bank(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
+"""Logical axes of the parameters of a bank, see `mesh.RULES`."""
 
 
 class ExpertPool(nn.Module):
@@ -35,3 +40,51 @@ class ExpertPool(nn.Module):
             self.param("up", init, wide, jnp.float32),
             self.param("down", init_down, narrow, jnp.float32),
         )
+
+
+def gathered_bank(bank: Bank, dtype: jax.typing.DTypeLike) -> Bank:
+    """The experts as products use them, without a gradient: in `dtype`, whole along the fsdp axis.
+
+    Over a mesh this is the one collective that moves experts forward: an all-gather of each device's own experts.
+    """
+    narrow = jax.lax.stop_gradient(bank.astype(dtype))
+    return Bank(*(gathered(weights, *axes) for weights, axes in zip(narrow, BANK_AXES, strict=True)))
+
+
+@jax.custom_vjp
+def gradient_master(bank: Bank) -> Bank:
+    """The `master` of `moe_ffn` for the layers that use `bank`: through it their gradients reach the parameters.
+
+    On one device it is the bank itself. Over a mesh each device needs a place of its own where the gradients of its
+    rows add up over layers: arrays `[C, E, ...]` with one copy for each of the C devices that share an expert, of
+    value zero, as nobody reads them. The derivative sums over the copies, scattering over the fsdp axis: one
+    collective for all layers, where differentiating the bank itself would need one for each.
+    """
+    mesh = active()
+    if mesh is None:
+        return bank
+    copies = shards(mesh, "copies")
+    zeros = Bank(*(jnp.zeros((copies, *weights.shape), jnp.float32) for weights in bank))
+    return Bank(*(constrain(z, "copies", *whole(a)) for z, a in zip(zeros, BANK_AXES, strict=True)))
+
+
+def _master_forward(bank: Bank) -> tuple[Bank, None]:
+    return gradient_master(bank), None
+
+
+def _master_backward(_: None, grads: Bank) -> tuple[Bank]:
+    mesh = active()
+    if mesh is None:
+        return (grads,)
+
+    def total(grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        def on_device(local: jax.Array) -> jax.Array:
+            part = jax.lax.psum_scatter(local[0], "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
+            return jax.lax.psum(part, "data")
+
+        return jax.shard_map(on_device, mesh=mesh, in_specs=spec("copies", *whole(axes)), out_specs=spec(*axes))(grad)
+
+    return (Bank(*(total(grad, axes) for grad, axes in zip(grads, BANK_AXES, strict=True))),)
+
+
+gradient_master.defvjp(_master_forward, _master_backward)

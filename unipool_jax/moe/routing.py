@@ -32,8 +32,23 @@ class RoutingStats(NamedTuple):
     """Choices (token, slot) that went to each expert, int32 `[A, E]`."""
     score_sum_AE: jax.Array
     """Scores summed over the tokens of the group, float32 `[A, E]`; carries gradient."""
-    z_square_sum: jax.Array
-    """Squared logsumexp of the logits summed over tokens, float32 scalar; carries gradient."""
+    z_square_sum_A: jax.Array
+    """Squared logsumexp of the logits summed over the tokens of the group, float32 `[A]`; carries gradient."""
+
+    overflow_X: jax.Array
+    """Rows that no receive buffer had place for, int32, one number for each of X parts of the batch; filled in by
+    whoever dispatches the rows."""
+
+    def grouped(self, num_groups: int) -> RoutingStats:
+        """Statistics of fewer groups, each of equally many neighbouring ones; any leading axes."""
+
+        def add(values: jax.Array, axis: int) -> jax.Array:
+            axis = values.ndim + axis
+            shape = (*values.shape[:axis], num_groups, -1, *values.shape[axis + 1 :])
+            return jnp.sum(values.reshape(shape), axis=axis + 1)
+
+        counts, score_sum, z_square_sum, overflow = self
+        return RoutingStats(add(counts, -2), add(score_sum, -2), add(z_square_sum, -1), overflow)
 
 
 class Routing(NamedTuple):
@@ -147,7 +162,10 @@ def route(
         score_sum_AE=jnp.sum(
             scores_NE.astype(jnp.float32).reshape(num_stat_groups, tokens_per_group, num_experts), axis=1
         ),
-        z_square_sum=jnp.sum(jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1))),
+        z_square_sum_A=jnp.sum(
+            jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1)).reshape(num_stat_groups, -1), axis=1
+        ),
+        overflow_X=jnp.zeros((1,), jnp.int32),
     )
     return Routing(experts_NK, gates_NK, stats)
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from unipool_jax.config import Config
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.model.transformer import Transformer, forward
+from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.mesh import constrain
+from unipool_jax.model.transformer import Transformer, forward, forward_sharing
 from unipool_jax.moe.balance import load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
+from unipool_jax.moe.pool import gathered_bank, gradient_master
 from unipool_jax.moe.routing import RoutingStats
+from unipool_jax.sharding import replicated, state_shardings
 from unipool_jax.training.optimizer import make_optimizer, make_schedule
 
 Metrics = dict[str, jax.Array]
@@ -81,20 +87,52 @@ def counts_before_gradient(config: Config) -> bool:
     return exact and config.num_microbatches > 1
 
 
+def without_bank(params: Any) -> tuple[Any, Bank]:
+    """Parameters of a model with one pool, without its bank; and the bank, `[E, ...]`."""
+    rest, pools = dict(params), dict(params["pools"])
+    bank = pools.pop("bank")
+    return rest | {"pools": pools}, Bank(bank["gate"][0], bank["up"][0], bank["down"][0])
+
+
+def with_bank(params: Any, bank: Bank) -> Any:
+    """The inverse of `without_bank`, for parameters or gradients."""
+    weights = {"gate": bank.gate_EDF[None], "up": bank.up_EDF[None], "down": bank.down_EFD[None]}
+    return params | {"pools": params["pools"] | {"bank": weights}}
+
+
 def token_losses(logits_BSV: jax.Array, targets_BS: ArrayLike) -> jax.Array:
     """Cross-entropy in nats of every position over the padded vocabulary, float32 `[B, S]`."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS)
+    # A masked sum, not a gather: over a mesh the vocabulary may be split.
+    chosen_BSV = jnp.arange(logits_BSV.shape[-1]) == jnp.asarray(targets_BS)[..., None]
+    picked_BS = jnp.sum(jnp.where(chosen_BSV, logits_BSV, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits_BSV, axis=-1) - picked_BS
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted training step; it donates the state it is given.
+def state_shapes(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """Shapes and dtypes of the training state, with the shardings of `mesh`; no memory is used."""
+    shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    if mesh is None:
+        return shapes
+    placed: TrainState = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(config, mesh, shapes),
+    )
+    return placed
+
+
+def make_train_step(
+    config: Config, mesh: Mesh | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted training step; it donates the state it is given. With a mesh, call it under `jax.set_mesh(mesh)`.
 
     The batch is worked through in `train.batch_size / train.microbatch_size` micro-batches. Losses, gradients and
     balance statistics are those of the whole batch, whatever the number of micro-batches. When the loss or a gradient
-    is not finite, parameters, optimiser and balance state stay as they were and only the step count moves on.
+    is not finite, or rows overflow a receive buffer and `mesh.overflow=stop`, parameters, optimiser and balance state
+    stay as they were and only the step count moves on.
 
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), `grad_norm`, `learning_rate`, `finite`
-    (bool), `counts_LE` (int32) and, with NormRouter, `router_scale_L`.
+    (bool), `overflow` (rows, int32), `counts_LE` (int32) and, with NormRouter, `router_scale_L`.
     """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = make_schedule(config.optimizer, config.train.steps)
@@ -102,10 +140,20 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     micro_tokens = config.train.microbatch_size * config.data.sequence_length
     delayed_pool_loss = loss_config.balance == "pool" and loss_config.pool_statistics == "previous"
 
+    # The bank that all layers share is gathered, and its gradient scattered, once a step: see `pool`.
+    one_pool = config.pool.groups == 1 and config.moe.router != "none"
+
     def micro_loss(
-        params: Any, micro: Batch, expert_bias: jax.Array, load_GE: jax.Array | None, total_weight: jax.Array
-    ) -> tuple[jax.Array, tuple[Metrics, RoutingStats]]:
-        logits_BSV, stats = forward(config, params, micro.inputs, expert_bias)
+        params: Any,
+        master: Bank | None,
+        fixed: Bank | None,
+        micro: Batch,
+        expert_bias: jax.Array,
+        load_GE: jax.Array | None,
+        total_weight: jax.Array,
+    ) -> tuple[tuple[jax.Array, Bank | None], tuple[Metrics, RoutingStats]]:
+        params = params if fixed is None else with_bank(params, fixed)
+        logits_BSV, stats, master = forward_sharing(config, params, micro.inputs, expert_bias, master)
         losses_BS = token_losses(logits_BSV, micro.targets)
         # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
         lm = jnp.sum(losses_BS * micro.weights) * num_micro / total_weight
@@ -118,10 +166,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             balance = pool_loss(stats, load, micro_tokens, loss_config.pool_coefficient)
         z = z_loss(stats, micro_tokens, loss_config.z_coefficient)
         total = lm + balance + z
-        metrics = {"loss/lm": lm, "loss/balance": balance, "loss/z": z, "loss/total": total}
-        return total, (metrics, jax.lax.stop_gradient(stats))
-
-    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+        overflow = jnp.sum(stats.overflow_X)
+        metrics = {"loss/lm": lm, "loss/balance": balance, "loss/z": z, "loss/total": total, "overflow": overflow}
+        return (total, master), (metrics, jax.lax.stop_gradient(stats))
 
     def whole_batch_load(params: Any, micros: Batch, expert_bias: jax.Array) -> jax.Array:
         """Share of choices per expert over all micro-batches."""
@@ -137,39 +184,67 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         """Gradients and losses averaged over micro-batches, counts `[G, N, E]`, and the last micro-batch's load."""
         total_weight = jnp.sum(batch.weights)
         bias, previous_GE = state.balance.expert_bias_GNE, state.balance.previous_load_GE
+        params, fixed, master = state.params, None, None
+        if one_pool:
+            params, bank = without_bank(state.params)
+            fixed = gathered_bank(bank, config.model.compute_dtype)
+            master, to_bank = jax.vjp(gradient_master, bank)
+            master = jax.tree.map(lambda leaf: leaf[None], master)
+
+        def gradients(running: Bank | None, micro: Batch, load_GE: jax.Array | None) -> Any:
+            """Gradients of one micro-batch, those of a shared bank added to `running`; metrics, statistics."""
+            function = functools.partial(
+                micro_loss, fixed=fixed, micro=micro, expert_bias=bias, load_GE=load_GE, total_weight=total_weight
+            )
+            _, pullback, (metrics, stats) = jax.vjp(function, params, master, has_aux=True)
+            grads, running = pullback((jnp.full((), 1 / num_micro, jnp.float32), running))
+            return grads, running, metrics, stats
+
+        running = jax.tree.map(jnp.zeros_like, master)
         if num_micro == 1:
             load = previous_GE if delayed_pool_loss else None
-            (_, (metrics, stats)), grads = gradient(state.params, batch, bias, load, total_weight)
-            return grads, metrics, jnp.sum(stats.counts_AE, axis=2), load_fractions(stats.counts_AE)
+            grads, running, metrics, stats = gradients(running, batch, load)
+            counts_GNE, load_GE = jnp.sum(stats.counts_AE, axis=2), load_fractions(stats.counts_AE)
+        else:
+            micros = jax.tree.map(
+                lambda x: constrain(x.reshape(num_micro, -1, *x.shape[1:]), None, "batch", *(None,) * (x.ndim - 1)),
+                batch,
+            )
+            counted_before = counts_before_gradient(config)
+            if counted_before:
+                previous_GE = whole_batch_load(state.params, micros, bias)
 
-        micros = jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[1:]), batch)
-        counted_before = counts_before_gradient(config)
-        if counted_before:
-            previous_GE = whole_batch_load(state.params, micros, bias)
+            def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
+                grads, running, metrics, counts_GNE, load_GE = carry
+                micro_grads, running, micro_metrics, stats = gradients(running, micro, load_GE)
+                return (
+                    jax.tree.map(jnp.add, grads, micro_grads),
+                    running,
+                    {name: metrics[name] + value for name, value in micro_metrics.items()},
+                    counts_GNE + jnp.sum(stats.counts_AE, axis=2),
+                    load_GE if counted_before else load_fractions(stats.counts_AE),
+                ), None
 
-        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
-            grads, metrics, counts_GNE, load_GE = carry
-            (_, (micro_metrics, stats)), micro_grads = gradient(state.params, micro, bias, load_GE, total_weight)
-            sums, parts = (grads, metrics), (micro_grads, micro_metrics)
-            return (
-                *jax.tree.map(lambda total, part: total + part / num_micro, sums, parts),
-                counts_GNE + jnp.sum(stats.counts_AE, axis=2),
-                load_GE if counted_before else load_fractions(stats.counts_AE),
-            ), None
-
-        zero_metrics = dict.fromkeys(("loss/lm", "loss/balance", "loss/z", "loss/total"), jnp.zeros((), jnp.float32))
-        start = (
-            jax.tree.map(jnp.zeros_like, state.params),
-            zero_metrics,
-            jnp.zeros(bias.shape, jnp.int32),
-            previous_GE,
-        )
-        return jax.lax.scan(accumulate, start, micros)[0]
+            losses = dict.fromkeys(("loss/lm", "loss/balance", "loss/z", "loss/total"), jnp.zeros((), jnp.float32))
+            start = (
+                jax.tree.map(jnp.zeros_like, params),
+                running,
+                losses | {"overflow": jnp.zeros((), jnp.int32)},
+                jnp.zeros(bias.shape, jnp.int32),
+                previous_GE,
+            )
+            (grads, running, metrics, counts_GNE, load_GE), _ = jax.lax.scan(accumulate, start, micros)
+            metrics = {name: value / num_micro if "loss/" in name else value for name, value in metrics.items()}
+        if one_pool:
+            (bank_grads,) = to_bank(jax.tree.map(lambda leaf: leaf[0], running))
+            grads = with_bank(grads, bank_grads)
+        return grads, metrics, counts_GNE, load_GE
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics, counts_GNE, load_GE = accumulated(state, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
+        applied = finite if config.mesh.overflow == "drop" else finite & (metrics["overflow"] == 0)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         balance = state.balance
@@ -180,7 +255,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             balance = balance._replace(expert_bias_GNE=bias)
         changed = (optax.apply_updates(state.params, updates), opt_state, balance)
         kept = (state.params, state.opt_state, state.balance)
-        params, opt_state, balance = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        params, opt_state, balance = jax.tree.map(lambda new, old: jnp.where(applied, new, old), changed, kept)
 
         metrics |= {
             "grad_norm": grad_norm,
@@ -192,10 +267,15 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             metrics["router_scale_L"] = params["pools"]["layers"]["mixture"]["scale"].reshape(-1)
         return TrainState(state.step + 1, params, opt_state, balance), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(train_step, donate_argnums=0)
+    places = (state_shardings(config, mesh, state_shapes(config)), replicated(mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=places)
 
 
-def make_eval_step(config: Config) -> Callable[[Any, BalanceState, Batch, jax.Array], EvalSums]:
+def make_eval_step(
+    config: Config, mesh: Mesh | None = None
+) -> Callable[[Any, BalanceState, Batch, jax.Array], EvalSums]:
     """The jitted evaluation step: `(params, balance, batch, token_bytes_V) -> EvalSums`; changes no state.
 
     `token_bytes_V` is the UTF-8 length of each token, int32, of the tokenizer's or the padded vocabulary.
@@ -212,4 +292,4 @@ def make_eval_step(config: Config) -> Callable[[Any, BalanceState, Batch, jax.Ar
             counts_LE=jnp.sum(stats.counts_AE, axis=2).reshape(config.model.num_layers, -1),
         )
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step) if mesh is None else jax.jit(eval_step, out_shardings=replicated(mesh))

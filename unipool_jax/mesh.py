@@ -1,0 +1,144 @@
+"""The device mesh, and the one table that says which mesh axis shards which axis of the model.
+
+A mesh has four axes, any of them of size 1. Sequences are dealt out over the first three; the model reads the mesh in
+use (`jax.set_mesh`) and places its activations with `constrain`. Without a mesh, or with one of a single device,
+nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from unipool_jax.config import Config, ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "expert", "tensor")
+"""Mesh axes, slowest first: neighbouring devices share a tensor group."""
+
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "copies": ("data", "fsdp"),
+    "experts": "expert",
+    "embed": "fsdp",
+    "ffn": "tensor",
+    "heads": "tensor",
+    "vocab": "tensor",
+}
+"""Logical axis -> mesh axes. `copies` is the leading axis of a value that each of these devices has its own of."""
+
+
+GATHERED = "gathered weights"
+"""Name of gathered weights, for rematerialisation: gathering again costs less than keeping every layer's."""
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """The partition of an array whose axes have these logical names; None is an axis that is not split."""
+    return PartitionSpec(*(None if name is None else RULES[name] for name in logical))
+
+
+def active() -> AbstractMesh | None:
+    """The mesh in use, if it is one of ours and has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+
+
+def shards(mesh: AbstractMesh | Mesh, logical: str) -> int:
+    """Into how many parts `mesh` splits a logical axis."""
+    axes = RULES[logical]
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+
+
+def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
+    """`array`, laid out over the mesh in use as its logical axes say; unchanged without a mesh."""
+    mesh = active()
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(*logical)))
+
+
+def whole(logical: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The axes of a weight once it is gathered: no longer split along model width."""
+    return tuple(None if name == "embed" else name for name in logical)
+
+
+def gathered(weights: jax.Array, *logical: str | None) -> jax.Array:
+    """A weight as it is used: whole along the fsdp axis, and named `GATHERED` for rematerialisation."""
+    return checkpoint_name(constrain(weights, *whole(logical)), GATHERED)
+
+
+def resolve_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Sizes of `AXES` on this many devices, with -1 replaced by what the other axes leave.
+
+    Raises:
+      ConfigError: if the sizes do not make up the devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    shown = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free and num_devices % known == 0:
+        sizes[free[0]] = num_devices // known
+    elif free or known != num_devices:
+        raise ConfigError(
+            [f"{shown}: the sizes must multiply to the {num_devices} devices there are; change one, or set one to -1"]
+        )
+    return tuple(sizes.values())
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (all there are), neighbours close to each other where the platform knows how.
+
+    Raises:
+      ConfigError: if the sizes do not make up the devices, or do not fit their torus.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve_sizes(config, len(devices))
+    if devices[0].platform != "tpu":
+        # In the order of the processes, so that each loads consecutive rows of a batch.
+        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    except (ValueError, NotImplementedError) as error:
+        shown = " ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ConfigError(
+            [f"{shown}: {devices[0].device_kind} links cannot be laid out like this ({error}); choose other sizes"]
+        ) from error
+
+
+def problems(config: Config) -> Iterator[str]:
+    """What does not divide over the mesh, one message for each; an axis of size -1 is not looked at."""
+    sizes = {axis: max(getattr(config.mesh, axis), 1) for axis in AXES}
+    shown = {axis: f"mesh.{axis}={size}" for axis, size in sizes.items()}
+    free = [axis for axis in AXES if getattr(config.mesh, axis) == -1]
+    for axis in AXES:
+        if getattr(config.mesh, axis) == 0:
+            yield f"mesh.{axis}=0: must be at least 1, or -1 for the rest of the devices"
+    if len(free) > 1:
+        yield f"{' and '.join(f'mesh.{axis}=-1' for axis in free)}: only one axis can take the rest of the devices"
+    model, ways = config.model, sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    over = " x ".join(shown[axis] for axis in ("data", "fsdp", "expert"))
+    for name in ("microbatch_size", "eval_batch_size"):
+        rows = getattr(config.train, name)
+        if rows % ways:
+            nearest = -(-rows // ways) * ways
+            yield f"train.{name}={rows}: must be a multiple of {over} = {ways}; the next one is {nearest}"
+    split = {
+        "fsdp": {"model.hidden_size": model.hidden_size},
+        "tensor": {
+            "model.num_kv_heads": model.num_kv_heads,
+            "model.ffn_size": model.ffn_size,
+            "model.vocab_size": model.vocab_size,
+        },
+    }
+    for axis, settings in split.items():
+        for name, size in settings.items():
+            if size % sizes[axis]:
+                yield f"{shown[axis]}: must divide {name}={size}; choose another size"
+    if config.moe.router != "none" and config.experts_per_pool % sizes["expert"]:
+        yield (
+            f"{shown['expert']}: must divide the {config.experts_per_pool} experts of a pool; choose another size, or "
+            "another pool.experts"
+        )

@@ -1,0 +1,83 @@
+"""Allowed values of every number in the configuration, each by itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_EXPERTS = 16_384
+"""Experts in all pools; the published models have 384 at most."""
+
+
+class Range(NamedTuple):
+    """Allowed values of a number; `open_low` and `open_high` leave out the bound itself."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, int | float)
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"more than {self.low:g}" if self.open_low else f"at least {self.low:.10g}"
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:.10g}"
+
+
+_COEFFICIENT = Range(0, 1000)
+_AXIS = Range(-1, 1_048_576)
+_EPSILON = Range(1e-30, 1)  # below 1e-38 a float32 is zero, and nothing would guard the division
+
+RANGES = {
+    "model.num_layers": Range(1, 1024),
+    "model.hidden_size": Range(2, 65_536),
+    "model.num_heads": Range(1, 1024),
+    "model.num_kv_heads": Range(1, 1024),
+    "model.ffn_size": Range(1, 1_048_576),
+    "model.vocab_size": Range(2, 4_194_304),
+    "model.rope_base": Range(1, 1e12, open_low=True),
+    "model.norm_epsilon": _EPSILON,
+    "model.init_std": Range(0, 10, open_low=True),
+    "moe.experts_per_layer": Range(1, MAX_EXPERTS),
+    "moe.top_k": Range(1, MAX_EXPERTS),
+    "moe.score_epsilon": _EPSILON,
+    "pool.groups": Range(1, 1024),
+    "pool.fraction": Range(0, 1, open_low=True),
+    "pool.experts": Range(1, MAX_EXPERTS),
+    "loss.switch_coefficient": _COEFFICIENT,
+    "loss.switch_group_sequences": Range(1, 1_048_576),
+    "loss.pool_coefficient": _COEFFICIENT,
+    "loss.expert_bias_rate": Range(0, 1),
+    "loss.z_coefficient": _COEFFICIENT,
+    "optimizer.learning_rate": Range(0, 10, open_low=True),
+    "optimizer.min_learning_rate": Range(0, 10),
+    "optimizer.warmup_fraction": Range(0, 1, open_high=True),
+    "optimizer.beta1": Range(0, 1, open_high=True),
+    "optimizer.beta2": Range(0, 1, open_high=True),
+    "optimizer.epsilon": _EPSILON,
+    "optimizer.weight_decay": Range(0, 10),
+    "optimizer.clip_norm": Range(0, 1e6, open_low=True),
+    "train.steps": Range(1, 1_000_000_000),
+    "train.batch_size": Range(1, 1_048_576),
+    "train.microbatch_size": Range(1, 1_048_576),
+    "train.seed": Range(0, 2**32 - 1),  # what NumPy's RandomState takes
+    "train.log_every": Range(1, 1_000_000_000),
+    "train.eval_every": Range(0, 1_000_000_000),
+    "train.eval_batches": Range(1, 1_000_000_000),
+    "train.eval_batch_size": Range(1, 1_048_576),
+    "train.checkpoint_every": Range(0, 1_000_000_000),
+    "train.keep_checkpoints": Range(1, 10_000),
+    "data.sequence_length": Range(2, 1_048_576),
+    "data.num_threads": Range(1, 256),
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.expert": _AXIS,
+    "mesh.tensor": _AXIS,
+    "mesh.receive_factor": Range(1, 1_048_576),
+    "distributed.num_processes": Range(1, 1_048_576),
+    "distributed.process_id": Range(0, 1_048_575),
+    "distributed.timeout_seconds": Range(5, 86_400),
+}
+"""Allowed values of every number in the schema."""

@@ -1,0 +1,128 @@
+"""Where every array of a run lives: shardings of parameters, optimiser state and batches, and the report of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from unipool_jax.config import Config
+from unipool_jax.mesh import spec
+from unipool_jax.moe.pool import BANK_AXES
+
+PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("vocab", "embed"),
+    "output": ("vocab", "embed"),
+    "attention.query": ("embed", "heads"),
+    "attention.key": ("embed", "heads"),
+    "attention.value": ("embed", "heads"),
+    "attention.output": ("heads", "embed"),
+    "mixture.router": (None, "embed"),
+    **{f"bank.{name}": axes for name, axes in BANK_AXES._asdict().items()},
+}
+"""Logical axes of every matrix among the parameters, by the end of its name; axes it is stacked over come before
+these and are never split. Norm gains and router scales are whole on every device."""
+
+_REPORTED_BYTES = 1 << 20
+
+
+def parameter_spec(name: str, ndim: int, config: Config) -> PartitionSpec:
+    """Partition of the parameter, or moment of a parameter, with this dotted name."""
+    parts = name.split(".")
+    axes = PARAMETER_AXES.get(".".join(parts[-2:])) or PARAMETER_AXES.get(parts[-1], ())
+    if config.moe.router == "none":
+        # The one block of a dense layer is not dealt out.
+        axes = tuple(None if axis == "experts" else axis for axis in axes)
+    return spec(*(None,) * (ndim - len(axes)), *axes)
+
+
+def state_shardings(config: Config, mesh: Mesh, state: Any) -> Any:
+    """A sharding for every array of a training state (or of its shapes): matrices as `PARAMETER_AXES`, others whole."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return NamedSharding(mesh, parameter_spec(name, leaf.ndim, config))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the axes that share it."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which equal part of the rows of a batch this process loads: its number and how many parts there are.
+
+    Processes that share a tensor group load the same part.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = sorted({index[0].indices(batch_size)[:2] for index in places.values() if index is not None})
+    first, last = rows[0][0], rows[-1][1]
+    if (
+        sum(stop - start for start, stop in rows) != last - first
+        or batch_size % (last - first)
+        or first % (last - first)
+    ):
+        raise ValueError(f"the devices of process {jax.process_index()} do not hold one run of rows: {rows}")
+    return first // (last - first), batch_size // (last - first)
+
+
+def to_devices(mesh: Mesh, local: Any, batch_size: int) -> Any:
+    """A batch on its devices, from the rows that this process loaded (`process_rows`)."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:])), local
+    )
+
+
+class Placed(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    partition: str
+    bytes_per_device: int
+
+
+def placement(state: Any) -> list[Placed]:
+    """Every array of a state (or of its shapes with shardings) with its partition and bytes per device."""
+    found = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        axes = ", ".join("-" if axis is None else str(axis) for axis in leaf.sharding.spec)
+        found.append(Placed(name, leaf.shape, np.dtype(leaf.dtype).name, axes, size))
+    return found
+
+
+def report(state: Any) -> str:
+    """The large parameters, their partition and bytes per device, and the bytes of the whole state; as text."""
+    lines = placement(state)
+    large = [line for line in lines if line.name.startswith("params.") and line.bytes_per_device >= _REPORTED_BYTES]
+    width = max((len(line.name) for line in large), default=0)
+    text = [
+        f"  {line.name:{width}}  {line.dtype}{list(line.shape)}  over ({line.partition})  "
+        f"{line.bytes_per_device / 2**20:,.1f} MiB a device"
+        for line in large
+    ]
+    total = sum(line.bytes_per_device for line in lines)
+    return "\n".join([*text, f"  parameters and optimiser state: {total / 2**20:,.1f} MiB a device"])
+
+
+def replicated_banks(config: Config, mesh: Mesh, state: Any) -> list[str]:
+    """Names of expert weights that are whole on every device although the mesh was to split them."""
+    if mesh.shape["expert"] * mesh.shape["fsdp"] * mesh.shape["tensor"] == 1 or config.moe.router == "none":
+        return []
+    flat = jax.tree_util.tree_flatten_with_path(state)[0]
+    named = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in flat]
+    return [name for name, leaf in named if ".bank." in name and leaf.sharding.is_fully_replicated]
