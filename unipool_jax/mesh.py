@@ -125,12 +125,12 @@ def problems(config: Config) -> Iterator[str]:
     if len(free) > 1:
         yield f"{' and '.join(f'mesh.{axis}=-1' for axis in free)}: only one axis can take the rest of the devices"
     model, ways = config.model, sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    over = " x ".join(shown[axis] for axis in ("data", "fsdp", "expert"))
+    over = " x ".join(shown[axis] for axis in ("data", "fsdp", "expert") if sizes[axis] > 1)
     for name in ("microbatch_size", "eval_batch_size"):
         rows = getattr(config.train, name)
         if rows % ways:
-            nearest = -(-rows // ways) * ways
-            yield f"train.{name}={rows}: must be a multiple of {over} = {ways}; the next one is {nearest}"
+            nearest, total = -(-rows // ways) * ways, f" = {ways}" if " x " in over else ""
+            yield f"train.{name}={rows}: must be a multiple of {over}{total}; the next one is {nearest}"
     split = {
         "fsdp": {"model.hidden_size": model.hidden_size},
         "tensor": {
