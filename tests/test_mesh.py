@@ -165,7 +165,8 @@ def test_a_pool_is_gathered_and_scattered_once_a_step() -> None:
     assert bank_collectives(program("unipool")) == {"all-gather": (3, 0), "reduce-scatter": (3, 0)}
     per_layer = bank_collectives(program("vanilla"))
     assert per_layer["reduce-scatter"] == (0, 3)
-    assert per_layer["all-gather"][0] == 0 and per_layer["all-gather"][1] >= 3
+    assert per_layer["all-gather"][0] == 0
+    assert per_layer["all-gather"][1] >= 3
 
 
 def test_banks_and_moments_are_dealt_out() -> None:
@@ -173,7 +174,8 @@ def test_banks_and_moments_are_dealt_out() -> None:
     shapes = state_shapes(config, mesh)
     lines = {line.name: line for line in placement(shapes)}
     gate = lines["params.pools.bank.gate"]
-    assert gate.shape == (1, 32, 16, 24) and gate.bytes_per_device == 32 * 16 * 24 * 4 / 4
+    assert gate.shape == (1, 32, 16, 24)
+    assert gate.bytes_per_device == 32 * 16 * 24 * 4 / 4
     assert lines["opt_state.1.0.mu.pools.bank.gate"].bytes_per_device == gate.bytes_per_device
     assert lines["params.pools.layers.attention.query"].bytes_per_device == 4 * 16 * 16 * 4 / 2
     assert lines["params.final_norm"].bytes_per_device == 16 * 4
@@ -222,4 +224,4 @@ def test_what_does_not_divide_is_refused(more: list[str], message: str) -> None:
 def test_rows_of_a_process_are_all_where_there_is_one() -> None:
     for sizes in MESHES.values():
         assert process_rows(mesh_of(sizes), 16) == (0, 1)
-    assert AXES == mesh_of((8, 1, 1, 1)).axis_names
+    assert mesh_of((8, 1, 1, 1)).axis_names == AXES
