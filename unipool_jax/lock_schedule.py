@@ -1,9 +1,9 @@
-"""When a run with UniPool-lock freezes, fades and locks, and which configurations have such a run at all (spec F.1, F.2).
+"""When a run with UniPool-lock freezes, fades and locks, and which configurations allow one (spec F.1, F.2, F.10).
 
 Of the published rejections (spec F.10) those about the framework of the published code have nothing to reject here:
 pipeline stages, several validation sets, layers without experts, fp16 and fp8, legacy matmuls, capacity and padding,
-delayed weight gradients, graph capture, overlapped reductions. Expert parallelism is allowed, as the lock re-indexes the
-bank wherever its experts live.
+delayed weight gradients, graph capture, overlapped reductions. Expert parallelism is allowed, as the lock re-indexes
+the bank wherever its experts live.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def _schedule_problems(config: Config) -> Iterator[str]:
     elif schedule.freeze % every or schedule.lock % every:
         yield (
             f"train.eval_every={every}: must divide the freeze at step {schedule.freeze} and the lock at step "
-            f"{schedule.lock}, for example train.eval_every={math.gcd(schedule.freeze, schedule.lock)}; or move them with "
-            "lock.lock_step and lock.anneal_steps"
+            f"{schedule.lock}, for example train.eval_every={math.gcd(schedule.freeze, schedule.lock)}; or move them "
+            "with lock.lock_step and lock.anneal_steps"
         )
 
 

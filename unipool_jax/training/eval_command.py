@@ -160,7 +160,7 @@ def _evaluate(
         raise RunError(
             f"data.tokenizer={config.data.tokenizer}: not the tokenizer that {checkpoints.path(step)} was trained with"
         )
-    params, balance = restore_model(checkpoints, config, step)
+    config, params, balance = restore_model(checkpoints, config, step)
     evaluator = Evaluator(config, corpus, splits=list(splits.values()), limited=False)
     results = {name: evaluator.evaluate(params, balance, evaluator.fixed(split)) for name, split in splits.items()}
     return {name: result for name, result in results.items() if result is not None}

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +19,11 @@ from unipool_jax.corpus import Corpus, open_corpus
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
 from unipool_jax.kernels.implementations import resolve
+from unipool_jax.moe.lock_lifecycle import LossExcessError, structure
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
+from unipool_jax.training.locking import Locking, open_lock
 from unipool_jax.training.metrics import (
     MetricsWriter,
     Progress,
@@ -35,6 +37,9 @@ from unipool_jax.training.step import TrainState, counts_before_gradient, init_s
 
 EXIT_NONFINITE = 3
 """Exit code of a run that a non-finite loss or gradient stopped. A signal gives 128 + its number (130, 143)."""
+
+EXIT_LOSS_EXCESS = 4
+"""Exit code of a run with UniPool-lock that `lock.max_loss_excess` stopped."""
 
 
 class NonFiniteError(RuntimeError):
@@ -83,10 +88,12 @@ def train(config: Config) -> int:
     """Train as `config` says, going on where the run folder left off.
 
     Returns:
-      Exit code: 0 when the run is complete, `EXIT_NONFINITE`, or 128 + signal number after a clean interruption.
+      Exit code: 0 when the run is complete, `EXIT_NONFINITE`, `EXIT_LOSS_EXCESS`, or 128 + signal number after a clean
+      interruption.
 
     Raises:
-      RunError, CheckpointError, DataError: with what to do about it; earlier checkpoints are intact.
+      RunError, CheckpointError, DataError, LockError, AssignmentError: with what to do about it; earlier checkpoints
+        are intact.
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(config))
@@ -99,11 +106,14 @@ def train(config: Config) -> int:
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus)
         start = int(jax.device_get(state.step))
+        lock = open_lock(config, folder.path, checkpoints.meta(start) if checkpoints.steps() else None, start)
+        if lock is not None:
+            state = lock.start(state)
         writer = stack.enter_context(
             contextlib.closing(MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard))
         )
         stop = stack.enter_context(StopRequest().listening())
-        run = _Run(config, folder, checkpoints, corpus, writer, stop, start)
+        run = _Run(config, folder, checkpoints, corpus, writer, stop, start, lock)
         run.announce()
         try:
             state = run.steps(state)
@@ -112,6 +122,10 @@ def train(config: Config) -> int:
             run.progress.message("")
             print(error, file=sys.stderr)
             return EXIT_NONFINITE
+        except LossExcessError as error:
+            run.progress.message("")
+            print(error, file=sys.stderr)
+            return EXIT_LOSS_EXCESS
         except InterruptedRunError as interruption:
             run.progress.message(
                 f"{interruption}: saved step {checkpoints.steps()[-1]} in {folder.path}; the same command goes on there"
@@ -133,7 +147,11 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus) -> T
         if config.run.resume == "required":
             raise RunError(f"run.resume=required, but {checkpoints.directory} holds no complete checkpoint")
         return init(key)
-    restored = checkpoints.restore(jax.eval_shape(init, key)._asdict())
+
+    def target(meta: Mapping[str, Any]) -> dict[str, Any]:
+        return jax.eval_shape(functools.partial(init_state, structure(config, meta)), key)._asdict()
+
+    restored = checkpoints.restore(target)
     trained_with = restored.meta["tokenizer_sha256"]
     if trained_with != corpus.tokenizer.sha256:
         raise RunError(
@@ -162,20 +180,26 @@ class _Run:
         writer: MetricsWriter,
         stop: StopRequest,
         start: int,
+        lock: Locking | None,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
-        self.writer, self.stop, self.start = writer, stop, start
+        self.writer, self.stop, self.start, self.lock = writer, stop, start, lock
         self.progress = Progress(config.train.steps)
         names: list[SplitName] = ["valid", "test"]
         # Without valid text the evaluator says so before the first step, not after the last.
         self.splits = [name for name in names if name == "valid" or name in corpus.splits()]
-        self.evaluator = Evaluator(config, corpus, self.splits, limited=True)
+        self.evaluator = Evaluator(self.structure, corpus, self.splits, limited=True)
         self.watch = Stopwatch()
         self.mark: _Reported | None = None
         self.rate: float | None = None
         self.valid: EvalResult | None = None
         peak = peak_flops(jax.local_devices()[0].device_kind)
         self.peak = None if peak is None else peak * jax.device_count()
+
+    @property
+    def structure(self) -> Config:
+        """The configuration of the model as it is now: a lock divides its pool."""
+        return self.config if self.lock is None else self.lock.structure
 
     def announce(self) -> None:
         """Say what is about to happen."""
@@ -195,13 +219,17 @@ class _Run:
 
     def steps(self, state: TrainState) -> TrainState:
         """Train from `start` completed steps to the last one."""
-        config, settings, start = self.config, self.config.train, self.start
-        train_step = make_train_step(config)
+        settings, start = self.config.train, self.start
+        compiling = start + 1
         pending: tuple[int, dict[str, jax.Array]] | None = None
         if start and self.due(start, settings.eval_every) and "valid" not in self.writer.kinds_at_resume:
             # The interruption fell between the step and its evaluation.
-            self.validate(state, start)
+            state = self.validate(state, start)
+        structure = self.structure
+        train_step = make_train_step(structure)
         for step, batch in enumerate(self.batches(), start + 1):
+            if self.lock is not None:
+                self.lock.check(step - 1)
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, jax.device_put(batch))
             # A non-finite update was never applied, so looking one step late loses nothing and keeps the device busy.
@@ -210,7 +238,7 @@ class _Run:
             pending = step, metrics
             self.checkpoints.check()
 
-            first, last = step == start + 1, step == settings.steps
+            first, last = step == compiling, step == settings.steps
             evaluate = last or self.due(step, settings.eval_every)
             save = last or self.due(step, settings.checkpoint_every)
             if first or evaluate or save or self.stop.requested():
@@ -219,9 +247,13 @@ class _Run:
                 if first:
                     # Compilation is over: from here on time is throughput.
                     self.watch.start()
-                    self.mark = _Reported(step, 0.0)
+                    self.mark = _Reported(step, self.watch.seconds)
             if evaluate and not self.stop.requested():
-                self.validate(state, step)
+                state = self.validate(state, step)
+                if self.structure != structure:
+                    structure = self.structure
+                    train_step, compiling, self.mark = make_train_step(structure), step + 1, None
+                    self.evaluator = Evaluator(structure, self.corpus, self.splits, limited=True)
             if save or self.stop.requested():
                 self.save(state, step)
             self.leave_if_asked()
@@ -262,7 +294,7 @@ class _Run:
         values |= {"tokens_per_second": self.rate, "mfu": mfu}
         if "router_scale_L" in host:
             values["router_scale"] = host["router_scale_L"]
-        values |= load_metrics(host["counts_LE"], self.config.pool.groups)
+        values |= load_metrics(self.in_pool_order(host["counts_LE"]), self.config.pool.groups)
         self.writer.write("train", step, values)
         left = None
         if self.rate is not None:
@@ -299,20 +331,33 @@ class _Run:
             "start a new run with a lower optimizer.learning_rate."
         )
 
-    def validate(self, state: TrainState, step: int) -> None:
-        """Evaluate on the valid split and write the result; leaves no trace if a signal arrives on the way."""
+    def in_pool_order(self, counts_LE: np.ndarray) -> np.ndarray:
+        """Counts over the experts of each layer's pool as it was before a lock divided it."""
+        return counts_LE if self.lock is None else self.lock.in_pool_order(counts_LE)
+
+    def validate(self, state: TrainState, step: int) -> TrainState:
+        """Evaluate on the valid split and write the result; leaves no trace if a signal arrives on the way.
+
+        Returns:
+          The state to go on with: an evaluation can freeze or lock the ownership of experts.
+
+        Raises:
+          LossExcessError: if a lock has done the run no good.
+        """
         config = self.config
         self.watch.stop()
         if config.train.eval_slice == "moving":
             batches = self.evaluator.moving(math.ceil(step / (config.train.eval_every or step)) - 1)
         else:
             batches = self.evaluator.fixed("valid")
-        self.valid = self.evaluator.evaluate(state.params, state.balance, batches, self.stop.requested)
+        found = self.evaluator.evaluate(state.params, state.balance, batches, self.stop.requested)
+        self.valid = None if found is None else found._replace(counts_LE=self.in_pool_order(found.counts_LE))
+        owned = {} if self.lock is None or self.valid is None else self.lock.observe(step, self.valid)
         # A run that was killed between its last checkpoint and its summary has the line already.
         if self.valid is not None and not (step == self.start and "valid" in self.writer.kinds_at_resume):
             counts, groups = self.valid.counts_LE, config.pool.groups
             routing = {} if config.moe.router == "none" else routing_diagnostics(counts, groups)
-            self.writer.write("valid", step, self.valid.as_json() | load_metrics(counts, groups) | routing)
+            self.writer.write("valid", step, self.valid.as_json() | load_metrics(counts, groups) | routing | owned)
             folder = self.folder.path / "routing"
             folder.mkdir(exist_ok=True)
             np.save(folder / f"{step}.npy", counts)
@@ -321,12 +366,15 @@ class _Run:
             )
         if self.mark is not None:
             self.watch.start()
+        return state if self.lock is None else self.lock.apply(state)
 
     def save(self, state: TrainState, step: int) -> None:
         """Start saving a checkpoint; everything written about earlier steps is on disk before it."""
         self.watch.stop()
         self.writer.sync()
         meta = make_meta(self.config, step, self.corpus.tokenizer.sha256)
+        if self.lock is not None:
+            meta |= self.lock.document(step)
         self.checkpoints.save(step, state._asdict(), meta)
         self.watch.start()
 
