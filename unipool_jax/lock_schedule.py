@@ -69,6 +69,11 @@ def _model_problems(config: Config) -> Iterator[str]:
         yield f"moe.router={config.moe.router}: {why} fades the scores of NormRouter; set moe.router=norm"
     if config.loss.balance != "pool":
         yield f"loss.balance={config.loss.balance}: {why} is balanced by the pool loss alone; set loss.balance=pool"
+    if config.mesh.expert_placement != "contiguous":
+        yield (
+            f"mesh.expert_placement={config.mesh.expert_placement}: with {why} the owner of an expert decides where it "
+            "lives; set mesh.expert_placement=contiguous"
+        )
     if layers < 2:
         yield f"model.num_layers={layers}: {why} divides the pool among layers; use at least 2"
     elif total % layers or total < layers:

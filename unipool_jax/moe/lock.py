@@ -64,7 +64,7 @@ def entropy_coefficient(config: Config, step: jax.Array) -> jax.Array:
     return config.lock.entropy_coefficient * jnp.minimum(risen, 1.0)
 
 
-def locked_tree(tree: Any, expert_ids_LK: np.ndarray) -> Any:
+def locked_tree(tree: Any, expert_ids_LK: np.ndarray, places: Any = None) -> Any:
     """A training state, parameters or moments of one pool of M experts as those of L pools of K experts.
 
     Bank: `[1, M, ...]` to `[L, K, ...]`, layer l holding the experts `expert_ids_LK[l]`. Per-layer arrays: from
@@ -74,10 +74,11 @@ def locked_tree(tree: Any, expert_ids_LK: np.ndarray) -> Any:
     Args:
       tree: holds arrays of a model's parameters under their names, at any depth; those that move are deleted.
       expert_ids_LK: the experts of each layer in ascending order.
+      places: a sharding for every array of `tree`; None leaves them on the default device.
     """
     orders_LM = router_order(expert_ids_LK)
 
-    def move(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def move(path: tuple[Any, ...], leaf: jax.Array, place: Any = None) -> jax.Array:
         keys = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
         if "bank" in keys:
             moved = _taken(leaf, jnp.asarray(expert_ids_LK))
@@ -88,9 +89,9 @@ def locked_tree(tree: Any, expert_ids_LK: np.ndarray) -> Any:
         else:
             moved = _stacked(leaf)
         leaf.delete()
-        return moved
+        return moved if place is None else jax.device_put(moved, place)
 
-    return jax.tree_util.tree_map_with_path(move, tree)
+    return jax.tree_util.tree_map_with_path(move, tree, *([] if places is None else [places]))
 
 
 def router_order(expert_ids_LK: np.ndarray) -> np.ndarray:

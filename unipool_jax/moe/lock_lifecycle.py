@@ -198,8 +198,8 @@ def from_document(config: Config, document: Mapping[str, Any] | None, step: int)
         if step == 0:
             return new_record(config)
         raise LockError(
-            f"the checkpoint of step {step} has no lock state, and lock.ownership={config.lock.ownership} needs one: it "
-            "is of a run without a lock; start a new run under another run.name"
+            f"the checkpoint of step {step} has no lock state, and lock.ownership={config.lock.ownership} needs one; "
+            "it is of a run without a lock; start a new run under another run.name"
         )
     try:
         if document["version"] != VERSION:

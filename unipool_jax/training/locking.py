@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from unipool_jax.config import Config
+from unipool_jax.distributed import is_main, told_by_main
 from unipool_jax.moe.lock import locked_load, locked_tree, pool_counts
 from unipool_jax.moe.lock_lifecycle import (
     LockError,
@@ -23,20 +26,27 @@ from unipool_jax.moe.lock_lifecycle import (
 )
 from unipool_jax.training.evaluate import EvalResult
 from unipool_jax.training.ownership import draw_ownership_map, ownership_metrics
-from unipool_jax.training.step import TrainState, init_balance
+from unipool_jax.training.step import TrainState, init_balance, state_shapes
 
 
-def locked_state(config: Config, state: TrainState, expert_ids_LK: np.ndarray) -> TrainState:
+def locked_state(config: Config, state: TrainState, expert_ids_LK: np.ndarray, mesh: Mesh | None = None) -> TrainState:
     """The state of a run with one pool as that of the model after the lock; `state` is used up.
 
     Args:
       config: of the run, with its one pool.
       state: before the lock.
       expert_ids_LK: the experts of each layer in ascending order.
+      mesh: on which the arrays are; each expert then lives where the mesh places its owner's share of the bank.
     """
-    moved = locked_tree({"params": state.params, "opt_state": state.opt_state}, expert_ids_LK)
-    previous_GE = locked_load(state.balance.previous_load_GE, expert_ids_LK)
-    balance = init_balance(config.after_lock())._replace(previous_load_GE=previous_GE)
+    after, trees = config.after_lock(), {"params": state.params, "opt_state": state.opt_state}
+    balance = init_balance(after)
+    balance = balance._replace(previous_load_GE=locked_load(state.balance.previous_load_GE, expert_ids_LK))
+    if mesh is None:
+        moved = locked_tree(trees, expert_ids_LK)
+    else:
+        places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(after, mesh))
+        moved = locked_tree(trees, expert_ids_LK, {name: getattr(places, name) for name in trees})
+        balance = jax.device_put(balance, places.balance)
     return TrainState(state.step, moved["params"], moved["opt_state"], balance)
 
 
@@ -48,13 +58,16 @@ class Locking:
       folder: of the run; ownership maps go to `lock/` inside it.
       document: of the checkpoint that the run goes on from; None for a new run.
       step: completed steps of that checkpoint.
+      mesh: of the run.
 
     Raises:
       LockError: if the document does not fit the configuration or the step.
     """
 
-    def __init__(self, config: Config, folder: Path, document: Mapping[str, Any] | None, step: int):
-        self._config, self._folder = config, folder
+    def __init__(
+        self, config: Config, folder: Path, document: Mapping[str, Any] | None, step: int, mesh: Mesh | None = None
+    ):
+        self._config, self._folder, self._mesh = config, folder, mesh
         self.record = from_document(config, None if document is None else document.get("lock"), step)
         self._reindexed = document is not None and structure(config, document).locked
 
@@ -95,7 +108,10 @@ class Locking:
         counts_LM = result.counts_LE
         unfaded_LM = counts_LM if result.unfaded_counts_LE is None else result.unfaded_counts_LE
         self.record = after = observe(self._config, before, step, result.loss, counts_LM, unfaded_LM)
-        if after.stage != before.stage:
+        said = json.dumps(to_document(self._config, after, step), sort_keys=True)
+        if told_by_main(said) != said:
+            raise LockError(f"step {step}: processes disagree about the lock; are all of them the same program?")
+        if after.stage != before.stage and is_main():
             partition = after.lock or after.candidate
             assert partition is not None
             name = "lock" if after.lock is not None else "freeze"
@@ -124,7 +140,7 @@ class Locking:
         ids_LK, candidate = self.record.expert_ids, self.record.candidate
         if ids_LK is not None and not self._reindexed:
             self._reindexed = True
-            return locked_state(self._config, state, ids_LK)
+            return locked_state(self._config, state, ids_LK, self._mesh)
         placed = state.balance.lock
         if candidate is None or placed is None:
             return state
@@ -132,6 +148,8 @@ class Locking:
         return state._replace(balance=state.balance._replace(lock=placed._replace(owner_M=owner_M)))
 
 
-def open_lock(config: Config, folder: Path, document: Mapping[str, Any] | None, step: int) -> Locking | None:
+def open_lock(
+    config: Config, folder: Path, document: Mapping[str, Any] | None, step: int, mesh: Mesh | None = None
+) -> Locking | None:
     """The lock of a run; None for a run without one. Arguments and errors are those of `Locking`."""
-    return None if config.lock.ownership == "none" else Locking(config, folder, document, step)
+    return None if config.lock.ownership == "none" else Locking(config, folder, document, step, mesh)
