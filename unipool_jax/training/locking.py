@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,7 +27,7 @@ from unipool_jax.moe.lock_lifecycle import (
 )
 from unipool_jax.training.evaluate import EvalResult
 from unipool_jax.training.ownership import draw_ownership_map, ownership_metrics
-from unipool_jax.training.step import TrainState, init_balance, state_shapes
+from unipool_jax.training.step import BalanceState, TrainState, state_shapes
 
 
 def locked_state(config: Config, state: TrainState, expert_ids_LK: np.ndarray, mesh: Mesh | None = None) -> TrainState:
@@ -39,8 +40,11 @@ def locked_state(config: Config, state: TrainState, expert_ids_LK: np.ndarray, m
       mesh: on which the arrays are; each expert then lives where the mesh places its owner's share of the bank.
     """
     after, trees = config.after_lock(), {"params": state.params, "opt_state": state.opt_state}
-    balance = init_balance(after)
-    balance = balance._replace(previous_load_GE=locked_load(state.balance.previous_load_GE, expert_ids_LK))
+    # Made from the arrays before, as an array that was not computed from the others would have the step compiled twice.
+    balance = BalanceState(
+        expert_bias_GNE=jnp.swapaxes(state.balance.expert_bias_GNE, 0, 1)[..., : after.experts_per_pool],
+        previous_load_GE=locked_load(state.balance.previous_load_GE, expert_ids_LK),
+    )
     if mesh is None:
         moved = locked_tree(trees, expert_ids_LK)
     else:
@@ -144,7 +148,7 @@ class Locking:
         placed = state.balance.lock
         if candidate is None or placed is None:
             return state
-        owner_M = jax.device_put(np.array(candidate.owner, np.int32), placed.owner_M.sharding)
+        owner_M = jnp.zeros_like(placed.owner_M) + np.array(candidate.owner, np.int32)
         return state._replace(balance=state.balance._replace(lock=placed._replace(owner_M=owner_M)))
 
 
