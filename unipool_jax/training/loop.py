@@ -237,7 +237,6 @@ class _Run:
                     # The lock: another model from here on.
                     structure, compiled, self.mark = self.structure, step + 1, None
                     train_step = make_train_step(structure, self.mesh)
-                    self.evaluator = Evaluator(structure, self.corpus, self.splits, limited=True, mesh=self.mesh)
             if save or self.stop.requested():
                 self.save(state, step)
             self.leave_if_asked()
@@ -381,7 +380,11 @@ class _Run:
             )
         if self.mark is not None:
             self.watch.start()
-        return state if self.lock is None else self.lock.apply(state)
+        if self.lock is not None:
+            before, state = self.structure, self.lock.apply(state)
+            if self.structure != before:
+                self.evaluator = Evaluator(self.structure, self.corpus, self.splits, limited=True, mesh=self.mesh)
+        return state
 
     def save(self, state: TrainState, step: int) -> None:
         """Start saving a checkpoint; everything written about earlier steps is on disk before it."""
