@@ -7,6 +7,7 @@ nothing here does anything.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
@@ -125,12 +126,12 @@ def problems(config: Config) -> Iterator[str]:
     if len(free) > 1:
         yield f"{' and '.join(f'mesh.{axis}=-1' for axis in free)}: only one axis can take the rest of the devices"
     model, ways = config.model, sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    over = " x ".join(shown[axis] for axis in ("data", "fsdp", "expert"))
+    over = " x ".join(shown[axis] for axis in ("data", "fsdp", "expert") if sizes[axis] > 1)
     for name in ("microbatch_size", "eval_batch_size"):
         rows = getattr(config.train, name)
         if rows % ways:
-            nearest = -(-rows // ways) * ways
-            yield f"train.{name}={rows}: must be a multiple of {over} = {ways}; the next one is {nearest}"
+            nearest, total = -(-rows // ways) * ways, f" = {ways}" if " x " in over else ""
+            yield f"train.{name}={rows}: must be a multiple of {over}{total}; the next one is {nearest}"
     split = {
         "fsdp": {"model.hidden_size": model.hidden_size},
         "tensor": {
@@ -148,3 +149,16 @@ def problems(config: Config) -> Iterator[str]:
             f"{shown['expert']}: must divide the {config.experts_per_pool} experts of a pool; choose another size, or "
             "another pool.experts"
         )
+
+
+def usable_mesh(config: Config) -> Mesh | None:
+    """The mesh of `config` over the devices there are; None for a single device.
+
+    Raises:
+      ConfigError: if the sizes do not fit the devices, or the model, batch or pool does not divide over them.
+    """
+    mesh = make_mesh(config.mesh)
+    sizes = dataclasses.replace(config.mesh, **dict(zip(AXES, mesh.devices.shape, strict=True)))
+    if found := list(problems(dataclasses.replace(config, mesh=sizes))):
+        raise ConfigError(found)
+    return None if mesh.size == 1 else mesh

@@ -1,33 +1,16 @@
-"""What a run begins with: its device mesh, and a fresh state or that of its newest complete checkpoint."""
+"""The state that a run begins with: fresh, or that of its newest complete checkpoint."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import jax
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.config import Config
 from unipool_jax.corpus import Corpus
-from unipool_jax.mesh import AXES, make_mesh
-from unipool_jax.mesh import problems as mesh_problems
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.step import TrainState, init_state, state_shapes
-
-
-def training_mesh(config: Config) -> Mesh | None:
-    """The mesh of this run; None for one device.
-
-    Raises:
-      ConfigError: if the sizes do not fit the devices, or the model, batch or pool does not divide over them.
-    """
-    mesh = make_mesh(config.mesh)
-    sizes = dataclasses.replace(config.mesh, **dict(zip(AXES, mesh.devices.shape, strict=True)))
-    if found := list(mesh_problems(dataclasses.replace(config, mesh=sizes))):
-        raise ConfigError(found)
-    return None if mesh.size == 1 else mesh
 
 
 def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh: Mesh | None = None) -> TrainState:

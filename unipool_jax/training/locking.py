@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config
+from unipool_jax.config import Config, ConfigError
 from unipool_jax.distributed import is_main, told_by_main
 from unipool_jax.moe.lock import locked_load, locked_tree, pool_counts
 from unipool_jax.moe.lock_lifecycle import (
@@ -66,11 +66,15 @@ class Locking:
 
     Raises:
       LockError: if the document does not fit the configuration or the step.
+      ConfigError: if the experts of a locked layer do not divide over the mesh.
     """
 
     def __init__(
         self, config: Config, folder: Path, document: Mapping[str, Any] | None, step: int, mesh: Mesh | None = None
     ):
+        private, parts = config.after_lock().experts_per_pool, 1 if mesh is None else mesh.shape["expert"]
+        if private % parts:
+            raise ConfigError([f"mesh.expert={parts}: must divide the {private} experts of a layer after the lock"])
         self._config, self._folder, self._mesh = config, folder, mesh
         self.record = from_document(config, None if document is None else document.get("lock"), step)
         self._reindexed = document is not None and structure(config, document).locked

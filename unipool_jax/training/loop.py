@@ -20,13 +20,14 @@ from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
 from unipool_jax.distributed import is_main, main_first, told_by_main
 from unipool_jax.kernels.implementations import resolve
+from unipool_jax.mesh import usable_mesh
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.moe.lock_lifecycle import LossExcessError
 from unipool_jax.sharding import process_rows, replicated_banks, report, to_devices
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
-from unipool_jax.training.initial import initial_state, training_mesh
+from unipool_jax.training.initial import initial_state
 from unipool_jax.training.locking import Locking, open_lock
 from unipool_jax.training.metrics import (
     MetricsWriter,
@@ -69,7 +70,7 @@ def train(config: Config) -> int:
         checkpoints are intact.
       PeerError: when process 0 raised one of these.
     """
-    mesh = training_mesh(config)
+    mesh = usable_mesh(config)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
@@ -210,10 +211,11 @@ class _Run:
         structure = self.structure
         train_step = make_train_step(structure, self.mesh)
         for step, batch in enumerate(self.batches(), start + 1):
+            placed = self.on_devices(batch)
             if self.lock is not None:
                 self.lock.check(step - 1)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, self.on_devices(batch))
+                state, metrics = train_step(state, placed)
             # A non-finite update was never applied, so looking one step late loses nothing and keeps the device busy.
             if pending is not None:
                 self.report(*pending)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -194,12 +196,12 @@ def make_train_step(
         metrics["overflow"] = jnp.sum(stats.overflow_X)
         return (total, master), (metrics, jax.lax.stop_gradient(stats))
 
-    def whole_batch_load(state: TrainState, micros: Batch) -> jax.Array:
+    def whole_batch_load(params: Any, balance: BalanceState, micros: Batch) -> jax.Array:
         """Share of choices per expert over all micro-batches."""
 
         def count(carry: None, micro: Batch) -> tuple[Any, jax.Array]:
-            factors = score_factors(config, state.balance.lock)
-            _, stats = forward(config, state.params, micro.inputs, state.balance.expert_bias_GNE, factors)
+            factors = score_factors(config, balance.lock)
+            _, stats = forward(config, params, micro.inputs, balance.expert_bias_GNE, factors)
             return carry, stats.counts_AE
 
         counts_mGNAE = jax.lax.scan(count, None, micros)[1]
@@ -237,7 +239,8 @@ def make_train_step(
             )
             counted_before = counts_before_gradient(config)
             if counted_before:
-                previous_GE = whole_batch_load(state, micros)
+                whole = state.params if fixed is None else with_bank(params, fixed)
+                previous_GE = whole_batch_load(whole, state.balance, micros)
 
             def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
                 grads, running, metrics, counts_GNE, load_GE = carry
@@ -304,8 +307,10 @@ def make_eval_step(
 ) -> Callable[[Any, BalanceState, Batch, jax.Array], EvalSums]:
     """The jitted evaluation step: `(params, balance, batch, token_bytes_V) -> EvalSums`; changes no state.
 
-    `token_bytes_V` is the UTF-8 length of each token, int32, of the tokenizer's or the padded vocabulary.
+    `token_bytes_V` is the UTF-8 length of each token, int32, of the tokenizer's or the padded vocabulary. Over a mesh
+    receive buffers take whatever comes: rows of padding are alike and may all go to one expert.
     """
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, receive_factor=math.inf))
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
         factors = score_factors(config, balance.lock)
