@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from runner import assert_same, final_state, overrides
 from unipool_jax.compose import compose_config
@@ -39,7 +38,7 @@ _LOCK = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[str, Any]]]:
+def compiled() -> Iterator[list[tuple[str, Any]]]:
     """Every step of this file is compiled once; the list holds all that were asked for."""
     made: list[tuple[str, Any]] = []
 
@@ -56,23 +55,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[st
 
         return remember
 
-    # A restored state is a new entry in a step's cache, but the same program: on disk it is found again.
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_train_step", share("train", make_train_step))
         patch.setattr(evaluate, "make_eval_step", share("eval", make_eval_step))
         yield made
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
