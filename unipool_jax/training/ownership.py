@@ -117,7 +117,7 @@ def draw_ownership_map(path: Path, title: str, counts_LM: np.ndarray, partition:
     share_LM = counts_LM / np.maximum(counts_LM.sum(axis=1, keepdims=True), 1)
     covered_L = coverage(counts_LM, np.array(partition.owner))
 
-    figure = Figure(figsize=(min(4 + experts / 10, 24), min(2 + layers / 4, 14)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(min(4.5 + experts / 10, 24), min(3 + layers / 4, 14)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(share_LM[:, ids_LK.ravel()], aspect="auto", cmap="magma_r", vmin=0.0, interpolation="nearest")
@@ -130,8 +130,8 @@ def draw_ownership_map(path: Path, title: str, counts_LM: np.ndarray, partition:
     else:
         axes.set_xticks(np.arange(layers) * per_layer + (per_layer - 1) / 2, [str(layer) for layer in range(layers)])
     axes.set_xlabel("expert, by owner" if experts <= 64 else "owner of the experts")
-    axes.set_ylabel("layer (share of its tokens on its own experts)")
+    axes.set_ylabel("layer (tokens on own experts)")
     axes.set_title(title, fontsize=10)
-    figure.colorbar(image, ax=axes, label="share of the layer's tokens")
+    figure.colorbar(image, ax=axes, label="share of tokens")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
