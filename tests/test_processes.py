@@ -87,59 +87,58 @@ def assert_same_training(run: Path, folder: Path, whole: tuple[Path, dict[str, n
     """The losses of every step, and the final state, of the run that nothing stopped."""
     mine, theirs = train_lines(run), train_lines(whole[0])
     assert [line["step"] for line in mine] == list(range(1, STEPS + 1))
-    # Early losses show that the batches are the same; later rounding errors have grown.
-    early = slice(0, 60)
-    np.testing.assert_allclose(
-        [line["loss/lm"] for line in mine][early], [line["loss/lm"] for line in theirs][early], rtol=1e-4
-    )
-    np.testing.assert_allclose([x["loss/lm"] for x in mine], [x["loss/lm"] for x in theirs], rtol=3e-2)
-    assert final_state(compose_config(arguments(folder)), run).keys() == whole[1].keys()
+    np.testing.assert_allclose([x["loss/lm"] for x in mine], [x["loss/lm"] for x in theirs], rtol=1e-4)
+    for name, value in final_state(compose_config(arguments(folder)), run).items():
+        np.testing.assert_allclose(value, whole[1][name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 1)])
-def test_kill_one_and_go_on_with_another_number_of_processes(
-    runner: Runner, tmp_path: Path, whole: tuple[Path, dict[str, np.ndarray]], first: int, second: int
-) -> None:
-    run = tmp_path / "runs" / "tiny"
-    children, logs = start(runner, tmp_path, first)
-    wait_for_step(run, 20)
-    os.kill(children[-1], signal.SIGKILL)
-    killed = time.monotonic()
-    codes = runner.wait_for_several()
-    assert time.monotonic() - killed < ENDS_WITHIN, texts(logs)
-    assert codes[-1] == -signal.SIGKILL
-    assert all(code != 0 for code in codes), texts(logs)
-    assert "step 1/" not in texts(logs[1:]), "only process 0 reports"
-    for log in logs[:-1]:
-        assert "lost another one" in log.read_text() or "Terminating process" in log.read_text(), texts(logs)
-
-    _, logs = start(runner, tmp_path, second)
-    assert runner.wait_for_several() == [0] * second, texts(logs)
-    assert "going on after step" in logs[0].read_text()
-    assert_same_training(run, tmp_path, whole)
+def last_saved(run: Path) -> int:
+    return max(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(
+def test_two_processes_lose_one_four_get_a_signal_and_one_finishes(
     runner: Runner, tmp_path: Path, whole: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
     run = tmp_path / "runs" / "tiny"
     children, logs = start(runner, tmp_path, 2)
-    wait_for_step(run, 20)
-    os.kill(children[1], signal.SIGTERM)
-    assert runner.wait_for_several() == [128 + signal.SIGTERM] * 2, texts(logs)
-    saved = max(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+    wait_for_step(run, 12)
+    os.kill(children[1], signal.SIGKILL)
+    killed = time.monotonic()
+    codes = runner.wait_for_several()
+    assert time.monotonic() - killed < ENDS_WITHIN, texts(logs)
+    assert codes == [1, -signal.SIGKILL] or codes == [-signal.SIGABRT, -signal.SIGKILL], texts(logs)
+    said = logs[0].read_text()
+    assert "lost another one" in said or "Terminating process" in said, said
+    assert "loss" not in logs[1].read_text(), "only process 0 reports"
+
+    children, logs = start(runner, tmp_path, 4)
+    wait_for_step(run, 24)
+    os.kill(children[3], signal.SIGTERM)
+    assert runner.wait_for_several() == [128 + signal.SIGTERM] * 4, texts(logs)
+    assert "going on after step" in logs[0].read_text()
+    saved = last_saved(run)
     assert saved == train_lines(run)[-1]["step"]
-    _, logs = start(runner, tmp_path, 2)
-    assert runner.wait_for_several() == [0, 0], texts(logs)
+
+    _, logs = start(runner, tmp_path, 1)
+    assert runner.wait() == 0, texts(logs)
     assert f"going on after step {saved}" in logs[0].read_text()
     assert_same_training(run, tmp_path, whole)
 
-    # The same with nothing stopped ends in the same bits.
-    (tmp_path / "again").mkdir()
-    _, logs = start(runner, tmp_path / "again", 2)
-    assert runner.wait_for_several() == [0, 0], texts(logs)
-    config = compose_config(arguments(tmp_path))
-    assert_same(final_state(config, run), final_state(config, tmp_path / "again" / "runs" / "tiny"))
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_started_again_end_in_the_same_bits(runner: Runner, tmp_path: Path) -> None:
+    for name in ("stopped", "whole"):
+        (tmp_path / name).mkdir()
+    stopped, whole = (tmp_path / name / "runs" / "tiny" for name in ("stopped", "whole"))
+    children, logs = start(runner, tmp_path / "stopped", 2)
+    wait_for_step(stopped, 20)
+    os.kill(children[1], signal.SIGTERM)
+    assert runner.wait_for_several() == [128 + signal.SIGTERM] * 2, texts(logs)
+    for name in ("stopped", "whole"):
+        _, logs = start(runner, tmp_path / name, 2)
+        assert runner.wait_for_several() == [0, 0], texts(logs)
+    config = compose_config(arguments(tmp_path / "whole"))
+    assert_same(final_state(config, stopped), final_state(config, whole))
 
 
 def test_what_process_0_refuses_stops_the_others_too(runner: Runner, tmp_path: Path) -> None:
