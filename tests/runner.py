@@ -24,7 +24,7 @@ _TINY = (
     "model.vocab_size=257 moe.experts_per_layer=2 model.init_std=0.1 data.source=files data.tokenizer=bytes "
     "data.sequence_length=16 data.split=[8,1,1] data.split_order=interleaved train.batch_size=4 "
     "train.microbatch_size=4 train.eval_batch_size=8 train.eval_batches=4 train.eval_every=0 train.log_every=20 "
-    "train.checkpoint_every=5 loss.switch_group_sequences=4 run.tensorboard=false run.name=tiny"
+    "train.checkpoint_every=5 loss.switch_group_sequences=4 run.tensorboard=false run.name=tiny mesh=single"
 )
 
 

@@ -13,7 +13,7 @@ MAX_LINES = 450
 
 # What each room may import of unipool_jax, besides itself.
 _SETTINGS = {"config", "compose", "validation"}
-_MODEL_SIDE = {"kernels", "mesh", "moe", "model", "sharding", "training"} | _SETTINGS
+_MODEL_SIDE = {"kernels", "mesh", "distributed", "moe", "model", "sharding", "training"} | _SETTINGS
 ALLOWED = {
     "kernels": set[str](),
     "data": set[str](),
@@ -23,11 +23,12 @@ ALLOWED = {
     "chips": set[str](),
     "validation": {"chips", "config", "mesh", "ranges"},
     "mesh": {"config"},
+    "distributed": {"config"},
     "moe": {"kernels", "mesh"} | _SETTINGS,
     "model": {"kernels", "mesh", "moe"} | _SETTINGS,
     "sharding": {"kernels", "mesh", "moe", "model"} | _SETTINGS,
     "corpus": {"data"} | _SETTINGS,
-    "training": {"chips", "kernels", "mesh", "moe", "model", "sharding", "data", "corpus"} | _SETTINGS,
+    "training": {"chips", "kernels", "mesh", "distributed", "moe", "model", "sharding", "data", "corpus"} | _SETTINGS,
     "analysis": _MODEL_SIDE | {"data", "corpus"},
     "planner": _MODEL_SIDE | {"chips", "data"},
     "convert": _MODEL_SIDE | {"data"},

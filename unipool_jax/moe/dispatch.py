@@ -84,13 +84,13 @@ def moe_ffn(
         hidden_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array, bank: Bank, master: Bank
     ) -> tuple[jax.Array, Bank, jax.Array]:
         own = Bank(*(copies[0] for copies in master))
-        output_ND, own, overflow = layer(hidden_ND, experts_NK, gates_NK, bank, own)
-        assert own is not None
-        return jax.lax.psum(output_ND, "tensor"), Bank(*(grads[None] for grads in own)), overflow
+        output_ND, carried, overflow = layer(hidden_ND, experts_NK, gates_NK, bank, own)
+        assert carried is not None
+        return jax.lax.psum(output_ND, "tensor"), Bank(*(leaf[None] for leaf in carried)), overflow
 
     tokens = PartitionSpec(RULES["batch"])
-    banks = Bank(*(spec(*whole(axes)) for axes in BANK_AXES))
-    masters = Bank(*(spec("copies", *whole(axes)) for axes in BANK_AXES))
+    banks = Bank._make(spec(*whole(axes)) for axes in BANK_AXES.values())
+    masters = Bank._make(spec("copies", *whole(axes)) for axes in BANK_AXES.values())
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=(tokens, tokens, tokens, banks, masters), out_specs=(tokens, masters, tokens)
     )(hidden_ND, routing.experts_NK, routing.gates_NK, bank, master)
@@ -99,7 +99,8 @@ def moe_ffn(
 def dense_ffn(hidden_ND: jax.Array, bank: Bank) -> jax.Array:
     """The feed-forward block of the dense model: a bank of one expert that every token visits, `[N, D]`."""
     placed = (
-        gathered(weights[0].astype(hidden_ND.dtype), *axes[1:]) for weights, axes in zip(bank, BANK_AXES, strict=True)
+        gathered(weights[0].astype(hidden_ND.dtype), *axes[1:])
+        for weights, axes in zip(bank, BANK_AXES.values(), strict=True)
     )
     gate_DF, up_DF, down_FD = placed
     gated_NF = jax.nn.silu((hidden_ND @ gate_DF).astype(jnp.float32)).astype(hidden_ND.dtype)

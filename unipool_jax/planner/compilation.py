@@ -112,6 +112,4 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
         texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
         text = texts[-1].read_text()
     memory = compiled.memory_analysis()
-    return Program(
-        memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, text
-    )
+    return Program(memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, text)

@@ -102,9 +102,7 @@ def _counted(config: Config, topology: Topology, sizes: dict[str, int]) -> Plan:
     """A plan from counts alone, for devices whose compiler needs them there."""
     found = estimate(config, sizes, topology, None)
     state, temporary = found.counts.state_bytes, found.counts.temporary_bytes
-    return Plan(
-        config, topology, sizes, int(state / 3), int(state * 2 / 3), int(temporary), None, Counter(), found
-    )
+    return Plan(config, topology, sizes, int(state / 3), int(state * 2 / 3), int(temporary), None, Counter(), found)
 
 
 def text(plan: Plan) -> str:

@@ -64,9 +64,7 @@ def candidates(config: Config) -> list[Candidate]:
         per_way = config.train.batch_size // ways
         for sequences, remat in itertools.product((n for n in range(1, per_way + 1) if per_way % n == 0), _REMAT):
             train = dataclasses.replace(shaped.train, microbatch_size=sequences * ways)
-            candidate = dataclasses.replace(
-                shaped, train=train, model=dataclasses.replace(config.model, remat=remat)
-            )
+            candidate = dataclasses.replace(shaped, train=train, model=dataclasses.replace(config.model, remat=remat))
             if problems(candidate):
                 continue
             if mesh is None and topology.chip.torus_axes:

@@ -266,9 +266,7 @@ def _messages(at: _Sizes) -> list[Message]:
         Message(
             "layers, gathered", "all-gather", ("fsdp",), layers * micro * (again + counting), (dense + routers) * fsdp
         ),
-        Message(
-            "layers, gradient summed", "all-reduce", _BATCH, layers * micro, 2 * (dense + routers) * batch
-        ),
+        Message("layers, gradient summed", "all-reduce", _BATCH, layers * micro, 2 * (dense + routers) * batch),
         Message("tables, gathered", "all-gather", ("fsdp",), micro, tables * fsdp),
         Message("tables, gradient summed", "all-reduce", _BATCH, micro, 2 * tables * batch),
     ]

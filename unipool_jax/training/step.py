@@ -213,7 +213,8 @@ def make_train_step(
             )
             counted_before = counts_before_gradient(config)
             if counted_before:
-                previous_GE = whole_batch_load(state.params, micros, bias)
+                whole = state.params if fixed is None else with_bank(params, fixed)
+                previous_GE = whole_batch_load(whole, micros, bias)
 
             def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
                 grads, running, metrics, counts_GNE, load_GE = carry
