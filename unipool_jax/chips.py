@@ -23,7 +23,7 @@ class Chip(NamedTuple):
     cores: int
     """TensorCores of the device."""
     matrix_unit: int
-    """Rows and columns of a matrix unit; what is contracted is padded to a multiple. Each core has four units' worth."""
+    """Rows and columns of a matrix unit; what is contracted is padded to a multiple."""
     flops: float
     """Peak in bfloat16, FLOP/s."""
     hbm_bytes: float

@@ -9,6 +9,7 @@ between settings whose own values are sound.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -305,12 +306,14 @@ def _topology(config: Config) -> Iterator[str]:
         return
     try:
         devices = parse_topology(name).num_devices
-        if config.mode == "plan":
-            mesh.resolve_sizes(config.mesh, devices)
-    except ConfigError as error:
-        yield from (f"mesh.topology={name}: {problem}" for problem in error.problems)
     except ValueError as error:
         yield f"mesh.topology={name}: {error}"
+        return
+    sizes = [getattr(config.mesh, axis) for axis in mesh.AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if config.mode == "plan" and (devices % max(known, 1) if -1 in sizes else devices != known):
+        shown = " ".join(f"mesh.{axis}={size}" for axis, size in zip(mesh.AXES, sizes, strict=True))
+        yield f"mesh.topology={name}: {shown} must multiply to its {devices} devices; change a size, or set one to -1"
 
 
 @_rule("distributed.num_processes", "distributed.process_id")

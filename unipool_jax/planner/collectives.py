@@ -93,7 +93,8 @@ def _called(instruction: Instruction, computations: dict[str, list[Instruction]]
     """Computations that an instruction runs, and how often; those that only say how to add two numbers left out."""
     if instruction.opcode == "while":
         condition, body = (re.search(rf"{part}=%?([\w.\-]+)", instruction.rest) for part in ("condition", "body"))
-        assert condition is not None and body is not None
+        assert condition is not None
+        assert body is not None
         yield body[1], _trips(computations[condition[1]])
     elif instruction.opcode in ("fusion", "call", "async-start"):
         for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest):
@@ -181,6 +182,7 @@ def _first_group(rest: str, num_devices: int) -> NDArray[np.int64]:
         over = re.findall(r"'([^']+)'", mesh[2])
         index = tuple(slice(None) if name in over else 0 for name in sizes)
         return everyone.reshape(tuple(sizes.values()))[index].reshape(-1)
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-        return np.array([int(pairs[1]), int(pairs[2])])
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        moves = [pair for pair in re.findall(r"(\d+),(\d+)", pairs[1]) if pair[0] != pair[1]]
+        return np.array(moves[0] if moves else [0], np.int64)
     return everyone

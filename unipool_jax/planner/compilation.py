@@ -38,7 +38,7 @@ class Program(NamedTuple):
     """The compiled module, in XLA's textual form."""
 
 
-class DoesNotFit(Exception):
+class MemoryExceededError(Exception):
     """The compiler found no room for the step; the message is its own first line."""
 
 
@@ -93,7 +93,7 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
     """Compile the training step of `config` for a mesh of TPUs that are not there.
 
     Raises:
-      DoesNotFit: where the compiler finds that memory does not suffice.
+      MemoryExceededError: where the compiler finds that memory does not suffice.
     """
     config = for_tpu(config)
     shape, rows = (config.train.batch_size, config.data.sequence_length), batch_sharding(mesh)
@@ -107,7 +107,7 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
-                raise DoesNotFit(" ".join(str(error).split())[:300]) from error
+                raise MemoryExceededError(" ".join(str(error).split())[:300]) from error
             raise
         texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
         text = texts[-1].read_text()

@@ -14,7 +14,7 @@ from unipool_jax.config import Config, ConfigError
 from unipool_jax.mesh import AXES, resolve_sizes
 from unipool_jax.planner import collectives as collectives_of
 from unipool_jax.planner.collectives import Collective
-from unipool_jax.planner.compilation import DoesNotFit, Program, compile_step, prepare, topology_mesh
+from unipool_jax.planner.compilation import MemoryExceededError, Program, compile_step, prepare, topology_mesh
 from unipool_jax.planner.roofline import Estimate, estimate
 from unipool_jax.sharding import placement
 from unipool_jax.training.step import state_shapes
@@ -63,7 +63,7 @@ def make_plan(config: Config) -> Plan:
     mesh = topology_mesh(config)
     try:
         program = compile_step(config, mesh)
-    except DoesNotFit as error:
+    except MemoryExceededError as error:
         raise ConfigError(
             [
                 f"mesh.topology={config.mesh.topology}: the step does not fit ({error}); lower train.microbatch_size, "

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from unipool_jax.chips import Topology, parse_topology
 from unipool_jax.config import Config, ConfigError
 from unipool_jax.mesh import AXES
-from unipool_jax.planner.compilation import DoesNotFit, compile_step, prepare, topology_mesh
+from unipool_jax.planner.compilation import MemoryExceededError, compile_step, prepare, topology_mesh
 from unipool_jax.planner.report import Plan, from_program, summary
 from unipool_jax.planner.roofline import Estimate, estimate
 from unipool_jax.validation import problems
@@ -124,7 +124,7 @@ def search(config: Config) -> str:
             plan = from_program(
                 candidate.config, topology, candidate.mesh, compile_step(candidate.config, candidate.mesh)
             )
-        except DoesNotFit:
+        except MemoryExceededError:
             notes.append(f"  {_name(candidate)}: does not fit, says the compiler")
             continue
         notes.append(
