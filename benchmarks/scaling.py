@@ -50,8 +50,9 @@ COMPARED = (
 AIM = 0.45
 
 
-def configured(scale: str, method: str, topology: str, data: int, fsdp: int, expert: int, *more: str) -> Config:
+def configured(scale: str, method: str, topology: str, axes: Sequence[int], *more: str) -> Config:
     """`scale` and `method` on a mesh; the batch is that of `SEQUENCES`."""
+    data, fsdp, expert = axes
     devices = parse_topology(topology).num_devices
     batch = devices * SEQUENCES
     return compose_config(
@@ -108,7 +109,7 @@ def weak(scale: str) -> Iterator[dict[str, Any]]:
         print(f"{'devices':>8}  {'data x fsdp x expert':<22}{'collective bytes a token':>26}{'step ms':>9}{'MFU':>8}")
         first = None
         for topology, *axes in meshes:
-            row = measure(configured(scale, "unipool", topology, *axes, "model.remat=none"), compiled=False)
+            row = measure(configured(scale, "unipool", topology, axes, "model.remat=none"), compiled=False)
             first = first or row["collective_bytes_per_token"]
             shape = " x ".join(map(str, axes))
             change = row["collective_bytes_per_token"] / first - 1
@@ -125,7 +126,7 @@ def utilisation(scale: str, *, compiled: bool) -> Iterator[dict[str, Any]]:
     print(f"{'data x fsdp x expert':<22}{'remat':<7}{'GB':>6}{'step ms':>9}{'MFU':>8}{'links hidden':>14}  bound by")
     for axes in ((1, 4, 16), (1, 1, 64)):
         for remat in ("full", "moe", "none"):
-            config = configured(scale, "unipool", "v5p:4x4x4", *axes, f"model.remat={remat}")
+            config = configured(scale, "unipool", "v5p:4x4x4", axes, f"model.remat={remat}")
             row = measure(config, compiled=compiled)
             bounds = ", ".join(f"{name} {time:.0f} ms" for name, time in row["bound_ms"].items())
             print(
@@ -145,7 +146,7 @@ def beside(scale: str, *, compiled: bool) -> Iterator[dict[str, Any]]:
     )
     for topology, axes, methods in COMPARED:
         for method in methods:
-            row = measure(configured(scale, method, topology, *axes, "model.remat=full"), compiled=compiled)
+            row = measure(configured(scale, method, topology, axes, "model.remat=full"), compiled=compiled)
             print(
                 f"{topology:<12}{' x '.join(map(str, axes)):<22}{'full':<6}{method:<9}{row['state_gb']:9.2f}"
                 f"{row['temporary_gb']:9.2f}{row['weight_traffic_gb']:12.1f}{row['collective_gb']:16.2f}"

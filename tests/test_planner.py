@@ -112,7 +112,7 @@ def test_training_does_not_look_at_the_topology_s_devices() -> None:
 def test_topologies_that_cannot_be_had() -> None:
     with pytest.raises(ConfigError, match=r"mesh.topology=v5e:3x5: the TPU compiler does not know it"):
         compilation.devices_of("v5e:3x5")
-    with pytest.raises(ConfigError, match=r"links cannot be laid out like this"):
+    with pytest.raises(ConfigError, match=r"the links of TPU v5 cannot be laid out like this"):
         compilation.topology_mesh(compose_config(["mesh.topology=v5p:4x4x4", "mesh.fsdp=8", "mesh.expert=8"]))
 
 
@@ -215,7 +215,7 @@ def test_gathers_use_the_links_of_every_dimension() -> None:
     two = links.seconds("all-gather", 1e9, links.Span(16, ((4, True), (4, True))), chip)
     line = links.seconds("all-gather", 1e9, links.Span(4, ((4, False),)), chip)
     assert one == pytest.approx(1e9 / (2 * chip.link_bandwidth * links.EFFICIENCY), rel=1e-3)
-    assert (two, line) == (pytest.approx(one / 2, rel=1e-3), pytest.approx(one * 2, rel=1e-3))
+    assert (two, line) == (pytest.approx(one / 2, rel=2e-3), pytest.approx(one * 2, rel=2e-3))
 
 
 @needs_compiler

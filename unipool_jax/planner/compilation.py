@@ -11,7 +11,7 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +97,11 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
     """
     config = for_tpu(config)
     shape, rows = (config.train.batch_size, config.data.sequence_length), batch_sharding(mesh)
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    arrays: Any = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (jnp.int32, jnp.int32, jnp.float32))
     # Traced under the mesh, for kernels, tiles and transports are chosen by its devices.
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-        lowered = make_train_step(config, mesh).lower(state_shapes(config, mesh), batch)
+        step: Any = make_train_step(config, mesh)
+        lowered = step.lower(state_shapes(config, mesh), Batch(*arrays))
         # `Compiled.as_text` fails on modules with ragged all-to-alls; what the compiler itself writes is complete.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:

@@ -55,8 +55,8 @@ def candidates(config: Config) -> list[Candidate]:
     topology = parse_topology(config.mesh.topology)
     found = []
     for shape in mesh_shapes(topology.num_devices):
-        mesh_config = dataclasses.replace(config.mesh, **dict(zip(AXES, shape, strict=True)))
-        shaped = dataclasses.replace(config, mesh=mesh_config)
+        sizes: dict[str, Any] = dict(zip(AXES, shape, strict=True))
+        shaped = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
         ways = shape[0] * shape[1] * shape[2]
         if config.train.batch_size % ways:
             continue
@@ -72,9 +72,7 @@ def candidates(config: Config) -> list[Candidate]:
                     mesh = topology_mesh(candidate)
                 except ConfigError:
                     break
-            modelled = Candidate(
-                candidate, mesh, estimate(candidate, dict(zip(AXES, shape, strict=True)), topology, mesh)
-            )
+            modelled = Candidate(candidate, mesh, estimate(candidate, sizes, topology, mesh))
             if _perhaps_fits(modelled, topology):
                 found.append(modelled)
     return sorted(found, key=lambda candidate: candidate.estimate.seconds)
