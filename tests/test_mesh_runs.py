@@ -29,7 +29,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(shared: Path, runs: Path, *more: str) -> Config:
     """A tiny run of 8 steps in `runs`."""
-    sizes = "model.compute_dtype=float32 train.batch_size=8 train.microbatch_size=8 train.eval_batch_size=8".split()
+    sizes = ["model.compute_dtype=float32", "train.batch_size=8", "train.microbatch_size=8", "train.eval_batch_size=8"]
     rhythm = ["train.checkpoint_every=4", "train.eval_every=4", "train.log_every=1", "moe.experts_per_layer=4"]
     return compose_config(overrides(shared, f"train.steps={STEPS}", f"run.dir={runs}", *sizes, *rhythm, *more))
 
@@ -125,7 +125,9 @@ def test_overflow_stops_the_run_and_says_what_to_do(
     tight = configure("run.name=tight", *EXPERTS_4, "mesh.receive_factor=1")
     assert loop.train(tight) == loop.EXIT_NONFINITE
     said = capsys.readouterr().err
-    assert "stopped at step 1" in said and "mesh.receive_factor=1" in said and "mesh.expert_placement=measured" in said
+    assert "stopped at step 1" in said
+    assert "mesh.receive_factor=1" in said
+    assert "mesh.expert_placement=measured" in said
     assert not lines(tight, "train")
     # The same run goes on with more room: the step that overflowed was not applied.
     assert loop.train(configure("run.name=tight", *EXPERTS_4)) == 0

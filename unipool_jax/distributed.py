@@ -100,6 +100,15 @@ def main_first(action: Callable[[], Found], expected: tuple[type[Exception], ...
     return result
 
 
+def lost_peer(error: BaseException) -> str | None:
+    """The first line of an error that a collective or the runtime raises when another process has gone; else None."""
+    signs = ("gloo", "nccl", "connection", "peer", "coordination", "heartbeat", "unavailable", "deadline")
+    text = str(error).strip()
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in text.lower() for sign in signs):
+        return None
+    return text.splitlines()[0]
+
+
 class Vote:
     """A number each process casts once a step; the largest is known to all one step later, without waiting."""
 

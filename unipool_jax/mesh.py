@@ -7,6 +7,7 @@ nothing here does anything.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
@@ -148,3 +149,16 @@ def problems(config: Config) -> Iterator[str]:
             f"{shown['expert']}: must divide the {config.experts_per_pool} experts of a pool; choose another size, or "
             "another pool.experts"
         )
+
+
+def usable_mesh(config: Config) -> Mesh | None:
+    """The mesh of `config` over the devices there are; None for a single device.
+
+    Raises:
+      ConfigError: if the sizes do not fit the devices, or the model, batch or pool does not divide over them.
+    """
+    mesh = make_mesh(config.mesh)
+    sizes = dataclasses.replace(config.mesh, **dict(zip(AXES, mesh.devices.shape, strict=True)))
+    if found := list(problems(dataclasses.replace(config, mesh=sizes))):
+        raise ConfigError(found)
+    return None if mesh.size == 1 else mesh

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from unipool_jax.config import MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
-from unipool_jax.mesh import RULES, active, gathered, spec, whole
+from unipool_jax.mesh import active, gathered, spec, whole
 from unipool_jax.moe.pool import BANK_AXES
 from unipool_jax.moe.routing import Routing
 from unipool_jax.moe.transport import CARRIERS, Transport
@@ -88,7 +87,7 @@ def moe_ffn(
         assert carried is not None
         return jax.lax.psum(output_ND, "tensor"), Bank(*(leaf[None] for leaf in carried)), overflow
 
-    tokens = PartitionSpec(RULES["batch"])
+    tokens = spec("batch")
     banks = Bank._make(spec(*whole(axes)) for axes in BANK_AXES.values())
     masters = Bank._make(spec("copies", *whole(axes)) for axes in BANK_AXES.values())
     return jax.shard_map(

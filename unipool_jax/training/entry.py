@@ -12,7 +12,7 @@ import jax
 
 from unipool_jax.config import Config, ConfigError
 from unipool_jax.data.errors import DataError
-from unipool_jax.distributed import PeerError, start
+from unipool_jax.distributed import PeerError, lost_peer, start
 from unipool_jax.kernels.implementations import platform_problem
 from unipool_jax.training.checkpoint import CheckpointError
 from unipool_jax.training.run_folder import RunError
@@ -42,10 +42,9 @@ def guarded(main: Callable[[], int]) -> int:
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            reason = str(error).strip().splitlines()[0]
+        if lost := lost_peer(error):
             print(
-                f"process {jax.process_index()} stopped because it lost another one ({reason})\n"
+                f"process {jax.process_index()} stopped because it lost another one, whose output may say why: {lost}\n"
                 "Start all processes again with the same command; they go on from the newest complete checkpoint.",
                 file=sys.stderr,
             )

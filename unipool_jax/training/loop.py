@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import math
 import sys
@@ -14,15 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.config import Config
 from unipool_jax.corpus import Corpus, open_corpus
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
 from unipool_jax.distributed import is_main, main_first, told_by_main
 from unipool_jax.kernels.implementations import resolve
-from unipool_jax.mesh import AXES, make_mesh
-from unipool_jax.mesh import problems as mesh_problems
+from unipool_jax.mesh import usable_mesh
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.sharding import process_rows, replicated_banks, report, to_devices
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
@@ -65,7 +63,7 @@ def train(config: Config) -> int:
       ConfigError, RunError, CheckpointError, DataError: with what to do about it; earlier checkpoints are intact.
       PeerError: when process 0 raised one of these.
     """
-    mesh = training_mesh(config)
+    mesh = usable_mesh(config)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
@@ -105,19 +103,6 @@ def train(config: Config) -> int:
             )
             return 128 + interruption.signum
     return 0
-
-
-def training_mesh(config: Config) -> Mesh | None:
-    """The mesh of this run; None for one device.
-
-    Raises:
-      ConfigError: if the sizes do not fit the devices, or the model, batch or pool does not divide over them.
-    """
-    mesh = make_mesh(config.mesh)
-    sizes = dataclasses.replace(config.mesh, **dict(zip(AXES, mesh.devices.shape, strict=True)))
-    if found := list(mesh_problems(dataclasses.replace(config, mesh=sizes))):
-        raise ConfigError(found)
-    return None if mesh.size == 1 else mesh
 
 
 def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh: Mesh | None = None) -> TrainState:
@@ -231,8 +216,9 @@ class _Run:
             # The interruption fell between the step and its evaluation.
             self.validate(state, start)
         for step, batch in enumerate(self.batches(), start + 1):
+            placed = self.on_devices(batch)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, self.on_devices(batch))
+                state, metrics = train_step(state, placed)
             # A non-finite update was never applied, so looking one step late loses nothing and keeps the device busy.
             if pending is not None:
                 self.report(*pending)

@@ -16,7 +16,7 @@ from unipool_jax.config import Config, settings
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
 
-_MAY_CHANGE = ("run.", "mesh.", "kernels.")
+_MAY_CHANGE = ("run.", "mesh.", "distributed.", "kernels.")
 _MAY_CHANGE_EXACTLY = {
     "mode",
     "data.num_threads",
