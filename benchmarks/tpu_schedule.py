@@ -23,9 +23,11 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
+from unipool_jax.chips import parse_topology  # noqa: E402
+
 
 class Chip(NamedTuple):
-    """One JAX device of a TPU generation, from the vendor's published figures per chip."""
+    """One JAX device of a TPU generation."""
 
     name: str
     topology: str
@@ -46,13 +48,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", "v5e:2x2", "TPU v5 lite", 1, 128, 197e12, 819e9),
-        Chip("v5p", "v5p:2x2x1", "TPU v5", 2, 128, 459e12, 2765e9),
-        Chip("v6e", "v6e:2x2", "TPU v6 lite", 1, 256, 918e12, 1640e9),
-        Chip("7x", "tpu7x:2x2x1", "TPU7x", 1, 256, 2307e12 / 2, 7380e9 / 2),
-    )
+    name: Chip(name, topology, chip.device_kind, chip.cores, chip.matrix_unit, chip.flops, chip.hbm_bandwidth)
+    for name, topology in {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}.items()
+    for chip in [parse_topology(topology).chip]
 }
 
 

@@ -239,6 +239,8 @@ class MeshConfig:
     """Expert parallelism: batch parallelism with the experts of each pool dealt out over devices."""
     tensor: int = 1
     """Tensor parallelism over attention heads, expert width and vocabulary."""
+    topology: str | None = None
+    """Devices that mode=plan plans for, such as `v5p:4x4x4` or `gpu:8`; training takes those that there are."""
     transport: Literal["auto", "all_gather", "ragged"] = "auto"
     """How tokens reach experts on other devices: gather all tokens of the expert group (works everywhere), or send
     each to its expert with a ragged all-to-all (TPU and GPU); `auto` takes `ragged` where it exists."""
@@ -279,6 +281,18 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What `mode=plan` does besides compiling the step as configured."""
+
+    search: bool = False
+    """Search micro-batch, rematerialisation and mesh shape for the best modelled throughput that fits."""
+    compiled: int = 2
+    """How many of the best candidates of a search are compiled."""
+    figure: str = "plan.png"
+    """File of the figure of a search."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where results go."""
 
@@ -307,13 +321,15 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     run: RunConfig = field(default_factory=RunConfig)
     scale_name: str = "custom"
     """Set by the scale file; part of the default run name."""
     method_name: str = "custom"
     """Set by the method file; part of the default run name."""
-    mode: Literal["train", "describe"] = "train"
-    """`describe` prints the parameter report and stops."""
+    mode: Literal["train", "describe", "plan"] = "train"
+    """`describe` prints the parameter report and stops; `plan` says what a step costs on the devices of mesh.topology,
+    which need not be there."""
 
     @property
     def total_experts(self) -> int:

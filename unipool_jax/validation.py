@@ -9,12 +9,14 @@ between settings whose own values are sound.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from unipool_jax import lock_schedule, mesh
+from unipool_jax.chips import parse_topology
 from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
 from unipool_jax.ranges import MAX_EXPERTS, RANGES
 
@@ -61,7 +63,7 @@ def validate(config: Config) -> None:
 def problems(config: Config) -> list[str]:
     """What keeps `config` from being run, one message for each problem; empty when nothing does.
 
-    With `mode=describe` no data is read, so its files and splits are not looked at.
+    With `mode=describe` and `mode=plan` no data is read, so its files and splits are not looked at.
     """
     try:
         config = from_mapping(to_mapping(config))
@@ -71,7 +73,7 @@ def problems(config: Config) -> list[str]:
     unsound = {name for name, allowed in RANGES.items() if values[name] is not None and values[name] not in allowed}
     found = [f"{name}={values[name]}: must be {allowed}" for name, allowed in RANGES.items() if name in unsound]
     for rule in _RULES:
-        if rule.reads.isdisjoint(unsound) and not (rule.about_data and config.mode == "describe"):
+        if rule.reads.isdisjoint(unsound) and not (rule.about_data and config.mode != "train"):
             found.extend(rule.find(config))
     return found
 
@@ -300,6 +302,25 @@ _rule(
     *("train.microbatch_size", "train.eval_batch_size", "pool.groups", *_TOTAL_EXPERTS),
     *("model.hidden_size", "model.num_kv_heads", "model.ffn_size", "model.vocab_size"),
 )(mesh.problems)
+
+
+@_rule(*(f"mesh.{axis}" for axis in mesh.AXES))
+def _topology(config: Config) -> Iterator[str]:
+    name = config.mesh.topology
+    if name is None:
+        if config.mode == "plan":
+            yield "mesh.topology=null: mode=plan needs devices to plan for; choose mesh=v5p_64 or set mesh.topology"
+        return
+    try:
+        devices = parse_topology(name).num_devices
+    except ValueError as error:
+        yield f"mesh.topology={name}: {error}"
+        return
+    sizes = [getattr(config.mesh, axis) for axis in mesh.AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if config.mode == "plan" and (devices % max(known, 1) if -1 in sizes else devices != known):
+        shown = " ".join(f"mesh.{axis}={size}" for axis, size in zip(mesh.AXES, sizes, strict=True))
+        yield f"mesh.topology={name}: {shown} must multiply to its {devices} devices; change a size, or set one to -1"
 
 
 @_rule("distributed.num_processes", "distributed.process_id")

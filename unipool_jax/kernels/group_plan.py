@@ -59,7 +59,7 @@ class GroupPlan:
 
 
 def choose_tiling(implementation: Implementation, num_rows: int, num_groups: int) -> Tiling:
-    """Sizes of blocks and tiles for a buffer of `num_rows` rows in `num_groups` groups."""
+    """Sizes of blocks and tiles for `num_rows` rows in `num_groups` groups."""
     expected = num_rows / num_groups
     if implementation == "pallas_tpu":
         tile_rows = tpu_tiles.tile_rows(target_device_kind(), expected)
@@ -86,7 +86,13 @@ def block_shape(num_rows: int, num_groups: int) -> tuple[int, int]:
     return block, max(1, min(block, tile, num_rows))
 
 
-def make_group_plan(group_sizes_E: jax.Array, num_rows: int, *, implementation: Implementation = "auto") -> GroupPlan:
+def make_group_plan(
+    group_sizes_E: jax.Array,
+    num_rows: int,
+    *,
+    implementation: Implementation = "auto",
+    expected_rows: int | None = None,
+) -> GroupPlan:
     """Plan for groups laid one after another from row 0 of a buffer.
 
     Args:
@@ -94,6 +100,8 @@ def make_group_plan(group_sizes_E: jax.Array, num_rows: int, *, implementation: 
         num_rows: R, rows of the buffer. The sizes must sum to at most R. That sum is a traced value and is
             not checked: rows beyond the buffer are cut off, so no product reads or writes outside it.
         implementation: what computes the products of this plan; "auto" chooses by platform.
+        expected_rows: rows that all groups have together on average, where the buffer has room for more; sizes of
+            tiles are chosen for it.
 
     Raises:
         ValueError: if `group_sizes_E` is not a non-empty vector of integers, `num_rows` is negative, or the
@@ -118,7 +126,7 @@ def make_group_plan(group_sizes_E: jax.Array, num_rows: int, *, implementation: 
     offsets = jnp.concatenate([starts_E[:1], ends_E])
     row_group = jnp.searchsorted(ends_E, jnp.arange(num_rows, dtype=jnp.int32), side="right").astype(jnp.int32)
 
-    tiling = choose_tiling(resolve(implementation), num_rows, num_groups)
+    tiling = choose_tiling(resolve(implementation), expected_rows or num_rows, num_groups)
     block, tile, alignment = tiling.block_rows, tiling.tile_rows, tiling.alignment
     first_E = starts_E // alignment * alignment + block
     tiles_E = jnp.where(ends_E > starts_E, -(-jnp.maximum(ends_E - first_E, 0) // tile), 0)

@@ -121,6 +121,12 @@ class Layer(nn.Module):
         return (constrain(hidden_BSD + output_BSD, "batch", None, None), master), (stats, cache)
 
 
+def _gathers_again(config: Config) -> bool:
+    """Whether the backward pass gathers the weights of each pool again, instead of keeping them whole."""
+    mesh = active()
+    return mesh is not None and mesh.shape["fsdp"] > 1 and config.pool.groups > 1
+
+
 class PoolStage(nn.Module):
     """The N = L/G layers that share one pool; the body of the scan over pools."""
 
@@ -153,8 +159,9 @@ class PoolStage(nn.Module):
             # buffer collects them; closing over the bank would create and add a gradient of full size for every layer.
             # On one device a bank of one layer is closed over: adding its gradient to zeros costs more than writing it.
             master, bank = gradient_master(bank), gathered_bank(bank, model.compute_dtype)
+        recomputed = model.remat == "full" and not (_gathers_again(config) and config.layers_per_pool == 1)
         layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if model.remat == "full" else Layer,
+            nn.remat(Layer, prevent_cse=False) if recomputed else Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, 0, 0),
@@ -207,9 +214,11 @@ class Transformer(nn.Module):
         embedding_VD = constrain(embedding_VD.astype(model.compute_dtype), None, None)
         hidden_BSD = constrain(embedding_VD[tokens_BS], "batch", None, None)
 
-        mesh, stage = active(), PoolStage
-        if mesh is not None and mesh.shape["fsdp"] > 1 and config.pool.groups > 1:
-            kept = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        stage = PoolStage
+        if _gathers_again(config):
+            # The policy also decides for what is recomputed inside, so a layer that is recomputed whole is so here.
+            whole = model.remat == "full" and config.layers_per_pool == 1
+            kept = None if whole else jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
             stage = nn.remat(PoolStage, prevent_cse=False, policy=kept)
         pools = nn.scan(
             stage,

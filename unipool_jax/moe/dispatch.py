@@ -62,7 +62,10 @@ def moe_ffn(
         hidden_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array, bank: Bank, master: Bank | None
     ) -> tuple[jax.Array, Bank | None, jax.Array]:
         def compute(rows_RD: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, Bank | None]:
-            plan = make_group_plan(sizes_E, rows_RD.shape[0], implementation=implementation)
+            # A receive buffer is larger than what arrives on average, which is what this device sends out.
+            plan = make_group_plan(
+                sizes_E, rows_RD.shape[0], implementation=implementation, expected_rows=experts_NK.size
+            )
             if master is None:
                 return grouped_ffn(rows_RD, bank, plan), None
             return accumulating_ffn(rows_RD, bank, master, plan)

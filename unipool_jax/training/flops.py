@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from unipool_jax.chips import CHIPS
 from unipool_jax.config import Config
 
 PEAK_BF16_FLOPS: dict[str, float] = {
     # Keys are `jax.Device.device_kind` in lower case, or a part of it; the longest match counts.
+    **{chip.device_kind.lower(): chip.flops for chip in CHIPS.values()},
     "tpu v4": 275e12,
-    "tpu v5 lite": 197e12,
-    "tpu v5e": 197e12,
-    "tpu v5": 459e12,
-    "tpu v5p": 459e12,
-    "tpu v6 lite": 918e12,
-    "tpu v6e": 918e12,
-    "tpu7x": 2307e12,
+    "tpu v5e": CHIPS["v5e"].flops,
+    "tpu v5p": CHIPS["v5p"].flops,
+    "tpu v6e": CHIPS["v6e"].flops,
     "a100": 312e12,
     "h100": 989e12,
     "h100 pcie": 756e12,
     "h200": 989e12,
     "b200": 2250e12,
 }
-"""Dense bfloat16 FLOP/s of one chip, from the makers' data sheets."""
+"""Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets."""
 
 
 def flops_per_token(config: Config) -> float:

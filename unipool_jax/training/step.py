@@ -119,7 +119,8 @@ def token_losses(logits_BSV: jax.Array, targets_BS: ArrayLike) -> jax.Array:
 
 def state_shapes(config: Config, mesh: Mesh | None = None) -> TrainState:
     """Shapes and dtypes of the training state, with the shardings of `mesh`; no memory is used."""
-    shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    # The key is made inside: a device that is only compiled for cannot make one.
+    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     if mesh is None:
         return shapes
     placed: TrainState = jax.tree.map(

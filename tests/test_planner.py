@@ -1,0 +1,415 @@
+"""The planner: counts and times against brute force and compiled steps, presets, errors, the search."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train
+from unipool_jax.chips import CHIPS, parse_topology
+from unipool_jax.compose import CONFIG_DIR, compose_config
+from unipool_jax.config import Config, ConfigError
+from unipool_jax.kernels.group_plan import make_group_plan
+from unipool_jax.mesh import AXES, make_mesh
+from unipool_jax.model.report import count_parameters
+from unipool_jax.planner import command, compilation, links, report, search, work
+from unipool_jax.planner.collectives import Collective, collectives, kernels, parse
+from unipool_jax.planner.roofline import estimate
+from unipool_jax.validation import problems
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is built for Linux on x86 only"
+)
+SCALES = ("182m", "469m", "650m", "830m", "978m")
+PRESETS = sorted(path.stem for path in (CONFIG_DIR / "mesh").glob("*_*.yaml"))
+SMALL = [
+    "mode=plan",
+    "mesh.topology=v5p:2x2x1",
+    "mesh.data=1",
+    "mesh.fsdp=2",
+    "mesh.expert=2",
+    "model.num_layers=4",
+    "model.hidden_size=256",
+    "model.num_heads=4",
+    "model.ffn_size=640",
+    "model.vocab_size=1024",
+    "model.compute_dtype=bfloat16",
+    "model.remat=full",
+    "data.sequence_length=256",
+    "train.batch_size=16",
+    "train.microbatch_size=8",
+    "train.eval_batch_size=8",
+    "data.tokenizer=bytes",
+]
+
+
+def small(method: str, *more: str) -> Config:
+    """Four layers on four v5p chips, two micro-batches."""
+    return compose_config([f"method={method}", *SMALL, *more])
+
+
+@functools.cache
+def small_plan(method: str, *more: str) -> tuple[report.Plan, str]:
+    config = small(method, *more)
+    mesh = compilation.topology_mesh(config)
+    program = compilation.compile_step(config, mesh)
+    assert config.mesh.topology is not None
+    return report.from_program(config, parse_topology(config.mesh.topology), mesh, program), program.text
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_validate_and_fit_their_torus(preset: str) -> None:
+    for scale in SCALES:
+        assert problems(compose_config([f"mesh={preset}", f"scale={scale}", "mode=plan"])) == []
+    config = compose_config([f"mesh={preset}", "scale=182m", "mode=plan"])
+    assert config.mesh.topology is not None
+    topology = parse_topology(config.mesh.topology)
+    assert math.prod(topology.shape) == int(preset.rpartition("_")[2])
+    if topology.chip.torus_axes and importlib.util.find_spec("libtpu"):
+        devices = compilation.devices_of(config.mesh.topology)
+        assert len(devices) == topology.num_devices
+        assert devices[0].device_kind == topology.chip.device_kind
+        mesh = make_mesh(config.mesh, devices)
+        assert {axis: mesh.shape[axis] for axis in AXES} == {axis: getattr(config.mesh, axis) for axis in AXES}
+
+
+def test_all_named_presets_are_there() -> None:
+    assert set(PRESETS) == {"v5e_8", "v5e_256", "v5p_64", "v5p_1024", "v6e_256", "tpu7x_256", "gpu_8"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("mesh.topology=v9:2x2", "no such kind of device as 'v9'; begin with one of v5e, v5p, v6e, tpu7x, gpu"),
+        ("mesh.topology=v5p:4x4", "v5p devices have 3 dimensions, not 2; write v5p:4x4x4"),
+        ("mesh.topology=v5e:4xfour", "sizes must be whole numbers joined by 'x'; for example v5e:4x4"),
+        ("mesh.topology=v5e:16x16", "mesh.expert=16 mesh.tensor=1 must multiply to its 256 devices; change a size"),
+        ("mesh.topology=null", "mode=plan needs devices to plan for"),
+    ],
+)
+def test_wrong_topologies_are_named(setting: str, message: str) -> None:
+    found = problems(compose_config(["mesh=v5p_64", "scale=182m", "mode=plan", setting]))
+    assert len(found) == 1
+    assert found[0].startswith("mesh.topology=")
+    assert message in found[0]
+
+
+def test_training_does_not_look_at_the_topology_s_devices() -> None:
+    config = compose_config(["mesh.topology=v5p:4x4x4", "mesh.data=-1"])
+    assert problems(config) == []
+
+
+@needs_compiler
+def test_topologies_that_cannot_be_had() -> None:
+    with pytest.raises(ConfigError, match=r"mesh.topology=v5e:3x5: the TPU compiler does not know it"):
+        compilation.devices_of("v5e:3x5")
+    with pytest.raises(ConfigError, match=r"the links of TPU v5 cannot be laid out like this"):
+        compilation.topology_mesh(compose_config(["mesh.topology=v5p:4x4x4", "mesh.fsdp=8", "mesh.expert=8"]))
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"mesh.topology=v5p:2x2x2: .*`pip install libtpu`"):
+        compilation.devices_of.__wrapped__("v5p:2x2x2")
+
+
+# Counting
+
+
+@pytest.mark.parametrize("method", ["unipool", "vanilla", "dense"])
+def test_state_bytes_are_those_of_the_parameter_tree(method: str) -> None:
+    config = compose_config(["scale=182m", f"method={method}"])
+    counts = work.count(config, dict.fromkeys(AXES, 1), parse_topology("v5p:1x1x1"))
+    parameters = count_parameters(config)
+    matrices = parameters["total"] - parameters["norms"] - parameters["scales"]
+    assert counts.state_bytes == 12 * matrices
+
+
+@needs_compiler
+def test_flops_are_those_of_a_compiled_layer() -> None:
+    """A dense model of one layer has no loop and no kernel of ours, so the compiler's own count is complete."""
+    config = small(
+        "dense",
+        "model.num_layers=1",
+        "model.remat=none",
+        "mesh.topology=v5p:2x2x1",
+        "mesh.fsdp=1",
+        "mesh.expert=1",
+        "mesh.data=4",
+        "train.microbatch_size=16",
+        "data.sequence_length=1024",
+    )
+    mesh = compilation.topology_mesh(config)
+    with jax.set_mesh(mesh):
+        step = compilation.make_train_step(config, mesh)
+        rows = compilation.batch_sharding(mesh)
+        batch = compilation.Batch(
+            *(jax.ShapeDtypeStruct((16, 1024), dtype, sharding=rows) for dtype in (jnp.int32, jnp.int32, jnp.float32))
+        )
+        compiled = step.lower(compilation.state_shapes(config, mesh), batch).compile()
+    counted = work.count(config, dict(mesh.shape), parse_topology("v5p:2x2x1"))
+    expected = sum(item.unpadded_flops for item in counted.work)
+    assert compiled.cost_analysis()["flops"] == pytest.approx(expected, rel=0.08)
+
+
+@pytest.mark.parametrize(("mean", "tile"), [(683, 384), (171, 224), (40, 64), (2731, 352)])
+def test_rows_of_tiles_are_those_of_a_plan(mean: int, tile: int) -> None:
+    rng, experts = np.random.default_rng(0), 64
+    rows = []
+    for _ in range(20):
+        sizes = np.bincount(rng.integers(0, experts, mean * experts), minlength=experts)
+        first = np.cumsum(sizes) - sizes
+        rows.append(np.sum(-(-(sizes + first % 16) // tile)) * tile / experts)
+    assert work.expected_tile_rows(mean, tile) == pytest.approx(np.mean(rows), rel=0.03)
+
+
+def test_tiles_are_chosen_for_the_rows_that_arrive() -> None:
+    sizes = jnp.full((12,), 60, jnp.int32)
+    room = make_group_plan(sizes, 12 * 180, implementation="pallas_tpu")
+    chosen = make_group_plan(sizes, 12 * 180, implementation="pallas_tpu", expected_rows=12 * 60)
+    exact = make_group_plan(sizes, 12 * 60, implementation="pallas_tpu")
+    assert chosen.tiling == exact.tiling != room.tiling
+
+
+# Links
+
+
+def ring_load(length: int, *, ring: bool) -> float:
+    """Largest load of a directed link when every chip sends 1 / length to each, by walking every message."""
+    load: Counter[tuple[int, int]] = Counter()
+    for start in range(length):
+        for end in range(length):
+            hops = end - start
+            if ring and abs(hops) > length / 2:
+                hops -= int(math.copysign(length, hops))
+            ways = [1, -1] if ring and abs(hops) * 2 == length else [int(math.copysign(1, hops))]
+            for way in ways:
+                for hop in range(abs(hops)):
+                    here = (start + way * hop) % length
+                    load[here, way] += 1 / length / len(ways)
+    return max(load.values())
+
+
+@pytest.mark.parametrize("length", [4, 8, 16])
+@pytest.mark.parametrize("ring", [True, False])
+def test_all_to_all_loads_links_as_walked(length: int, ring: bool) -> None:
+    chip = CHIPS["v5p"]._replace(link_bandwidth=1 / links.EFFICIENCY)
+    place = links.Span(length, ((length, ring),))
+    sent = (length - 1) / length * 1e6
+    modelled = links.seconds("ragged-all-to-all", sent, place, chip)
+    assert modelled == pytest.approx(1e6 * ring_load(length, ring=ring), rel=1e-3)
+
+
+def test_gathers_use_the_links_of_every_dimension() -> None:
+    chip = CHIPS["v5p"]
+    one = links.seconds("all-gather", 1e9, links.Span(4, ((4, True),)), chip)
+    two = links.seconds("all-gather", 1e9, links.Span(16, ((4, True), (4, True))), chip)
+    line = links.seconds("all-gather", 1e9, links.Span(4, ((4, False),)), chip)
+    assert one == pytest.approx(1e9 / (2 * chip.link_bandwidth * links.EFFICIENCY), rel=1e-3)
+    assert (two, line) == (pytest.approx(one / 2, rel=2e-3), pytest.approx(one * 2, rel=2e-3))
+
+
+@needs_compiler
+def test_where_mesh_axes_lie_on_the_torus() -> None:
+    config = compose_config(["mesh=v5p_64", "scale=182m"])
+    mesh, topology = compilation.topology_mesh(config), parse_topology("v5p:4x4x4")
+    sizes = dict(mesh.shape)
+    assert links.span(mesh, topology, ("expert",), sizes).extents == ((4, True), (4, True))
+    assert links.span(mesh, topology, ("fsdp",), sizes) == links.Span(4, ((4, True),))
+    assert links.span(mesh, topology, ("fsdp", "expert"), sizes).extents == ((4, True),) * 3
+
+
+# Compiled modules
+
+MODULE = """
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %n = s32[]{:T(128)} constant(24), metadata={}
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%async (a: bf16[64,8], b: bf16[96,8]) -> bf16[96,8] {
+  %a = bf16[64,8]{1,0} parameter(0)
+  %b = bf16[96,8]{1,0} parameter(1)
+  ROOT %r = bf16[96,8]{1,0} ragged-all-to-all(%a, %b, %b), replica_groups={{0,1,2,3},{4,5,6,7}}, metadata={op_name="x"}
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = bf16[1,16]{1,0} all-gather(%w), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={1}
+  %k.3 = f32[8]{0} custom-call(%g), custom_call_target="tpu_custom_call"
+  ROOT %s = (bf16[96,8]{1,0}) async-start(%a, %b), calls=%async
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]{0}) while(%t), condition=%cond, body=%body
+  %all = (f32[8]{0}, bf16[4]{0}) all-reduce(%x, %y), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, to_apply=%add
+  ROOT %rs = f32[4]{0} reduce-scatter(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}
+}
+"""
+
+
+def test_a_module_is_read_with_loops_and_groups() -> None:
+    module = parse(MODULE)
+    found = {c.kind: c for c in collectives(module, AXES, (1, 2, 4, 1))}
+    assert found["all-gather"][1:6] == (("bf16[1,16]",), ("fsdp",), 2, 24, 32 * 0.5)
+    assert found["ragged-all-to-all"][2:] == (("expert",), 4, 24, 64 * 8 * 2 * 0.75, "x")
+    assert found["all-reduce"][2:6] == (("fsdp", "expert"), 8, 1, 2 * (32 + 8) * 7 / 8)
+    assert found["reduce-scatter"][2:6] == (("fsdp",), 2, 1, 16)
+    assert kernels(module) == {"k": 24}
+
+
+def bank_collectives(plan: report.Plan, kind: str) -> list[Collective]:
+    """Those of the bank's arrays: two widths of 256 and 640 among their last two, whole or split in two."""
+    assert plan.collectives is not None
+    return [c for c in plan.collectives if c.kind == kind and any("640" in shape for shape in c.shapes)]
+
+
+@needs_compiler
+def test_a_pool_is_gathered_and_its_gradient_scattered_once_a_step() -> None:
+    """Two micro-batches, four layers: three arrays once, where per-layer experts travel for each of both."""
+    pool, layers = small_plan("unipool")[0], small_plan("vanilla", "loss.switch_group_sequences=8")[0]
+    for kind in ("all-gather", "reduce-scatter"):
+        once = bank_collectives(pool, kind)
+        assert [c.times for c in once] == [1, 1, 1]
+        assert {c.axes for c in once} == {("fsdp",)}
+        assert sum(c.times for c in bank_collectives(layers, kind)) >= 3 * 4 * 2
+    assert {shape.partition("[")[0] for c in bank_collectives(pool, "all-gather") for shape in c.shapes} == {"bf16"}
+    assert {shape.partition("[")[0] for c in bank_collectives(pool, "reduce-scatter") for shape in c.shapes} == {"f32"}
+
+
+@needs_compiler
+def test_no_device_holds_a_whole_bank() -> None:
+    """No value has all 32 experts, and none is a float32 copy of the own ones for the forward pass."""
+    plan, text = small_plan("unipool")
+    assert "[32,256,640]" not in text
+    assert "[1,32,256,640]" not in text
+    whole = 16 * 256 * 640
+    # Three arrays in bfloat16 and three running gradients in float32, and not one of them twice.
+    assert plan.temporary_bytes < 3 * whole * (2 + 4) + 3 * whole * 4 + plan.estimate.counts.temporary_bytes
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", ["unipool", "vanilla"])
+def test_counted_collectives_are_those_compiled(method: str) -> None:
+    plan = small_plan(method, *(["loss.switch_group_sequences=8"] if method == "vanilla" else []))[0]
+    assert plan.collectives is not None
+    counted = sum(message.total_bytes for message in plan.estimate.counts.messages)
+    compiled = sum(item.total_bytes for item in plan.collectives)
+    assert counted == pytest.approx(compiled, rel=0.15)
+
+
+@needs_compiler
+def test_the_report_names_what_it_found() -> None:
+    plan = small_plan("unipool")[0]
+    text = report.text(plan)
+    numbers = json.loads(text.splitlines()[-1])
+    assert numbers["compiled"] is True
+    assert numbers["memory"]["total"] == plan.total_bytes
+    assert numbers["memory"]["parameters"] * 2 == pytest.approx(numbers["memory"]["optimiser"], rel=0.01)
+    # Four layers, two micro-batches; forward, recomputed, and counted beforehand for the exact pool loss.
+    assert numbers["kernels"]["expert_ffn_in"] == 4 * 2 * 3
+    assert numbers["kernels"]["grouped_bank_gradient"] == 4 * 2 * 3
+    assert 0 < numbers["utilisation"] < numbers["utilisation_with_hidden_links"] < 1
+    assert "ragged-all-to-all" in text
+
+
+# Whole plans
+
+
+def fits(scale: str, preset: str) -> None:
+    config = compose_config([f"scale={scale}", f"mesh={preset}", "mode=plan"])
+    plan = report.make_plan(config)
+    assert plan.fits
+    assert plan.collectives is not None
+    counted = sum(message.total_bytes for message in plan.estimate.counts.messages)
+    assert counted == pytest.approx(sum(item.total_bytes for item in plan.collectives), rel=0.1)
+
+
+@needs_compiler
+def test_a_published_scale_fits_its_pod() -> None:
+    """The other nine scales and pods are below, marked slow: a compilation takes half a minute or more."""
+    fits("182m", "v5p_64")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["v5p_64", "v5e_256"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_fits(scale: str, preset: str) -> None:
+    fits(scale, preset)
+
+
+def test_devices_without_their_compiler_are_counted() -> None:
+    plan = report.make_plan(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"]))
+    assert plan.collectives is None
+    assert plan.fits
+    assert "counted, not compiled" in report.text(plan)
+
+
+def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.start(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"])) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "gpu:8"
+
+
+# Search
+
+
+def test_mesh_shapes_by_brute_force() -> None:
+    wanted = {shape for shape in np.ndindex(13, 13, 13, 13) if 0 not in shape and math.prod(shape) == 12}
+    assert set(search.mesh_shapes(12)) == wanted
+
+
+def test_a_search_finds_the_fastest_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose_config(
+        ["scale=182m", "mesh=gpu_8", "mode=plan", "plan.search=true", f"plan.figure={tmp_path}/deep/frontier.png"]
+    )
+    assert command.run(config) == 0
+    text = capsys.readouterr().out
+    found = search.candidates(config)
+    room = CHIPS["gpu"].hbm_bytes
+    fastest = min(c.estimate.seconds for c in found if c.gigabytes * 1e9 <= room)
+    last = json.loads(text.splitlines()[-1])
+    assert last["step_seconds"] == fastest
+    assert (tmp_path / "deep" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    # The command it prints is one that composes and validates, and models to the same time.
+    overrides = last["command"].removeprefix("python train.py ").split()
+    again = compose_config([*overrides, "mesh.topology=gpu:8", "mode=plan"])
+    assert problems(again) == []
+    sizes = {axis: getattr(again.mesh, axis) for axis in AXES}
+    assert estimate(again, sizes, parse_topology("gpu:8"), None).seconds == fastest
+
+
+def test_the_frontier_has_what_nothing_beats() -> None:
+    found = search.candidates(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"]))
+    front = search.frontier(found)
+    for candidate in found:
+        better = [
+            f for f in front if f.estimate.seconds <= candidate.estimate.seconds and f.gigabytes <= candidate.gigabytes
+        ]
+        assert better
+
+
+@needs_compiler
+def test_a_search_compiles_the_best(tmp_path: Path) -> None:
+    config = small("unipool", "plan.search=true", "plan.compiled=1", f"plan.figure={tmp_path}/plan.png")
+    text = search.search(config)
+    assert "compiled (1 of the fastest):" in text
+    assert json.loads(text.splitlines()[-1])["compiled"] is True
+
+
+def test_a_search_without_room_says_so(tmp_path: Path) -> None:
+    config = compose_config(
+        ["scale=978m", "mesh=gpu_8", "mesh.topology=gpu:1", "mesh.expert=1", "mode=plan", "plan.search=true",
+         "pool.experts=768", "train.batch_size=512", f"plan.figure={tmp_path}/plan.png"]
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"mesh.topology=gpu:1: none of 0 candidates was found to fit"):
+        search.search(config)

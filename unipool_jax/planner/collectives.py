@@ -1,0 +1,188 @@
+"""Collectives and kernels of a compiled module, read from its text, each with how often a step runs it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|[a-z]\w*\[[^\]]*\]\S*) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """One collective instruction of one device's program."""
+
+    kind: str
+    shapes: tuple[str, ...]
+    """Result, as XLA writes it: `bf16[12,1536,6144]`."""
+    axes: tuple[str, ...]
+    """Mesh axes whose devices take part."""
+    devices: int
+    times: int
+    """How often a step runs it."""
+    sent_bytes: float
+    """Bytes that a device sends each time: of a gather its part to every other device, of a reduction what a ring
+    algorithm sends, of a ragged all-to-all the rows of an even distribution."""
+    source: str
+    """Name of the operation in the program that was traced, where the compiler kept it."""
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes that a device sends in a step."""
+        return self.sent_bytes * self.times
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str
+
+
+class Module(NamedTuple):
+    """Computations by name, and how often a step runs each."""
+
+    computations: dict[str, list[Instruction]]
+    runs: Counter[str]
+
+    def instructions(self) -> Iterator[tuple[Instruction, str, int]]:
+        """Every instruction that runs, its computation and how often it runs."""
+        for name, times in self.runs.items():
+            for instruction in self.computations[name]:
+                yield instruction, name, times
+
+
+def parse(text: str) -> Module:
+    """Read a compiled module; the body of a loop counts as often as the loop's condition says.
+
+    Loops are those of scans: a counter from 0 is compared with a constant. One without such a constant counts once.
+    """
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = header[2]
+            computations[current] = []
+            entry = current if header[1] else entry
+        elif current and (found := _INSTRUCTION.match(line)):
+            computations[current].append(Instruction(*found.groups()))
+    runs: Counter[str] = Counter()
+
+    def visit(name: str, times: int) -> None:
+        runs[name] += times
+        for instruction in computations[name]:
+            for called, factor in _called(instruction, computations):
+                visit(called, times * factor)
+
+    visit(entry, 1)
+    return Module(computations, runs)
+
+
+def _called(instruction: Instruction, computations: dict[str, list[Instruction]]) -> Iterator[tuple[str, int]]:
+    """Computations that an instruction runs, and how often; those that only say how to add two numbers left out."""
+    if instruction.opcode == "while":
+        condition, body = (re.search(rf"{part}=%?([\w.\-]+)", instruction.rest) for part in ("condition", "body"))
+        assert condition is not None
+        assert body is not None
+        yield body[1], _trips(computations[condition[1]])
+    elif instruction.opcode in ("fusion", "call", "async-start"):
+        for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest):
+            yield name, 1
+    elif instruction.opcode == "conditional":
+        for names in re.findall(r"(?:branch_computations=\{([^}]*)\})", instruction.rest):
+            yield from ((name.strip(" %"), 1) for name in names.split(","))
+        for name in re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest):
+            yield name, 1
+
+
+def _trips(condition: list[Instruction]) -> int:
+    constants = [
+        int(value[1])
+        for line in condition
+        if line.opcode == "constant" and (value := re.match(r"(\d+)\)", line.rest)) is not None
+    ]
+    return max(constants, default=1)
+
+
+def array_bytes(type_text: str) -> list[int]:
+    """Bytes of each array of an instruction's type, unpadded."""
+    sizes = []
+    for dtype, shape in _ARRAY.findall(type_text):
+        bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
+        sizes.append(math.prod(int(size) for size in shape.split(",") if size) * bits // 8)
+    return sizes
+
+
+def collectives(module: Module, axis_names: tuple[str, ...], axis_sizes: tuple[int, ...]) -> list[Collective]:
+    """The collectives of a module that was compiled for a mesh of these axes, those among one device left out."""
+    found = []
+    for instruction, computation, times in module.instructions():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in _KINDS:
+            continue
+        group = _first_group(instruction.rest, math.prod(axis_sizes))
+        if len(group) == 1:
+            continue
+        places = np.array(np.unravel_index(group, axis_sizes))
+        axes = tuple(name for name, row in zip(axis_names, places, strict=True) if len(set(row.tolist())) > 1)
+        arrays = array_bytes(instruction.type)
+        if instruction.opcode.endswith("-start") and instruction.type.startswith("(") and kind != "all-reduce":
+            arrays = [max(arrays)]
+        size, others = float(sum(arrays)), (len(group) - 1) / len(group)
+        if kind == "all-reduce":
+            # The compiler fuses a reduction with the slice taken from it into a reduce-scatter.
+            scattered = computation.startswith("all-reduce-scatter")
+            kind = "reduce-scatter" if scattered else kind
+            sent = size * others * (1 if scattered else 2)
+        elif kind == "reduce-scatter":
+            sent = size * len(group) * others
+        elif kind == "ragged-all-to-all":
+            types = {line.name: line.type for line in module.computations[computation]}
+            operands = re.findall(r"%([\w.\-]+)", instruction.rest.partition(")")[0])
+            sent = min(sum(array_bytes(types[operand])) for operand in operands[:2]) * others
+        else:
+            sent = size * (1 if kind == "collective-permute" else others)
+        shapes = tuple(f"{dtype}[{shape}]" for dtype, shape in _ARRAY.findall(instruction.type))
+        source = re.search(r'op_name="([^"]*)"', instruction.rest)
+        found.append(Collective(kind, shapes, axes, len(group), times, sent, source[1] if source else ""))
+    return found
+
+
+def kernels(module: Module) -> Counter[str]:
+    """How often a step runs each hand-written kernel, by name."""
+    found: Counter[str] = Counter()
+    for instruction, _, times in module.instructions():
+        if instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
+            found[re.sub(r"\.\d+$", "", instruction.name)] += times
+    return found
+
+
+def _first_group(rest: str, num_devices: int) -> NDArray[np.int64]:
+    """Devices of the first group, in any of the forms in which XLA writes groups."""
+    everyone = np.arange(num_devices)
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return np.array([int(device) for device in listed[1].split(",")])
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape, dims = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
+        order = tuple(map(int, iota[3].split(","))) if iota[3] else tuple(range(len(dims)))
+        return everyone.reshape(dims).transpose(order).reshape(shape)[0]
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*?)\{([^}]*)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        over = re.findall(r"'([^']+)'", mesh[2])
+        index = tuple(slice(None) if name in over else 0 for name in sizes)
+        return everyone.reshape(tuple(sizes.values()))[index].reshape(-1)
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        moves = [pair for pair in re.findall(r"(\d+),(\d+)", pairs[1]) if pair[0] != pair[1]]
+        return np.array(moves[0] if moves else [0], np.int64)
+    return everyone

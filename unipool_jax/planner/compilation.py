@@ -1,0 +1,116 @@
+"""The real training step, compiled for the devices of a topology on a machine that has none of them.
+
+`libtpu` holds the whole TPU compiler. What it refuses, such as a step that does not fit, would fail on the devices too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from unipool_jax.chips import parse_topology
+from unipool_jax.config import Config, ConfigError
+from unipool_jax.data.pipeline import Batch
+from unipool_jax.mesh import make_mesh
+from unipool_jax.sharding import batch_sharding
+from unipool_jax.training.step import make_train_step, state_shapes
+
+
+class Program(NamedTuple):
+    """A compiled step; bytes are those of one device."""
+
+    argument_bytes: int
+    """Training state and batch; the state is updated in place."""
+    temporary_bytes: int
+    """Everything a step holds besides: gathered weights, gradients, activations."""
+    code_bytes: int
+    text: str
+    """The compiled module, in XLA's textual form."""
+
+
+class MemoryExceededError(Exception):
+    """The compiler found no room for the step; the message is its own first line."""
+
+
+def prepare() -> None:
+    """Keep JAX from looking for accelerators. Call before anything is computed; training needs another process."""
+    # The compiler asks no cloud server about the TPU it would run on, and lets other processes compile too.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_threefry_partitionable", True)
+
+
+@functools.cache
+def devices_of(topology: str) -> tuple[jax.Device, ...]:
+    """The devices of a TPU topology such as `v5p:4x4x4`.
+
+    Raises:
+      ConfigError: without libtpu, or where the compiler knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            [
+                f"mesh.topology={topology}: planning for TPUs needs their compiler; `pip install libtpu` "
+                "(Linux on x86), or plan for gpu:8, which needs none"
+            ]
+        )
+    parse_topology(topology)
+    try:
+        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # the compiler's errors have no common class
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError([f"mesh.topology={topology}: the TPU compiler does not know it ({reason})"]) from error
+
+
+def topology_mesh(config: Config) -> Mesh:
+    """The mesh of `config` over the devices of its TPU topology.
+
+    Raises:
+      ConfigError: as `devices_of` and `mesh.make_mesh`.
+    """
+    assert config.mesh.topology is not None
+    return make_mesh(config.mesh, devices_of(config.mesh.topology))
+
+
+def for_tpu(config: Config) -> Config:
+    """`config` with the kernels that `auto` stands for on a TPU: planning, the default backend is another."""
+    if config.kernels.implementation != "auto":
+        return config
+    return dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, implementation="pallas_tpu"))
+
+
+def compile_step(config: Config, mesh: Mesh) -> Program:
+    """Compile the training step of `config` for a mesh of TPUs that are not there.
+
+    Raises:
+      MemoryExceededError: where the compiler finds that memory does not suffice.
+    """
+    config = for_tpu(config)
+    shape, rows = (config.train.batch_size, config.data.sequence_length), batch_sharding(mesh)
+    arrays: Any = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (jnp.int32, jnp.int32, jnp.float32))
+    # Traced under the mesh, for kernels, tiles and transports are chosen by its devices.
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        step: Any = make_train_step(config, mesh)
+        lowered = step.lower(state_shapes(config, mesh), Batch(*arrays))
+        # `Compiled.as_text` fails on modules with ragged all-to-alls; what the compiler itself writes is complete.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
+                raise MemoryExceededError(" ".join(str(error).split())[:300]) from error
+            raise
+        texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        text = texts[-1].read_text()
+    memory = compiled.memory_analysis()
+    return Program(memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, text)

@@ -1,0 +1,206 @@
+"""The report of `mode=plan`: what one step costs each device of a mesh that need not be there."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from unipool_jax.chips import Topology, parse_topology
+from unipool_jax.config import Config, ConfigError
+from unipool_jax.mesh import AXES, resolve_sizes
+from unipool_jax.planner import collectives as collectives_of
+from unipool_jax.planner.collectives import Collective
+from unipool_jax.planner.compilation import MemoryExceededError, Program, compile_step, prepare, topology_mesh
+from unipool_jax.planner.roofline import Estimate, estimate
+from unipool_jax.sharding import placement
+from unipool_jax.training.step import state_shapes
+
+_GIB = 2**30
+
+
+class Plan(NamedTuple):
+    """A configuration on its devices."""
+
+    config: Config
+    topology: Topology
+    sizes: dict[str, int]
+    parameter_bytes: int
+    optimiser_bytes: int
+    temporary_bytes: int
+    """As compiled; counted for devices that nothing is compiled for."""
+    collectives: tuple[Collective, ...] | None
+    """Of the compiled step."""
+    kernels: Counter[str]
+    estimate: Estimate
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory that a step needs on a device."""
+        return self.parameter_bytes + self.optimiser_bytes + self.temporary_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is within the device's memory."""
+        return self.total_bytes <= self.topology.chip.hbm_bytes
+
+
+def make_plan(config: Config) -> Plan:
+    """Compile the step of `config` for the devices of `mesh.topology` and model its time.
+
+    Raises:
+      ConfigError: where the topology or the mesh cannot be had, or the step does not fit.
+    """
+    assert config.mesh.topology is not None
+    prepare()
+    topology = parse_topology(config.mesh.topology)
+    sizes = dict(zip(AXES, resolve_sizes(config.mesh, topology.num_devices), strict=True))
+    if topology.chip.torus_axes == 0:
+        return _counted(config, topology, sizes)
+    mesh = topology_mesh(config)
+    try:
+        program = compile_step(config, mesh)
+    except MemoryExceededError as error:
+        raise ConfigError(
+            [
+                f"mesh.topology={config.mesh.topology}: the step does not fit ({error}); lower train.microbatch_size, "
+                "set model.remat=full, or split the state over more devices with mesh.fsdp or mesh.expert"
+            ]
+        ) from error
+    return from_program(config, topology, mesh, program)
+
+
+def from_program(config: Config, topology: Topology, mesh: Mesh, program: Program) -> Plan:
+    """The plan of a step that is compiled."""
+    sizes = {name: int(size) for name, size in mesh.shape.items()}
+    module = collectives_of.parse(program.text)
+    found = tuple(collectives_of.collectives(module, tuple(mesh.axis_names), mesh.devices.shape))
+    parameters, optimiser = _state_bytes(config, mesh)
+    return Plan(
+        config,
+        topology,
+        sizes,
+        parameters,
+        optimiser,
+        program.temporary_bytes,
+        found,
+        collectives_of.kernels(module),
+        estimate(config, sizes, topology, mesh, found),
+    )
+
+
+def _state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
+    lines = placement(state_shapes(config, mesh))
+    parameters = sum(line.bytes_per_device for line in lines if line.name.startswith("params."))
+    return parameters, sum(line.bytes_per_device for line in lines) - parameters
+
+
+def _counted(config: Config, topology: Topology, sizes: dict[str, int]) -> Plan:
+    """A plan from counts alone, for devices whose compiler needs them there."""
+    found = estimate(config, sizes, topology, None)
+    state, temporary = found.counts.state_bytes, found.counts.temporary_bytes
+    return Plan(config, topology, sizes, int(state / 3), int(state * 2 / 3), int(temporary), None, Counter(), found)
+
+
+def text(plan: Plan) -> str:
+    """The report; its last line is JSON with the same numbers."""
+    config, chip, found = plan.config, plan.topology.chip, plan.estimate
+    axes = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items())
+    compiled = plan.collectives is not None
+    how = "compiled" if compiled else "counted, not compiled"
+    lines = [
+        f"{config.scale_name} {config.method_name} on {config.mesh.topology}: {plan.topology.num_devices} devices "
+        f"({chip.device_kind}), {axes}; {how}",
+        f"  {config.train.batch_size} x {config.data.sequence_length} tokens a step in {config.num_microbatches} "
+        f"micro-batch(es), remat {config.model.remat}",
+        "",
+        "memory of a device",
+        f"  parameters       {plan.parameter_bytes / _GIB:8.2f} GiB",
+        f"  optimiser        {plan.optimiser_bytes / _GIB:8.2f} GiB",
+        f"  temporaries      {plan.temporary_bytes / _GIB:8.2f} GiB   gathered weights, gradients, activations",
+        f"  together         {plan.total_bytes / _GIB:8.2f} GiB of {chip.hbm_bytes / _GIB:.2f}"
+        f"{'' if plan.fits else '   DOES NOT FIT'}",
+        "",
+        "kernels: " + (", ".join(f"{name} x {n}" for name, n in sorted(plan.kernels.items())) or "counted only"),
+        "",
+        "collectives of a device in a step",
+        *(f"  {line}" for line in _collective_lines(plan)),
+        "",
+        f"modelled step: {1e3 * found.seconds:.1f} ms",
+        *(f"  {part.name:42}{1e3 * part.seconds:9.2f} ms   {part.bound}" for part in _longest(found)),
+        "",
+        f"FLOPs of a device: {found.model_flops / 1e12:.2f} T of the model, "
+        f"{sum(work.flops for work in found.counts.work) / 1e12:.2f} T executed with recomputation and padding",
+        f"model FLOPs utilisation: {found.utilisation:.1%} "
+        f"({found.utilisation_with_hidden_links:.1%} if all collectives hid behind computation)",
+        "bound by: " + ", ".join(f"{name} {1e3 * time:.0f} ms" for name, time in found.seconds_by_bound().items()),
+        json.dumps(summary(plan)),
+    ]
+    return "\n".join(lines)
+
+
+def _longest(found: Estimate) -> list[Any]:
+    return sorted(found.parts, key=lambda part: -part.seconds)
+
+
+def _collective_lines(plan: Plan) -> list[str]:
+    """One line for each kind, axis and operation, largest first; small ones together."""
+    if plan.collectives is None:
+        rows = [(m.name, m.kind, m.axes, m.times, m.total_bytes) for m in plan.estimate.counts.messages]
+    else:
+        rows = [(_shown(c), c.kind, c.axes, c.times, c.total_bytes) for c in plan.collectives]
+    rows.sort(key=lambda row: -row[4])
+    total = sum(row[4] for row in rows)
+    large = [row for row in rows if row[4] >= 0.005 * total]
+    lines = [
+        f"{kind:20}over {' x '.join(axes):24}{times:5} times{moved / 1e6:12.1f} MB   {name}"
+        for name, kind, axes, times, moved in large
+    ]
+    rest = sum(row[4] for row in rows) - sum(row[4] for row in large)
+    if len(rows) > len(large):
+        lines.append(f"{len(rows) - len(large)} smaller ones{rest / 1e6:46.1f} MB")
+    return [*lines, f"{'together':60}{total / 1e6:12.1f} MB"]
+
+
+def _shown(collective: Collective) -> str:
+    shapes = ", ".join(collective.shapes[:2]) + (", ..." if len(collective.shapes) > 2 else "")
+    return shapes
+
+
+def collective_bytes(items: Sequence[Collective] | None, plan: Plan) -> float:
+    """Bytes that a device sends in a step."""
+    return sum(item.total_bytes for item in (plan.estimate.counts.messages if items is None else items))
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """The plan's numbers, for JSON."""
+    found = plan.estimate
+    items = plan.estimate.counts.messages if plan.collectives is None else plan.collectives
+    by_axis: dict[str, float] = {}
+    for item in items:
+        name = f"{item.kind} {'+'.join(item.axes)}"
+        by_axis[name] = by_axis.get(name, 0.0) + item.total_bytes
+    return {
+        "topology": plan.config.mesh.topology,
+        "mesh": plan.sizes,
+        "compiled": plan.collectives is not None,
+        "memory": {
+            "parameters": plan.parameter_bytes,
+            "optimiser": plan.optimiser_bytes,
+            "temporaries": plan.temporary_bytes,
+            "total": plan.total_bytes,
+            "hbm": int(plan.topology.chip.hbm_bytes),
+            "fits": plan.fits,
+        },
+        "collective_bytes": {name: round(moved) for name, moved in by_axis.items()},
+        "kernels": dict(plan.kernels),
+        "flops": {"model": found.model_flops, "executed": sum(work.flops for work in found.counts.work)},
+        "step_seconds": found.seconds,
+        "seconds_by_bound": found.seconds_by_bound(),
+        "utilisation": found.utilisation,
+        "utilisation_with_hidden_links": found.utilisation_with_hidden_links,
+        "tokens_per_second": found.tokens_per_second,
+    }

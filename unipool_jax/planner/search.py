@@ -1,0 +1,207 @@
+"""Search of micro-batch, rematerialisation and mesh shape for the best modelled throughput that fits.
+
+The model of `roofline` orders all candidates in seconds; only the best are compiled, which settles whether they fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jax.sharding import Mesh
+
+from unipool_jax.chips import Topology, parse_topology
+from unipool_jax.config import Config, ConfigError
+from unipool_jax.mesh import AXES
+from unipool_jax.planner.compilation import MemoryExceededError, compile_step, prepare, topology_mesh
+from unipool_jax.planner.report import Plan, from_program, summary
+from unipool_jax.planner.roofline import Estimate, estimate
+from unipool_jax.validation import problems
+
+MARGIN = 1.3
+"""Estimated temporaries may exceed the room by this factor: only compiling tells, and estimates are rough."""
+SHOWN = 12
+_REMAT: tuple[Literal["none", "moe", "full"], ...] = ("none", "moe", "full")
+
+
+class Candidate(NamedTuple):
+    """One way to run the step, as modelled."""
+
+    config: Config
+    mesh: Mesh | None
+    estimate: Estimate
+
+    @property
+    def gigabytes(self) -> float:
+        """Estimated memory of a device."""
+        return (self.estimate.counts.state_bytes + self.estimate.counts.temporary_bytes) / 1e9
+
+
+def mesh_shapes(devices: int) -> Iterator[tuple[int, int, int, int]]:
+    """All sizes of the four axes that multiply to this many devices."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for data, fsdp, expert in itertools.product(divisors, repeat=3):
+        if devices % (data * fsdp * expert) == 0:
+            yield data, fsdp, expert, devices // (data * fsdp * expert)
+
+
+def candidates(config: Config) -> list[Candidate]:
+    """Every candidate that validates, fits the torus and, by estimate, perhaps the memory; fastest first."""
+    assert config.mesh.topology is not None
+    topology = parse_topology(config.mesh.topology)
+    found = []
+    for shape in mesh_shapes(topology.num_devices):
+        sizes: dict[str, Any] = dict(zip(AXES, shape, strict=True))
+        shaped = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+        ways = shape[0] * shape[1] * shape[2]
+        if config.train.batch_size % ways:
+            continue
+        mesh = None
+        per_way = config.train.batch_size // ways
+        for sequences, remat in itertools.product((n for n in range(1, per_way + 1) if per_way % n == 0), _REMAT):
+            train = dataclasses.replace(shaped.train, microbatch_size=sequences * ways)
+            candidate = dataclasses.replace(shaped, train=train, model=dataclasses.replace(config.model, remat=remat))
+            if problems(candidate):
+                continue
+            if mesh is None and topology.chip.torus_axes:
+                try:
+                    mesh = topology_mesh(candidate)
+                except ConfigError:
+                    break
+            modelled = Candidate(candidate, mesh, estimate(candidate, sizes, topology, mesh))
+            if _perhaps_fits(modelled, topology):
+                found.append(modelled)
+    return sorted(found, key=lambda candidate: candidate.estimate.seconds)
+
+
+def _perhaps_fits(candidate: Candidate, topology: Topology) -> bool:
+    counts = candidate.estimate.counts
+    return counts.state_bytes + counts.temporary_bytes / MARGIN <= topology.chip.hbm_bytes
+
+
+def frontier(found: list[Candidate]) -> list[Candidate]:
+    """Candidates that none both faster and smaller beats; fastest first."""
+    best: list[Candidate] = []
+    for candidate in found:
+        if not best or candidate.gigabytes < best[-1].gigabytes:
+            best.append(candidate)
+    return best
+
+
+def command(config: Config, base: Config) -> str:
+    """The command line that trains `config`, which differs from `base` in what a search changes."""
+    parts = [f"python train.py scale={base.scale_name} method={base.method_name}"]
+    parts.append(f"train.batch_size={config.train.batch_size} train.microbatch_size={config.train.microbatch_size}")
+    parts.append(f"train.eval_batch_size={config.train.eval_batch_size} model.remat={config.model.remat}")
+    parts.append(" ".join(f"mesh.{axis}={getattr(config.mesh, axis)}" for axis in AXES))
+    return " ".join(parts)
+
+
+def search(config: Config) -> str:
+    """Search, compile the best, draw the figure `plan.figure`; a report whose last line is JSON.
+
+    Raises:
+      ConfigError: where no candidate fits.
+    """
+    prepare()
+    found = candidates(config)
+    assert config.mesh.topology is not None
+    topology = parse_topology(config.mesh.topology)
+    winner: Plan | None = None
+    winning: Candidate | None = None
+    notes, compiled = [], 0
+    for candidate in found:
+        if compiled == config.plan.compiled or candidate.mesh is None:
+            break
+        compiled += 1
+        try:
+            plan = from_program(
+                candidate.config, topology, candidate.mesh, compile_step(candidate.config, candidate.mesh)
+            )
+        except MemoryExceededError:
+            notes.append(f"  {_name(candidate)}: does not fit, says the compiler")
+            continue
+        notes.append(
+            f"  {_name(candidate)}: {plan.total_bytes / 1e9:.1f} GB, {1e3 * plan.estimate.seconds:.1f} ms, "
+            f"{plan.estimate.utilisation:.1%}{'' if plan.fits else ', does not fit'}"
+        )
+        if plan.fits and (winner is None or plan.estimate.seconds < winner.estimate.seconds):
+            winner, winning = plan, candidate
+    if topology.chip.torus_axes == 0:
+        winning = next((c for c in found if c.gigabytes * 1e9 <= topology.chip.hbm_bytes), None)
+    if winning is None:
+        raise ConfigError(
+            [
+                f"mesh.topology={config.mesh.topology}: none of {len(found)} candidates was found to fit "
+                f"({compiled} compiled); raise plan.compiled={config.plan.compiled}, or take more devices"
+            ]
+        )
+    line = command(winning.config, config)
+    draw(found, winning, topology, config.plan.figure)
+    numbers: dict[str, Any] = summary(winner) if winner else {"step_seconds": winning.estimate.seconds}
+    lines = [
+        f"{len(found)} candidates on {config.mesh.topology}; the frontier of modelled time and estimated memory:",
+        f"  {'':46}{'GB':>8}{'ms':>9}{'MFU':>8}  longest part",
+        *(_row(candidate) for candidate in frontier(found)[:SHOWN]),
+        "",
+        f"compiled ({compiled} of the fastest):",
+        *notes,
+        "",
+        f"figure: {config.plan.figure}",
+        f"best: {line}",
+        json.dumps(numbers | {"command": line, "candidates": len(found)}),
+    ]
+    return "\n".join(lines)
+
+
+def _name(candidate: Candidate) -> str:
+    config = candidate.config
+    axes = " ".join(f"{axis[0]}{getattr(config.mesh, axis)}" for axis in AXES)
+    return f"{axes}  micro-batch {config.train.microbatch_size:5}  remat {config.model.remat}"
+
+
+def _row(candidate: Candidate) -> str:
+    found = candidate.estimate
+    longest = max(found.parts, key=lambda part: part.seconds)
+    return (
+        f"  {_name(candidate):46}{candidate.gigabytes:8.1f}{1e3 * found.seconds:9.1f}{found.utilisation:8.1%}"
+        f"  {longest.name} ({longest.bound})"
+    )
+
+
+def draw(found: list[Candidate], winner: Candidate, topology: Topology, path: str) -> None:
+    """Throughput over memory of every candidate, the frontier joined, the winner marked; a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for remat, marker in zip(_REMAT, "os^", strict=True):
+        group = [candidate for candidate in found if candidate.config.model.remat == remat]
+        axes.scatter(
+            [c.gigabytes for c in group],
+            [c.estimate.tokens_per_second / 1e6 for c in group],
+            s=12,
+            marker=marker,
+            alpha=0.5,
+            label=f"remat {remat}",
+        )
+    best = frontier(found)
+    axes.plot([c.gigabytes for c in best], [c.estimate.tokens_per_second / 1e6 for c in best], "k-", linewidth=0.8)
+    axes.plot(winner.gigabytes, winner.estimate.tokens_per_second / 1e6, "r*", markersize=14, label="best that fits")
+    axes.axvline(topology.chip.hbm_bytes / 1e9, color="gray", linestyle="--", label="memory of a device")
+    axes.set(
+        xlabel="estimated memory of a device, GB",
+        ylabel="modelled throughput, million tokens/s",
+        xscale="log",
+        title=f"{winner.config.scale_name} {winner.config.method_name} on {winner.config.mesh.topology}",
+    )
+    axes.legend(fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

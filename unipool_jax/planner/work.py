@@ -1,0 +1,310 @@
+"""Arithmetic, memory traffic and collectives of a training step on one device, counted from the configuration.
+
+Counts follow what the compiler makes of this program on a TPU: rows of `docs/planner.md` say where each comes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from unipool_jax.chips import Topology
+from unipool_jax.config import Config
+from unipool_jax.kernels import tpu_tiles
+from unipool_jax.moe.transport import capacity
+from unipool_jax.training.step import counts_before_gradient
+
+QUERY_BLOCKS = 4
+"""Blocks of queries in `causal_attention`; block i sees the keys of the first i."""
+SEEN = (QUERY_BLOCKS + 1) / (2 * QUERY_BLOCKS)
+"""Share of all scores that they compute."""
+NARROW, WIDE = 2, 4
+"""Bytes of a bfloat16 and of a float32."""
+
+
+class Work(NamedTuple):
+    """One kind of operation: its parts of a step run one after the other."""
+
+    name: str
+    flops: float
+    """Executed, those of recomputation and of padding included."""
+    unpadded_flops: float
+    bytes: float
+    """To and from high-bandwidth memory."""
+
+
+class Message(NamedTuple):
+    """One kind of collective."""
+
+    name: str
+    kind: str
+    axes: tuple[str, ...]
+    times: int
+    sent_bytes: float
+    """As `collectives.Collective`, each time."""
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes that a device sends in a step."""
+        return self.sent_bytes * self.times
+
+
+class Counts(NamedTuple):
+    """Everything a step does, and what it holds."""
+
+    work: tuple[Work, ...]
+    messages: tuple[Message, ...]
+    state_bytes: float
+    """Parameters and both moments."""
+    temporary_bytes: float
+    """An estimate, for choosing what to compile."""
+    bank_traffic_bytes: float
+    """Part of the memory traffic that reads experts and adds to their gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What counting needs to know, per device and micro-batch."""
+
+    config: Config
+    sizes: dict[str, int]
+    topology: Topology
+
+    @property
+    def tokens(self) -> float:
+        ways = self.sizes["data"] * self.sizes["fsdp"] * self.sizes["expert"]
+        return self.config.train.microbatch_size * self.config.data.sequence_length / ways
+
+    @property
+    def rows(self) -> float:
+        return self.tokens * self.config.moe.top_k
+
+    @property
+    def received(self) -> float:
+        """Rows of the buffer that experts work on."""
+        if self.sizes["expert"] == 1 or self.config.moe.router == "none":
+            return self.rows
+        return capacity(int(self.rows), self.sizes["expert"], self.config.mesh.receive_factor)
+
+    @property
+    def bank(self) -> float:
+        """Weights of one pool on one device, gathered."""
+        model, config = self.config.model, self.config
+        experts = config.experts_per_pool
+        own = experts / (1 if config.moe.router == "none" else self.sizes["expert"])
+        return 3 * model.hidden_size * model.ffn_size * own / self.sizes["tensor"]
+
+    @property
+    def attention_weights(self) -> float:
+        model = self.config.model
+        return 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * self.config.head_size)
+
+
+def _passes(config: Config) -> tuple[int, int]:
+    """Forward passes of a step over a layer without, and over its mixture block: counting, forward, recomputed."""
+    counting = int(counts_before_gradient(config))
+    layer = 1 + counting + (config.model.remat == "full")
+    return layer, layer + (config.model.remat == "moe")
+
+
+def count(config: Config, sizes: dict[str, int], topology: Topology) -> Counts:
+    """Count a step of `config` on a mesh of these axis sizes."""
+    at = _Sizes(config, sizes, topology)
+    parameters, bank_parameters = _parameters(config, sizes)
+    return Counts(
+        (*_layers(at), *_ends(at), Work("optimiser", 0.0, 0.0, (parameters + bank_parameters) * 8 * WIDE)),
+        tuple(message for message in _messages(at) if message.sent_bytes),
+        (parameters + bank_parameters) * 3 * WIDE,
+        _temporaries(at, parameters),
+        _bank_traffic(at),
+    )
+
+
+def _parameters(config: Config, sizes: dict[str, int]) -> tuple[float, float]:
+    """Parameters on one device outside and inside the pools; vectors are left out."""
+    model = config.model
+    experts = 1 if config.moe.router == "none" else sizes["expert"]
+    matrices = 2 * model.vocab_size * model.hidden_size
+    matrices += model.num_layers * 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * config.head_size)
+    routers = 0 if config.moe.router == "none" else model.num_layers * config.experts_per_pool * model.hidden_size
+    bank = 3 * model.hidden_size * model.ffn_size * config.total_experts
+    split = sizes["fsdp"] * sizes["tensor"]
+    return matrices / split + routers / sizes["fsdp"], bank / (split * experts)
+
+
+def _layers(at: _Sizes) -> tuple[Work, ...]:
+    config, tensor, n = at.config, at.sizes["tensor"], at.tokens
+    model, width, layers = config.model, config.model.hidden_size, config.model.num_layers * config.num_microbatches
+    forward, mixture = _passes(config)
+    work = []
+
+    weights = at.attention_weights / tensor
+    moved = NARROW * (weights + n * (4 * width + 2 * model.num_kv_heads * config.head_size) / tensor)
+    flops = 2 * n * weights
+    work.append(Work("projections", flops * (forward + 2), flops * (forward + 2), moved * (forward + 2)))
+
+    # Forward the compiler makes the scores twice, for their maximum and for their exponentials, which it keeps in
+    # float32 for the product with the values; backward it makes them again, and takes four more products.
+    scores = n * config.data.sequence_length * SEEN * model.num_heads / tensor
+    product = 2 * scores * config.head_size
+    unit = at.topology.chip.matrix_unit
+    padded = math.ceil(config.head_size / unit) * unit / config.head_size
+    products = 3 * forward + 4 + (0 if model.remat == "full" else 1)
+    work.append(
+        Work(
+            "attention scores",
+            product * products * padded,
+            product * products,
+            scores * (2 * WIDE * forward + 5 * WIDE),
+        )
+    )
+
+    # Two norms, two residual sums and rotary positions, in float32 between bfloat16 arrays.
+    work.append(Work("norms and sums", 0.0, 0.0, 10 * n * width * NARROW * (forward + 2)))
+    if config.moe.router != "none":
+        experts = config.experts_per_pool
+        flops = 2 * n * width * experts
+        moved = n * (width * NARROW + 4 * experts * WIDE)
+        work.append(Work("router", flops * (mixture + 2), flops * (mixture + 2), moved * (mixture + 2)))
+        # Rows are sorted, sent, received and put back; receive buffers are cleared first.
+        buffer = at.received if at.sizes["expert"] > 1 else 0
+        moved = NARROW * width * (8 * at.rows + 2 * buffer)
+        work.append(Work("dispatch", 0.0, 0.0, moved * (mixture + 1)))
+    work.extend(_expert_work(at, mixture))
+    return tuple(item._replace(**{f: getattr(item, f) * layers for f in Work._fields[1:]}) for item in work)
+
+
+def _expert_work(at: _Sizes, passes: int) -> tuple[Work, Work]:
+    """Forward kernels, and backward ones with the gradient of the bank; of one layer."""
+    config, rows, tensor = at.config, at.rows, at.sizes["tensor"]
+    width, hidden = config.model.hidden_size, config.model.ffn_size / tensor
+    flops = 2 * rows * 3 * width * hidden
+    padded = _tile_padding(at)
+    bank = at.bank * NARROW
+    # Rows of no group are written too, as zeros.
+    out = at.received * NARROW
+    read = rows * NARROW
+    forward = bank + read * (width + hidden) + out * (3 * hidden + width)
+    backward = bank + read * (width + 2 * hidden + 2 * hidden) + out * (3 * hidden + width)
+    backward += read * (3 * width + 3 * hidden) + 2 * WIDE * at.bank
+    return (
+        Work("experts forward", flops * padded * passes, flops * passes, forward * passes),
+        Work("experts backward", 2 * flops * padded, 2 * flops, backward),
+    )
+
+
+def _tile_padding(at: _Sizes) -> float:
+    """Rows computed over rows there are: groups are cut into tiles, the last one of each is not full."""
+    config = at.config
+    if config.moe.router == "none" or at.topology.chip.torus_axes == 0:
+        return 1.0
+    group = at.rows * at.sizes["expert"] / config.experts_per_pool
+    return expected_tile_rows(group, tpu_tiles.tile_rows(at.topology.chip.device_kind, group)) / group
+
+
+def expected_tile_rows(group: float, tile: int) -> float:
+    """Mean rows of the tiles of a group of `group` rows on average, under even random routing.
+
+    A tile starts at the block of 16 rows that its group starts in, 7.5 rows before it on average.
+    """
+    spread = math.sqrt(group)
+    sizes = group + spread * np.linspace(-4, 4, 401)
+    weights = np.exp(-0.5 * np.linspace(-4, 4, 401) ** 2)
+    tiles = np.ceil((np.maximum(sizes, 1) + (tpu_tiles.ROW_ALIGNMENT - 1) / 2) / tile)
+    return float(np.sum(tiles * weights) / np.sum(weights) * tile)
+
+
+def _ends(at: _Sizes) -> tuple[Work, ...]:
+    """Embedding and output head with the loss."""
+    config, n, micro = at.config, at.tokens, at.config.num_microbatches
+    model, vocabulary = config.model, config.model.vocab_size / at.sizes["tensor"]
+    logits, table = n * vocabulary, model.vocab_size * model.hidden_size
+    flops = 6 * n * model.hidden_size * vocabulary * micro
+    # Logits are written and read twice in float32; backward their gradient is made and used twice in bfloat16.
+    moved = logits * (3 * WIDE + WIDE + 3 * NARROW) + 3 * NARROW * vocabulary * model.hidden_size
+    return (
+        Work("output head and loss", flops, flops, moved * micro),
+        Work("embedding", 0.0, 0.0, micro * (2 * NARROW * table + 4 * NARROW * n * model.hidden_size)),
+    )
+
+
+def _bank_traffic(at: _Sizes) -> float:
+    _, mixture = _passes(at.config)
+    layers = at.config.model.num_layers * at.config.num_microbatches
+    return layers * at.bank * (NARROW * (mixture + 1) + 2 * WIDE)
+
+
+def _messages(at: _Sizes) -> list[Message]:
+    config, sizes, model = at.config, at.sizes, at.config.model
+    micro, layers = config.num_microbatches, config.model.num_layers
+    counting = int(counts_before_gradient(config))
+    forward, mixture = _passes(config)
+    shared = config.pool.groups == 1 and config.moe.router != "none"
+    fsdp, batch = _other(sizes, "fsdp"), _other(sizes, "data", "fsdp", "expert")
+    copies = ("data", "fsdp", "expert") if config.moe.router == "none" else ("data",)
+    # A pool of its own for every layer is gathered forward and again backward, for every micro-batch.
+    gathers = 1 if shared else config.pool.groups * micro * (2 + counting)
+    sums = 1 if shared else config.pool.groups * micro
+    dense = at.attention_weights / sizes["tensor"] * NARROW
+    routers = 0 if config.moe.router == "none" else config.experts_per_pool * model.hidden_size * NARROW
+    head = model.vocab_size * model.hidden_size * NARROW
+    tables = head + head / sizes["tensor"]
+    again = 2 if (model.remat == "full" or config.pool.groups > 1) and sizes["fsdp"] > 1 else 1
+    found = [
+        Message("experts, gathered", "all-gather", ("fsdp",), gathers, NARROW * at.bank * fsdp),
+        Message("experts, gradient scattered", "reduce-scatter", ("fsdp",), sums, WIDE * at.bank * fsdp),
+        Message(
+            "experts, gradient summed",
+            "all-reduce",
+            copies,
+            sums,
+            2 * WIDE * at.bank / sizes["fsdp"] * _other(sizes, *copies),
+        ),
+        Message(
+            "layers, gathered", "all-gather", ("fsdp",), layers * micro * (again + counting), (dense + routers) * fsdp
+        ),
+        Message("layers, gradient summed", "all-reduce", _BATCH, layers * micro, 2 * (dense + routers) * batch),
+        Message("tables, gathered", "all-gather", ("fsdp",), micro, tables * fsdp),
+        Message("tables, gradient summed", "all-reduce", _BATCH, micro, 2 * tables * batch),
+    ]
+    if config.moe.router != "none" and sizes["expert"] > 1:
+        rows = at.rows * model.hidden_size * NARROW * _other(sizes, "expert")
+        found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * layers * micro * (mixture + 1), rows))
+    if sizes["tensor"] > 1:
+        sums_of_rows = 2 * layers * micro * (forward + 1)
+        values = 2 * at.tokens * model.hidden_size * NARROW * _other(sizes, "tensor")
+        found.append(Message("tensor sums", "all-reduce", ("tensor",), sums_of_rows, values))
+    return found
+
+
+_BATCH = ("data", "fsdp", "expert")
+
+
+def _other(sizes: dict[str, int], *axes: str) -> float:
+    """Share of a group's devices that are not this one."""
+    devices = math.prod(sizes[axis] for axis in axes)
+    return (devices - 1) / devices
+
+
+def _temporaries(at: _Sizes, parameters: float) -> float:
+    config, sizes, model, n = at.config, at.sizes, at.config.model, at.tokens
+    shared = config.pool.groups == 1 and config.moe.router != "none"
+    pools = 1 if shared else config.pool.groups
+    _, bank_parameters = _parameters(config, sizes)
+    # The gathered bank and its float32 gradient, whole along fsdp; of per-layer pools one at a time, and the gradient
+    # of all, split.
+    gathered = (NARROW + WIDE) * at.bank * (pools if sizes["fsdp"] == 1 else 1)
+    gradient = WIDE * (bank_parameters if not shared and sizes["fsdp"] > 1 else 0)
+    dense = WIDE * parameters * (1 if config.num_microbatches == 1 else 2)
+    tables = 2 * NARROW * model.vocab_size * model.hidden_size
+    hidden = n * model.hidden_size * NARROW
+    scores = n * config.data.sequence_length * SEEN * model.num_heads / sizes["tensor"]
+    mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * NARROW
+    products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * NARROW
+    kept = {"full": hidden, "moe": 8 * hidden + 6 * scores, "none": 10 * hidden + 6 * scores + products}[model.remat]
+    working = 10 * hidden + 8 * scores + mixture
+    logits = n * model.vocab_size / sizes["tensor"] * (WIDE + NARROW)
+    return gathered + gradient + dense + tables + model.num_layers * kept + max(working, logits)
