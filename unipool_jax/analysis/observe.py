@@ -1,7 +1,7 @@
 """Forward passes that let the choices of every token out, and other choices in.
 
 The model calls `MixtureBlock.routed` between choosing experts and visiting them. Here that method is intercepted: what
-it is given is recorded in the collection `observed_routing`, and replaced where the collection `forced_routing` says so.
+it is given is recorded in the collection `observed_routing`, and replaced where the collection `forced_routing` says.
 Both are stacked over layers like parameters, so a pass is a pure function of its inputs.
 """
 

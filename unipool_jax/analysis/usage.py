@@ -115,8 +115,8 @@ def chance_same_expert(counts_LE: np.ndarray, groups: int, tokens: int) -> np.nd
 def expert_similarity(gate_GEDF: np.ndarray, up_GEDF: np.ndarray, down_GEFD: np.ndarray) -> np.ndarray:
     """Cosine between the experts of each pool, float64 `[G, E, E]`.
 
-    The vector of an expert is its three matrices (gate, up, down) written one after the other. Hidden units are compared
-    by position, so only experts with a common ancestor (an upcycled model, copies) look alike: independently trained
+    The vector of an expert is its three matrices (gate, up, down) one after the other. Hidden units are compared by
+    position, so only experts with a common ancestor (an upcycled model, copies) look alike: independently trained
     ones are near 0 even if they compute the same function.
     """
     gram_GEE: np.ndarray | float = 0.0
@@ -141,7 +141,7 @@ class DeviceLoad(NamedTuple):
 
 
 def device_load(counts_LE: np.ndarray, devices: int) -> DeviceLoad:
-    """Load of each device of an expert-parallel group: device p holds the experts `p E/P .. (p+1) E/P - 1` of each pool.
+    """Load of the devices of an expert-parallel group: device p holds the experts `p E/P .. (p+1) E/P - 1` of a pool.
 
     Args:
       counts_LE: choices per layer and expert.
