@@ -9,7 +9,7 @@ from unipool_jax.training.entry import guarded
 def main(arguments: list[str]) -> int:
     """Analyse one checkpoint, or compare runs."""
     if arguments[:1] == ["compare"]:
-        from unipool_jax.analysis.compare import compare_command
+        from unipool_jax.analysis.compare_command import compare_command
 
         return compare_command(arguments[1:])
     return analyse_command(arguments)

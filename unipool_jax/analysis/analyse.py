@@ -42,8 +42,8 @@ class Analysis:
     probe: Probe | None
 
     @property
-    def counts_LM(self) -> np.ndarray:
-        """Choices per layer and expert of all pools, int64."""
+    def usage_map(self) -> np.ndarray:
+        """Choices per layer and expert of all pools, int64 `[L, M]`."""
         return usage.usage_map(self.counts_LE, self.config.pool.groups)
 
     @property
@@ -57,8 +57,8 @@ class Analysis:
         return routing_diagnostics(self.counts_LE, self.config.pool.groups)
 
     @property
-    def expected_common_LL(self) -> np.ndarray:
-        """Share of choices that two layers would have in common if they chose independently."""
+    def expected_common(self) -> np.ndarray:
+        """Share of choices that two layers would have in common if they chose independently, `[L, L]`."""
         tokens = int(self.unique_U.sum())
         expected_LL = usage.chance_same_expert(self.counts_LE, self.config.pool.groups, tokens)
         return expected_LL / (tokens * self.config.moe.top_k)
@@ -78,7 +78,7 @@ class Analysis:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as one JSON document."""
-        config, counts_LM = self.config, self.counts_LM
+        config, counts_LM = self.config, self.usage_map
         layers, load = config.model.num_layers, self.load
         pairs = self.cosine_GEE[:, *np.triu_indices(self.cosine_GEE.shape[1], 1)]
         batch_load = self.batch_load or (None, None)
@@ -108,7 +108,7 @@ class Analysis:
                 "chance_per_layer": self.unique_chance / layers,
                 "tokens_by_number": self.unique_U,
             },
-            "co_use": {"observed": self.common_LL, "independent": self.expected_common_LL},
+            "co_use": {"observed": self.common_LL, "independent": self.expected_common},
             "expert_similarity": {
                 "what": "cosine of gate, up and down weights, one vector per expert",
                 "mean": float(pairs.mean()) if pairs.size else None,

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from unipool_jax.analysis.analyse import Analysis, analyse
+from unipool_jax.analysis.history import read_history
 from unipool_jax.analysis.page import write_page
 from unipool_jax.analysis.report import facts, parts
 from unipool_jax.config import Config, ConfigError, from_mapping, settings
@@ -80,9 +81,7 @@ def parse_request(arguments: Sequence[str]) -> AnalysisRequest:
             if "run" in found or not folder:
                 problems.append(f"{word}: give one run folder; `compare RUN RUN ...` looks at several")
             found["run"] = folder
-        elif name == "out" and text:
-            found[name] = text
-        elif name == "split" and text in SPLIT_NAMES:
+        elif (name == "out" and text) or (name == "split" and text in SPLIT_NAMES):
             found[name] = text
         elif name in _NUMBERS:
             allowed, sound = _NUMBERS[name]
@@ -176,19 +175,3 @@ def write_results(analysis: Analysis, folder: Path, run: Path, step: int, split:
     )
     command = f"python -m unipool_jax.analysis {arguments}".rstrip()
     return write_page(folder, title, subtitle, facts(analysis), parts(analysis, read_history(run, step)), command)
-
-
-def read_history(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Complete lines of a run's metrics file, up to `last_step`; nothing for an imported run, which has none."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # a run that is being written, or was killed while writing
-        if last_step is None or line["step"] <= last_step:
-            lines.append(line)
-    return lines

@@ -53,7 +53,9 @@ def png(draw: Draw, *, dark: bool = False) -> bytes:
     theme: dict[str, Any] = dict.fromkeys(names, ink) | (_DARK if dark else _LIGHT)
     theme |= {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False}
     theme |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "lines.markersize": 4.5}
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **theme, "backend": "agg"}):
+    # The defaults first: a page must not depend on what its maker has in matplotlibrc.
+    settings: Any = dict(matplotlib.rcParamsDefault) | theme | {"backend": "agg"}
+    with matplotlib.rc_context(settings):
         figure = draw()
         stream = io.BytesIO()
         FigureCanvasAgg(figure)
@@ -122,21 +124,40 @@ def ownership_figure(counts_LM: np.ndarray) -> Figure:
     layers = len(counts_LM)
     figure = _figure(2.2 + min(0.2 * layers, 5.0))
     axes = figure.subplots()
-    _heat(axes, 100 * column_shares(counts_LM)[:, ownership_order(counts_LM)], "share of the expert's\nchoices (%)", (0, 100))
+    _heat(
+        axes,
+        100 * column_shares(counts_LM)[:, ownership_order(counts_LM)],
+        "share of the expert's\nchoices (%)",
+        (0, 100),
+    )
     axes.set_ylabel("layer")
-    axes.set_xlabel("expert, sorted by the layer that uses it most (unused ones last)")
+    axes.set_xlabel("place of the expert, sorted by the layer that uses it most (unused ones last)")
     return figure
 
 
-def layers_figure(entropy_L: np.ndarray, coverage_L: np.ndarray, load_L: np.ndarray, experts: int, devices: int) -> Figure:
+def layers_figure(
+    entropy_L: np.ndarray, coverage_L: np.ndarray, load_L: np.ndarray, experts: int, devices: int
+) -> Figure:
     """Three numbers per layer: entropy of its choices, coverage of its 16 busiest experts, and load of devices."""
     layers = np.arange(len(entropy_L))
     figure = _figure(2.9)
     entropy, coverage, load = figure.subplots(1, 3)
     top = min(16, experts)
     panels = (
-        (entropy, entropy_L, math.log2(max(experts, 2)), "entropy (bits)", f"Entropy (dashed: even, {math.log2(experts):.2f})"),
-        (coverage, 100 * coverage_L, 100 * top / experts, "share of choices (%)", f"On the {top} busiest (dashed: even)"),
+        (
+            entropy,
+            entropy_L,
+            math.log2(max(experts, 2)),
+            "entropy (bits)",
+            f"Entropy (dashed: even, {math.log2(experts):.2f})",
+        ),
+        (
+            coverage,
+            100 * coverage_L,
+            100 * top / experts,
+            "share of choices (%)",
+            f"On the {top} busiest (dashed: even)",
+        ),
         (load, load_L, 1.0, "busiest over mean", f"Load of {devices} device{'s' * (devices > 1)} (dashed: even)"),
     )
     for number, (axes, values, even, label, title) in enumerate(panels):
@@ -150,12 +171,16 @@ def layers_figure(entropy_L: np.ndarray, coverage_L: np.ndarray, load_L: np.ndar
     return figure
 
 
-def coverage_figure(sizes: Sequence[int], union: Sequence[float], most: Sequence[float], tokens: Sequence[float]) -> Figure:
+def coverage_figure(
+    sizes: Sequence[int], union: Sequence[float], most: Sequence[float], tokens: Sequence[float]
+) -> Figure:
     """Unions of the layers' K busiest experts, and the share of choices on them, against K (spec H.4)."""
     figure = _figure(3.0)
     left, right = figure.subplots(1, 2)
     left.plot(sizes, union, color=PALETTE[0], marker="o", label="this model")
-    left.plot(sizes, most, color=PALETTE[1], linestyle="--", marker="s", fillstyle="none", label="no overlap between layers")
+    left.plot(
+        sizes, most, color=PALETTE[1], linestyle="--", marker="s", fillstyle="none", label="no overlap between layers"
+    )
     left.set_ylabel("experts")
     left.set_ylim(0, max(most) * 1.35)
     left.set_title("In the union of the layers' K busiest")
@@ -294,7 +319,9 @@ def paired_figure(groups: Mapping[str, Series], differences: Mapping[str, Series
             continue
         x, y = differences[name]
         colour, mean = PALETTE[number % len(PALETTE)], y.mean(axis=0)
-        lower.plot(x, mean, color=colour, linestyle=_STYLES[number % len(_STYLES)], marker=_MARKERS[number % len(_MARKERS)])
+        lower.plot(
+            x, mean, color=colour, linestyle=_STYLES[number % len(_STYLES)], marker=_MARKERS[number % len(_MARKERS)]
+        )
         if len(y) > 1:
             error = y.std(axis=0, ddof=1) / math.sqrt(len(y))
             lower.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
@@ -338,10 +365,12 @@ def fraction_figure(points: Mapping[str, Sequence[tuple[float, float, float | No
 
 
 def granularity_figure(points: Mapping[str, Sequence[tuple[str, float, float | None]]]) -> Figure:
-    """Validation loss against granularity, experts per layer / experts per token (P1, figure 2b), one line per method."""
+    """Loss against granularity, experts per layer / experts per token (P1, figure 2b), one line per method."""
     figure = _figure(3.4)
     axes = figure.subplots()
-    ticks = sorted({x for values in points.values() for x, _, _ in values}, key=lambda text: [int(p) for p in text.split("/")])
+    ticks = sorted(
+        {x for values in points.values() for x, _, _ in values}, key=lambda text: [int(p) for p in text.split("/")]
+    )
     for number, (name, values) in enumerate(points.items()):
         by_tick = {x: (y, error) for x, y, error in values}
         shown = [tick for tick in ticks if tick in by_tick]

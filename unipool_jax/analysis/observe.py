@@ -60,7 +60,8 @@ def make_observed_step(config: Config) -> ObservedStep:
             return following(*args, **kwargs)
         routing, scores_NE = args
         if block.has_variable(FORCED, "experts"):
-            experts_NK, own = block.get_variable(FORCED, "experts"), block.get_variable(FORCED, "own_gates")
+            experts_NK: jax.Array = block.get_variable(FORCED, "experts")
+            own: jax.Array = block.get_variable(FORCED, "own_gates")
             routing = replaced(routing, scores_NE, experts_NK, own, config)
         block.sow(OBSERVED, "experts", routing.experts_NK)
         return routing

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from unipool_jax.analysis.figures import Draw, data_uri, png
 
 _STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1a1a1a; --quiet: #5c6370; --line: #d9d9d9; --card: #f6f7f9; }
+:root { color-scheme: light dark;
+  --paper: #ffffff; --ink: #1a1a1a; --quiet: #5c6370; --line: #d9d9d9; --card: #f6f7f9; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #16181c; --ink: #e6e6e6; --quiet: #a0a7b4; --line: #3a3f47; --card: #1f2329; }
 }
@@ -22,11 +23,13 @@ p { margin: .5rem 0; } .quiet, figcaption { color: var(--quiet); font-size: .9re
 figure { margin: 1rem 0; } img { display: block; width: 100%; height: auto; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom-width: 2px; vertical-align: bottom; }
 ul.facts { list-style: none; padding: 0; margin: 1.2rem 0; display: grid; gap: .7rem;
-  grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(9.2rem, 1fr)); }
 ul.facts li { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
-ul.facts b { display: block; font-size: 1.3rem; font-weight: 600; } ul.facts span { color: var(--quiet); font-size: .88rem; }
+ul.facts b { display: block; font-size: 1.3rem; font-weight: 600; }
+ul.facts span { color: var(--quiet); font-size: .88rem; }
 code { font-size: .9em; overflow-wrap: anywhere; }
 """
 
@@ -75,7 +78,8 @@ def write_page(
             light = png(draw)
             (folder / f"{name}.png").write_bytes(light)
             body.append(
-                f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{data_uri(png(draw, dark=True))}">'
+                '<figure><picture><source media="(prefers-color-scheme: dark)" '
+                f'srcset="{data_uri(png(draw, dark=True))}">'
                 f'<img src="{data_uri(light)}" alt="{_text(part.alt)}"></picture></figure>'
             )
         if part.table is not None:

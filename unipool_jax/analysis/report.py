@@ -10,7 +10,7 @@ import numpy as np
 
 from unipool_jax.analysis import figures, usage
 from unipool_jax.analysis.analyse import Analysis
-from unipool_jax.analysis.figures import Series
+from unipool_jax.analysis.history import series_of
 from unipool_jax.analysis.page import Part, Table
 from unipool_jax.analysis.probe import Difference, Probe
 from unipool_jax.config import Config
@@ -20,7 +20,7 @@ _SETS = (1, 2, 3, 5, 8, 10, 16, 20, 32, 48, 64)
 
 def facts(analysis: Analysis) -> dict[str, str]:
     """The numbers at the top of the page."""
-    config, counts_LM = analysis.config, analysis.counts_LM
+    config, counts_LM = analysis.config, analysis.usage_map
     dead = len(usage.dead_experts(counts_LM))
     busiest = float(usage.total_shares(counts_LM).max()) * config.total_experts
     found = {
@@ -30,8 +30,8 @@ def facts(analysis: Analysis) -> dict[str, str]:
         f"different experts of a token over {config.model.num_layers} layers": f"{analysis.unique_mean:.2f}",
     }
     if analysis.probe is not None:
-        added = analysis.probe.conditions[0].average
-        found["added loss when a deep layer chooses at random"] = _signed(added)
+        added = analysis.probe.conditions[0].average.mean
+        found["added loss when a deep layer chooses at random"] = f"{added:+.4f}"
     return found
 
 
@@ -63,14 +63,15 @@ def _percent(share: float) -> str:
 
 
 def _usage(analysis: Analysis) -> Part:
-    config, counts_LM = analysis.config, analysis.counts_LM
+    config, counts_LM = analysis.config, analysis.usage_map
     total_M = usage.total_shares(counts_LM)
     experts, dead = config.total_experts, usage.dead_experts(counts_LM)
     order = np.argsort(-total_M, kind="stable")
     tenth = max(1, round(experts / 10))
     words = [
-        "Each row of the heat map is a layer, each column an expert; bright means that the layer sends many of its tokens "
-        "there. The bars above add up all layers; the dashed line is what every expert would get if all were used alike.",
+        "Each row of the heat map is a layer, each column an expert; bright means that the layer sends many of its "
+        "tokens there. The bars above add up all layers; the dashed line is what every expert would get if all were "
+        "used alike.",
         f"The busiest expert, number {order[0]}, takes {_percent(total_M[order[0]])} of all choices, "
         f"{total_M[order[0]] * experts:.1f} times an even share. The busiest {tenth} of {experts} take "
         f"{_percent(float(total_M[order[:tenth]].sum()))}.",
@@ -89,35 +90,34 @@ def _usage(analysis: Analysis) -> Part:
 
 
 def _ownership(analysis: Analysis) -> Part:
-    counts_LM = analysis.counts_LM
+    counts_LM = analysis.usage_map
     share_M = usage.column_shares(counts_LM).max(axis=0)
     used = counts_LM.sum(axis=0) > 0
     owned = int((share_M[used] > 0.5).sum())
     even = 1 / analysis.config.layers_per_pool
     words = [
-        "Here the question is turned round: of the tokens that an expert gets, which layer sent them? Experts are sorted by "
-        "their main layer, so a bright staircase means that layers have divided the pool among themselves, and even "
-        "columns mean that experts really serve all depths.",
-        f"On average the main layer of an expert sends {_percent(float(share_M[used].mean()))} of its tokens (even sharing: "
-        f"{_percent(even)}), and {owned} of {int(used.sum())} used experts get more than half from one layer.",
+        "Here the question is turned round: of the tokens that an expert gets, which layer sent them? Experts are "
+        "sorted by their main layer, so a bright staircase means that layers have divided the pool among themselves, "
+        "and even columns mean that experts really serve all depths.",
+        f"On average the main layer of an expert sends {_percent(float(share_M[used].mean()))} of its tokens (even "
+        f"sharing: {_percent(even)}), and {owned} of {int(used.sum())} used experts get more than half from one layer.",
     ]
     draw = partial(figures.ownership_figure, counts_LM)
     return Part("Who owns the experts", words, ("ownership", draw), "Heat map of where each expert's tokens come from.")
 
 
 def _co_use(analysis: Analysis) -> Part:
-    observed, expected = analysis.common_LL, analysis.expected_common_LL
+    observed, expected = analysis.common_LL, analysis.expected_common
     size = analysis.config.layers_per_pool
     pool = np.arange(len(observed)) // size
     pairs = (pool[:, None] == pool[None, :]) & ~np.eye(len(observed), dtype=bool)
     mean, chance = float(observed[pairs].mean()), float(expected[pairs].mean())
     best = np.unravel_index(np.argmax(np.where(pairs, observed - expected, -1.0)), observed.shape)
-    relation = "more" if mean > chance else "less"
     words = [
         "How often does a token visit the same expert in two layers? Left: counted. Right: what it would be if the two "
         "layers chose independently but kept their favourites.",
-        f"Over all pairs of layers that share a pool, {_percent(mean)} of choices are common, {relation} than the "
-        f"{_percent(chance)} of independent layers. Layers {min(best)} and {max(best)} stand out most: "
+        f"Over all pairs of layers that share a pool, {100 * mean:.2f}% of choices are common; with independent "
+        f"layers it would be {100 * chance:.2f}%. Layers {min(best)} and {max(best)} stand out most: "
         f"{_percent(float(observed[best]))} instead of {_percent(float(expected[best]))}.",
     ]
     draw = partial(figures.co_use_figure, observed, expected)
@@ -154,17 +154,18 @@ def _layers(analysis: Analysis) -> Part:
     load, devices = analysis.load, analysis.devices
     narrow = int(entropy_L.argmin())
     words = [
-        f"Entropy counts in bits how widely a layer spreads its tokens: {np.log2(experts):.2f} bits is all {experts} experts "
-        f"alike, each bit less halves the number of experts in effective use. Layer {narrow} is the narrowest with "
-        f"{entropy_L[narrow]:.2f} bits, about {2 ** entropy_L[narrow]:.0f} experts.",
+        f"Entropy counts in bits how widely a layer spreads its tokens: {np.log2(experts):.2f} bits is all {experts} "
+        f"experts alike, each bit less halves the number of experts in effective use. Layer {narrow} is the narrowest "
+        f"with {entropy_L[narrow]:.2f} bits, about {2 ** entropy_L[narrow]:.0f} experts.",
     ]
     if devices > 1:
         words.append(
             f"If the experts of a pool are dealt out over {devices} devices, the busiest device of a layer gets "
-            f"{load.by_layer_L.mean():.2f} times the mean on average and {load.by_layer_L.max():.2f} times in the worst "
-            f"layer. As each layer waits for its slowest device, the expert part of a pass takes {load.critical_path:.2f} "
-            f"times as long as with even load, although over the whole model the busiest device has only "
-            f"{load.whole_model:.2f} times the mean: balance over the pool is not balance in each layer."
+            f"{load.by_layer_L.mean():.2f} times the mean on average and {load.by_layer_L.max():.2f} times in the "
+            "worst layer. As each layer waits for its slowest device, the expert part of a pass takes "
+            f"{load.critical_path:.2f} times as long as with even load, although over the whole model the busiest "
+            f"device has only {load.whole_model:.2f} times the mean: balance over the pool is not balance in each "
+            "layer."
         )
         if analysis.batch_load is not None:
             words.append(
@@ -181,8 +182,8 @@ def _unique(analysis: Analysis) -> Part:
     config = analysis.config
     mean, chance, layers = analysis.unique_mean, analysis.unique_chance, config.model.num_layers
     words = [
-        f"On its way through {layers} layers a token meets {mean:.2f} different experts, {mean / layers:.1%} of the number "
-        f"of layers. If every layer chose evenly and independently it would be {chance:.2f}.",
+        f"On its way through {layers} layers a token meets {mean:.2f} different experts, {mean / layers:.1%} of the "
+        f"number of layers. If every layer chose evenly and independently it would be {chance:.2f}.",
     ]
     if config.layers_per_pool == 1:
         words.append("With experts of their own, layers cannot meet an expert twice: both are the same by definition.")
@@ -196,19 +197,21 @@ def _unique(analysis: Analysis) -> Part:
     else:
         words.append("That is the chance level: nothing here shows that tokens come back to experts on purpose.")
     draw = partial(figures.unique_figure, analysis.unique_U, mean, chance)
-    return Part("Different experts of one token", words, ("unique", draw), "Distribution of different experts per token.")
+    return Part(
+        "Different experts of one token", words, ("unique", draw), "Distribution of different experts per token."
+    )
 
 
 def _similarity(analysis: Analysis) -> Part:
     cosine = analysis.cosine_GEE
-    groups, experts, _ = cosine.shape
+    experts = cosine.shape[1]
     above = np.triu(np.ones((experts, experts), bool), 1)
     pairs = cosine[:, above]
     pool, first, second = np.unravel_index(np.argmax(np.where(above, cosine, -2.0)), cosine.shape)
     words = [
-        "Are some experts copies of each other? Each expert is written as one long vector (gate, up and down weights); the "
-        "cosine is 1 for copies and near 0 for weights that have nothing to do with each other. Experts that compute the "
-        "same function with their hidden units in another order are not found this way.",
+        "Are some experts copies of each other? Each expert is written as one long vector (gate, up and down weights); "
+        "the cosine is 1 for copies and near 0 for weights that have nothing to do with each other. Experts that "
+        "compute the same function with their hidden units in another order are not found this way.",
         f"The mean over all pairs is {pairs.mean():.4f}; the closest are experts {pool * experts + first} and "
         f"{pool * experts + second} with {cosine[pool, first, second]:.4f}.",
     ]
@@ -220,9 +223,9 @@ def _probe(probe: Probe, config: Config) -> Part:
     first = probe.conditions[0]
     error = first.average.standard_error
     words = [
-        "Does it matter which expert a token visits? One layer of the deep half at a time picks its experts at random for "
-        "every token; the bars are the loss that this adds, with one standard error over windows of text. Large bars mean "
-        "that the learned choice carries information; bars near zero mean that any expert would have done.",
+        "Does it matter which expert a token visits? One layer of the deep half at a time picks its experts at random "
+        "for every token; the bars are the loss that this adds, with one standard error over windows of text. Large "
+        "bars mean that the learned choice carries information; bars near zero mean that any expert would have done.",
     ]
     if error is None:
         verdict = ""
@@ -231,18 +234,19 @@ def _probe(probe: Probe, config: Config) -> Part:
     else:
         verdict = ", within three standard errors of nothing: no sign that the learned choice matters"
     words.append(
-        f"Random experts from the whole pool, with the gates of the learned choice, add {_signed(first.average)} nats per "
-        f"token on average over layers {probe.layers[0]} to {probe.layers[-1]}, to {probe.learned:.4f}{verdict}."
+        f"Random experts from the whole pool, with the gates of the learned choice, add {_signed(first.average)} nats "
+        f"per token to the loss of {probe.learned:.4f}, on average over layers {probe.layers[0]} to "
+        f"{probe.layers[-1]}{verdict}."
     )
     if len(probe.conditions) > 2:
         words.append(
-            "Drawing only from the layer's own 8 busiest experts makes the test comparable with an ordinary mixture of 8 "
-            "experts per layer."
+            "Drawing only from the layer's own 8 busiest experts makes the test comparable with an ordinary mixture of "
+            "8 experts per layer."
         )
     if config.moe.router == "norm":
         words.append(
-            "With gates of their own, about half of the random experts have a score of zero and contribute nothing, so "
-            "these bars also contain the loss of switching the layer off for such tokens."
+            "With gates of their own, random experts whose score is zero contribute nothing, so these bars also "
+            "contain the loss of switching the layer off for such tokens."
         )
     names = {"full_pool": "whole pool", "top_8": "8 busiest"}
     rows = [
@@ -252,15 +256,6 @@ def _probe(probe: Probe, config: Config) -> Part:
     table = Table(["added loss (nats per token)", *(f"layer {layer}" for layer in probe.layers), "average"], rows)
     draw = partial(figures.probe_figure, probe)
     return Part("Random choices in one layer", words, ("probe", draw), "Bars of added loss per layer.", table)
-
-
-def series_of(history: Sequence[Mapping[str, Any]], kind: str, name: str) -> Series | None:
-    """One number of a metrics file over time, None if it was never written."""
-    points = [(line["step"], line[name]) for line in history if line.get("kind") == kind and line.get(name) is not None]
-    if not points:
-        return None
-    steps, values = zip(*points, strict=True)
-    return Series(np.array(steps), np.array([values], dtype=float))
 
 
 def _training(history: Sequence[Mapping[str, Any]]) -> list[Part]:

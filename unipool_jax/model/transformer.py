@@ -21,7 +21,7 @@ from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
 from unipool_jax.moe.pool import ExpertPool, gathered_bank, gradient_master
 from unipool_jax.moe.routing import Routing, RoutingStats, norm_constant, route, scores
 
-LAYER_AXES = {"params": 0, "forced_routing": 0, "observed_routing": 0}
+LAYER_AXES: Any = {"params": 0, "forced_routing": 0, "observed_routing": 0}
 """Collections that are stacked over layers. The last two are empty but in analyses, which pass choices in and out."""
 
 

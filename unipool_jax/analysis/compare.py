@@ -1,0 +1,233 @@
+"""Runs side by side: groups of runs that differ in nothing but the seed, and differences paired by seed.
+
+A pair is two runs of different groups with one seed: they read the same batches and are evaluated on the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unipool_jax.analysis.figures import Series
+from unipool_jax.analysis.history import read_history, series_of
+from unipool_jax.analysis.probe import Difference
+from unipool_jax.compose import load_config
+from unipool_jax.config import Config, settings
+from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, frozen_differences
+
+LATE = 0.6
+"""Late training is what comes after this share of the steps (spec J15: the late gap is steadier than the final one)."""
+
+_SLICE = (
+    "data.source",
+    "data.files",
+    "data.stores",
+    "data.tokenizer",
+    "data.sequence_length",
+    "data.split",
+    "data.split_order",
+    "train.eval_slice",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as far as its files tell."""
+
+    folder: Path
+    config: Config
+    summary: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        """Of weights and batches."""
+        return self.config.train.seed
+
+    @property
+    def loss(self) -> float:
+        """Validation loss at the end, nats per token."""
+        return float(self.summary["results"]["valid"]["loss"])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    name: str
+    runs: dict[int, Run]
+    """By seed."""
+
+    @property
+    def config(self) -> Config:
+        """The settings, with the seed of the first run."""
+        return next(iter(self.runs.values())).config
+
+    def series(self, kind: str, name: str, seeds: Sequence[int] | None = None) -> Series | None:
+        """One number of the metrics files over the steps at which all runs (of these seeds) have it."""
+        wanted = list(self.runs) if seeds is None else seeds
+        found = [series_of(self.runs[seed].history, kind, name) for seed in wanted]
+        lines = [dict(zip(s.x.tolist(), s.y[0].tolist(), strict=True)) for s in found if s is not None]
+        if not lines or len(lines) < len(wanted):
+            return None
+        steps = sorted(set.intersection(*(set(line) for line in lines)))
+        return Series(np.array(steps), np.array([[line[step] for step in steps] for line in lines])) if steps else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    group: Group
+    loss: Difference
+    """Mean final validation loss over seeds, with its standard error."""
+    difference: Difference | None
+    """Paired difference of the final validation loss to the baseline; None for the baseline and without a pair."""
+    late: Difference | None
+    """The same, averaged over the evaluations of late training first."""
+    pairs: int
+    """Seeds in common with the baseline."""
+
+
+def load_run(folder: str) -> Run:
+    """Read a run folder; its checkpoints are not needed.
+
+    Raises:
+      RunError: if it is none, or if the run has not finished.
+    """
+    path = find_run(folder)
+    if not (path / SUMMARY).exists():
+        raise RunError(f"{path}: no {SUMMARY}, so the run has not finished; let it finish, or leave it out")
+    summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    return Run(path, load_config(path / CONFIG), summary, read_history(path))
+
+
+def check_slices(runs: Sequence[Run]) -> None:
+    """Refuse runs that were not evaluated on the same text.
+
+    Raises:
+      RunError: with the settings that differ and their values.
+    """
+    first, problems = runs[0], []
+    for run in runs[1:]:
+        before, now = _slice(first.config), _slice(run.config)
+        problems += [
+            f"  - {name}: {before.get(name)!r} in {first.folder}, {now.get(name)!r} in {run.folder}"
+            for name in before | now
+            if before.get(name) != now.get(name)
+        ]
+        tokens = [run.summary["results"]["valid"]["tokens"] for run in (first, run)]
+        if not problems and tokens[0] != tokens[1] and first.config.train.eval_slice == "fixed":
+            problems.append(
+                f"  - {tokens[0]} valid tokens in {first.folder}, {tokens[1]} in {run.folder}: the files differ"
+            )
+    if problems:
+        lines = "\n".join(problems)
+        raise RunError(f"runs evaluated on different text cannot be compared:\n{lines}\nCompare them apart.")
+
+
+def _slice(config: Config) -> dict[str, Any]:
+    """The settings that decide which validation text is read."""
+    values, train = settings(config), config.train
+    found = {name: values[name] for name in _SLICE}
+    found["train.eval_batches x train.batch_size"] = (
+        None if train.eval_batches is None else train.eval_batches * train.batch_size
+    )
+    if train.eval_slice == "moving":
+        found |= {"train.steps": train.steps, "train.eval_every": train.eval_every}
+    return found
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs by their settings, in the order given.
+
+    Raises:
+      RunError: if two runs have the same settings and seed.
+    """
+    found: list[dict[int, Run]] = []
+    for run in runs:
+        for members in found:
+            if not set(frozen_differences(next(iter(members.values())).config, run.config)) - {"train.seed"}:
+                if run.seed in members:
+                    raise RunError(
+                        f"{members[run.seed].folder} and {run.folder}: same settings and train.seed={run.seed}; "
+                        "leave one of them out"
+                    )
+                members[run.seed] = run
+                break
+        else:
+            found.append({run.seed: run})
+    configs = [next(iter(members.values())).config for members in found]
+    names = [_name(config, configs) for config in configs]
+    return [Group(name, members) for name, members in zip(names, found, strict=True)]
+
+
+def _name(config: Config, configs: Sequence[Config]) -> str:
+    """Method, and what tells it from the first group of that method; with the scale where there are several."""
+    name = config.method_name
+    if len({other.scale_name for other in configs}) > 1:
+        name = f"{config.scale_name} {name}"
+    kin = (config.scale_name, config.method_name)
+    reference = next(other for other in configs if (other.scale_name, other.method_name) == kin)
+    values = settings(config)
+    different = [s for s in frozen_differences(reference, config) if s != "train.seed"]
+    return " ".join([name, *(f"{setting.split('.')[-1]}={_short(values[setting])}" for setting in different)])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def mean_and_error(values: Sequence[float]) -> Difference:
+    """Mean and standard error over seeds, `s / sqrt(n)` with `s` from n - 1; no error for a single value."""
+    count = len(values)
+    mean = float(np.mean(values))
+    return Difference(mean, float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None)
+
+
+def paired_series(group: Group, baseline: Group) -> Series | None:
+    """Validation loss of `group` minus that of `baseline`, seed by seed, at the steps that both evaluated."""
+    seeds = [seed for seed in group.runs if seed in baseline.runs]
+    ours, theirs = group.series("valid", "loss", seeds), baseline.series("valid", "loss", seeds)
+    if not seeds or ours is None or theirs is None:
+        return None
+    steps, mine, other = np.intersect1d(ours.x, theirs.x, return_indices=True)
+    return Series(steps, ours.y[:, mine] - theirs.y[:, other]) if len(steps) else None
+
+
+def compare(groups: Sequence[Group], baseline: Group) -> list[Row]:
+    """The table: every group, paired with the baseline where they share seeds."""
+    rows = []
+    for group in groups:
+        loss = mean_and_error([run.loss for run in group.runs.values()])
+        seeds = [seed for seed in group.runs if seed in baseline.runs]
+        if group is baseline or not seeds:
+            rows.append(Row(group, loss, None, None, 0))
+            continue
+        difference = mean_and_error([group.runs[seed].loss - baseline.runs[seed].loss for seed in seeds])
+        series, late = paired_series(group, baseline), None
+        if series is not None:
+            last = min(group.config.train.steps, baseline.config.train.steps)
+            rest = series.y[:, series.x > LATE * last]
+            late = mean_and_error(rest.mean(axis=1).tolist()) if rest.shape[1] > 1 else None
+        rows.append(Row(group, loss, difference, late, len(seeds)))
+    return rows
+
+
+def families(groups: Sequence[Group], free: set[str]) -> list[list[Group]]:
+    """Groups that differ in the settings `free` alone."""
+    found: list[list[Group]] = []
+    for group in groups:
+        for members in found:
+            if not set(frozen_differences(members[0].config, group.config)) - free - {"train.seed"}:
+                members.append(group)
+                break
+        else:
+            found.append([group])
+    return found
