@@ -191,10 +191,10 @@ def mean_and_error(values: Sequence[float]) -> Difference:
     return Difference(mean, float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None)
 
 
-def paired_series(group: Group, baseline: Group) -> Series | None:
-    """Validation loss of `group` minus that of `baseline`, seed by seed, at the steps that both evaluated."""
+def paired_series(group: Group, baseline: Group, kind: str = "valid", name: str = "loss") -> Series | None:
+    """A number of `group` minus that of `baseline`, seed by seed, at the steps at which both have it."""
     seeds = [seed for seed in group.runs if seed in baseline.runs]
-    ours, theirs = group.series("valid", "loss", seeds), baseline.series("valid", "loss", seeds)
+    ours, theirs = group.series(kind, name, seeds), baseline.series(kind, name, seeds)
     if not seeds or ours is None or theirs is None:
         return None
     steps, mine, other = np.intersect1d(ours.x, theirs.x, return_indices=True)

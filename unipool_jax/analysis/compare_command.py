@@ -83,17 +83,7 @@ def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
         "steadier than the last evaluation alone. Load and experts are those of the last evaluation.",
     ]
     found = [Part("Results", words, table=table_of(rows, baseline))]
-    curves = {group.name: series for group in groups if (series := group.series("valid", "loss")) is not None}
-    pairs = {group.name: paired_series(group, baseline) for group in groups if group is not baseline}
-    differences = {name: series for name, series in pairs.items() if series is not None}
-    if curves:
-        text = [
-            "Above, validation loss over training. Below, the paired difference, with a band of one standard error."
-        ]
-        draw = partial(figures.paired_figure, curves, differences, baseline.name)
-        found.append(
-            Part("Over training", text, ("curves", draw), "Validation loss and paired differences over steps.")
-        )
+    found += _curves(groups, baseline)
     name = "load/busiest_over_mean"
     loads = {group.name: series for group in groups if (series := group.series("train", name)) is not None}
     if loads:
@@ -104,6 +94,27 @@ def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
         draw = partial(figures.curves_figure, loads, "busiest expert over mean load")
         found.append(Part("Balance over training", text, ("load", draw), "Load of the busiest expert over steps."))
     return found + _sweeps(rows, baseline)
+
+
+def _curves(groups: Sequence[Group], baseline: Group) -> list[Part]:
+    """Loss over training: on validation text, or of training batches where evaluations are too few for a curve."""
+    label, kind, name = "validation loss", "valid", "loss"
+    series = {group.name: group.series(kind, name) for group in groups}
+    if any(values is None or len(values.x) < 3 for values in series.values()):
+        label, kind, name = "training loss", "train", "loss/lm"
+        series = {group.name: group.series(kind, name) for group in groups}
+    curves = {group: values for group, values in series.items() if values is not None}
+    pairs = {group.name: paired_series(group, baseline, kind, name) for group in groups if group is not baseline}
+    differences = {group: values for group, values in pairs.items() if values is not None}
+    if not curves:
+        return []
+    text = [f"Above, {label} over training. Below, the paired difference, and its standard error as a band."]
+    if kind == "train":
+        text.append(
+            "Evaluations were too few for a curve. Runs of one seed read the same batches, so these losses pair."
+        )
+    draw = partial(figures.paired_figure, curves, differences, baseline.name, label)
+    return [Part("Over training", text, ("curves", draw), f"{label} and paired differences over steps.")]
 
 
 def _sweeps(rows: Sequence[Row], baseline: Group) -> list[Part]:

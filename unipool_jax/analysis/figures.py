@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -294,11 +294,7 @@ def curves_figure(groups: Mapping[str, Series], label: str, x_label: str = "step
     figure = _figure(3.6)
     axes = figure.subplots()
     _lines(axes, groups)
-    values = np.concatenate([series.y.reshape(-1) for series in groups.values()])
-    values = values[np.isfinite(values)]
-    if low and len(values):
-        bottom, top = float(values.min()), float(np.quantile(values, 1 - low))
-        axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
+    _clip(axes, groups.values(), low)
     axes.set_xlabel(x_label)
     axes.set_ylabel(label)
     axes.grid(alpha=0.6)
@@ -307,12 +303,15 @@ def curves_figure(groups: Mapping[str, Series], label: str, x_label: str = "step
     return figure
 
 
-def paired_figure(groups: Mapping[str, Series], differences: Mapping[str, Series], baseline: str) -> Figure:
-    """Validation loss of groups of runs, and below it the paired difference to the baseline with one standard error."""
+def paired_figure(
+    groups: Mapping[str, Series], differences: Mapping[str, Series], baseline: str, label: str = "validation loss"
+) -> Figure:
+    """Loss of groups of runs, and below it the paired difference to the baseline with a band of one standard error."""
     figure = _figure(6.2)
     upper, lower = figure.subplots(2, 1, sharex=True)
     _lines(upper, groups)
-    upper.set_ylabel("validation loss\n(nats per token)")
+    _clip(upper, groups.values(), 0.05)
+    upper.set_ylabel(f"{label}\n(nats per token)")
     lower.axhline(0, color=_ink(), linewidth=0.8)
     for number, name in enumerate(groups):
         if name not in differences:
@@ -401,6 +400,15 @@ def _lines(axes: Axes, groups: Mapping[str, Series]) -> None:
             for row in y:
                 axes.plot(x, row, color=colour, linewidth=0.6, alpha=0.6)
         axes.plot(x, y.mean(axis=0), color=colour, linestyle=style, marker=marker, label=name)
+
+
+def _clip(axes: Axes, series: Iterable[Series], share: float) -> None:
+    """Let this share of the values, the largest, leave the plot at its top."""
+    values = np.concatenate([y.reshape(-1) for _, y in series])
+    values = values[np.isfinite(values)]
+    bottom, top = float(values.min()), float(np.quantile(values, 1 - share))
+    if share and top > bottom:
+        axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
