@@ -7,6 +7,7 @@ Both are stacked over layers like parameters, so a pass is a pure function of it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,8 +47,12 @@ class Observed(NamedTuple):
 ObservedStep = Callable[[Any, BalanceState, Batch, Forced | None], Observed]
 
 
+@functools.lru_cache(maxsize=4)
 def make_observed_step(config: Config) -> ObservedStep:
-    """The jitted pass `(params, balance, batch, forced) -> Observed` of a model with routers; changes no state."""
+    """The jitted pass `(params, balance, batch, forced) -> Observed` of a model with routers; changes no state.
+
+    Asked again for the same configuration, it gives the same function, which has compiled its programs already.
+    """
     layers = (config.pool.groups, config.layers_per_pool)
 
     def by_layer(**values: jax.Array) -> dict[str, Any]:
