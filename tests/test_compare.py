@@ -62,7 +62,7 @@ def test_pairs_and_standard_errors_by_hand(sweep: list[str]) -> None:
     groups = grouped([load_run(folder) for folder in sweep])
     assert [(group.name, sorted(group.runs)) for group in groups] == [
         ("vanilla", [1, 2, 3]),
-        ("unipool", [1, 2, 3]),
+        ("unipool fraction=1", [1, 2, 3]),
         ("unipool fraction=0.5", [1]),
     ]
     vanilla, ours, small = compare(groups, groups[0])
@@ -147,7 +147,7 @@ def test_what_cannot_be_compared_is_refused(sweep: list[str], tmp_path: Path) ->
     for arguments, named in (
         ([sweep[1]], "two or more"),
         ([*sweep[1:3], "baselin=x"], "baselin=x"),
-        ([*sweep[1:3], "baseline=dense"], "'unipool'"),
+        ([*sweep[1:3], "baseline=dense"], "'vanilla'"),
     ):
         with pytest.raises(ConfigError, match=named):
             main(["compare", *arguments])
@@ -156,7 +156,12 @@ def test_what_cannot_be_compared_is_refused(sweep: list[str], tmp_path: Path) ->
 def test_names_tell_groups_apart(tmp_path: Path) -> None:
     words = [["pool.groups=2"], ["loss.pool_coefficient=0.1", "pool.groups=2"], ["method=dense"], ["method=vanilla"]]
     runs = [load_run(make_run(tmp_path, f"r{i}", [5.0] * 5, *w)) for i, w in enumerate(words)]
-    assert [group.name for group in grouped(runs)] == ["unipool", "unipool pool_coefficient=0.1", "dense", "vanilla"]
+    assert [group.name for group in grouped(runs)] == [
+        "unipool pool_coefficient=0.001",
+        "unipool pool_coefficient=0.1",
+        "dense",
+        "vanilla",
+    ]
     other = load_run(make_run(tmp_path, "other", [5.0] * 5, "scale_name=wide", "model.ffn_size=512"))
     names = [group.name for group in grouped([*runs, other])]
     assert names[-1] == "wide unipool"
@@ -231,7 +236,7 @@ def test_the_command_writes_table_figures_and_page(sweep: list[str], tmp_path: P
     assert check_page(out / "report.html").images == 3
     rows = (out / "table.md").read_text().splitlines()
     assert len(rows) == 5
-    assert rows[3].startswith("| unipool | 3 | 5.2000 ± ")
+    assert rows[3].startswith("| unipool fraction=1 | 3 | 5.2000 ± ")
     assert "| -0.3000 ± 0.1528 | 3 | -0.3500 ± 0.0764 |" in rows[3]
     document = json.loads((out / "compare.json").read_text())
     assert document["baseline"] == "vanilla"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,19 +170,33 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def _name(config: Config, configs: Sequence[Config]) -> str:
-    """Method, and what tells it from the first group of that method; with the scale where there are several."""
+    """Method and the settings that are unusual among the groups of this method; with the scale if there are several.
+
+    The usual value of a setting is the one that most groups have; where no value is ahead, each group shows its own.
+    """
     name = config.method_name
     if len({other.scale_name for other in configs}) > 1:
         name = f"{config.scale_name} {name}"
-    kin = (config.scale_name, config.method_name)
-    reference = next(other for other in configs if (other.scale_name, other.method_name) == kin)
-    values = settings(config)
-    different = [s for s in frozen_differences(reference, config) if s != "train.seed"]
-    return " ".join([name, *(f"{setting.split('.')[-1]}={_short(values[setting])}" for setting in different)])
+    kin = [o for o in configs if (o.scale_name, o.method_name) == (config.scale_name, config.method_name)]
+    varying = {setting for other in kin for setting in frozen_differences(config, other)} - {"train.seed"}
+    for setting in (setting for setting in settings(config) if setting in varying):
+        first, *rest = Counter(settings(other)[setting] for other in kin).most_common()
+        value = settings(config)[setting]
+        if value != first[0] or (rest and rest[0][1] == first[1]):
+            name += f" {setting.split('.')[-1]}={_short(value)}"
+    return name
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def common_name(groups: Sequence[Group]) -> str:
+    """The words that the names of all these groups have."""
+    first, *rest = (group.name.split() for group in groups)
+    return " ".join(word for word in first if all(word in words for words in rest))
 
 
 def mean_and_error(values: Sequence[float]) -> Difference:

@@ -4,7 +4,7 @@ python -m unipool_jax.analysis compare runs/vanilla-1 runs/vanilla-2 runs/unipoo
 python -m unipool_jax.analysis compare runs/sweep/* baseline=vanilla out=results/sweep
 
 Runs that differ in nothing but the seed form a group, named after its method and the settings in which it differs from
-the first group of that method; `baseline=` takes such a name.
+most groups of that method; `baseline=` takes such a name.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from unipool_jax.analysis.compare import (
     Group,
     Row,
     check_slices,
+    common_name,
     compare,
     families,
     grouped,
@@ -130,7 +131,7 @@ def _sweeps(rows: Sequence[Row], baseline: Group) -> list[Part]:
             share = group.config.total_experts / baseline.config.total_experts
             points.append((share, difference.mean, difference.standard_error))
         if len(points) > 1:
-            sizes[members[0].name] = points
+            sizes[common_name(members)] = points
     if sizes and baseline.config.moe.router != "none":
         text = ["How small may the pool be before its advantage is gone? (arXiv 2605.06665, figure 2a.)"]
         draw = partial(figures.fraction_figure, sizes, baseline.name)
@@ -140,7 +141,7 @@ def _sweeps(rows: Sequence[Row], baseline: Group) -> list[Part]:
         ticks = [f"{g.config.moe.experts_per_layer}/{g.config.moe.top_k}" for g in members]
         if len(set(ticks)) == len(ticks) > 1:
             losses = [by_name[group.name].loss for group in members]
-            grains[members[0].name] = [(t, v.mean, v.standard_error) for t, v in zip(ticks, losses, strict=True)]
+            grains[common_name(members)] = [(t, v.mean, v.standard_error) for t, v in zip(ticks, losses, strict=True)]
     if grains:
         text = ["More experts, and more of them per token: loss against granularity (arXiv 2605.06665, figure 2b)."]
         draw = partial(figures.granularity_figure, grains)
