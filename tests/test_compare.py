@@ -185,6 +185,29 @@ def test_sweeps_are_found(tmp_path: Path) -> None:
     assert titles == ["Results", "Over training", "Balance over training", "Smaller pools", "Granularity"]
 
 
+def test_every_scale_and_granularity_has_its_own_baseline(tmp_path: Path) -> None:
+    def at(loss: float, name: str, *words: str) -> str:
+        return make_run(tmp_path, name, [loss] * 5, *words)
+
+    wide, fine = ["scale_name=wide", "model.ffn_size=512"], ["moe.experts_per_layer=16", "moe.top_k=2"]
+    folders = [
+        at(5.0, "v", "method=vanilla"),
+        at(4.9, "u"),
+        at(4.0, "vw", "method=vanilla", *wide),
+        at(3.8, "uw", *wide),
+        at(3.0, "vf", "method=vanilla", *fine),
+        at(2.7, "uf", *fine),
+        at(2.6, "uwf", *wide, *fine),
+        at(6.0, "d", "method=dense"),
+    ]
+    groups = grouped([load_run(folder) for folder in folders])
+    rows = compare(groups, groups[0])
+    found = {next(iter(r.group.runs.values())).folder.name: r.difference and r.difference.mean for r in rows}
+    # No baseline is both wide and fine, so that pool has the wide one; the dense model has that of its scale.
+    expected = {"v": None, "u": -0.1, "vw": None, "uw": -0.2, "vf": None, "uf": -0.3, "uwf": -1.4, "d": 1.0}
+    assert found == {name: value if value is None else pytest.approx(value) for name, value in expected.items()}
+
+
 class References(HTMLParser):
     """Collects what a page refers to, and checks that tags are closed in order."""
 

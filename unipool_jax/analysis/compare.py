@@ -88,8 +88,10 @@ class Row:
     group: Group
     loss: Difference
     """Mean final validation loss over seeds, with its standard error."""
+    baseline: Group | None
+    """What it is paired with, see `counterpart`; None for a baseline itself."""
     difference: Difference | None
-    """Paired difference of the final validation loss to the baseline; None for the baseline and without a pair."""
+    """Paired difference of the final validation loss to the baseline; None for a baseline and without a pair."""
     late: Difference | None
     """The same, averaged over the evaluations of late training first."""
     pairs: int
@@ -216,22 +218,43 @@ def paired_series(group: Group, baseline: Group, kind: str = "valid", name: str 
     return Series(steps, ours.y[:, mine] - theirs.y[:, other]) if len(steps) else None
 
 
+def counterpart(group: Group, groups: Sequence[Group], baseline: Group) -> Group:
+    """The baseline of `group`: of the baseline's method, the group of its scale and granularity, or at least its scale.
+
+    So a comparison may hold several scales, and fine and coarse experts, each beside its own ordinary mixture.
+    """
+    kin = [other for other in groups if other.config.method_name == baseline.config.method_name]
+    wanted = group.config
+    same_scale = [other for other in kin if other.config.scale_name == wanted.scale_name]
+    same_grain = [
+        other
+        for other in same_scale
+        if (other.config.moe.experts_per_layer, other.config.moe.top_k)
+        == (wanted.moe.experts_per_layer, wanted.moe.top_k)
+    ]
+    for candidates in (same_grain, same_scale):
+        if candidates:
+            return baseline if baseline in candidates else candidates[0]
+    return baseline
+
+
 def compare(groups: Sequence[Group], baseline: Group) -> list[Row]:
-    """The table: every group, paired with the baseline where they share seeds."""
+    """The table: every group, paired with its `counterpart` where they share seeds."""
     rows = []
     for group in groups:
         loss = mean_and_error([run.loss for run in group.runs.values()])
-        seeds = [seed for seed in group.runs if seed in baseline.runs]
-        if group is baseline or not seeds:
-            rows.append(Row(group, loss, None, None, 0))
+        other = counterpart(group, groups, baseline)
+        seeds = [seed for seed in group.runs if seed in other.runs]
+        if group is baseline or group is other or not seeds:
+            rows.append(Row(group, loss, None, None, None, 0))
             continue
-        difference = mean_and_error([group.runs[seed].loss - baseline.runs[seed].loss for seed in seeds])
-        series, late = paired_series(group, baseline), None
+        difference = mean_and_error([group.runs[seed].loss - other.runs[seed].loss for seed in seeds])
+        series, late = paired_series(group, other), None
         if series is not None:
-            last = min(group.config.train.steps, baseline.config.train.steps)
+            last = min(group.config.train.steps, other.config.train.steps)
             rest = series.y[:, series.x > LATE * last]
             late = mean_and_error(rest.mean(axis=1).tolist()) if rest.shape[1] > 1 else None
-        rows.append(Row(group, loss, difference, late, len(seeds)))
+        rows.append(Row(group, loss, other, difference, late, len(seeds)))
     return rows
 
 

@@ -43,7 +43,7 @@ _GRANULARITY = {"moe.experts_per_layer", "moe.top_k", "pool.experts"}
 
 def table_of(rows: Sequence[Row], baseline: Group) -> Table:
     """The comparison as text."""
-    head = ["", "seeds", "valid loss", f"minus {baseline.name}", "pairs", "late difference", "test loss"]
+    head = ["", "seeds", "valid loss", f"minus {baseline.config.method_name}", "pairs", "late difference", "test loss"]
     head += ["bits per byte", "experts used", "busiest over mean"]
     lines = []
     for row in rows:
@@ -77,14 +77,15 @@ def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
     """The sections of the page: table, curves, load, and the published sweeps where the runs make one up."""
     groups = [row.group for row in rows]
     words = [
-        f"Validation loss at the end of training, in nats per token. Differences are paired with {baseline.name}: same "
+        f"Validation loss at the end of training, in nats per token. Differences are paired with "
+        f"{baseline.config.method_name} of the same scale and granularity: same "
         "seed, so same batches, and same validation text; negative is better. ± is one standard error over seeds; "
         "without it there is only one seed, and a difference of one seed cannot be told from luck.",
         f"The late difference averages over the evaluations of the last {100 - 100 * LATE:.0f}% of the steps, and is "
         "steadier than the last evaluation alone. Load and experts are those of the last evaluation.",
     ]
     found = [Part("Results", words, table=table_of(rows, baseline))]
-    found += _curves(groups, baseline)
+    found += _curves(rows, baseline)
     name = "load/busiest_over_mean"
     loads = {group.name: series for group in groups if (series := group.series("train", name)) is not None}
     if loads:
@@ -97,15 +98,16 @@ def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
     return found + _sweeps(rows, baseline)
 
 
-def _curves(groups: Sequence[Group], baseline: Group) -> list[Part]:
+def _curves(rows: Sequence[Row], baseline: Group) -> list[Part]:
     """Loss over training: on validation text, or of training batches where evaluations are too few for a curve."""
+    groups = [row.group for row in rows]
     label, kind, name = "validation loss", "valid", "loss"
     series = {group.name: group.series(kind, name) for group in groups}
     if any(values is None or len(values.x) < 3 for values in series.values()):
         label, kind, name = "training loss", "train", "loss/lm"
         series = {group.name: group.series(kind, name) for group in groups}
     curves = {group: values for group, values in series.items() if values is not None}
-    pairs = {group.name: paired_series(group, baseline, kind, name) for group in groups if group is not baseline}
+    pairs = {row.group.name: paired_series(row.group, row.baseline, kind, name) for row in rows if row.baseline}
     differences = {group: values for group, values in pairs.items() if values is not None}
     if not curves:
         return []
@@ -114,7 +116,7 @@ def _curves(groups: Sequence[Group], baseline: Group) -> list[Part]:
         text.append(
             "Evaluations were too few for a curve. Runs of one seed read the same batches, so these losses pair."
         )
-    draw = partial(figures.paired_figure, curves, differences, baseline.name, label)
+    draw = partial(figures.paired_figure, curves, differences, baseline.config.method_name, label)
     return [Part("Over training", text, ("curves", draw), f"{label} and paired differences over steps.")]
 
 
@@ -126,15 +128,16 @@ def _sweeps(rows: Sequence[Row], baseline: Group) -> list[Part]:
     for members in families(shared, _POOL_SIZE):
         points = []
         for group in members:
-            difference = by_name[group.name].difference
-            assert difference is not None
-            share = group.config.total_experts / baseline.config.total_experts
+            row = by_name[group.name]
+            assert row.difference is not None
+            assert row.baseline is not None
+            difference, share = row.difference, group.config.total_experts / row.baseline.config.total_experts
             points.append((share, difference.mean, difference.standard_error))
         if len(points) > 1:
             sizes[common_name(members)] = points
     if sizes and baseline.config.moe.router != "none":
         text = ["How small may the pool be before its advantage is gone? (arXiv 2605.06665, figure 2a.)"]
-        draw = partial(figures.fraction_figure, sizes, baseline.name)
+        draw = partial(figures.fraction_figure, sizes, baseline.config.method_name)
         found.append(Part("Smaller pools", text, ("pool_fraction", draw), "Loss difference against pool size."))
     grains = {}
     for members in families([row.group for row in rows if row.group.config.moe.router != "none"], _GRANULARITY):
@@ -219,6 +222,7 @@ def _json(rows: Sequence[Row], baseline: Group) -> dict[str, Any]:
                 "runs": {str(seed): str(run.folder) for seed, run in row.group.runs.items()},
                 "valid_loss": plain(row.loss),
                 "valid_loss_by_seed": {str(seed): run.loss for seed, run in row.group.runs.items()},
+                "baseline": row.baseline.name if row.baseline else None,
                 "difference": plain(row.difference),
                 "late_difference": plain(row.late),
                 "pairs": row.pairs,
