@@ -8,4 +8,5 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # The TPU's compiler works without a TPU: look for none, and let several processes compile at once.
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 # Tests compile many tiny programs and run each a few times: compiling fast matters, running fast does not.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()

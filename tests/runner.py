@@ -24,7 +24,7 @@ _TINY = (
     "model.vocab_size=257 moe.experts_per_layer=2 model.init_std=0.1 data.source=files data.tokenizer=bytes "
     "data.sequence_length=16 data.split=[8,1,1] data.split_order=interleaved train.batch_size=4 "
     "train.microbatch_size=4 train.eval_batch_size=8 train.eval_batches=4 train.eval_every=0 train.log_every=20 "
-    "train.checkpoint_every=5 loss.switch_group_sequences=4 run.tensorboard=false run.name=tiny"
+    "train.checkpoint_every=5 loss.switch_group_sequences=4 run.tensorboard=false run.name=tiny mesh=single"
 )
 
 
@@ -66,11 +66,16 @@ class Runner:
 
     A fork costs milliseconds where a fresh interpreter imports for seconds; each run is nevertheless a process of its
     own, with its own JAX runtime, that `kill -9` ends like any other.
+
+    Args:
+      cache: of compiled programs.
+      devices: that each process has.
     """
 
-    def __init__(self, cache: Path):
+    def __init__(self, cache: Path, devices: int = 8):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "").replace("_device_count=8", f"_device_count={devices}"),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -82,14 +87,23 @@ class Runner:
 
     def start(self, arguments: list[str], log: Path) -> int:
         """Start `train.py ARGUMENTS`, output to `log`; its process id."""
+        return self.start_several([arguments], [log])[0]
+
+    def start_several(self, arguments: list[list[str]], logs: list[Path]) -> list[int]:
+        """Start several of them at once; their process ids."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"arguments": arguments, "log": str(log)}) + "\n")
+        runs = [{"arguments": each, "log": str(log)} for each, log in zip(arguments, logs, strict=True)]
+        self._process.stdin.write(json.dumps(runs) + "\n")
         self._process.stdin.flush()
-        return int(self._line())
+        return json.loads(self._line())
 
     def wait(self) -> int:
         """Exit code of the run started last; minus the signal number if one ended it."""
-        return int(self._line())
+        return self.wait_for_several()[0]
+
+    def wait_for_several(self) -> list[int]:
+        """Exit codes of the runs started last, once all have ended."""
+        return json.loads(self._line())
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -126,12 +140,14 @@ def _serve() -> None:
     import unipool_jax.training.loop  # noqa: F401 - imported here so that no run has to
 
     while line := sys.stdin.readline():
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            os._exit(_child(request["arguments"], request["log"]))
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        children = []
+        for request in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                os._exit(_child(request["arguments"], request["log"]))
+            children.append(child)
+        print(json.dumps(children), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ MAX_LINES = 450
 
 # What each room may import of unipool_jax, besides itself.
 _SETTINGS = {"config", "compose", "validation"}
-_MODEL_SIDE = {"kernels", "mesh", "moe", "model", "sharding", "training"} | _SETTINGS
+_MODEL_SIDE = {"kernels", "mesh", "distributed", "moe", "model", "sharding", "training"} | _SETTINGS
 ALLOWED = {
     "kernels": set[str](),
     "data": set[str](),
@@ -22,11 +22,12 @@ ALLOWED = {
     "ranges": set[str](),
     "validation": {"config", "mesh", "ranges"},
     "mesh": {"config"},
+    "distributed": {"config"},
     "moe": {"kernels", "mesh"} | _SETTINGS,
     "model": {"kernels", "mesh", "moe"} | _SETTINGS,
     "sharding": {"kernels", "mesh", "moe", "model"} | _SETTINGS,
     "corpus": {"data"} | _SETTINGS,
-    "training": {"kernels", "mesh", "moe", "model", "sharding", "data", "corpus"} | _SETTINGS,
+    "training": {"kernels", "mesh", "distributed", "moe", "model", "sharding", "data", "corpus"} | _SETTINGS,
     "analysis": _MODEL_SIDE | {"data", "corpus"},
     "planner": _MODEL_SIDE,
     "convert": _MODEL_SIDE | {"data"},

@@ -80,8 +80,8 @@ def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Hook], None]:
     """Call a function after every training step, with the steps completed; it may replace the result."""
 
     def install(hook: Hook) -> None:
-        def make(config: Config) -> Callable[..., Any]:
-            train_step = make_train_step(config)
+        def make(config: Config, mesh: Any) -> Callable[..., Any]:
+            train_step = make_train_step(config, mesh)
 
             def step(state: TrainState, batch: Any) -> Any:
                 state, metrics = train_step(state, batch)
@@ -263,9 +263,9 @@ def test_a_failed_save_stops_the_run_soon(configure: Callable[..., Config], afte
 def test_nothing_is_traced_twice(configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     jitted: list[tuple[str, Any]] = []
 
-    def remember(name: str, make: Callable[[Config], Any]) -> Callable[[Config], Any]:
-        def made(config: Config) -> Any:
-            function = make(config)
+    def remember(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(config: Config, mesh: Any) -> Any:
+            function = make(config, mesh)
             jitted.append((name, function))
             return function
 

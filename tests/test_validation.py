@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tiny import METHODS
 from unipool_jax.compose import compose_config
 from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
-from unipool_jax.training.step import init_state
 from unipool_jax.ranges import RANGES, Range
+from unipool_jax.training.step import init_state
 from unipool_jax.validation import problems, validate
 
 DEMO = compose_config([])
@@ -109,8 +109,18 @@ RELATIONS = [
     ("data=pile data.tokenizer=demo", "data.stores=[]", "data.stores=[PATH,...]"),
     ("data=pile data.tokenizer=demo data.stores=[nowhere]", "data.stores: 'nowhere'", "nowhere.bin"),
     ("data.cache_dir=''", "data.cache_dir=''", "path of a folder"),
-    ("mesh.data=2", "mesh.data=2", "one device"),
-    ("mesh.expert=8", "mesh.expert=8", "mesh.expert=1"),
+    ("mesh.data=32", "train.microbatch_size=16", "multiple of mesh.data=32; the next one is 32"),
+    ("mesh.expert=16 pool.experts=40", "mesh.expert=16", "another pool.experts"),
+    ("mesh.data=-1 mesh.expert=-1", "mesh.data=-1 and mesh.expert=-1", "only one"),
+    ("mesh.fsdp=0", "mesh.fsdp=0", "-1"),
+    ("mesh.tensor=4", "mesh.tensor=4", "model.num_kv_heads=2"),
+    ("distributed.process_id=1", "distributed.coordinator=null", "HOST:PORT"),
+    ("distributed.coordinator=a:1", "distributed.coordinator=a:1", "distributed.num_processes and"),
+    (
+        "distributed.coordinator=a:1 distributed.num_processes=2 distributed.process_id=2",
+        "distributed.process_id=2",
+        "below distributed.num_processes=2",
+    ),
     ("run.dir=''", "run.dir=''", "path of a folder"),
     ("run.name=a/b", "run.name='a/b'", "letters"),
     ("run.name=..", "run.name='..'", "letters"),

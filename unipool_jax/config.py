@@ -210,8 +210,11 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes, one per host or per device. On Slurm, Open MPI, Cloud TPU and GKE nothing need be set."""
+    """Several processes, one per host or per device; see docs/clusters.md."""
 
+    launch: Literal["auto", "cluster", "single"] = "auto"
+    """`auto` joins other processes where a Slurm step, Open MPI or Cloud TPU hosts announce them; `cluster` always
+    asks JAX to find them (Cloud TPU slices without such an announcement); `single` is one process."""
     coordinator: str | None = None
     """Address host:port of process 0; set it, num_processes and process_id where nothing announces them."""
     num_processes: int | None = None
@@ -220,6 +223,8 @@ class DistributedConfig:
     """Number of this process from 0, with `coordinator`."""
     timeout_seconds: int = 60
     """A process not heard from for this long is taken for dead, and the others stop."""
+    start_timeout_seconds: int = 300
+    """How long the processes wait for each other at the start."""
 
 
 @dataclass(frozen=True)

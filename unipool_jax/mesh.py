@@ -7,6 +7,7 @@ nothing here does anything.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
@@ -73,38 +74,44 @@ def resolve_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     """Sizes of `AXES` on this many devices, with -1 replaced by what the other axes leave.
 
     Raises:
-      ConfigError: if the sizes do not make up the devices.
+      ConfigError: if there are too few devices, or an axis of size -1 does not come out whole.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     shown = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
-    if free and num_devices % known == 0:
+    if known > num_devices or (free and num_devices % known):
+        raise ConfigError([f"{shown}: does not fit the {num_devices} devices there are; choose other sizes"])
+    if free:
         sizes[free[0]] = num_devices // known
-    elif free or known != num_devices:
-        raise ConfigError(
-            [f"{shown}: the sizes must multiply to the {num_devices} devices there are; change one, or set one to -1"]
-        )
     return tuple(sizes.values())
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all there are), neighbours close to each other where the platform knows how.
+    """The mesh over the first of `devices` (all there are), neighbours close to each other where the platform can.
 
     Raises:
-      ConfigError: if the sizes do not make up the devices, or do not fit their torus.
+      ConfigError: if there are too few devices, if several processes would not use all of theirs, or if the sizes do
+        not fit the devices' torus.
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_sizes(config, len(devices))
+    shown = " ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    used = devices[: math.prod(sizes)]
+    if len({device.process_index for device in devices}) > 1 and len(used) < len(devices):
+        raise ConfigError(
+            [f"{shown}: must multiply to the {len(devices)} devices of all processes; set one size to -1"]
+        )
+    types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform != "tpu":
         # In the order of the processes, so that each loads consecutive rows of a batch.
-        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return Mesh(np.array(used).reshape(sizes), AXES, axis_types=types)
     try:
-        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=used)
     except (ValueError, NotImplementedError) as error:
-        shown = " ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        kind = devices[0].device_kind
         raise ConfigError(
-            [f"{shown}: {devices[0].device_kind} links cannot be laid out like this ({error}); choose other sizes"]
+            [f"{shown}: the links of {kind} cannot be laid out like this ({error}); choose others"]
         ) from error
 
 
@@ -119,12 +126,12 @@ def problems(config: Config) -> Iterator[str]:
     if len(free) > 1:
         yield f"{' and '.join(f'mesh.{axis}=-1' for axis in free)}: only one axis can take the rest of the devices"
     model, ways = config.model, sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    over = " x ".join(shown[axis] for axis in ("data", "fsdp", "expert"))
+    over = " x ".join(shown[axis] for axis in ("data", "fsdp", "expert") if sizes[axis] > 1)
     for name in ("microbatch_size", "eval_batch_size"):
         rows = getattr(config.train, name)
         if rows % ways:
-            nearest = -(-rows // ways) * ways
-            yield f"train.{name}={rows}: must be a multiple of {over} = {ways}; the next one is {nearest}"
+            nearest, total = -(-rows // ways) * ways, f" = {ways}" if " x " in over else ""
+            yield f"train.{name}={rows}: must be a multiple of {over}{total}; the next one is {nearest}"
     split = {
         "fsdp": {"model.hidden_size": model.hidden_size},
         "tensor": {
@@ -142,3 +149,16 @@ def problems(config: Config) -> Iterator[str]:
             f"{shown['expert']}: must divide the {config.experts_per_pool} experts of a pool; choose another size, or "
             "another pool.experts"
         )
+
+
+def usable_mesh(config: Config) -> Mesh | None:
+    """The mesh of `config` over the devices there are; None for a single device.
+
+    Raises:
+      ConfigError: if the sizes do not fit the devices, or the model, batch or pool does not divide over them.
+    """
+    mesh = make_mesh(config.mesh)
+    sizes = dataclasses.replace(config.mesh, **dict(zip(AXES, mesh.devices.shape, strict=True)))
+    if found := list(problems(dataclasses.replace(config, mesh=sizes))):
+        raise ConfigError(found)
+    return None if mesh.size == 1 else mesh

@@ -79,5 +79,6 @@ RANGES = {
     "distributed.num_processes": Range(1, 1_048_576),
     "distributed.process_id": Range(0, 1_048_575),
     "distributed.timeout_seconds": Range(5, 86_400),
+    "distributed.start_timeout_seconds": Range(5, 86_400),
 }
 """Allowed values of every number in the schema."""

@@ -21,7 +21,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "attention.value": ("embed", "heads"),
     "attention.output": ("heads", "embed"),
     "mixture.router": (None, "embed"),
-    **{f"bank.{name}": axes for name, axes in BANK_AXES._asdict().items()},
+    **{f"bank.{name}": axes for name, axes in BANK_AXES.items()},
 }
 """Logical axes of every matrix among the parameters, by the end of its name; axes it is stacked over come before
 these and are never split. Norm gains and router scales are whole on every device."""

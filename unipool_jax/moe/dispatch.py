@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from unipool_jax.config import MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
-from unipool_jax.mesh import RULES, active, gathered, spec, whole
+from unipool_jax.mesh import active, gathered, spec, whole
 from unipool_jax.moe.pool import BANK_AXES
 from unipool_jax.moe.routing import Routing
 from unipool_jax.moe.transport import CARRIERS, Transport
@@ -81,13 +80,13 @@ def moe_ffn(
         hidden_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array, bank: Bank, master: Bank
     ) -> tuple[jax.Array, Bank, jax.Array]:
         own = Bank(*(copies[0] for copies in master))
-        output_ND, own, overflow = layer(hidden_ND, experts_NK, gates_NK, bank, own)
-        assert own is not None
-        return jax.lax.psum(output_ND, "tensor"), Bank(*(grads[None] for grads in own)), overflow
+        output_ND, carried, overflow = layer(hidden_ND, experts_NK, gates_NK, bank, own)
+        assert carried is not None
+        return jax.lax.psum(output_ND, "tensor"), Bank(*(leaf[None] for leaf in carried)), overflow
 
-    tokens = PartitionSpec(RULES["batch"])
-    banks = Bank(*(spec(*whole(axes)) for axes in BANK_AXES))
-    masters = Bank(*(spec("copies", *whole(axes)) for axes in BANK_AXES))
+    tokens = spec("batch")
+    banks = Bank._make(spec(*whole(axes)) for axes in BANK_AXES.values())
+    masters = Bank._make(spec("copies", *whole(axes)) for axes in BANK_AXES.values())
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=(tokens, tokens, tokens, banks, masters), out_specs=(tokens, masters, tokens)
     )(hidden_ND, routing.experts_NK, routing.gates_NK, bank, master)
@@ -96,7 +95,8 @@ def moe_ffn(
 def dense_ffn(hidden_ND: jax.Array, bank: Bank) -> jax.Array:
     """The feed-forward block of the dense model: a bank of one expert that every token visits, `[N, D]`."""
     placed = (
-        gathered(weights[0].astype(hidden_ND.dtype), *axes[1:]) for weights, axes in zip(bank, BANK_AXES, strict=True)
+        gathered(weights[0].astype(hidden_ND.dtype), *axes[1:])
+        for weights, axes in zip(bank, BANK_AXES.values(), strict=True)
     )
     gate_DF, up_DF, down_FD = placed
     gated_NF = jax.nn.silu((hidden_ND @ gate_DF).astype(jnp.float32)).astype(hidden_ND.dtype)

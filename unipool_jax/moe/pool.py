@@ -11,8 +11,12 @@ from flax import linen as nn
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.mesh import active, constrain, gathered, shards, spec, whole
 
-BANK_AXES = Bank(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
-"""Logical axes of the parameters of a bank, see `mesh.RULES`."""
+BANK_AXES = {
+    "gate": ("experts", "embed", "ffn"),
+    "up": ("experts", "embed", "ffn"),
+    "down": ("experts", "ffn", "embed"),
+}
+"""Logical axes (see `mesh.RULES`) of the parameters of a bank, in the order of the fields of `Bank`."""
 
 
 class ExpertPool(nn.Module):
@@ -48,7 +52,7 @@ def gathered_bank(bank: Bank, dtype: jax.typing.DTypeLike) -> Bank:
     Over a mesh this is the one collective that moves experts forward: an all-gather of each device's own experts.
     """
     narrow = jax.lax.stop_gradient(bank.astype(dtype))
-    return Bank(*(gathered(weights, *axes) for weights, axes in zip(narrow, BANK_AXES, strict=True)))
+    return Bank(*(gathered(weights, *axes) for weights, axes in zip(narrow, BANK_AXES.values(), strict=True)))
 
 
 @jax.custom_vjp
@@ -65,7 +69,7 @@ def gradient_master(bank: Bank) -> Bank:
         return bank
     copies = shards(mesh, "copies")
     zeros = Bank(*(jnp.zeros((copies, *weights.shape), jnp.float32) for weights in bank))
-    return Bank(*(constrain(z, "copies", *whole(a)) for z, a in zip(zeros, BANK_AXES, strict=True)))
+    return Bank(*(constrain(z, "copies", *whole(a)) for z, a in zip(zeros, BANK_AXES.values(), strict=True)))
 
 
 def _master_forward(bank: Bank) -> tuple[Bank, None]:
@@ -84,7 +88,7 @@ def _master_backward(_: None, grads: Bank) -> tuple[Bank]:
 
         return jax.shard_map(on_device, mesh=mesh, in_specs=spec("copies", *whole(axes)), out_specs=spec(*axes))(grad)
 
-    return (Bank(*(total(grad, axes) for grad, axes in zip(grads, BANK_AXES, strict=True))),)
+    return (Bank(*(total(grad, axes) for grad, axes in zip(grads, BANK_AXES.values(), strict=True))),)
 
 
 gradient_master.defvjp(_master_forward, _master_backward)

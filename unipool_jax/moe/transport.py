@@ -8,6 +8,7 @@ and returns each token's gate-weighted sum. Experts never move.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
@@ -141,8 +142,7 @@ def capacity(rows: int, devices: int, receive_factor: float) -> int:
     Args:
       rows: N k, what each of the `devices` sends and what each receives on average.
     """
-    wanted = -(-int(rows * receive_factor) // 16) * 16
-    return min(wanted, rows * devices)
+    return min(math.ceil(rows * min(receive_factor, devices) / 16) * 16, rows * devices)
 
 
 class _Slices(NamedTuple):

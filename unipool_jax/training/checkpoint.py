@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from unipool_jax.config import Config, to_mapping
-from unipool_jax.training.step import BalanceState, init_state
+from unipool_jax.training.step import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What a damaged checkpoint raises when it is read; anything else (out of memory, a lost device) is not its fault.
@@ -271,18 +273,21 @@ class Checkpoints:
     def _set_aside(self, damaged: Mapping[int, Exception], used: int) -> None:
         for step, error in damaged.items():
             message = f"{self.path(step)} is damaged ({_first_line(error)}); going on from step {used}"
-            if not self.read_only:
+            if not self.read_only and jax.process_index() == 0:
                 renamed = self.path(step).with_name(f"{step}.damaged")
                 self.path(step).rename(renamed)
                 message += f", the damaged one is now {renamed.name}"
             warnings.warn(message, stacklevel=3)
         if damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._manager.reload()
 
 
-def restore_model(checkpoints: Checkpoints, config: Config, step: int) -> tuple[Any, BalanceState]:
+def restore_model(
+    checkpoints: Checkpoints, config: Config, step: int, mesh: Mesh | None = None
+) -> tuple[Any, BalanceState]:
     """Parameters and balance state of one checkpoint, without its optimiser state; raises like `restore`."""
-    target = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    target = state_shapes(config, mesh)
     items = checkpoints.restore({"params": target.params, "balance": target.balance}, step).items
     return items["params"], items["balance"]
 

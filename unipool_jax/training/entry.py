@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import jax
 
 from unipool_jax.config import Config, ConfigError
 from unipool_jax.data.errors import DataError
+from unipool_jax.distributed import PeerError, lost_peer, start
 from unipool_jax.kernels.implementations import platform_problem
 from unipool_jax.training.checkpoint import CheckpointError
 from unipool_jax.training.run_folder import RunError
@@ -32,10 +35,31 @@ def guarded(main: Callable[[], int]) -> int:
         return main()
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return EXIT_CONFIG
-    except (DataError, RunError, CheckpointError) as error:
+        return _leave(EXIT_CONFIG)
+    except (DataError, RunError, CheckpointError, PeerError) as error:
         print(error, file=sys.stderr)
-        return EXIT_FAILED
+        return _leave(EXIT_FAILED)
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if lost := lost_peer(error):
+            print(
+                f"process {jax.process_index()} stopped because it lost another one, whose output may say why: {lost}\n"
+                "Start all processes again with the same command; they go on from the newest complete checkpoint.",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        return _leave(EXIT_FAILED)
+
+
+def _leave(code: int) -> int:
+    """`code`; of several processes this one ends at once, for those that wait for it to notice and stop too."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def run(config: Config) -> int:
@@ -46,6 +70,7 @@ def run(config: Config) -> int:
 
         print(describe(config))
         return 0
+    start(config.distributed)
     if problem := platform_problem(config.kernels.implementation):
         raise ConfigError([problem])
     from unipool_jax.training.loop import train

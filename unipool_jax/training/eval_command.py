@@ -7,20 +7,25 @@ python eval.py checkpoint=runs/NAME/checkpoints/200 data.files=[article.txt] tra
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
+from jax.sharding import Mesh
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
+from unipool_jax.config import Config, ConfigError, MeshConfig, from_mapping, settings, to_mapping
 from unipool_jax.corpus import open_corpus, open_texts
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
 from unipool_jax.kernels.implementations import platform_problem
+from unipool_jax.mesh import usable_mesh
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results
 from unipool_jax.training.metrics import plain_json
@@ -132,11 +137,15 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     with Checkpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.find(step)
         meta = checkpoints.meta(step)
-        config = with_overrides(from_mapping(meta["config"]), request.overrides)
+        # On one device, whatever the run was trained on, unless mesh settings are given.
+        trained = dataclasses.replace(from_mapping(meta["config"]), mesh=MeshConfig(data=1))
+        config = with_overrides(trained, request.overrides)
         validate(config)
         if problem := platform_problem(config.kernels.implementation):
             raise ConfigError([problem])
-        results = _evaluate(config, request, checkpoints, step, meta)
+        mesh = usable_mesh(config)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            results = _evaluate(config, request, checkpoints, step, meta, mesh)
     table = {name: result.as_json() for name, result in results.items()}
     print_results(table, title=f"{checkpoints.path(step)}: {config.scale_name} {config.method_name}")
     print(json.dumps({"results": plain_json(table)}))
@@ -144,7 +153,12 @@ def evaluate_command(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(
-    config: Config, request: EvalRequest, checkpoints: Checkpoints, step: int, meta: Mapping[str, Any]
+    config: Config,
+    request: EvalRequest,
+    checkpoints: Checkpoints,
+    step: int,
+    meta: Mapping[str, Any],
+    mesh: Mesh | None,
 ) -> dict[str, EvalResult]:
     vocab_size = config.model.vocab_size
     splits: dict[str, SplitName]
@@ -160,7 +174,7 @@ def _evaluate(
         raise RunError(
             f"data.tokenizer={config.data.tokenizer}: not the tokenizer that {checkpoints.path(step)} was trained with"
         )
-    params, balance = restore_model(checkpoints, config, step)
-    evaluator = Evaluator(config, corpus, splits=list(splits.values()), limited=False)
+    params, balance = restore_model(checkpoints, config, step, mesh)
+    evaluator = Evaluator(config, corpus, splits=list(splits.values()), limited=False, mesh=mesh)
     results = {name: evaluator.evaluate(params, balance, evaluator.fixed(split)) for name, split in splits.items()}
     return {name: result for name, result in results.items() if result is not None}

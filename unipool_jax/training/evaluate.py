@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,8 @@ from unipool_jax.corpus import Corpus
 from unipool_jax.data.pipeline import Batch, EvalWindows, WindowSource, evaluation_batches, moving_evaluation_batches
 from unipool_jax.data.splits import SplitName
 from unipool_jax.data.unigram import token_counts, unigram_loss
+from unipool_jax.mesh import shards
+from unipool_jax.sharding import process_rows, replicated, to_devices
 from unipool_jax.training.metrics import perplexity
 from unipool_jax.training.step import make_eval_step
 
@@ -54,18 +57,37 @@ class Evaluator:
         `train.eval_batches x train.batch_size` sequences. That slice does not depend on `train.eval_batch_size`.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, splits: Sequence[SplitName], *, limited: bool):
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        splits: Sequence[SplitName],
+        *,
+        limited: bool,
+        mesh: Mesh | None = None,
+    ):
         self._config = config
         self._corpus = corpus
-        self._step = make_eval_step(config)
+        self._mesh = mesh
+        self._step = make_eval_step(config, mesh)
         table = corpus.token_bytes(config.model.vocab_size)
         self.exact_bytes = table is not None
-        self._token_bytes_V = jax.device_put(np.zeros(config.model.vocab_size, np.int32) if table is None else table)
+        place = None if mesh is None else replicated(mesh)
+        table = np.zeros(config.model.vocab_size, np.int32) if table is None else table
+        self._token_bytes_V = jax.device_put(table, place)
         self._max_windows: int | None = None
         if limited and config.train.eval_batches is not None:
             self._max_windows = config.train.eval_batches * config.train.batch_size
         # One batch shape for every split, and no larger than the largest of them.
-        self._batch_size = min(config.train.eval_batch_size, max(len(self.windows(split)) for split in splits))
+        largest = max(len(self.windows(split)) for split in splits)
+        if mesh is not None:
+            parts = shards(mesh, "batch")
+            largest = -(-largest // parts) * parts
+        self._batch_size = min(config.train.eval_batch_size, largest)
+        self._options = {"batch_size": self._batch_size, "num_threads": config.data.num_threads}
+        if mesh is not None:
+            index, count = process_rows(mesh, self._batch_size)
+            self._options |= {"process_index": index, "process_count": count}
 
     def windows(self, split: SplitName) -> EvalWindows:
         """The text of `split` as windows; raises DataError where there is none."""
@@ -73,9 +95,7 @@ class Evaluator:
 
     def fixed(self, split: SplitName) -> Iterator[Batch]:
         """Batches over the same text every time."""
-        return evaluation_batches(
-            self.windows(split), batch_size=self._batch_size, num_threads=self._config.data.num_threads
-        )
+        return evaluation_batches(self.windows(split), **self._options)
 
     def moving(self, evaluation: int) -> Iterator[Batch]:
         """Batches over the next slice of the shuffled valid split (the published protocol).
@@ -87,8 +107,7 @@ class Evaluator:
         size = self._max_windows or len(self.windows("valid"))
         total = size * (config.train.steps // max(config.train.eval_every, 1) + 1)
         source = WindowSource(self._corpus.stores, "valid", config.data.sequence_length, total, config.train.seed)
-        options = {"batch_size": self._batch_size, "num_threads": config.data.num_threads}
-        return moving_evaluation_batches(source, evaluation, size, **options)
+        return moving_evaluation_batches(source, evaluation, size, **self._options)
 
     def evaluate(
         self,
@@ -101,32 +120,34 @@ class Evaluator:
 
         Each batch comes back as sums per sequence, which are added up in float64 on the host.
         """
-        total, pending = _Totals(), None
+        total, pending = _Totals(self._config.data.sequence_length), None
         for batch in batches:
             if cancelled():
                 return None
-            full = bool(np.all(batch.weights))
-            sums = self._step(params, balance, jax.device_put(batch), self._token_bytes_V)
+            placed = jax.device_put(batch) if self._mesh is None else to_devices(self._mesh, batch, self._batch_size)
+            sums = self._step(params, balance, placed, self._token_bytes_V)
             if pending is not None:
-                total.add(*pending)
-            pending = sums, full
+                total.add(pending)
+            pending = sums
         if pending is not None:
-            total.add(*pending)
+            total.add(pending)
         return total.result(self.exact_bytes)
 
 
 class _Totals:
     """Sums over batches, in float64 and integers."""
 
-    def __init__(self) -> None:
+    def __init__(self, sequence_length: int) -> None:
+        self._length = sequence_length
         self._loss = 0.0
         self._tokens = self._bytes = 0
         # Padding is routed like text, so partly padded batches count only when there is nothing else.
         self._counts: dict[bool, Any] = {True: 0, False: 0}
         self._full_batches = 0
 
-    def add(self, sums: Any, full: bool) -> None:
+    def add(self, sums: Any) -> None:
         host = jax.device_get(sums)
+        full = bool(np.all(host.tokens_B == self._length))
         self._loss += float(np.sum(host.loss_B, dtype=np.float64))
         self._tokens += int(np.sum(host.tokens_B, dtype=np.float64))
         self._bytes += int(np.sum(host.bytes_B, dtype=np.int64))

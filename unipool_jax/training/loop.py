@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import io
 import math
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from unipool_jax.config import Config
 from unipool_jax.corpus import Corpus, open_corpus
+from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
+from unipool_jax.distributed import is_main, main_first, told_by_main
 from unipool_jax.kernels.implementations import resolve
+from unipool_jax.mesh import usable_mesh
+from unipool_jax.moe.dispatch import transport_for
+from unipool_jax.sharding import process_rows, replicated_banks, report, to_devices
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
@@ -26,12 +30,15 @@ from unipool_jax.training.metrics import (
     MetricsWriter,
     Progress,
     Stopwatch,
+    device_loads,
     load_metrics,
     perplexity,
     routing_diagnostics,
 )
+from unipool_jax.training.placement import Placement, measured, newest_counts
 from unipool_jax.training.run_folder import RunError, RunFolder
-from unipool_jax.training.step import TrainState, counts_before_gradient, init_state, make_train_step
+from unipool_jax.training.step import TrainState, counts_before_gradient, init_state, make_train_step, state_shapes
+from unipool_jax.training.stopping import InterruptedRunError, StopRequest
 
 EXIT_NONFINITE = 3
 """Exit code of a run that a non-finite loss or gradient stopped. A signal gives 128 + its number (130, 143)."""
@@ -41,76 +48,54 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite and `train.nonfinite=stop`; nothing was changed or saved because of it."""
 
 
-class InterruptedRunError(RuntimeError):
-    """A signal asked to stop; the state is saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-class StopRequest:
-    """Remembers the first SIGTERM or SIGINT; the second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-
-    def requested(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.signum is not None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Handle the two signals inside the block."""
-
-        def handle(signum: int, frame: Any) -> None:
-            del frame
-            self.signum = signum
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
-            # os.write, as print may be in the middle of its own buffer when a signal arrives.
-            os.write(2, b"\nstopping after this step and saving; once more ends it at once\n")
-
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+class OverflowedError(RuntimeError):
+    """More rows arrived at a device than it can hold and `mesh.overflow=stop`; nothing was changed or saved."""
 
 
 def train(config: Config) -> int:
     """Train as `config` says, going on where the run folder left off.
 
     Returns:
-      Exit code: 0 when the run is complete, `EXIT_NONFINITE`, or 128 + signal number after a clean interruption.
+      Exit code: 0 when the run is complete, `EXIT_NONFINITE` (also when receive buffers overflowed), or 128 + signal
+      number after a clean interruption.
 
     Raises:
-      RunError, CheckpointError, DataError: with what to do about it; earlier checkpoints are intact.
+      ConfigError, RunError, CheckpointError, DataError: with what to do about it; earlier checkpoints are intact.
+      PeerError: when process 0 raised one of these.
     """
+    mesh = usable_mesh(config)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(config))
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        folder = stack.enter_context(main_first(lambda: RunFolder(config, writes=is_main()), (RunError, OSError)))
         summary = folder.read_summary()
         if summary is not None:
-            print(f"{folder.path} is finished; to train again, choose another run.name or delete the folder")
-            _print_summary(config, summary)
+            if is_main():
+                print(f"{folder.path} is finished; to train again, choose another run.name or delete the folder")
+                _print_summary(config, summary)
             return 0
-        corpus = open_corpus(config.data, config.model.vocab_size)
+        corpus = main_first(lambda: open_corpus(config.data, config.model.vocab_size), (DataError, OSError))
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
-        state = initial_state(config, checkpoints, corpus)
+        state = initial_state(config, checkpoints, corpus, mesh)
         start = int(jax.device_get(state.step))
         writer = stack.enter_context(
-            contextlib.closing(MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard))
+            contextlib.closing(
+                MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard, main=is_main()),
+            )
         )
         stop = stack.enter_context(StopRequest().listening())
-        run = _Run(config, folder, checkpoints, corpus, writer, stop, start)
-        run.announce()
+        run = _Run(config, folder, checkpoints, corpus, writer, stop, start, mesh)
+        run.announce(state)
         try:
+            state = run.place(state)
             state = run.steps(state)
-            _print_summary(config, run.finish(state))
-        except NonFiniteError as error:
+            summary = run.finish(state)
+            if is_main():
+                _print_summary(config, summary)
+        except (NonFiniteError, OverflowedError) as error:
             run.progress.message("")
-            print(error, file=sys.stderr)
+            if is_main():
+                print(error, file=sys.stderr)
             return EXIT_NONFINITE
         except InterruptedRunError as interruption:
             run.progress.message(
@@ -120,20 +105,20 @@ def train(config: Config) -> int:
     return 0
 
 
-def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus) -> TrainState:
+def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh: Mesh | None = None) -> TrainState:
     """The state of the newest complete checkpoint, or a new one from `train.seed`.
 
     Raises:
       RunError: if the checkpoint was trained on ids of another tokenizer, or there is none with `run.resume=required`.
       CheckpointError: if it cannot be used.
     """
-    key = jax.random.key(config.train.seed)
-    init = jax.jit(functools.partial(init_state, config))
+    shapes = state_shapes(config, mesh)
     if not checkpoints.steps():
         if config.run.resume == "required":
             raise RunError(f"run.resume=required, but {checkpoints.directory} holds no complete checkpoint")
-        return init(key)
-    restored = checkpoints.restore(jax.eval_shape(init, key)._asdict())
+        places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed)), out_shardings=places)()
+    restored = checkpoints.restore(shapes._asdict())
     trained_with = restored.meta["tokenizer_sha256"]
     if trained_with != corpus.tokenizer.sha256:
         raise RunError(
@@ -162,26 +147,34 @@ class _Run:
         writer: MetricsWriter,
         stop: StopRequest,
         start: int,
+        mesh: Mesh | None,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
-        self.writer, self.stop, self.start = writer, stop, start
-        self.progress = Progress(config.train.steps)
+        self.writer, self.stop, self.start, self.mesh = writer, stop, start, mesh
+        self.validated = told_by_main("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
+        self.placement: Placement | None = None
+        self.progress = Progress(config.train.steps, None if is_main() else io.StringIO())
         names: list[SplitName] = ["valid", "test"]
         # Without valid text the evaluator says so before the first step, not after the last.
         self.splits = [name for name in names if name == "valid" or name in corpus.splits()]
-        self.evaluator = Evaluator(config, corpus, self.splits, limited=True)
+        self.evaluator = Evaluator(config, corpus, self.splits, limited=True, mesh=mesh)
         self.watch = Stopwatch()
         self.mark: _Reported | None = None
         self.rate: float | None = None
         self.valid: EvalResult | None = None
         peak = peak_flops(jax.local_devices()[0].device_kind)
-        self.peak = None if peak is None else peak * jax.device_count()
+        self.peak = None if peak is None else peak * self.num_devices
 
-    def announce(self) -> None:
-        """Say what is about to happen."""
+    @property
+    def num_devices(self) -> int:
+        """Devices that train."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def announce(self, state: TrainState) -> None:
+        """Say what is about to happen, and where every large array is."""
         config, device = self.config, jax.local_devices()[0]
         self.progress.message(
-            f"{self.folder.path}: {config.scale_name} {config.method_name} on {jax.device_count()} x "
+            f"{self.folder.path}: {config.scale_name} {config.method_name} on {self.num_devices} x "
             f"{device.device_kind}, {config.total_experts} experts in {config.pool.groups} pool(s), "
             f"{config.tokens_per_step:,} tokens a step, {resolve(config.kernels.implementation)} kernels"
         )
@@ -190,25 +183,48 @@ class _Run:
                 f"the exact pool loss over {config.num_microbatches} micro-batches costs one more forward pass a step; "
                 "train.microbatch_size=train.batch_size or loss.pool_statistics=previous avoids it"
             )
+        if self.num_devices < jax.device_count():
+            self.progress.message(f"{jax.device_count()} devices are here; mesh.data=-1 would use them all")
+        if self.mesh is not None:
+            sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+            transport = transport_for(config.mesh, self.mesh.shape["expert"])
+            self.progress.message(
+                f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport\n{report(state)}"
+            )
+            if whole := replicated_banks(config, self.mesh, state):
+                raise RunError(f"{', '.join(whole)}: whole on every device although {sizes} should split the experts")
         if self.start:
             self.progress.message(f"going on after step {self.start}")
+
+    def place(self, state: TrainState) -> TrainState:
+        """Lay the experts of a resumed run out for even device loads, if that is asked for and was measured."""
+        if self.config.mesh.expert_placement == "contiguous" or self.mesh is None or self.mesh.shape["expert"] == 1:
+            return state
+        counts_LE = newest_counts(self.folder.path / "routing", self.start)
+        if counts_LE is None:
+            self.progress.message("expert placement: nothing measured yet, neighbours share a device")
+            return state
+        self.placement = measured(self.config, self.mesh, counts_LE)
+        return self.placement.apply(state)
 
     def steps(self, state: TrainState) -> TrainState:
         """Train from `start` completed steps to the last one."""
         config, settings, start = self.config, self.config.train, self.start
-        train_step = make_train_step(config)
+        train_step = make_train_step(config, self.mesh)
         pending: tuple[int, dict[str, jax.Array]] | None = None
-        if start and self.due(start, settings.eval_every) and "valid" not in self.writer.kinds_at_resume:
+        if start and self.due(start, settings.eval_every) and not self.validated:
             # The interruption fell between the step and its evaluation.
             self.validate(state, start)
         for step, batch in enumerate(self.batches(), start + 1):
+            placed = self.on_devices(batch)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, jax.device_put(batch))
+                state, metrics = train_step(state, placed)
             # A non-finite update was never applied, so looking one step late loses nothing and keeps the device busy.
             if pending is not None:
                 self.report(*pending)
             pending = step, metrics
             self.checkpoints.check()
+            self.stop.agree()
 
             first, last = step == start + 1, step == settings.steps
             evaluate = last or self.due(step, settings.eval_every)
@@ -231,9 +247,16 @@ class _Run:
         """Whether something done every `every` steps (0: never) is done after `step`."""
         return every > 0 and step % every == 0
 
+    def on_devices(self, batch: Batch) -> Batch:
+        """This process's rows of a training batch, on their devices."""
+        if self.mesh is None:
+            return jax.device_put(batch)
+        return to_devices(self.mesh, batch, self.config.train.batch_size)
+
     def batches(self) -> Iterator[Batch]:
-        """The training batches that are left."""
+        """This process's rows of the training batches that are left."""
         config = self.config
+        index, count = (0, 1) if self.mesh is None else process_rows(self.mesh, config.train.batch_size)
         num_windows = config.train.steps * config.train.batch_size
         length, seed = config.data.sequence_length, config.train.seed
         source = WindowSource(self.corpus.stores, "train", length, num_windows, seed)
@@ -242,6 +265,8 @@ class _Run:
             batch_size=config.train.batch_size,
             start_step=self.start,
             end_step=config.train.steps,
+            process_index=index,
+            process_count=count,
             num_threads=config.data.num_threads,
         )
 
@@ -249,6 +274,8 @@ class _Run:
         """Look at one step: stop or note it if it was not finite, and write its metrics if it is time to."""
         if not jax.device_get(metrics["finite"]):
             self.report_nonfinite(step, metrics)
+        if int(jax.device_get(metrics["overflow"])) and self.config.mesh.overflow == "stop":
+            self.report_overflow(step, metrics)
         if not self.due(step, self.config.train.log_every) and step != self.config.train.steps:
             return
         host = jax.device_get(metrics)
@@ -262,12 +289,20 @@ class _Run:
         values |= {"tokens_per_second": self.rate, "mfu": mfu}
         if "router_scale_L" in host:
             values["router_scale"] = host["router_scale_L"]
-        values |= load_metrics(host["counts_LE"], self.config.pool.groups)
+        values |= self.loads(host["counts_LE"])
         self.writer.write("train", step, values)
         left = None
         if self.rate is not None:
             left = (self.config.train.steps - step) * self.config.tokens_per_step / self.rate
         self.progress.step(step, loss, float(host["learning_rate"]), self.rate, left)
+
+    def loads(self, counts_LE: np.ndarray) -> dict[str, Any]:
+        """How even the use of experts is, and of devices where experts are dealt out over them."""
+        config = self.config
+        values = load_metrics(counts_LE, config.pool.groups)
+        if self.mesh is not None and self.mesh.shape["expert"] > 1:
+            values["load/device"] = device_loads(counts_LE, self.mesh.shape["expert"])
+        return values
 
     def measure_rate(self, step: int) -> None:
         """Update the tokens per second since the last look."""
@@ -299,6 +334,18 @@ class _Run:
             "start a new run with a lower optimizer.learning_rate."
         )
 
+    def report_overflow(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Raise `OverflowedError`."""
+        assert self.mesh is not None
+        counts_LE, devices = jax.device_get(metrics["counts_LE"]), self.mesh.shape["expert"]
+        raise OverflowedError(
+            f"stopped at step {step}: {int(metrics['overflow'])} rows found no place in a receive buffer; the busiest "
+            f"device of a layer got {max(device_loads(counts_LE, devices)):.2f} times the mean on average, "
+            f"mesh.receive_factor={self.config.mesh.receive_factor:g} times fit\n"
+            "The step was not applied. Go on from the last checkpoint with a larger mesh.receive_factor (at most "
+            f"{devices} is ever needed), with mesh.expert_placement=measured, or drop such rows with mesh.overflow=drop"
+        )
+
     def validate(self, state: TrainState, step: int) -> None:
         """Evaluate on the valid split and write the result; leaves no trace if a signal arrives on the way."""
         config = self.config
@@ -309,13 +356,16 @@ class _Run:
             batches = self.evaluator.fixed("valid")
         self.valid = self.evaluator.evaluate(state.params, state.balance, batches, self.stop.requested)
         # A run that was killed between its last checkpoint and its summary has the line already.
-        if self.valid is not None and not (step == self.start and "valid" in self.writer.kinds_at_resume):
+        if self.valid is not None and self.placement is not None:
+            self.valid = self.valid._replace(counts_LE=self.placement.counts(self.valid.counts_LE))
+        if self.valid is not None and not (step == self.start and self.validated):
             counts, groups = self.valid.counts_LE, config.pool.groups
             routing = {} if config.moe.router == "none" else routing_diagnostics(counts, groups)
             self.writer.write("valid", step, self.valid.as_json() | load_metrics(counts, groups) | routing)
-            folder = self.folder.path / "routing"
-            folder.mkdir(exist_ok=True)
-            np.save(folder / f"{step}.npy", counts)
+            if is_main():
+                folder = self.folder.path / "routing"
+                folder.mkdir(exist_ok=True)
+                np.save(folder / f"{step}.npy", counts)
             self.progress.message(
                 f"step {step}  valid loss {self.valid.loss:.4f}  {self.valid.perplexity:.3f} perplexity"
             )
@@ -327,7 +377,8 @@ class _Run:
         self.watch.stop()
         self.writer.sync()
         meta = make_meta(self.config, step, self.corpus.tokenizer.sha256)
-        self.checkpoints.save(step, state._asdict(), meta)
+        stored = state if self.placement is None else self.placement.undo(state)
+        self.checkpoints.save(step, stored._asdict(), meta)
         self.watch.start()
 
     def leave_if_asked(self) -> None:
@@ -360,7 +411,8 @@ class _Run:
             "experts_total": self.config.total_experts,
             "busiest_over_mean": loads["load/busiest_over_mean"],
         }
-        self.folder.write_summary(summary)
+        if is_main():
+            self.folder.write_summary(summary)
         return summary
 
 

@@ -22,8 +22,13 @@ _SET_SIZES = (1, 2, 3, 5, 8, 10, 16, 20, 32, 48, 64)
 
 def pool_counts(counts_LE: np.ndarray, groups: int) -> np.ndarray:
     """Choices per pool and expert, int64 `[G, E]`: the sum over the L/G adjacent layers that share a pool."""
+    return pool_layers(counts_LE, groups).sum(axis=1)
+
+
+def pool_layers(counts_LE: np.ndarray, groups: int) -> np.ndarray:
+    """Choices per pool, layer of the pool and expert, int64 `[G, L/G, E]`."""
     layers, experts = counts_LE.shape
-    return counts_LE.astype(np.int64).reshape(groups, layers // groups, experts).sum(axis=1)
+    return counts_LE.astype(np.int64).reshape(groups, layers // groups, experts)
 
 
 def _busiest_over_mean(counts: np.ndarray) -> np.ndarray:
@@ -53,6 +58,15 @@ def load_metrics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
         "experts/dead": dead,
         "experts/used": counts_GE.size - dead,
     }
+
+
+def device_loads(counts_LE: np.ndarray, devices: int) -> list[float]:
+    """Per layer, choices of the busiest of `devices` over their mean, when neighbouring experts share a device.
+
+    Every layer waits for its busiest device: the mean of these numbers is what expert parallelism costs in compute.
+    """
+    loads_LP = counts_LE.astype(np.int64).reshape(len(counts_LE), devices, -1).sum(axis=2)
+    return _busiest_over_mean(loads_LP).tolist()
 
 
 def routing_diagnostics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
@@ -131,11 +145,13 @@ class MetricsWriter:
       folder: the run folder.
       resume_step: completed steps of the state that training goes on from; 0 for a new run.
       tensorboard: also write event files.
+      main: False in every process but the one that writes; there all of this does nothing.
     """
 
-    def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool):
-        self.path = folder / "metrics.jsonl"
-        kept = _drop_later_lines(self.path, resume_step)
+    def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool, main: bool = True):
+        self.path = folder / "metrics.jsonl" if main else Path(os.devnull)
+        tensorboard = tensorboard and main
+        kept = _drop_later_lines(self.path, resume_step) if main else []
         self.kinds_at_resume = {str(line.get("kind")) for line in kept if line.get("step") == resume_step}
         self._stream = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1) if tensorboard else None
@@ -157,7 +173,8 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Return when everything written so far is on disk; called before a checkpoint that relies on it."""
-        os.fsync(self._stream.fileno())
+        if self.path != Path(os.devnull):
+            os.fsync(self._stream.fileno())
         if self._events is not None:
             self._events.flush()
 

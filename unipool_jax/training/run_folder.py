@@ -16,7 +16,7 @@ from unipool_jax.config import Config, settings
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
 
-_MAY_CHANGE = ("run.", "mesh.", "kernels.")
+_MAY_CHANGE = ("run.", "mesh.", "distributed.", "kernels.")
 _MAY_CHANGE_EXACTLY = {
     "mode",
     "data.num_threads",
@@ -53,13 +53,20 @@ def frozen_differences(stored: Config, wanted: Config) -> list[str]:
 class RunFolder:
     """An open run folder, locked for this process until closed or until the process dies, however it dies.
 
+    Args:
+      config: of the run.
+      writes: False in every process but the one that writes; there nothing is checked, made or locked.
+
     Raises:
       RunError: if another process trains into it, `run.resume` forbids what is found, or the folder belongs to a run
         with other settings.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, writes: bool = True):
         self.path = Path(config.run.dir) / run_name(config)
+        self._lock: TextIO | None = None
+        if not writes:
+            return
         # Without a checkpoint there is nothing to protect: a first attempt that failed early may be repeated.
         existing = (self.path / CONFIG).exists() and holds_checkpoint(self.path)
         if existing and config.run.resume == "never":
@@ -125,7 +132,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -212,7 +214,8 @@ def make_train_step(
             )
             counted_before = counts_before_gradient(config)
             if counted_before:
-                previous_GE = whole_batch_load(state.params, micros, bias)
+                whole = state.params if fixed is None else with_bank(params, fixed)
+                previous_GE = whole_batch_load(whole, micros, bias)
 
             def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
                 grads, running, metrics, counts_GNE, load_GE = carry
@@ -278,8 +281,10 @@ def make_eval_step(
 ) -> Callable[[Any, BalanceState, Batch, jax.Array], EvalSums]:
     """The jitted evaluation step: `(params, balance, batch, token_bytes_V) -> EvalSums`; changes no state.
 
-    `token_bytes_V` is the UTF-8 length of each token, int32, of the tokenizer's or the padded vocabulary.
+    `token_bytes_V` is the UTF-8 length of each token, int32, of the tokenizer's or the padded vocabulary. Over a mesh
+    receive buffers take whatever comes: rows of padding are alike and may all go to one expert.
     """
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, receive_factor=math.inf))
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
         logits_BSV, stats = forward(config, params, batch.inputs, balance.expert_bias_GNE)

@@ -1,0 +1,13 @@
+# docker build --build-arg JAX_EXTRA=tpu -t unipool_jax .      (or JAX_EXTRA=cuda12, or nothing for CPU)
+FROM python:3.11-slim
+ARG JAX_EXTRA=
+WORKDIR /unipool
+COPY requirements.lock .
+RUN python -m pip install --no-cache-dir --require-hashes --requirement requirements.lock
+# The accelerator's plugin, in the version that belongs to the locked JAX.
+RUN if [ -n "$JAX_EXTRA" ]; then \
+      python -m pip install --no-cache-dir "jax[$JAX_EXTRA]==$(python -c 'import jax; print(jax.__version__)')"; \
+    fi
+COPY . .
+# exec form: signals reach Python, which saves before it leaves.
+ENTRYPOINT ["python", "train.py"]

@@ -1,0 +1,227 @@
+"""Training over eight simulated devices, split in every way, gives the numbers of one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from tiny import METHODS, tiny_batch, tiny_config, tiny_state
+from unipool_jax.config import Config, ConfigError, MeshConfig
+from unipool_jax.mesh import AXES, make_mesh, problems, resolve_sizes
+from unipool_jax.sharding import (
+    batch_sharding,
+    placement,
+    process_rows,
+    replicated_banks,
+    report,
+    state_shardings,
+    to_devices,
+)
+from unipool_jax.training.step import make_eval_step, make_train_step, state_shapes
+
+STEPS = 20
+MESHES = {
+    "data 8": (8, 1, 1, 1),
+    "expert 8": (1, 1, 8, 1),
+    "data 2, expert 4": (2, 1, 4, 1),
+    "data 2, fsdp 2, expert 2": (2, 2, 2, 1),
+    "fsdp 8": (1, 8, 1, 1),
+    "expert 4, tensor 2": (1, 1, 4, 2),
+}
+ALL_WAYS = "data 2, fsdp 2, expert 2"
+
+
+class Trained(NamedTuple):
+    """Twenty steps: the state at the end and the metrics of each step."""
+
+    params: Any
+    moments: Any
+    metrics: list[dict[str, Any]]
+
+
+def configure(method: str, *more: str) -> Config:
+    experts = [] if method == "dense" else ["moe.experts_per_layer=8"]
+    return tiny_config(method, "model.compute_dtype=float32", *experts, *more)
+
+
+def mesh_of(sizes: tuple[int, ...]) -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+
+
+def trained(config: Config, sizes: tuple[int, ...] | None) -> Trained:
+    """Train from the same first state on the same batches."""
+    mesh = None if sizes is None else mesh_of(sizes)
+    state, metrics = tiny_state(config), []
+    if mesh is not None:
+        state = jax.device_put(state, state_shardings(config, mesh, state))
+    step = make_train_step(config, mesh)
+    for number in range(STEPS):
+        batch = tiny_batch(config, number)
+        if mesh is None:
+            state, found = step(state, batch)
+        else:
+            with jax.set_mesh(mesh):
+                state, found = step(state, to_devices(mesh, batch, config.train.batch_size))
+        metrics.append(jax.device_get(found))
+    return Trained(jax.device_get(state.params), jax.device_get(state.opt_state), metrics)
+
+
+@functools.cache
+def alone(method: str, *more: str) -> Trained:
+    return trained(configure(method, *more), None)
+
+
+def assert_equal(ours: Trained, single: Trained) -> None:
+    for step, (mine, theirs) in enumerate(zip(ours.metrics, single.metrics, strict=True)):
+        assert mine.keys() == theirs.keys()
+        assert mine["counts_LE"].tolist() == theirs["counts_LE"].tolist(), f"routing differs at step {step}"
+        for name in mine:
+            np.testing.assert_allclose(mine[name], theirs[name], rtol=2e-5, atol=2e-6, err_msg=f"{name} {step}")
+    # Adam divides by the root of the second moment, which blows the last bits of tiny gradients up.
+    for mine, theirs in zip(jax.tree.leaves(ours.params), jax.tree.leaves(single.params), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=5e-5)
+    for mine, theirs in zip(jax.tree.leaves(ours.moments), jax.tree.leaves(single.moments), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_as_on_one_device(method: str) -> None:
+    assert_equal(trained(configure(method), MESHES[ALL_WAYS]), alone(method))
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != ALL_WAYS])
+def test_the_pool_trains_as_on_one_device(mesh: str) -> None:
+    assert_equal(trained(configure("unipool"), MESHES[mesh]), alone("unipool"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != ALL_WAYS])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "unipool"])
+def test_every_method_on_every_mesh(method: str, mesh: str) -> None:
+    assert_equal(trained(configure(method), MESHES[mesh]), alone(method))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("moe.top_k=2", "train.batch_size=16", "loss.pool_statistics=previous"),
+        ("pool.groups=2", "train.batch_size=16", "model.remat=full"),
+    ],
+)
+def test_micro_batches_top_k_groups_and_recomputation(more: tuple[str, ...]) -> None:
+    assert_equal(trained(configure("unipool", *more), MESHES[ALL_WAYS]), alone("unipool", *more))
+
+
+def test_losses_do_not_depend_on_micro_batches_or_recomputation() -> None:
+    """The exact pool loss of one batch, in one piece without recomputation and in two with."""
+    whole = alone("unipool", "train.batch_size=16", "train.microbatch_size=16", "model.remat=none")
+    parts = trained(configure("unipool", "train.batch_size=16", "model.remat=full"), MESHES[ALL_WAYS])
+    assert_equal(parts, whole)
+
+
+def test_evaluation_gives_the_sums_of_one_device() -> None:
+    config = configure("unipool")
+    mesh, state, batch = mesh_of(MESHES[ALL_WAYS]), tiny_state(config), tiny_batch(config)
+    lengths = np.arange(config.model.vocab_size, dtype=np.int32)
+    single = make_eval_step(config)(state.params, state.balance, batch, lengths)
+    placed = jax.device_put(state, state_shardings(config, mesh, state))
+    with jax.set_mesh(mesh):
+        ours = make_eval_step(config, mesh)(placed.params, placed.balance, to_devices(mesh, batch, 8), lengths)
+    for mine, theirs in zip(ours, single, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+
+
+@functools.cache
+def program(method: str, *more: str) -> str:
+    """The training step compiled for fsdp 4 x expert 2, as text."""
+    config, mesh = configure(method, "train.batch_size=16", *more), mesh_of((1, 4, 2, 1))
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), tiny_batch(config)
+    )
+    with jax.set_mesh(mesh):
+        return make_train_step(config, mesh).lower(state_shapes(config, mesh), batch).compile().as_text()
+
+
+def bank_collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Collectives whose result is a part of a bank of 16 x 24 experts: (outside of loops, inside of loops)."""
+    found = {"all-gather": [0, 0], "reduce-scatter": [0, 0], "all-reduce": [0, 0]}
+    blocks = re.split(r"\n(?=(?:ENTRY |%?[\w.-]+ \())", text)
+    for block in blocks:
+        for shape, kind in re.findall(r"= f32\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-reduce)\(", block):
+            *_, rows, columns = [int(x) for x in f"1,1,{shape}".split(",") if x]
+            if (rows, columns) in {(16, 24), (24, 16), (4, 24), (24, 4)}:
+                found[kind][not block.lstrip().startswith("ENTRY")] += 1
+    return {kind: (outside, inside) for kind, (outside, inside) in found.items() if outside + inside}
+
+
+def test_a_pool_is_gathered_and_scattered_once_a_step() -> None:
+    """Three arrays of the bank, outside of the loops over micro-batches and layers; per-layer experts within them."""
+    assert bank_collectives(program("unipool")) == {"all-gather": (3, 0), "reduce-scatter": (3, 0)}
+    per_layer = bank_collectives(program("vanilla"))
+    assert per_layer["reduce-scatter"] == (0, 3)
+    assert per_layer["all-gather"][0] == 0
+    assert per_layer["all-gather"][1] >= 3
+
+
+def test_banks_and_moments_are_dealt_out() -> None:
+    config, mesh = configure("unipool"), mesh_of(MESHES["data 2, fsdp 2, expert 2"])
+    shapes = state_shapes(config, mesh)
+    lines = {line.name: line for line in placement(shapes)}
+    gate = lines["params.pools.bank.gate"]
+    assert gate.shape == (1, 32, 16, 24)
+    assert gate.bytes_per_device == 32 * 16 * 24 * 4 / 4
+    assert lines["opt_state.1.0.mu.pools.bank.gate"].bytes_per_device == gate.bytes_per_device
+    assert lines["params.pools.layers.attention.query"].bytes_per_device == 4 * 16 * 16 * 4 / 2
+    assert lines["params.final_norm"].bytes_per_device == 16 * 4
+    assert not replicated_banks(config, mesh, shapes)
+    whole = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, jax.P())), shapes
+    )
+    assert "params.pools.bank.up" in replicated_banks(config, mesh, whole)
+    total = sum(line.bytes_per_device for line in lines.values())
+    assert f"{total / 2**20:,.1f} MiB a device" in report(shapes)
+
+
+def test_rest_of_the_devices_and_what_does_not_fit() -> None:
+    assert resolve_sizes(MeshConfig(data=-1, expert=2), 8) == (4, 1, 2, 1)
+    assert resolve_sizes(MeshConfig(data=1), 8) == (1, 1, 1, 1)
+    for config in (MeshConfig(data=-1, expert=3), MeshConfig(data=3, fsdp=3)):
+        with pytest.raises(ConfigError, match="does not fit the 8 devices"):
+            make_mesh(config, jax.devices()[:8])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["mesh.data=3"], r"train.microbatch_size=8: must be a multiple of mesh.data=3; the next one is 9"),
+        (["mesh.data=1", "mesh.tensor=4"], r"mesh.tensor=4: must divide model.num_kv_heads=2"),
+        (["mesh.data=1", "mesh.fsdp=32"], r"mesh.fsdp=32: must divide model.hidden_size=16"),
+        (["mesh.data=1", "mesh.expert=16", "train.microbatch_size=16"], r"mesh.expert=16: must divide the 8 experts"),
+        (["mesh.expert=-1"], r"mesh.data=-1 and mesh.expert=-1: only one axis"),
+        (["mesh.fsdp=0"], r"mesh.fsdp=0: must be at least 1"),
+    ],
+)
+def test_what_does_not_divide_is_refused(more: list[str], message: str) -> None:
+    config = tiny_config("unipool", "train.batch_size=48", "train.eval_batch_size=48")
+    sections: dict[str, dict[str, int]] = {"mesh": {}, "train": {}}
+    for setting in more:
+        section, name, value = re.split(r"[.=]", setting)
+        sections[section][name] = int(value)
+    config = dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, **sections["mesh"]),
+        train=dataclasses.replace(config.train, **sections["train"]),
+    )
+    assert any(re.search(message, found) for found in problems(config)), list(problems(config))
+
+
+def test_rows_of_a_process_are_all_where_there_is_one() -> None:
+    for sizes in MESHES.values():
+        assert process_rows(mesh_of(sizes), 16) == (0, 1)
+    assert mesh_of((8, 1, 1, 1)).axis_names == AXES

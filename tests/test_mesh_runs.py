@@ -1,0 +1,145 @@
+"""Whole runs over a mesh: checkpoints that move between meshes, overflow, measured placement."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runner import final_state, overrides
+from unipool_jax.compose import compose_config
+from unipool_jax.config import Config, ConfigError
+from unipool_jax.training import loop
+from unipool_jax.training.run_folder import run_name
+
+STEPS = 8
+SINGLE = ["mesh=single"]
+EIGHT = ["mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"]
+EXPERTS_4 = ["mesh.data=2", "mesh.expert=4"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+def run_of(shared: Path, runs: Path, *more: str) -> Config:
+    """A tiny run of 8 steps in `runs`."""
+    sizes = ["model.compute_dtype=float32", "train.batch_size=8", "train.microbatch_size=8", "train.eval_batch_size=8"]
+    rhythm = ["train.checkpoint_every=4", "train.eval_every=4", "train.log_every=1", "moe.experts_per_layer=4"]
+    return compose_config(overrides(shared, f"train.steps={STEPS}", f"run.dir={runs}", *sizes, *rhythm, *more))
+
+
+@pytest.fixture
+def configure(shared: Path, tmp_path: Path) -> Callable[..., Config]:
+    """A run in a folder of its own, with settings on top."""
+    return lambda *more: run_of(shared, tmp_path, *more)
+
+
+@pytest.fixture(scope="module")
+def whole(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The run on one device that nothing interrupted."""
+    config = run_of(shared, tmp_path_factory.mktemp("whole"), *SINGLE)
+    assert loop.train(config) == 0
+    return config
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.run.dir) / run_name(config)
+
+
+def lines(config: Config, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def assert_close(ours: Config, single: Config) -> None:
+    """Same losses at every step, same evaluations, same state, to float32 tolerance."""
+    for kind, name in (("train", "loss/lm"), ("train", "grad_norm"), ("valid", "loss")):
+        mine, theirs = ([line[name] for line in lines(config, kind)] for config in (ours, single))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4)
+    states = [final_state(single, folder_of(config)) for config in (ours, single)]
+    for name, value in states[0].items():
+        np.testing.assert_allclose(value, states[1][name], rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have runs stop, as after a signal, once this step is done."""
+
+    def install(step: int) -> None:
+        count = {"steps": 0}
+
+        def agree(self: Any) -> None:
+            count["steps"] += 1
+            if count["steps"] == step:
+                self._received = 15
+
+        monkeypatch.setattr(loop.StopRequest, "agree", agree)
+
+    return install
+
+
+@pytest.mark.parametrize(("first", "second"), [(EIGHT, SINGLE), (SINGLE, EXPERTS_4)], ids=["8 to 1", "1 to 8"])
+def test_a_run_goes_on_on_another_mesh(
+    whole: Config,
+    configure: Callable[..., Config],
+    stop_after: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+    first: list[str],
+    second: list[str],
+) -> None:
+    stop_after(5)
+    assert loop.train(configure("run.name=moved", *first)) == 128 + 15
+    moved = configure("run.name=moved", *second)
+    capsys.readouterr()
+    assert loop.train(moved) == 0
+    said = capsys.readouterr().out
+    assert "going on after step 5" in said
+    assert ("mesh data 2 x fsdp 1 x expert 4 x tensor 1, 1 process(es), all_gather transport" in said) == (
+        second is EXPERTS_4
+    )
+    assert_close(moved, whole)
+
+
+def test_measured_placement_changes_no_value(
+    whole: Config, configure: Callable[..., Config], stop_after: Callable[[int], None]
+) -> None:
+    stop_after(5)
+    assert loop.train(configure("run.name=placed", *EXPERTS_4)) == 128 + 15
+    placed = configure("run.name=placed", *EXPERTS_4, "mesh.expert_placement=measured")
+    assert loop.train(placed) == 0
+    assert_close(placed, whole)
+    mine, theirs = (np.load(folder_of(config) / "routing" / f"{STEPS}.npy") for config in (placed, whole))
+    np.testing.assert_array_equal(mine, theirs)
+    assert all(len(line["load/device"]) == 2 for line in lines(placed, "train"))
+
+
+def test_overflow_stops_the_run_and_says_what_to_do(
+    whole: Config, configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tight = configure("run.name=tight", *EXPERTS_4, "mesh.receive_factor=1")
+    assert loop.train(tight) == loop.EXIT_NONFINITE
+    said = capsys.readouterr().err
+    assert "stopped at step 1" in said
+    assert "mesh.receive_factor=1" in said
+    assert "mesh.expert_placement=measured" in said
+    assert not lines(tight, "train")
+    # The same run goes on with more room: the step that overflowed was not applied.
+    assert loop.train(configure("run.name=tight", *EXPERTS_4)) == 0
+    assert_close(configure("run.name=tight"), whole)
+
+
+def test_dropped_rows_are_reported(configure: Callable[..., Config]) -> None:
+    dropping = configure("run.name=dropping", *EXPERTS_4, "mesh.receive_factor=1", "mesh.overflow=drop")
+    assert loop.train(dropping) == 0
+    assert sum(line["overflow"] for line in lines(dropping, "train")) > 0
+
+
+def test_what_does_not_divide_over_the_devices_there_are_is_refused(configure: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"train.microbatch_size=4: must be a multiple of mesh.data=8"):
+        loop.train(configure("mesh.data=-1", "train.microbatch_size=4"))

@@ -1,0 +1,182 @@
+"""Transports over eight simulated devices against a NumPy mixture, also with badly skewed routing and small buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import oracles
+from unipool_jax.kernels.group_plan import make_group_plan
+from unipool_jax.kernels.grouped_ffn import Bank, grouped_ffn
+from unipool_jax.moe import transport
+from unipool_jax.moe.transport import CARRIERS, Transport, capacity
+
+DEVICES, EXPERTS, WIDTH, HIDDEN, TOKENS = 4, 8, 6, 5, 12
+OVER_EXPERTS = PartitionSpec("expert")
+
+
+def all_to_all_by_definition(
+    operand: jax.Array,
+    output: jax.Array,
+    input_offsets: jax.Array,
+    send_sizes: jax.Array,
+    output_offsets: jax.Array,
+    recv_sizes: jax.Array,
+    *,
+    axis_name: str,
+) -> jax.Array:
+    """`jax.lax.ragged_all_to_all`, which does not exist on CPU, from the words of its documentation.
+
+    Slice i of a device goes to device `i // slices_per_device`, to the place `output_offsets[i]` there; what a device
+    expects (`recv_sizes`) must be what it is sent, or nothing arrives at all.
+    """
+    devices, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    per_device = send_sizes.shape[0] // devices
+    operands, starts, sizes, places = (
+        jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)
+    )
+    row = jnp.arange(output.shape[0])
+    agreed = jnp.all(jax.lax.dynamic_slice_in_dim(sizes, me * per_device, per_device, 1).reshape(-1) == recv_sizes)
+    for source in range(devices):
+        for part in range(per_device):
+            i = me * per_device + part
+            at = row - places[source, i]
+            arrives = agreed & (at >= 0) & (at < sizes[source, i])
+            rows = jnp.take(operands[source], starts[source, i] + at, axis=0, mode="clip")
+            output = jnp.where(arrives[:, None], rows, output)
+    return output
+
+
+@pytest.fixture(autouse=True)
+def _ragged_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", all_to_all_by_definition)
+
+
+def operands(top_k: int, experts: np.ndarray | None = None) -> tuple[jax.Array, jax.Array, jax.Array, Bank]:
+    random = np.random.default_rng(0)
+    tokens = DEVICES * TOKENS
+    if experts is None:
+        experts = np.argsort(random.normal(size=(tokens, EXPERTS)), axis=1)[:, :top_k]
+    shapes = ((EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH))
+    return (
+        jnp.asarray(random.normal(size=(tokens, WIDTH)), jnp.float32),
+        jnp.asarray(experts, jnp.int32),
+        jnp.asarray(random.uniform(0.5, 1.5, size=(tokens, top_k)), jnp.float32),
+        Bank(*(jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)),
+    )
+
+
+def by_hand(hidden: Any, experts: Any, gates: Any, bank: Bank) -> np.ndarray:
+    """The mixture, token by token."""
+    weights = {name: np.asarray(w, np.float64) for name, w in zip(("gate", "up", "down"), bank, strict=True)}
+    output = np.zeros(hidden.shape)
+    for token, x in enumerate(np.asarray(hidden, np.float64)):
+        for expert, factor in zip(np.asarray(experts[token]), np.asarray(gates[token]), strict=True):
+            output[token] += factor * oracles.expert(x, weights, expert)
+    return output
+
+
+def carried(name: Transport, factor: float = 4.0) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A transport over four devices: `(hidden, experts, gates, bank) -> (output, overflow of each device)`."""
+
+    def on_device(hidden: Any, experts: Any, gates: Any, bank: Bank) -> tuple[jax.Array, jax.Array]:
+        def compute(rows: jax.Array, sizes: jax.Array) -> tuple[jax.Array, None]:
+            return grouped_ffn(rows, bank, make_group_plan(sizes, rows.shape[0])), None
+
+        found = CARRIERS[name](hidden, experts, gates, compute, EXPERTS, factor)
+        return found.output_ND, found.overflow[None]
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("expert",))
+    return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=OVER_EXPERTS, out_specs=OVER_EXPERTS))
+
+
+ROUTINGS = {
+    "one expert": np.full((DEVICES * TOKENS, 1), 5),
+    "one device": 6 + np.arange(DEVICES * TOKENS)[:, None] % 2,
+    "own experts": np.repeat(np.arange(DEVICES) * 2, TOKENS)[:, None],
+    "backwards": (EXPERTS - 1 - np.arange(DEVICES * TOKENS) % EXPERTS)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", ["all_gather", "ragged"])
+@pytest.mark.parametrize("routing", [1, 3, *ROUTINGS])
+def test_values_and_gradients_are_those_of_one_device(name: Transport, routing: int | str) -> None:
+    top_k = routing if isinstance(routing, int) else 1
+    hidden, experts, gates, bank = operands(top_k, ROUTINGS.get(str(routing)))
+    transported = carried(name)
+    output, overflow = transported(hidden, experts, gates, bank)
+    np.testing.assert_allclose(output, by_hand(hidden, experts, gates, bank), rtol=2e-4, atol=2e-4)
+    assert not overflow.any()
+
+    weights = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
+
+    def alone(hidden: jax.Array, gates: jax.Array, bank: Bank) -> jax.Array:
+        def compute(rows: jax.Array, sizes: jax.Array) -> tuple[jax.Array, None]:
+            return grouped_ffn(rows, bank, make_group_plan(sizes, rows.shape[0], implementation="reference")), None
+
+        return jnp.sum(CARRIERS["local"](hidden, experts, gates, compute, EXPERTS, 1.0).output_ND * weights)
+
+    def together(hidden: jax.Array, gates: jax.Array, bank: Bank) -> jax.Array:
+        return jnp.sum(transported(hidden, experts, gates, bank)[0] * weights)
+
+    ours = jax.jit(jax.grad(together, (0, 1, 2)))(hidden, gates, bank)
+    plain = jax.jit(jax.grad(alone, (0, 1, 2)))(hidden, gates, bank)
+    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["all_gather", "ragged"])
+def test_overflow_is_counted_and_loses_whole_rows_only(name: Transport) -> None:
+    """All tokens to device 2, which can take 16: the others come back as zeros, and none twice."""
+    hidden, experts, gates, bank = operands(1, ROUTINGS["one expert"])
+    output, overflow = carried(name, factor=1.0)(hidden, experts, gates, bank)
+    assert overflow.tolist() == [0, 0, DEVICES * TOKENS - 16, 0]
+    whole = by_hand(hidden, experts, gates, bank)
+    lost = np.all(np.asarray(output) == 0, axis=1)
+    assert lost.sum() == DEVICES * TOKENS - 16
+    np.testing.assert_allclose(output[~lost], whole[~lost], rtol=2e-4, atol=2e-4)
+
+
+def test_capacity_is_the_mean_times_the_factor_but_never_more_than_all() -> None:
+    assert capacity(100, 8, 1.0) == 112
+    assert capacity(100, 8, 2.5) == 256
+    assert capacity(100, 8, 8.0) == 800
+    assert capacity(100, 2, math.inf) == 200
+
+
+def test_slices_agree_on_both_sides() -> None:
+    """What one device sends another expects, slice by slice, and slices of a receiver do not overlap."""
+    random = np.random.default_rng(1)
+    sizes_PE = random.integers(0, 9, (DEVICES, EXPERTS))
+
+    def on_device(sizes: jax.Array) -> tuple[Any, Any, jax.Array, jax.Array]:
+        there, back, own, overflow = transport._slices(jax.lax.all_gather(sizes[0], "expert"), 40)
+        return jax.tree.map(lambda x: x[None], (there, back, own, overflow))
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("expert",))
+    split = jax.shard_map(on_device, mesh=mesh, in_specs=OVER_EXPERTS, out_specs=OVER_EXPERTS)
+    there, back, own, overflow = jax.tree.map(np.asarray, jax.jit(split)(jnp.asarray(sizes_PE, jnp.int32)))
+    per_device = EXPERTS // DEVICES
+    for receiver in range(DEVICES):
+        taken: list[tuple[int, int]] = []
+        for expert in range(per_device):
+            for sender in range(DEVICES):
+                slot = receiver * per_device + expert
+                size, place = there.send_sizes[sender, slot], there.output_offsets[sender, slot]
+                assert there.recv_sizes[receiver, sender * per_device + expert] == size
+                assert back.send_sizes[receiver, sender * per_device + expert] == size
+                assert back.input_offsets[receiver, sender * per_device + expert] == place
+                assert back.output_offsets[receiver, sender * per_device + expert] == there.input_offsets[sender, slot]
+                taken += [(row, expert) for row in range(place, place + size)]
+        assert [row for row, _ in taken] == list(range(len(taken)))
+        assert np.bincount([expert for _, expert in taken], minlength=per_device).tolist() == own[receiver].tolist()
+        wanted = sizes_PE[:, receiver * per_device : (receiver + 1) * per_device].sum()
+        assert len(taken) == min(wanted, 40)
+        assert overflow[receiver] == wanted - len(taken)
