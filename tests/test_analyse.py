@@ -72,7 +72,7 @@ def test_another_step_split_and_folder(run: Path, tmp_path: Path) -> None:
 
 def test_single_batches_are_looked_at_apart() -> None:
     """Device load of a batch is averaged over batches, of which each may lean to another side."""
-    config = tiny_config("unipool", "moe.top_k=2")
+    config = tiny_config("unipool", "moe.top_k=2", "moe.score_constant=one")
     state, batches = tiny_state(config), [tiny_batch(config, seed) for seed in range(2)]
     whole = analyse(config, state.params, state.balance, lambda: batches, devices=8, draws=0)
     each = [analyse(config, state.params, state.balance, lambda b=b: [b], devices=8, draws=0) for b in batches]
