@@ -7,6 +7,7 @@ python -m unipool_jax.analysis runs/demo step=160 split=test out=pages/demo draw
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from unipool_jax.analysis.analyse import Analysis, analyse
 from unipool_jax.analysis.history import read_history
 from unipool_jax.analysis.page import write_page
 from unipool_jax.analysis.report import facts, parts
-from unipool_jax.config import Config, ConfigError, from_mapping, settings
+from unipool_jax.config import Config, ConfigError, MeshConfig, from_mapping, settings
 from unipool_jax.corpus import open_corpus
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
 from unipool_jax.kernels.implementations import platform_problem
@@ -90,7 +91,10 @@ def parse_request(arguments: Sequence[str]) -> AnalysisRequest:
             else:
                 problems.append(f"{word}: expected {allowed}")
         elif name in known and (name.startswith(_OVERRIDES) or name in _ALSO):
-            overrides.append((name, yaml.safe_load(text)))
+            try:
+                overrides.append((name, yaml.safe_load(text)))
+            except yaml.YAMLError:
+                problems.append(f"{word}: its value cannot be read; a list is {name}=[a,b]")
         else:
             names = ", ".join(f"{option}=" for option in ("run", "out", "split", *_NUMBERS))
             problems.append(
@@ -129,7 +133,9 @@ def analyse_command(arguments: Sequence[str]) -> int:
     with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(request.step)
         meta = checkpoints.meta(step)
-        config = with_overrides(from_mapping(meta["config"]), request.overrides)
+        # On one device, whatever the run was trained on.
+        trained = dataclasses.replace(from_mapping(meta["config"]), mesh=MeshConfig(data=1))
+        config = with_overrides(trained, request.overrides)
         validate(config)
         if config.moe.router == "none":
             raise RunError(f"{run}: moe.router=none, a dense model: there is no routing to analyse")

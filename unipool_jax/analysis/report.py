@@ -163,10 +163,13 @@ def _layers(analysis: Analysis) -> Part:
             f"If the experts of a pool are dealt out over {devices} devices, the busiest device of a layer gets "
             f"{load.by_layer_L.mean():.2f} times the mean on average and {load.by_layer_L.max():.2f} times in the "
             "worst layer. As each layer waits for its slowest device, the expert part of a pass takes "
-            f"{load.critical_path:.2f} times as long as with even load, although over the whole model the busiest "
-            f"device has only {load.whole_model:.2f} times the mean: balance over the pool is not balance in each "
-            "layer."
+            f"{load.critical_path:.2f} times as long as with even load."
         )
+        if analysis.config.layers_per_pool > 1 and load.critical_path > 1.1 * load.whole_model:
+            words.append(
+                f"With all layers added up the busiest device has only {load.whole_model:.2f} times the mean: balance "
+                "over the pool is not balance in each layer."
+            )
         if analysis.batch_load is not None:
             words.append(
                 f"These are averages over the whole text; within single batches the factors are "
@@ -196,10 +199,11 @@ def _unique(analysis: Analysis) -> Part:
         words.append("More than by chance: layers have divided the pool rather than sharing it token by token.")
     else:
         words.append("That is the chance level: nothing here shows that tokens come back to experts on purpose.")
+    title = "Different experts of one token"
+    if config.layers_per_pool == 1:
+        return Part(title, words)
     draw = partial(figures.unique_figure, analysis.unique_U, mean, chance)
-    return Part(
-        "Different experts of one token", words, ("unique", draw), "Distribution of different experts per token."
-    )
+    return Part(title, words, ("unique", draw), "Distribution of different experts per token.")
 
 
 def _similarity(analysis: Analysis) -> Part:
