@@ -125,6 +125,27 @@ def test_losses_do_not_depend_on_micro_batches_or_recomputation() -> None:
     assert_equal(parts, whole)
 
 
+def test_a_step_that_overflows_is_not_applied_unless_rows_may_be_dropped() -> None:
+    mesh = mesh_of(MESHES["data 2, expert 4"])
+    for overflow, changes in (("stop", False), ("drop", True)):
+        rows = ["train.batch_size=32", "train.microbatch_size=32"]
+        config = configure("unipool", "mesh.receive_factor=1", f"mesh.overflow={overflow}", "train.steps=2", *rows)
+        state = tiny_state(config)
+        before = jax.device_get(state)
+        placed = jax.device_put(state, state_shardings(config, mesh, state))
+        with jax.set_mesh(mesh):
+            step = make_train_step(config, mesh)
+            for number in range(2):  # the first learning rate is 0
+                placed, metrics = step(placed, to_devices(mesh, tiny_batch(config, number), config.train.batch_size))
+        assert int(metrics["overflow"]) > 0
+        assert metrics["finite"]
+        assert int(placed.step) == 2
+        same = [
+            np.array_equal(x, y) for x, y in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(placed[1:]), strict=True)
+        ]
+        assert all(same) is not changes
+
+
 def test_evaluation_gives_the_sums_of_one_device() -> None:
     config = configure("unipool")
     mesh, state, batch = mesh_of(MESHES[ALL_WAYS]), tiny_state(config), tiny_batch(config)

@@ -95,11 +95,9 @@ def all_gather(
     expert_S = experts_MK.reshape(-1) - jax.lax.axis_index("expert") * own
     order_S, sizes_E = sort_by_group(jnp.where((expert_S >= 0) & (expert_S < own), expert_S, own), own)
     taken_E = _clipped(sizes_E, rows)
-    # Slots of other devices' experts, and those beyond the buffer, are nowhere: their inverse is out of range.
+    # Slots of other devices' experts come last: products give zeros for them, and so does a slot beyond the buffer.
     order_R = order_S[:rows]
-    index_R = jnp.arange(rows, dtype=order_R.dtype)
-    own_R = jnp.where(index_R < jnp.sum(taken_E), order_R, order_S.shape[0] + index_R)
-    inverse_S = _inverse(own_R, order_S.shape[0])
+    inverse_S = _inverse(order_R, order_S.shape[0])
     expert_RD, master = compute(_pick(hidden_MD, order_R, inverse_S, top_k), taken_E)
     wide = hidden_ND.dtype if top_k == 1 else jnp.float32
     partial_MD = _combine(expert_RD, order_R, inverse_S, gates_MK, wide)
@@ -213,10 +211,10 @@ def _clipped(sizes_E: jax.Array, rows: int) -> jax.Array:
 
 
 def _inverse(order_R: jax.Array, num_slots: int) -> jax.Array:
-    """Row of each slot, R for a slot without one; `order_R` holds each slot at most once, or what is no slot."""
+    """Row of each slot, R for a slot without one; `order_R` holds each slot at most once."""
     rows = jnp.arange(order_R.shape[0], dtype=order_R.dtype)
     nowhere = jnp.full((num_slots,), order_R.shape[0], order_R.dtype)
-    return nowhere.at[order_R].set(rows, unique_indices=True, mode="drop")
+    return nowhere.at[order_R].set(rows, unique_indices=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
