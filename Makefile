@@ -10,15 +10,15 @@ UV := uv==0.13.9
 LOCK_FLAGS ?=
 COMPILE := $(VENV)/bin/uv pip compile --no-config --quiet --universal --generate-hashes --python-version 3.11 \
 	--custom-compile-command "make lock" $(LOCK_FLAGS) setup.cfg
-# PyTorch stays out of the locks: PyPI's file for Linux brings gigabytes of CUDA libraries that the tests do not need.
-# Of two files of one version pip takes the one marked +cpu. For a GPU build: make TORCH_FROM= test-torch
+# PyTorch, which the tests compare with, stays out of the locks: PyPI's file for Linux brings gigabytes of CUDA libraries.
+# Of two files of one version pip takes the one marked +cpu. For a GPU build: make TORCH_FROM= test
 TORCH_FROM ?= --extra-index-url https://download.pytorch.org/whl/cpu
 PYTEST_FLAGS ?=
 # Gradients of an expert bank are fresh memory every step; huge pages make it cheap on glibc, other C libraries ignore it.
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-torch lint typecheck format lock clean
+.PHONY: help venv demo test test-slow lint typecheck format lock clean
 .DELETE_ON_ERROR:
 
 help:  ## Show these targets
@@ -29,14 +29,11 @@ venv: $(VENV)/core.stamp  ## Make .venv with what training needs
 demo: $(VENV)/core.stamp  ## Train the demo model, evaluate it, print a table; goes on with, or shows, what is in runs/demo
 	$(HUGE_PAGES) $(RUN) train.py run.name=demo
 
-test: lint typecheck  ## Check format, lint and types, then run the tests
+test: lint typecheck $(VENV)/torch.stamp  ## Check format, lint and types, then run the tests
 	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/test.stamp  ## Run the minutes-long studies
 	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)
-
-test-torch: $(VENV)/torch.stamp  ## Install a CPU build of PyTorch, then run the tests that compare with it
-	$(RUN) -m pytest tests/test_pytorch_parity.py $(PYTEST_FLAGS)
 
 lint: $(VENV)/test.stamp  ## Check format and lint
 	$(RUN) -m ruff format --check .

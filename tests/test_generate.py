@@ -89,7 +89,7 @@ def test_greedy_texts_are_those_of_the_checkpoint(folder: Path) -> None:
     texts = generate_texts(GenerateRequest(prompts, str(folder), max_tokens=8, temperature=0))
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         config = compose_config(overrides(folder.parents[1], "train.steps=10"))
-        params, balance = restore_model(checkpoints, config, 10)
+        _, params, balance = restore_model(checkpoints, config, 10)
     step = jax.jit(lambda tokens: forward(config, params, tokens, balance.expert_bias_GNE)[0])
     for prompt, text in zip(prompts, texts, strict=True):
         tokens = list(prompt.encode())

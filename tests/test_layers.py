@@ -12,7 +12,7 @@ PACKAGE = ROOT / "unipool_jax"
 MAX_LINES = 450
 
 # What each room may import of unipool_jax, besides itself.
-_SETTINGS = {"config", "compose", "validation"}
+_SETTINGS = {"config", "compose", "validation", "lock_schedule"}
 _MODEL_SIDE = {"kernels", "mesh", "distributed", "moe", "model", "sharding", "training"} | _SETTINGS
 ALLOWED = {
     "kernels": set[str](),
@@ -20,8 +20,9 @@ ALLOWED = {
     "config": set[str](),
     "compose": {"config"},
     "ranges": set[str](),
-    "validation": {"config", "mesh", "ranges"},
+    "validation": {"config", "mesh", "ranges", "lock_schedule"},
     "mesh": {"config"},
+    "lock_schedule": {"config", "mesh"},
     "distributed": {"config"},
     "moe": {"kernels", "mesh"} | _SETTINGS,
     "model": {"kernels", "mesh", "moe"} | _SETTINGS,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="parity with the PyTorch twin needs torch: make test-torch")
+pytest.importorskip("torch", reason="parity with the PyTorch twin needs torch: pip install torch")
 
 from benchmarks.pytorch_baseline.train import Trainer
 from tiny import METHODS, tiny_batch, tiny_config

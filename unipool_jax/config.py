@@ -109,6 +109,49 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class LockConfig:
+    """UniPool-lock: all layers share the pool at first, then every expert belongs to one layer.
+
+    Boundaries are fractions of train.steps, so that they scale with the run; a number of steps overrides its fraction.
+    """
+
+    ownership: Literal["none", "learned", "random_at_lock", "random_from_start"] = "none"
+    """`learned`: assigned by expert use in the shared phase. Controls: a random partition at the same moment and with
+    the same fade, or from step 0 on. `none` is a run without a lock."""
+    lock_fraction: float = 2 / 60
+    """Share of train.steps after which experts are private."""
+    anneal_fraction: float = 1 / 60
+    """Length of the fade before the lock, as a share of train.steps; the partition is frozen where it begins."""
+    entropy_warmup_fraction: float = 1 / 60
+    """Share of train.steps over which the entropy coefficient rises linearly from 0."""
+    lock_step: int | None = None
+    """Step of the lock; overrides lock_fraction."""
+    anneal_steps: int | None = None
+    """Steps of the fade; overrides anneal_fraction."""
+    entropy_warmup_steps: int | None = None
+    """Steps of the warm-up; overrides entropy_warmup_fraction."""
+    entropy_coefficient: float = 5e-3
+    """Weight of the squared distance of a layer's score entropy (nats) from ln(entropy_target); stays on to the end."""
+    entropy_target: float = 8.0
+    """Number of experts that each layer is drawn towards using, from 1 to the experts a layer will own."""
+    coverage_threshold: float = 0.95
+    """Share of a layer's routed tokens that its own experts should have had when the partition is frozen."""
+    solver: Literal["auto", "r2_exact"] = "auto"
+    """`auto` maximises the routed share, and looks for a partition with full coverage where that one has not;
+    `r2_exact` solves the published integer programs."""
+    solver_seconds: float = 30.0
+    """Time limit of one integer program; a run stops where it is not enough."""
+    max_loss_excess: float = 0.05
+    """A validation loss (nats) this far above the one at the freeze counts towards stopping the run."""
+    excess_evaluations: int = 2
+    """Such evaluations in a row that stop it."""
+    count_lookback: int = 5
+    """Evaluations whose routing counts enter the assignment."""
+    count_smoothing: float = 0.5
+    """Weight of the newest counts: an evaluation of age a weighs count_smoothing (1 - count_smoothing)^a."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
@@ -257,6 +300,7 @@ class Config:
     moe: MoEConfig = field(default_factory=MoEConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    lock: LockConfig = field(default_factory=LockConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -282,6 +326,20 @@ class Config:
     def experts_per_pool(self) -> int:
         """E, what each layer's router chooses from."""
         return self.total_experts // self.pool.groups
+
+    @property
+    def router_width(self) -> int:
+        """Logits of each layer's router: E, and with UniPool-lock M before and after the lock."""
+        return self.experts_per_pool if self.lock.ownership == "none" else self.total_experts
+
+    @property
+    def locked(self) -> bool:
+        """Whether this is the structure of a model after its lock, see `after_lock`."""
+        return self.lock.ownership != "none" and self.pool.groups == self.model.num_layers
+
+    def after_lock(self) -> Config:
+        """The model that a run with a lock ends as: G = L pools of K = M / L experts behind routers of M logits."""
+        return dataclasses.replace(self, pool=dataclasses.replace(self.pool, groups=self.model.num_layers))
 
     @property
     def layers_per_pool(self) -> int:

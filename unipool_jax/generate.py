@@ -22,6 +22,7 @@ import numpy as np
 from unipool_jax.config import Config, ConfigError, from_mapping
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unipool_jax.model.sampling import Sampling, generate
+from unipool_jax.moe.lock import score_factors
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.entry import guarded
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
@@ -130,10 +131,11 @@ def generate_texts(request: GenerateRequest) -> list[str]:
                 f"data.tokenizer={config.data.tokenizer}: not the one that {checkpoints.path(step)} was trained with"
             )
         prompts_BS, lengths_B = encode_prompts(request.prompts, tokenizer, config, request.max_tokens)
-        params, balance = restore_model(checkpoints, config, step)
+        config, params, balance = restore_model(checkpoints, config, step)
     sampling = Sampling(tokenizer.vocab_size, tokenizer.eod, request.max_tokens, request.temperature, request.top_p)
+    key, factors = jax.random.key(request.seed), score_factors(config, balance.lock)
     generated = jax.device_get(
-        generate(config, params, balance.expert_bias_GNE, prompts_BS, lengths_B, jax.random.key(request.seed), sampling)
+        generate(config, params, balance.expert_bias_GNE, prompts_BS, lengths_B, key, sampling, factors)
     )
     rows = [
         tokens[start:end]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unipool_jax import mesh
+from unipool_jax import lock_schedule, mesh
 from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
 from unipool_jax.ranges import MAX_EXPERTS, RANGES
 
@@ -192,6 +192,13 @@ def _pool_loss(config: Config) -> Iterator[str]:
             f"loss.pool_statistics=previous: belongs to loss.balance=pool, not {loss.balance}; "
             "leave loss.pool_statistics=current"
         )
+
+
+_rule(
+    *("pool.groups", "moe.top_k", "loss.pool_coefficient", "lock.entropy_target", "train.steps", "train.eval_every"),
+    *("lock.lock_fraction", "lock.anneal_fraction", "lock.entropy_warmup_fraction", "lock.lock_step"),
+    *("lock.anneal_steps", "lock.entropy_warmup_steps", "mesh.expert", *_TOTAL_EXPERTS),
+)(lock_schedule.problems)
 
 
 @_rule("optimizer.learning_rate", "optimizer.min_learning_rate")

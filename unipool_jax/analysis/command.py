@@ -141,13 +141,14 @@ def analyse_command(arguments: Sequence[str]) -> int:
             raise RunError(f"{run}: moe.router=none, a dense model: there is no routing to analyse")
         if problem := platform_problem(config.kernels.implementation):
             raise ConfigError([problem])
-        devices = expert_devices(request.expert_parallel, config.experts_per_pool)
         corpus = open_corpus(config.data, config.model.vocab_size)
         if corpus.tokenizer.sha256 != meta["tokenizer_sha256"]:
             raise RunError(
                 f"data.tokenizer={config.data.tokenizer}: not the one that {checkpoints.path(step)} was trained with"
             )
-        params, balance = restore_model(checkpoints, config, step)
+        # After a lock each layer has a pool of its own.
+        config, params, balance = restore_model(checkpoints, config, step)
+    devices = expert_devices(request.expert_parallel, config.experts_per_pool)
     evaluator = Evaluator(config, corpus, [request.split], limited=True)
     print(f"{run}, step {step}: {config.scale_name} {config.method_name} on the {request.split} split", flush=True)
     analysis = analyse(

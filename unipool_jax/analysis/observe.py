@@ -19,6 +19,7 @@ from flax import linen as nn
 from unipool_jax.config import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import MixtureBlock, Transformer
+from unipool_jax.moe.lock import score_factors
 from unipool_jax.moe.routing import Routing, route
 from unipool_jax.training.step import BalanceState, token_losses
 
@@ -79,7 +80,11 @@ def make_observed_step(config: Config) -> ObservedStep:
             variables[FORCED] = by_layer(experts=forced.experts_LNK, own_gates=own_L)
         with nn.intercept_methods(intercept):
             output: Any = Transformer(config).apply(
-                variables, batch.inputs, balance.expert_bias_GNE, mutable=[OBSERVED]
+                variables,
+                batch.inputs,
+                balance.expert_bias_GNE,
+                score_factor_GNE=score_factors(config, balance.lock),
+                mutable=[OBSERVED],
             )
         (logits_BSV, *_), observed = output
         (experts,) = observed[OBSERVED]["pools"]["layers"]["mixture"]["experts"]
@@ -95,6 +100,7 @@ def replaced(
     """`routing` with the experts of `experts_NK` where those are not -1, and gates as `Forced` describes.
 
     Own gates follow the rule of the router (spec J9): the score, over the sum of the chosen scores for sigmoid, k > 1.
+    While a lock fades experts out, own gates are the scores before the fade.
     """
     chosen_NK = jnp.where(experts_NK >= 0, experts_NK, routing.experts_NK)
     router = config.moe.router

@@ -32,6 +32,7 @@ def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
 
     Raises:
       RunError, CheckpointError: if there is no such checkpoint or it cannot be read.
+      ConversionError: if its experts are divided among layers, or being so.
     """
     with Checkpoints(find_run(run) / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(step)
@@ -40,8 +41,13 @@ def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
 
 
 def _restore(checkpoints: Checkpoints, config: Config, step: int) -> Weights:
-    params, balance = restore_model(checkpoints, config, step)
-    return as_numpy(params, balance.expert_bias_GNE)
+    model = restore_model(checkpoints, config, step)
+    if model.config.locked or (model.balance.lock is not None and bool((model.balance.lock.owner_M >= 0).any())):
+        raise ConversionError(
+            f"{checkpoints.path(step)}: holds a partition of its experts among layers (UniPool-lock), and no other "
+            "layout has a place for it; convert a checkpoint from before the freeze"
+        )
+    return as_numpy(model.params, model.balance.expert_bias_GNE)
 
 
 def as_numpy(params: Any, expert_bias_GNE: Any) -> Weights:

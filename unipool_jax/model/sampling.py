@@ -83,6 +83,7 @@ def generate(
     lengths_B: jax.Array,
     key: jax.Array,
     sampling: Sampling,
+    score_factor_GNE: jax.Array | None = None,
 ) -> Generated:
     """Go on with prompts of different lengths; one compiled program per shape and `sampling`, one trace per program.
 
@@ -94,6 +95,7 @@ def generate(
       lengths_B: tokens of each prompt, 1 to S; int32.
       key: of the random draws.
       sampling: how tokens are drawn.
+      score_factor_GNE: factor on the router scores of a model whose lock is under way, float32; see `moe.lock`.
 
     Returns:
       Prompts and drawn tokens, T = S + max_tokens.
@@ -104,7 +106,8 @@ def generate(
     # Logits of the prompt are not used (and not computed): the loop begins with each row's last prompt token, which
     # writes the same keys once more. So rows of different lengths need no case of their own.
     cache = empty_cache(config, batch_size, total)
-    _, cache = forward_cached(config, params, prompts_BS, expert_bias_GNE, cache, jnp.zeros_like(lengths_B))
+    start_B = jnp.zeros_like(lengths_B)
+    _, cache = forward_cached(config, params, prompts_BS, expert_bias_GNE, cache, start_B, score_factor_GNE)
 
     def going(state: _Progress) -> jax.Array:
         return (state.drawn < sampling.max_tokens) & ~jnp.all(state.ended_B)
@@ -112,7 +115,9 @@ def generate(
     def next_token(state: _Progress) -> _Progress:
         position_B = state.lengths_B - 1
         last_B1 = state.tokens_BT[row_B, position_B][:, None]
-        logits_B1V, cache = forward_cached(config, params, last_B1, expert_bias_GNE, state.cache, position_B)
+        logits_B1V, cache = forward_cached(
+            config, params, last_B1, expert_bias_GNE, state.cache, position_B, score_factor_GNE
+        )
         token_B = draw(logits_B1V[:, 0], jax.random.fold_in(key, state.drawn), sampling)
         return _Progress(
             state.drawn + 1,

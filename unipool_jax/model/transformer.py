@@ -42,7 +42,12 @@ class MixtureBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden_BSD: jax.Array, bank: Bank, master: Bank | None, expert_bias_E: jax.Array
+        self,
+        hidden_BSD: jax.Array,
+        bank: Bank,
+        master: Bank | None,
+        expert_bias_E: jax.Array,
+        score_factor_E: jax.Array | None,
     ) -> tuple[jax.Array, Bank | None, RoutingStats]:
         config, moe = self.config, self.config.moe
         batch, length, width = hidden_BSD.shape
@@ -51,7 +56,7 @@ class MixtureBlock(nn.Module):
             output_ND = dense_ffn(hidden_ND, bank)
             return output_ND.reshape(hidden_BSD.shape), master, _no_routing(batch, length)
 
-        num_experts = config.experts_per_pool
+        num_experts = config.router_width
         init = nn.initializers.normal(config.model.init_std)
         router_ED = self.param("router", init, (num_experts, width), jnp.float32).astype(hidden_ND.dtype)
         router_ED = gathered(router_ED, None, "embed")
@@ -63,7 +68,7 @@ class MixtureBlock(nn.Module):
             scale = self.param("scale", nn.initializers.ones, (), jnp.float32)
             if moe.score_constant == "monte_carlo":
                 constant = norm_constant(num_experts, moe.top_k)
-        scores_NE = scores(logits_NE, moe.router, scale, constant, moe.score_epsilon)
+        scores_NE = scores(logits_NE, moe.router, scale, constant, moe.score_epsilon, config.experts_per_pool)
         routing = route(
             scores_NE,
             logits_NE,
@@ -71,6 +76,7 @@ class MixtureBlock(nn.Module):
             top_k=moe.top_k,
             num_stat_groups=batch,
             expert_bias_E=expert_bias_E if config.loss.balance == "expert_bias" else None,
+            score_factor_E=score_factor_E,
         )
         routing = self.routed(routing, scores_NE)
         output_ND, master, overflow_X = moe_ffn(
@@ -107,6 +113,7 @@ class Layer(nn.Module):
         start_B: jax.Array | None,
         expert_bias_E: jax.Array,
         cache: KeyValueCache | None,
+        score_factor_E: jax.Array | None,
     ) -> tuple[tuple[jax.Array, Bank | None], tuple[RoutingStats, KeyValueCache | None]]:
         hidden_BSD, master = carry
         model = self.config.model
@@ -118,7 +125,9 @@ class Layer(nn.Module):
         ffn_gain_D = self.param("ffn_norm", ones, width, jnp.float32)
         normed_BSD = rms_norm(hidden_BSD, ffn_gain_D, model.norm_epsilon)
         mixture = nn.remat(MixtureBlock, prevent_cse=False) if model.remat == "moe" else MixtureBlock
-        output_BSD, master, stats = mixture(self.config, name="mixture")(normed_BSD, bank, master, expert_bias_E)
+        output_BSD, master, stats = mixture(self.config, name="mixture")(
+            normed_BSD, bank, master, expert_bias_E, score_factor_E
+        )
         return (constrain(hidden_BSD + output_BSD, "batch", None, None), master), (stats, cache)
 
 
@@ -135,6 +144,7 @@ class PoolStage(nn.Module):
         expert_bias_NE: jax.Array,
         cache: KeyValueCache | None,
         master: Bank | None,
+        score_factor_NE: jax.Array | None,
     ) -> tuple[jax.Array, tuple[RoutingStats, KeyValueCache | None, Bank | None]]:
         config, model = self.config, self.config.model
         bank = ExpertPool(
@@ -157,10 +167,12 @@ class PoolStage(nn.Module):
             nn.remat(Layer, prevent_cse=False) if model.remat == "full" else Layer,
             variable_axes=LAYER_AXES,
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, nn.broadcast, 0, 0, 0),
             length=config.layers_per_pool,
         )
-        carry, by_layer = layers(config, name="layers")((hidden_BSD, master), bank, start_B, expert_bias_NE, cache)
+        carry, by_layer = layers(config, name="layers")(
+            (hidden_BSD, master), bank, start_B, expert_bias_NE, cache, score_factor_NE
+        )
         return carry[0], (*by_layer, carry[1] if given else None)
 
 
@@ -181,6 +193,7 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         start_B: jax.Array | None = None,
         master: Bank | None = None,
+        score_factor_GNE: jax.Array | None = None,
     ) -> tuple[jax.Array, RoutingStats, KeyValueCache | None, Bank | None]:
         """Logits of the next token at every position, routing statistics, and the cache with these tokens in it.
 
@@ -190,6 +203,7 @@ class Transformer(nn.Module):
           cache: of the positions before, `[G, L/G, B, T, H, C]`; None: the tokens are all there is.
           start_B: with a cache, the position of each row's first token, int32.
           master: for G = 1, `[1, ...]`, what carries gradients to the bank (which then has none); see `pool`.
+          score_factor_GNE: factor on every score, float32, or None: see `route` and `moe.lock`.
 
         Returns:
           Logits, float32 `[B, S, V]` over the padded vocabulary, `RoutingStats` stacked to `[G, L/G, ...]`, the cache,
@@ -211,11 +225,11 @@ class Transformer(nn.Module):
             stage,
             variable_axes=LAYER_AXES,
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0, 0),
+            in_axes=(nn.broadcast, 0, 0, 0, 0),
             length=config.pool.groups,
         )
         hidden_BSD, (stats, cache, master) = pools(config, name="pools")(
-            hidden_BSD, start_B, expert_bias_GNE, cache, master
+            hidden_BSD, start_B, expert_bias_GNE, cache, master, score_factor_GNE
         )
 
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
@@ -230,21 +244,32 @@ class Transformer(nn.Module):
 
 
 def forward(
-    config: Config, params: Any, tokens_BS: ArrayLike, expert_bias_GNE: jax.Array
+    config: Config,
+    params: Any,
+    tokens_BS: ArrayLike,
+    expert_bias_GNE: jax.Array,
+    score_factor_GNE: jax.Array | None = None,
 ) -> tuple[jax.Array, RoutingStats]:
     """`Transformer` as a function of its parameters: logits `[B, S, V]` float32 and stacked `RoutingStats`."""
-    return forward_sharing(config, params, tokens_BS, expert_bias_GNE, None)[:2]
+    return forward_sharing(config, params, tokens_BS, expert_bias_GNE, None, score_factor_GNE)[:2]
 
 
 def forward_sharing(
-    config: Config, params: Any, tokens_BS: ArrayLike, expert_bias_GNE: jax.Array, master: Bank | None
+    config: Config,
+    params: Any,
+    tokens_BS: ArrayLike,
+    expert_bias_GNE: jax.Array,
+    master: Bank | None,
+    score_factor_GNE: jax.Array | None = None,
 ) -> tuple[jax.Array, RoutingStats, Bank | None]:
     """`forward` of a model with one pool whose bank is a constant: gradients reach it through `master` `[1, ...]`.
 
     Returns:
       What `forward` returns, and `master`, for the next micro-batch; None is handed on as None.
     """
-    output: Any = Transformer(config).apply({"params": params}, tokens_BS, expert_bias_GNE, master=master)
+    output: Any = Transformer(config).apply(
+        {"params": params}, tokens_BS, expert_bias_GNE, master=master, score_factor_GNE=score_factor_GNE
+    )
     logits_BSV, stats, _, master = output
     return logits_BSV, stats, master
 
@@ -264,12 +289,15 @@ def forward_cached(
     expert_bias_GNE: jax.Array,
     cache: KeyValueCache,
     start_B: jax.Array,
+    score_factor_GNE: jax.Array | None = None,
 ) -> tuple[jax.Array, KeyValueCache]:
     """`forward` for tokens that follow on those in `cache`: the same logits, float32 `[B, S, V]`, and the new cache.
 
     Row b holds positions `start_B[b] .. start_B[b] + S - 1`, which must lie within the cache; the cache must hold all
     positions before them. Tokens of padding behind a row are harmless if later calls overwrite them in order.
     """
-    output: Any = Transformer(config).apply({"params": params}, tokens_BS, expert_bias_GNE, cache, start_B)
+    output: Any = Transformer(config).apply(
+        {"params": params}, tokens_BS, expert_bias_GNE, cache, start_B, score_factor_GNE=score_factor_GNE
+    )
     logits_BSV, _, cache, _ = output
     return logits_BSV, cache

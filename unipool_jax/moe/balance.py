@@ -6,10 +6,14 @@ E experts per pool. G = 1 is UniPool, N = 1 the per-layer mixture.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from unipool_jax.moe.routing import RoutingStats
+
+_ENTROPY_EPSILON = 1e-8
 
 
 def load_fractions(counts_GNAE: jax.Array) -> jax.Array:
@@ -47,6 +51,23 @@ def pool_loss(stats: RoutingStats, load_GE: jax.Array, tokens: int, coefficient:
     layers_per_pool, num_experts = stats.score_sum_AE.shape[1], stats.score_sum_AE.shape[-1]
     mean_score_GE = jnp.sum(stats.score_sum_AE, axis=(1, 2)) / (tokens * layers_per_pool)
     return coefficient * num_experts * jnp.sum(jax.lax.stop_gradient(load_GE) * mean_score_GE)
+
+
+def entropy_loss(stats: RoutingStats, tokens: int, target: float) -> jax.Array:
+    """Squared distance of each layer's score entropy from ln(target), averaged over all layers (spec F.3); float32.
+
+    Per layer: `p_i = q_i / (sum_j q_j + 1e-8)` with q_i the mean score of expert i, `H = -sum_i p_i ln(p_i + 1e-8)` in
+    nats, and `(H - ln(target))^2`. Scores are those after fading; a locked layer has only those of its own experts.
+
+    Args:
+      stats: statistics of one micro-batch, over which the scores are averaged.
+      tokens: of the micro-batch.
+      target: number of experts that a layer would use evenly.
+    """
+    mean_GNE = jnp.sum(stats.score_sum_AE, axis=2) / tokens
+    share_GNE = mean_GNE / (jnp.sum(mean_GNE, axis=-1, keepdims=True) + _ENTROPY_EPSILON)
+    entropy_GN = -jnp.sum(share_GNE * jnp.log(share_GNE + _ENTROPY_EPSILON), axis=-1)
+    return jnp.mean(jnp.square(entropy_GN - math.log(target)))
 
 
 def z_loss(stats: RoutingStats, tokens: int, coefficient: float) -> jax.Array:

@@ -38,6 +38,8 @@ class RoutingStats(NamedTuple):
     overflow_X: jax.Array
     """Rows that no receive buffer had place for, int32, one number for each of X parts of the batch; filled in by
     whoever dispatches the rows."""
+    unfaded_counts_AE: jax.Array | None = None
+    """`counts_AE` as they would be without score factors; None where there are none."""
 
     def grouped(self, num_groups: int) -> RoutingStats:
         """Statistics of fewer groups, each of equally many neighbouring ones; any leading axes."""
@@ -47,8 +49,9 @@ class RoutingStats(NamedTuple):
             shape = (*values.shape[:axis], num_groups, -1, *values.shape[axis + 1 :])
             return jnp.sum(values.reshape(shape), axis=axis + 1)
 
-        counts, score_sum, z_square_sum, overflow = self
-        return RoutingStats(add(counts, -2), add(score_sum, -2), add(z_square_sum, -1), overflow)
+        unfaded = None if self.unfaded_counts_AE is None else add(self.unfaded_counts_AE, -2)
+        summed = add(self.counts_AE, -2), add(self.score_sum_AE, -2), add(self.z_square_sum_A, -1)
+        return RoutingStats(*summed, self.overflow_X, unfaded)
 
 
 class Routing(NamedTuple):
@@ -61,7 +64,9 @@ class Routing(NamedTuple):
     stats: RoutingStats
 
 
-def norm_scores(logits_NE: jax.Array, scale: jax.Array, constant: float, epsilon: float = 1e-8) -> jax.Array:
+def norm_scores(
+    logits_NE: jax.Array, scale: jax.Array, constant: float, epsilon: float = 1e-8, visible: int | None = None
+) -> jax.Array:
     """NormRouter scores `scale * c * relu(z / (|z| + epsilon))`, `[N, E]` in the dtype of the logits.
 
     The norm runs over all E logits of a token. Scores do not depend on the size of the logits, about half of them are
@@ -73,12 +78,13 @@ def norm_scores(logits_NE: jax.Array, scale: jax.Array, constant: float, epsilon
       scale: learnable scalar of the layer.
       constant: c of equation 12, see `norm_constant`.
       epsilon: added to the norm.
+      visible: how many experts, the first ones, have scores at all; the others' logits still count in the norm.
     """
     square_N1 = jnp.sum(jnp.square(logits_NE.astype(jnp.float32)), axis=-1, keepdims=True)
     nonzero_N1 = square_N1 > 0
     # The root has an infinite slope at 0; the inner `where` keeps it out of the gradient.
     norm_N1 = jnp.where(nonzero_N1, jnp.sqrt(jnp.where(nonzero_N1, square_N1, 1.0)), 0.0).astype(logits_NE.dtype)
-    direction_NE = logits_NE / (norm_N1 + jnp.asarray(epsilon, logits_NE.dtype))
+    direction_NE = logits_NE[:, :visible] / (norm_N1 + jnp.asarray(epsilon, logits_NE.dtype))
     factor = scale.astype(logits_NE.dtype) * jnp.asarray(constant, logits_NE.dtype)
     return factor * jax.nn.relu(direction_NE)
 
@@ -121,6 +127,7 @@ def route(
     top_k: int,
     num_stat_groups: int = 1,
     expert_bias_E: jax.Array | None = None,
+    score_factor_E: jax.Array | None = None,
 ) -> Routing:
     """Choose the `top_k` experts of each token.
 
@@ -135,20 +142,35 @@ def route(
       top_k: experts per token.
       num_stat_groups: A, equal runs of tokens for which statistics are kept apart; divides N.
       expert_bias_E: selection bias, float32, or None.
+      score_factor_E: factor on the scores before anything else is done with them, float32, or None. An expert with
+        factor 0 is not chosen, whatever its score (spec F.4).
 
     Returns:
       `Routing` with statistics of shape `[A, E]`.
     """
     num_tokens, num_experts = scores_NE.shape
+    unfaded_NE = jax.lax.stop_gradient(scores_NE)
+    if score_factor_E is not None:
+        scores_NE = scores_NE * score_factor_E.astype(scores_NE.dtype)
     key_NE = jax.lax.stop_gradient(scores_NE)
     if expert_bias_E is not None:
         key_NE = key_NE.astype(jnp.float32) + expert_bias_E
-    if top_k == 1:
-        experts_NK = jnp.argmax(key_NE, axis=-1, keepdims=True).astype(jnp.int32)
-    else:
-        experts_NK = jax.lax.top_k(key_NE, top_k)[1].astype(jnp.int32)
+    if score_factor_E is not None:
+        key_NE = jnp.where(score_factor_E > 0, key_NE, -jnp.inf)
 
-    chosen_NKE = experts_NK[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)
+    def largest(key_NE: jax.Array) -> jax.Array:
+        if top_k == 1:
+            return jnp.argmax(key_NE, axis=-1, keepdims=True).astype(jnp.int32)
+        return jax.lax.top_k(key_NE, top_k)[1].astype(jnp.int32)
+
+    def counts(chosen_NKE: jax.Array) -> jax.Array:
+        rows_per_group = num_tokens // num_stat_groups * top_k
+        return jnp.sum(chosen_NKE.reshape(num_stat_groups, rows_per_group, num_experts), axis=1, dtype=jnp.int32)
+
+    experts_NK = largest(key_NE)
+
+    every_expert = jnp.arange(num_experts, dtype=jnp.int32)
+    chosen_NKE = experts_NK[:, :, None] == every_expert
     # A sum over the one-hot choice instead of a gather: its transpose is dense, where a gather's is a scatter.
     gates_NK = jnp.sum(jnp.where(chosen_NKE, scores_NE[:, None, :].astype(jnp.float32), 0.0), axis=-1)
     if router == "sigmoid" and top_k > 1:
@@ -156,9 +178,7 @@ def route(
 
     tokens_per_group = num_tokens // num_stat_groups
     stats = RoutingStats(
-        counts_AE=jnp.sum(
-            chosen_NKE.reshape(num_stat_groups, tokens_per_group * top_k, num_experts), axis=1, dtype=jnp.int32
-        ),
+        counts_AE=counts(chosen_NKE),
         score_sum_AE=jnp.sum(
             scores_NE.astype(jnp.float32).reshape(num_stat_groups, tokens_per_group, num_experts), axis=1
         ),
@@ -166,14 +186,25 @@ def route(
             jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1)).reshape(num_stat_groups, -1), axis=1
         ),
         overflow_X=jnp.zeros((1,), jnp.int32),
+        unfaded_counts_AE=(None if score_factor_E is None else counts(largest(unfaded_NE)[:, :, None] == every_expert)),
     )
     return Routing(experts_NK, gates_NK, stats)
 
 
-def scores(logits_NE: jax.Array, router: Router, scale: jax.Array | None, constant: float, epsilon: float) -> jax.Array:
-    """Scores of any router, `[N, E]`. Softmax and sigmoid are computed in float32, then take the logits' dtype."""
+def scores(
+    logits_NE: jax.Array,
+    router: Router,
+    scale: jax.Array | None,
+    constant: float,
+    epsilon: float,
+    visible: int | None = None,
+) -> jax.Array:
+    """Scores of any router, `[N, E]`. Softmax and sigmoid are computed in float32, then take the logits' dtype.
+
+    `visible` is for NormRouter: see `norm_scores`.
+    """
     if router == "norm":
         assert scale is not None
-        return norm_scores(logits_NE, scale, constant, epsilon)
+        return norm_scores(logits_NE, scale, constant, epsilon, visible)
     activation = jax.nn.softmax if router == "softmax" else jax.nn.sigmoid
     return activation(logits_NE.astype(jnp.float32)).astype(logits_NE.dtype)

@@ -15,7 +15,7 @@ import json
 import platform
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from unipool_jax.config import Config, to_mapping
+from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.training.step import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -44,6 +45,10 @@ class Restored(NamedTuple):
     step: int
     items: dict[str, Any]
     meta: dict[str, Any]
+
+
+Target = Mapping[str, Any]
+"""Item name -> pytree of `jax.ShapeDtypeStruct` (with shardings, or for the default device)."""
 
 
 def make_meta(config: Config, step: int, tokenizer_sha256: str | None) -> dict[str, Any]:
@@ -214,11 +219,11 @@ class Checkpoints:
         except (*_DAMAGED, TypeError) as error:
             raise CheckpointError(f"{self.path(step)}: damaged checkpoint: {_first_line(error)}") from error
 
-    def restore(self, target: Mapping[str, Any], step: int | None = None) -> Restored:
+    def restore(self, target: Target | Callable[[Mapping[str, Any]], Target], step: int | None = None) -> Restored:
         """Read one checkpoint.
 
         Args:
-          target: item name -> pytree of `jax.ShapeDtypeStruct` (with shardings, or for the default device).
+          target: what to read, or a function from the checkpoint's document to it, where that decides the structure.
           step: which one; None is the newest that can be read. A newest checkpoint that turns out damaged (a disk that
             lied about its writes) is then set aside as `<step>.damaged` with a warning, once an older one is read.
 
@@ -244,10 +249,12 @@ class Checkpoints:
         )
         raise CheckpointError(f"damaged checkpoint:\n{details}\n{advice}")
 
-    def _read(self, step: int, target: Mapping[str, Any]) -> Restored:
+    def _read(self, step: int, target: Target | Callable[[Mapping[str, Any]], Target]) -> Restored:
         document = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if not isinstance(document, dict) or not isinstance(document.get("layout"), dict):
             raise ValueError("its meta document is empty or unreadable")
+        if callable(target):
+            target = target(document)
         self._compare(step, document["layout"], target)
         arrays = {name: leaves for name, tree in target.items() if (leaves := _placed(flatten(tree)))}
         arguments = {name: ocp.args.StandardRestore(leaves) for name, leaves in arrays.items()}
@@ -283,13 +290,21 @@ class Checkpoints:
             self._manager.reload()
 
 
-def restore_model(
-    checkpoints: Checkpoints, config: Config, step: int, mesh: Mesh | None = None
-) -> tuple[Any, BalanceState]:
-    """Parameters and balance state of one checkpoint, without its optimiser state; raises like `restore`."""
+class Model(NamedTuple):
+    """A model to be used, not trained."""
+
+    config: Config
+    """Of the run, or of the structure after its lock."""
+    params: Any
+    balance: BalanceState
+
+
+def restore_model(checkpoints: Checkpoints, config: Config, step: int, mesh: Mesh | None = None) -> Model:
+    """The model of one checkpoint, without its optimiser state; raises like `restore`."""
+    config = structure(config, checkpoints.meta(step))
     target = state_shapes(config, mesh)
     items = checkpoints.restore({"params": target.params, "balance": target.balance}, step).items
-    return items["params"], items["balance"]
+    return Model(config, items["params"], items["balance"])
 
 
 def _placed(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -14,6 +14,8 @@ from unipool_jax.config import Config, ConfigError
 from unipool_jax.data.errors import DataError
 from unipool_jax.distributed import PeerError, lost_peer, start
 from unipool_jax.kernels.implementations import platform_problem
+from unipool_jax.moe.assignment import AssignmentError
+from unipool_jax.moe.lock_lifecycle import LockError
 from unipool_jax.training.checkpoint import CheckpointError
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.validation import validate
@@ -25,7 +27,8 @@ def guarded(main: Callable[[], int]) -> int:
     """Run `main`; what a user can put right becomes a message on stderr and an exit code, not a traceback.
 
     Returns:
-      What `main` returned, 2 for a configuration that cannot be run, or 1 for data, checkpoint and run folder errors.
+      What `main` returned, 2 for a configuration that cannot be run, or 1 for data, checkpoint, run folder and lock
+      errors.
     """
     # Orbax and Abseil log every failure with its traceback before raising it; the exception says the same once.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -36,7 +39,7 @@ def guarded(main: Callable[[], int]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return _leave(EXIT_CONFIG)
-    except (DataError, RunError, CheckpointError, PeerError) as error:
+    except (DataError, RunError, CheckpointError, PeerError, LockError, AssignmentError) as error:
         print(error, file=sys.stderr)
         return _leave(EXIT_FAILED)
     except BaseException as error:

@@ -174,7 +174,7 @@ def _evaluate(
         raise RunError(
             f"data.tokenizer={config.data.tokenizer}: not the tokenizer that {checkpoints.path(step)} was trained with"
         )
-    params, balance = restore_model(checkpoints, config, step, mesh)
+    config, params, balance = restore_model(checkpoints, config, step, mesh)
     evaluator = Evaluator(config, corpus, splits=list(splits.values()), limited=False, mesh=mesh)
     results = {name: evaluator.evaluate(params, balance, evaluator.fixed(split)) for name, split in splits.items()}
     return {name: result for name, result in results.items() if result is not None}

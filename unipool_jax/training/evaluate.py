@@ -40,10 +40,12 @@ class EvalResult(NamedTuple):
     """UTF-8 bytes of the predicted tokens."""
     counts_LE: np.ndarray
     """Choices per layer and expert, int64; of full batches only, where there are any."""
+    unfaded_counts_LE: np.ndarray | None = None
+    """The same without the fade of a lock that is under way; None in runs without one."""
 
     def as_json(self) -> dict[str, float | int | None]:
         """The numbers, without the counts."""
-        return {key: value for key, value in self._asdict().items() if key != "counts_LE"}
+        return {key: value for key, value in self._asdict().items() if "counts" not in key}
 
 
 class Evaluator:
@@ -143,6 +145,7 @@ class _Totals:
         self._tokens = self._bytes = 0
         # Padding is routed like text, so partly padded batches count only when there is nothing else.
         self._counts: dict[bool, Any] = {True: 0, False: 0}
+        self._unfaded: dict[bool, Any] = {True: None, False: None}
         self._full_batches = 0
 
     def add(self, sums: Any) -> None:
@@ -152,13 +155,18 @@ class _Totals:
         self._tokens += int(np.sum(host.tokens_B, dtype=np.float64))
         self._bytes += int(np.sum(host.bytes_B, dtype=np.int64))
         self._counts[full] = self._counts[full] + host.counts_LE.astype(np.int64)
+        if host.unfaded_counts_LE is not None:
+            before = 0 if self._unfaded[full] is None else self._unfaded[full]
+            self._unfaded[full] = before + host.unfaded_counts_LE.astype(np.int64)
         self._full_batches += full
 
     def result(self, exact_bytes: bool) -> EvalResult:
         loss = self._loss / self._tokens
         bits = self._loss / math.log(2) / self._bytes if exact_bytes and self._bytes else None
         counts = self._counts[self._full_batches > 0]
-        return EvalResult(loss, perplexity(loss), bits, self._tokens, self._bytes if exact_bytes else None, counts)
+        unfaded = self._unfaded[self._full_batches > 0]
+        num_bytes = self._bytes if exact_bytes else None
+        return EvalResult(loss, perplexity(loss), bits, self._tokens, num_bytes, counts, unfaded)
 
 
 def unigram_baseline(corpus: Corpus, windows: Mapping[str, EvalWindows]) -> dict[str, dict[str, float | None]] | None:

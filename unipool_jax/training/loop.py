@@ -22,10 +22,13 @@ from unipool_jax.distributed import is_main, main_first, told_by_main
 from unipool_jax.kernels.implementations import resolve
 from unipool_jax.mesh import usable_mesh
 from unipool_jax.moe.dispatch import transport_for
+from unipool_jax.moe.lock_lifecycle import LossExcessError
 from unipool_jax.sharding import process_rows, replicated_banks, report, to_devices
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
+from unipool_jax.training.initial import initial_state
+from unipool_jax.training.locking import Locking, open_lock
 from unipool_jax.training.metrics import (
     MetricsWriter,
     Progress,
@@ -37,11 +40,14 @@ from unipool_jax.training.metrics import (
 )
 from unipool_jax.training.placement import Placement, measured, newest_counts
 from unipool_jax.training.run_folder import RunError, RunFolder
-from unipool_jax.training.step import TrainState, counts_before_gradient, init_state, make_train_step, state_shapes
+from unipool_jax.training.step import TrainState, counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
 
 EXIT_NONFINITE = 3
 """Exit code of a run that a non-finite loss or gradient stopped. A signal gives 128 + its number (130, 143)."""
+
+EXIT_LOSS_EXCESS = 4
+"""Exit code of a run with UniPool-lock that `lock.max_loss_excess` stopped."""
 
 
 class NonFiniteError(RuntimeError):
@@ -56,11 +62,12 @@ def train(config: Config) -> int:
     """Train as `config` says, going on where the run folder left off.
 
     Returns:
-      Exit code: 0 when the run is complete, `EXIT_NONFINITE` (also when receive buffers overflowed), or 128 + signal
-      number after a clean interruption.
+      Exit code: 0 when the run is complete, `EXIT_NONFINITE` (also when receive buffers overflowed),
+      `EXIT_LOSS_EXCESS`, or 128 + signal number after a clean interruption.
 
     Raises:
-      ConfigError, RunError, CheckpointError, DataError: with what to do about it; earlier checkpoints are intact.
+      ConfigError, RunError, CheckpointError, DataError, LockError, AssignmentError: with what to do about it; earlier
+        checkpoints are intact.
       PeerError: when process 0 raised one of these.
     """
     mesh = usable_mesh(config)
@@ -78,13 +85,16 @@ def train(config: Config) -> int:
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus, mesh)
         start = int(jax.device_get(state.step))
+        lock = open_lock(config, folder.path, checkpoints.meta(start) if checkpoints.steps() else None, start, mesh)
+        if lock is not None:
+            state = lock.start(state)
         writer = stack.enter_context(
             contextlib.closing(
                 MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard, main=is_main()),
             )
         )
         stop = stack.enter_context(StopRequest().listening())
-        run = _Run(config, folder, checkpoints, corpus, writer, stop, start, mesh)
+        run = _Run(config, folder, checkpoints, corpus, writer, stop, start, mesh, lock)
         run.announce(state)
         try:
             state = run.place(state)
@@ -92,40 +102,17 @@ def train(config: Config) -> int:
             summary = run.finish(state)
             if is_main():
                 _print_summary(config, summary)
-        except (NonFiniteError, OverflowedError) as error:
+        except (NonFiniteError, OverflowedError, LossExcessError) as error:
             run.progress.message("")
             if is_main():
                 print(error, file=sys.stderr)
-            return EXIT_NONFINITE
+            return EXIT_LOSS_EXCESS if isinstance(error, LossExcessError) else EXIT_NONFINITE
         except InterruptedRunError as interruption:
             run.progress.message(
                 f"{interruption}: saved step {checkpoints.steps()[-1]} in {folder.path}; the same command goes on there"
             )
             return 128 + interruption.signum
     return 0
-
-
-def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh: Mesh | None = None) -> TrainState:
-    """The state of the newest complete checkpoint, or a new one from `train.seed`.
-
-    Raises:
-      RunError: if the checkpoint was trained on ids of another tokenizer, or there is none with `run.resume=required`.
-      CheckpointError: if it cannot be used.
-    """
-    shapes = state_shapes(config, mesh)
-    if not checkpoints.steps():
-        if config.run.resume == "required":
-            raise RunError(f"run.resume=required, but {checkpoints.directory} holds no complete checkpoint")
-        places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed)), out_shardings=places)()
-    restored = checkpoints.restore(shapes._asdict())
-    trained_with = restored.meta["tokenizer_sha256"]
-    if trained_with != corpus.tokenizer.sha256:
-        raise RunError(
-            f"data.tokenizer={config.data.tokenizer}: its definition (sha256 {corpus.tokenizer.sha256[:12]}) is not "
-            f"the one this run was trained with ({str(trained_with)[:12]}); put that tokenizer back or start a new run"
-        )
-    return TrainState(**restored.items)
 
 
 class _Reported(NamedTuple):
@@ -148,16 +135,17 @@ class _Run:
         stop: StopRequest,
         start: int,
         mesh: Mesh | None,
+        lock: Locking | None,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
-        self.writer, self.stop, self.start, self.mesh = writer, stop, start, mesh
+        self.writer, self.stop, self.start, self.mesh, self.lock = writer, stop, start, mesh, lock
         self.validated = told_by_main("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
         self.placement: Placement | None = None
         self.progress = Progress(config.train.steps, None if is_main() else io.StringIO())
         names: list[SplitName] = ["valid", "test"]
         # Without valid text the evaluator says so before the first step, not after the last.
         self.splits = [name for name in names if name == "valid" or name in corpus.splits()]
-        self.evaluator = Evaluator(config, corpus, self.splits, limited=True, mesh=mesh)
+        self.evaluator = Evaluator(self.structure, corpus, self.splits, limited=True, mesh=mesh)
         self.watch = Stopwatch()
         self.mark: _Reported | None = None
         self.rate: float | None = None
@@ -169,6 +157,11 @@ class _Run:
     def num_devices(self) -> int:
         """Devices that train."""
         return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def structure(self) -> Config:
+        """The configuration of the model as it is now: a lock divides its pool."""
+        return self.config if self.lock is None else self.lock.structure
 
     def announce(self, state: TrainState) -> None:
         """Say what is about to happen, and where every large array is."""
@@ -209,14 +202,18 @@ class _Run:
 
     def steps(self, state: TrainState) -> TrainState:
         """Train from `start` completed steps to the last one."""
-        config, settings, start = self.config, self.config.train, self.start
-        train_step = make_train_step(config, self.mesh)
+        settings, start = self.config.train, self.start
+        compiled = start + 1
         pending: tuple[int, dict[str, jax.Array]] | None = None
         if start and self.due(start, settings.eval_every) and not self.validated:
             # The interruption fell between the step and its evaluation.
-            self.validate(state, start)
+            state = self.validate(state, start)
+        structure = self.structure
+        train_step = make_train_step(structure, self.mesh)
         for step, batch in enumerate(self.batches(), start + 1):
             placed = self.on_devices(batch)
+            if self.lock is not None:
+                self.lock.check(step - 1)
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, placed)
             # A non-finite update was never applied, so looking one step late loses nothing and keeps the device busy.
@@ -226,7 +223,7 @@ class _Run:
             self.checkpoints.check()
             self.stop.agree()
 
-            first, last = step == start + 1, step == settings.steps
+            first, last = step == compiled, step == settings.steps
             evaluate = last or self.due(step, settings.eval_every)
             save = last or self.due(step, settings.checkpoint_every)
             if first or evaluate or save or self.stop.requested():
@@ -235,9 +232,13 @@ class _Run:
                 if first:
                     # Compilation is over: from here on time is throughput.
                     self.watch.start()
-                    self.mark = _Reported(step, 0.0)
+                    self.mark = _Reported(step, self.watch.seconds)
             if evaluate and not self.stop.requested():
-                self.validate(state, step)
+                state = self.validate(state, step)
+                if self.structure != structure:
+                    # The lock: another model from here on.
+                    structure, compiled, self.mark = self.structure, step + 1, None
+                    train_step = make_train_step(structure, self.mesh)
             if save or self.stop.requested():
                 self.save(state, step)
             self.leave_if_asked()
@@ -299,10 +300,16 @@ class _Run:
     def loads(self, counts_LE: np.ndarray) -> dict[str, Any]:
         """How even the use of experts is, and of devices where experts are dealt out over them."""
         config = self.config
-        values = load_metrics(counts_LE, config.pool.groups)
+        values = load_metrics(self.in_pool_order(counts_LE), config.pool.groups)
         if self.mesh is not None and self.mesh.shape["expert"] > 1:
             values["load/device"] = device_loads(counts_LE, self.mesh.shape["expert"])
         return values
+
+    def in_pool_order(self, counts_LE: np.ndarray) -> np.ndarray:
+        """Counts of the model as it is now, over the experts of each layer's pool in their own order."""
+        if self.placement is not None:
+            return self.placement.counts(counts_LE)
+        return counts_LE if self.lock is None else self.lock.in_pool_order(counts_LE)
 
     def measure_rate(self, step: int) -> None:
         """Update the tokens per second since the last look."""
@@ -346,22 +353,26 @@ class _Run:
             f"{devices} is ever needed), with mesh.expert_placement=measured, or drop such rows with mesh.overflow=drop"
         )
 
-    def validate(self, state: TrainState, step: int) -> None:
-        """Evaluate on the valid split and write the result; leaves no trace if a signal arrives on the way."""
+    def validate(self, state: TrainState, step: int) -> TrainState:
+        """Evaluate on the valid split and write the result; leaves no trace if a signal arrives on the way.
+
+        Returns:
+          The state to go on with: an evaluation can freeze or lock the ownership of experts.
+        """
         config = self.config
         self.watch.stop()
         if config.train.eval_slice == "moving":
             batches = self.evaluator.moving(math.ceil(step / (config.train.eval_every or step)) - 1)
         else:
             batches = self.evaluator.fixed("valid")
-        self.valid = self.evaluator.evaluate(state.params, state.balance, batches, self.stop.requested)
+        found = self.evaluator.evaluate(state.params, state.balance, batches, self.stop.requested)
+        self.valid = None if found is None else found._replace(counts_LE=self.in_pool_order(found.counts_LE))
+        owned = {} if self.lock is None or self.valid is None else self.lock.observe(step, self.valid)
         # A run that was killed between its last checkpoint and its summary has the line already.
-        if self.valid is not None and self.placement is not None:
-            self.valid = self.valid._replace(counts_LE=self.placement.counts(self.valid.counts_LE))
         if self.valid is not None and not (step == self.start and self.validated):
             counts, groups = self.valid.counts_LE, config.pool.groups
             routing = {} if config.moe.router == "none" else routing_diagnostics(counts, groups)
-            self.writer.write("valid", step, self.valid.as_json() | load_metrics(counts, groups) | routing)
+            self.writer.write("valid", step, self.valid.as_json() | load_metrics(counts, groups) | routing | owned)
             if is_main():
                 folder = self.folder.path / "routing"
                 folder.mkdir(exist_ok=True)
@@ -371,12 +382,19 @@ class _Run:
             )
         if self.mark is not None:
             self.watch.start()
+        if self.lock is not None:
+            before, state = self.structure, self.lock.apply(state)
+            if self.structure != before:
+                self.evaluator = Evaluator(self.structure, self.corpus, self.splits, limited=True, mesh=self.mesh)
+        return state
 
     def save(self, state: TrainState, step: int) -> None:
         """Start saving a checkpoint; everything written about earlier steps is on disk before it."""
         self.watch.stop()
         self.writer.sync()
         meta = make_meta(self.config, step, self.corpus.tokenizer.sha256)
+        if self.lock is not None:
+            meta |= self.lock.document(step)
         stored = state if self.placement is None else self.placement.undo(state)
         self.checkpoints.save(step, stored._asdict(), meta)
         self.watch.start()

@@ -27,6 +27,7 @@ _MAY_CHANGE_EXACTLY = {
     "train.keep_checkpoints",
     "train.eval_batch_size",
     "train.nonfinite",
+    "lock.solver_seconds",
 }
 
 

@@ -19,7 +19,8 @@ from unipool_jax.data.pipeline import Batch
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.mesh import constrain
 from unipool_jax.model.transformer import Transformer, forward, forward_sharing
-from unipool_jax.moe.balance import load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
+from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
+from unipool_jax.moe.lock import Candidate, entropy_coefficient, faded, init_candidate, score_factors
 from unipool_jax.moe.pool import gathered_bank, gradient_master
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.sharding import replicated, state_shardings
@@ -36,6 +37,9 @@ class BalanceState(NamedTuple):
     previous_load_GE: jax.Array
     """Share of choices per expert in the last micro-batch, float32; zeros before the first one, and unless
     loss.pool_statistics is `previous`."""
+    lock: Candidate | None = None
+    """The partition under way in a run with UniPool-lock; None before it is one, and after the lock, when the bank
+    itself is divided."""
 
 
 class TrainState(NamedTuple):
@@ -59,6 +63,8 @@ class EvalSums(NamedTuple):
     """UTF-8 bytes of the predicted tokens, int32."""
     counts_LE: jax.Array
     """Choices per layer and expert, int32 `[L, E]`, over all positions of the batch."""
+    unfaded_counts_LE: jax.Array | None
+    """The same without the fade of a lock that is under way; None in runs without one."""
 
 
 def init_balance(config: Config) -> BalanceState:
@@ -67,6 +73,7 @@ def init_balance(config: Config) -> BalanceState:
     return BalanceState(
         expert_bias_GNE=jnp.zeros((groups, config.layers_per_pool, experts), jnp.float32),
         previous_load_GE=jnp.zeros((groups, experts), jnp.float32),
+        lock=init_candidate(config),
     )
 
 
@@ -134,13 +141,19 @@ def make_train_step(
     stay as they were and only the step count moves on.
 
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), `grad_norm`, `learning_rate`, `finite`
-    (bool), `overflow` (rows, int32), `counts_LE` (int32) and, with NormRouter, `router_scale_L`.
+    (bool), `overflow` (rows, int32), `counts_LE` (int32), with NormRouter `router_scale_L`, and with UniPool-lock
+    `loss/entropy`.
     """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = make_schedule(config.optimizer, config.train.steps)
     num_micro, loss_config = config.num_microbatches, config.loss
     micro_tokens = config.train.microbatch_size * config.data.sequence_length
     delayed_pool_loss = loss_config.balance == "pool" and loss_config.pool_statistics == "previous"
+
+    with_lock = config.lock.ownership != "none"
+    loss_names = ["loss/lm", "loss/balance", "loss/z", "loss/total", *(["loss/entropy"] if with_lock else [])]
+    # In a locked layer each of f and P is L times what it is as a mean over the layers of the pool (spec F.6).
+    pool_coefficient = loss_config.pool_coefficient / (config.model.num_layers if config.locked else 1)
 
     # The bank that all layers share is gathered, and its gradient scattered, once a step: see `pool`.
     one_pool = config.pool.groups == 1 and config.moe.router != "none"
@@ -150,12 +163,19 @@ def make_train_step(
         master: Bank | None,
         fixed: Bank | None,
         micro: Batch,
-        expert_bias: jax.Array,
+        state: TrainState,
         load_GE: jax.Array | None,
         total_weight: jax.Array,
     ) -> tuple[tuple[jax.Array, Bank | None], tuple[Metrics, RoutingStats]]:
         params = params if fixed is None else with_bank(params, fixed)
-        logits_BSV, stats, master = forward_sharing(config, params, micro.inputs, expert_bias, master)
+        logits_BSV, stats, master = forward_sharing(
+            config,
+            params,
+            micro.inputs,
+            state.balance.expert_bias_GNE,
+            master,
+            score_factors(config, state.balance.lock),
+        )
         losses_BS = token_losses(logits_BSV, micro.targets)
         # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
         lm = jnp.sum(losses_BS * micro.weights) * num_micro / total_weight
@@ -165,18 +185,23 @@ def make_train_step(
             balance = switch_loss(stats, group_tokens, config.moe.top_k, loss_config.switch_coefficient)
         elif loss_config.balance == "pool":
             load = load_fractions(stats.counts_AE) if load_GE is None else load_GE
-            balance = pool_loss(stats, load, micro_tokens, loss_config.pool_coefficient)
+            balance = pool_loss(stats, load, micro_tokens, pool_coefficient)
         z = z_loss(stats, micro_tokens, loss_config.z_coefficient)
-        total = lm + balance + z
-        overflow = jnp.sum(stats.overflow_X)
-        metrics = {"loss/lm": lm, "loss/balance": balance, "loss/z": z, "loss/total": total, "overflow": overflow}
+        losses = [lm, balance, z]
+        if with_lock:
+            distance = entropy_loss(stats, micro_tokens, config.lock.entropy_target)
+            losses.append(entropy_coefficient(config, state.step) * distance)
+        total = functools.reduce(jnp.add, losses)
+        metrics = dict(zip(loss_names, [*losses[:3], total, *losses[3:]], strict=True))
+        metrics["overflow"] = jnp.sum(stats.overflow_X)
         return (total, master), (metrics, jax.lax.stop_gradient(stats))
 
-    def whole_batch_load(params: Any, micros: Batch, expert_bias: jax.Array) -> jax.Array:
+    def whole_batch_load(params: Any, balance: BalanceState, micros: Batch) -> jax.Array:
         """Share of choices per expert over all micro-batches."""
 
         def count(carry: None, micro: Batch) -> tuple[Any, jax.Array]:
-            _, stats = forward(config, params, micro.inputs, expert_bias)
+            factors = score_factors(config, balance.lock)
+            _, stats = forward(config, params, micro.inputs, balance.expert_bias_GNE, factors)
             return carry, stats.counts_AE
 
         counts_mGNAE = jax.lax.scan(count, None, micros)[1]
@@ -196,7 +221,7 @@ def make_train_step(
         def gradients(running: Bank | None, micro: Batch, load_GE: jax.Array | None) -> Any:
             """Gradients of one micro-batch, those of a shared bank added to `running`; metrics, statistics."""
             function = functools.partial(
-                micro_loss, fixed=fixed, micro=micro, expert_bias=bias, load_GE=load_GE, total_weight=total_weight
+                micro_loss, fixed=fixed, micro=micro, state=state, load_GE=load_GE, total_weight=total_weight
             )
             _, pullback, (metrics, stats) = jax.vjp(function, params, master, has_aux=True)
             grads, running = pullback((jnp.full((), 1 / num_micro, jnp.float32), running))
@@ -215,7 +240,7 @@ def make_train_step(
             counted_before = counts_before_gradient(config)
             if counted_before:
                 whole = state.params if fixed is None else with_bank(params, fixed)
-                previous_GE = whole_batch_load(whole, micros, bias)
+                previous_GE = whole_batch_load(whole, state.balance, micros)
 
             def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
                 grads, running, metrics, counts_GNE, load_GE = carry
@@ -228,7 +253,7 @@ def make_train_step(
                     load_GE if counted_before else load_fractions(stats.counts_AE),
                 ), None
 
-            losses = dict.fromkeys(("loss/lm", "loss/balance", "loss/z", "loss/total"), jnp.zeros((), jnp.float32))
+            losses = dict.fromkeys(loss_names, jnp.zeros((), jnp.float32))
             start = (
                 jax.tree.map(jnp.zeros_like, params),
                 running,
@@ -244,13 +269,14 @@ def make_train_step(
         return grads, metrics, counts_GNE, load_GE
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics, counts_GNE, load_GE = accumulated(state, batch)
+        fading = state._replace(balance=state.balance._replace(lock=faded(config, state.balance.lock, state.step)))
+        grads, metrics, counts_GNE, load_GE = accumulated(fading, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
         applied = finite if config.mesh.overflow == "drop" else finite & (metrics["overflow"] == 0)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        balance = state.balance
+        balance = fading.balance
         if delayed_pool_loss:
             balance = balance._replace(previous_load_GE=load_GE)
         if loss_config.balance == "expert_bias":
@@ -287,14 +313,20 @@ def make_eval_step(
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, receive_factor=math.inf))
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
-        logits_BSV, stats = forward(config, params, batch.inputs, balance.expert_bias_GNE)
+        factors = score_factors(config, balance.lock)
+        logits_BSV, stats = forward(config, params, batch.inputs, balance.expert_bias_GNE, factors)
         losses_BS = token_losses(logits_BSV, batch.targets)
         counted_BS = batch.weights > 0
+
+        def by_layer(counts_GNAE: jax.Array) -> jax.Array:
+            return jnp.sum(counts_GNAE, axis=2).reshape(config.model.num_layers, -1)
+
         return EvalSums(
             loss_B=jnp.sum(losses_BS * batch.weights, axis=1),
             tokens_B=jnp.sum(batch.weights, axis=1),
             bytes_B=jnp.sum(jnp.where(counted_BS, token_bytes_V[batch.targets], 0), axis=1),
-            counts_LE=jnp.sum(stats.counts_AE, axis=2).reshape(config.model.num_layers, -1),
+            counts_LE=by_layer(stats.counts_AE),
+            unfaded_counts_LE=None if stats.unfaded_counts_AE is None else by_layer(stats.unfaded_counts_AE),
         )
 
     return jax.jit(eval_step) if mesh is None else jax.jit(eval_step, out_shardings=replicated(mesh))

@@ -1,0 +1,150 @@
+"""UniPool-lock beside the shared pool, the ordinary mixture and random ownership: paired runs on real text.
+
+    python -m benchmarks.lock_demo --out results/lock_demo
+    python -m benchmarks.lock_demo --out /tmp/try --seeds 1 --overrides train.steps=16 train.eval_every=4
+
+Every seed fixes initial weights and the order of the text, and all methods are evaluated on the same slice of the valid
+split, so differences are taken seed by seed: their mean, and its standard error over seeds. Finished runs are not
+repeated. What is kept of each run: its configuration, metrics, summary and ownership maps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unipool_jax.compose import compose_config
+from unipool_jax.config import Config
+from unipool_jax.training.entry import guarded, run
+
+METHODS = {
+    "vanilla": ["method=vanilla"],
+    "unipool": ["method=unipool"],
+    "unipool_lock": ["method=unipool_lock"],
+    "random_from_start": ["method=unipool_lock", "lock.ownership=random_from_start"],
+}
+BASELINE = "vanilla"
+KEPT = ("config.yaml", "metrics.jsonl", "summary.json", "lock")
+
+
+def configuration(method: str, seed: int, folder: Path, overrides: list[str]) -> Config:
+    """One run of the study."""
+    place = [f"run.dir={folder}", f"run.name={method}-seed{seed}", f"train.seed={seed}", "run.tensorboard=false"]
+    return compose_config([*METHODS[method], "train.keep_checkpoints=1", *overrides, *place])
+
+
+def read_lines(run_folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Metrics of one kind."""
+    found = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def paired(values: np.ndarray, against: np.ndarray) -> tuple[float, float]:
+    """Mean difference over seeds, and its standard error (NaN for one seed)."""
+    differences = values - against
+    error = differences.std(ddof=1) / math.sqrt(differences.size) if differences.size > 1 else math.nan
+    return float(differences.mean()), float(error)
+
+
+def table(curves: dict[str, np.ndarray], finals: dict[str, np.ndarray]) -> str:
+    """Markdown: final losses, and paired differences with their standard errors.
+
+    Args:
+      curves: validation loss per method, `[seeds, evaluations]`.
+      finals: per method, `[seeds, 2]`: test loss and tokens per second.
+    """
+    rows = [
+        "| run | valid loss | test loss | valid minus vanilla | valid minus unipool |",
+        "|---|---|---|---|---|",
+    ]
+    for method, curve in curves.items():
+        last = curve[:, -1]
+        cells = [method, f"{last.mean():.4f}", f"{finals[method][:, 0].mean():.4f}"]
+        for other in (BASELINE, "unipool"):
+            mean, error = paired(last, curves[other][:, -1])
+            cells.append("-" if other == method else f"{mean:+.4f} ± {error:.4f}")
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def draw_curves(path: Path, steps: list[int], curves: dict[str, np.ndarray], marks: dict[str, int]) -> None:
+    """Validation loss of every method, and its paired difference from the baseline with standard errors."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, differences = figure.subplots(1, 2)
+    for method, curve in curves.items():
+        losses.plot(steps, curve.mean(axis=0), marker="o", markersize=3, label=method)
+        if method != BASELINE:
+            each = [paired(curve[:, i], curves[BASELINE][:, i]) for i in range(len(steps))]
+            differences.errorbar(steps, [m for m, _ in each], yerr=[e for _, e in each], capsize=2, label=method)
+    for axes, name in ((losses, "validation loss (nats)"), (differences, f"minus {BASELINE}, same seed (nats)")):
+        for label, step in marks.items():
+            axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
+            axes.annotate(label, (step, 1), xycoords=("data", "axes fraction"), fontsize=8, color="grey", va="bottom")
+        axes.set_xlabel("step")
+        axes.set_ylabel(name)
+        axes.legend(fontsize=8)
+    differences.axhline(0, color="black", linewidth=0.8)
+    figure.savefig(path)
+
+
+def main() -> int:
+    """Train what is missing, then write the table and the curves; returns an exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of what is kept")
+    parser.add_argument("--runs", type=Path, default=Path("runs/lock_demo"), help="folder of the runs themselves")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 .. N")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--overrides", nargs="*", default=[], help="settings for all runs, as train.py takes them")
+    arguments = parser.parse_args()
+    seeds = range(1, arguments.seeds + 1)
+    for seed in seeds:
+        # Methods within a seed, so that a study that is cut short has whole pairs.
+        for method in arguments.methods:
+            config = configuration(method, seed, arguments.runs, arguments.overrides)
+            if code := guarded(lambda config=config: run(config)):  # type: ignore[misc]
+                return code
+            kept, source = arguments.out / f"{method}-seed{seed}", arguments.runs / f"{method}-seed{seed}"
+            kept.mkdir(parents=True, exist_ok=True)
+            for name in KEPT:
+                if (source / name).is_dir():
+                    shutil.copytree(source / name, kept / name, dirs_exist_ok=True)
+                elif (source / name).exists():
+                    shutil.copy(source / name, kept / name)
+    if not {BASELINE, "unipool"} <= set(arguments.methods):
+        print("no table: it needs vanilla and unipool")
+        return 0
+
+    curves, finals, steps = {}, {}, []
+    for method in arguments.methods:
+        valid = [read_lines(arguments.out / f"{method}-seed{seed}", "valid") for seed in seeds]
+        steps = [line["step"] for line in valid[0]]
+        curves[method] = np.array([[line["loss"] for line in lines] for lines in valid])
+        summaries = [
+            json.loads((arguments.out / f"{method}-seed{seed}" / "summary.json").read_text()) for seed in seeds
+        ]
+        finals[method] = np.array([[s["results"]["test"]["loss"], s["tokens_per_second"]] for s in summaries])
+    marks = {}
+    if "unipool_lock" in arguments.methods:
+        lines = read_lines(arguments.out / "unipool_lock-seed1", "valid")
+        for name, stage in (("freeze", 1), ("lock", 2)):
+            marks[name] = next(line["step"] for line in lines if line["lock/installed_stage"] == stage)
+    text = table(curves, finals)
+    (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    draw_curves(arguments.out / "curves.png", steps, curves, marks)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

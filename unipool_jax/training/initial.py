@@ -1,0 +1,35 @@
+"""The state that a run begins with: fresh, or that of its newest complete checkpoint."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import Mesh
+
+from unipool_jax.config import Config
+from unipool_jax.corpus import Corpus
+from unipool_jax.moe.lock_lifecycle import structure
+from unipool_jax.training.checkpoint import Checkpoints
+from unipool_jax.training.run_folder import RunError
+from unipool_jax.training.step import TrainState, init_state, state_shapes
+
+
+def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh: Mesh | None = None) -> TrainState:
+    """The state of the newest complete checkpoint, or a new one from `train.seed`.
+
+    Raises:
+      RunError: if the checkpoint was trained on ids of another tokenizer, or there is none with `run.resume=required`.
+      CheckpointError: if it cannot be used.
+    """
+    if not checkpoints.steps():
+        if config.run.resume == "required":
+            raise RunError(f"run.resume=required, but {checkpoints.directory} holds no complete checkpoint")
+        places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, state_shapes(config, mesh))
+        return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed)), out_shardings=places)()
+    restored = checkpoints.restore(lambda meta: state_shapes(structure(config, meta), mesh)._asdict())
+    trained_with = restored.meta["tokenizer_sha256"]
+    if trained_with != corpus.tokenizer.sha256:
+        raise RunError(
+            f"data.tokenizer={config.data.tokenizer}: its definition (sha256 {corpus.tokenizer.sha256[:12]}) is not "
+            f"the one this run was trained with ({str(trained_with)[:12]}); put that tokenizer back or start a new run"
+        )
+    return TrainState(**restored.items)
