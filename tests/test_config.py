@@ -22,7 +22,8 @@ from unipool_jax.compose import (
     register_schema,
     save_config,
 )
-from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
+from unipool_jax.config import Config, ConfigError, settings, to_mapping
+from unipool_jax.parsing import from_mapping
 from unipool_jax.validation import problems, validate
 
 SCALES = ("182m", "469m", "650m", "830m", "978m")

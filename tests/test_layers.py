@@ -12,16 +12,17 @@ PACKAGE = ROOT / "unipool_jax"
 MAX_LINES = 450
 
 # What each room may import of unipool_jax, besides itself.
-_SETTINGS = {"config", "compose", "validation", "lock_schedule"}
+_SETTINGS = {"config", "parsing", "compose", "validation", "lock_schedule"}
 _MODEL_SIDE = {"kernels", "mesh", "distributed", "moe", "model", "sharding", "training"} | _SETTINGS
 ALLOWED = {
     "kernels": set[str](),
     "data": set[str](),
     "config": set[str](),
-    "compose": {"config"},
+    "parsing": {"config"},
+    "compose": {"config", "parsing"},
     "ranges": set[str](),
     "chips": set[str](),
-    "validation": {"chips", "config", "mesh", "ranges", "lock_schedule"},
+    "validation": {"chips", "config", "parsing", "mesh", "ranges", "lock_schedule"},
     "mesh": {"config"},
     "lock_schedule": {"config", "mesh"},
     "distributed": {"config"},

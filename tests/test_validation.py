@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from tiny import METHODS
 from unipool_jax.compose import compose_config
-from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
+from unipool_jax.config import Config, ConfigError, settings, to_mapping
+from unipool_jax.parsing import from_mapping
 from unipool_jax.ranges import RANGES, Range
 from unipool_jax.training.step import init_state
 from unipool_jax.validation import problems, validate

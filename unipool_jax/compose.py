@@ -29,7 +29,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
+from unipool_jax.config import Config, ConfigError, settings, to_mapping
+from unipool_jax.parsing import from_mapping
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 

@@ -4,16 +4,14 @@ The dataclasses below are the only place where a setting, its type, its default 
 The files in `configs/` hold choices (a scale, a method, a data source), never defaults. Defaults are the published
 182M recipe (arXiv 2605.06665).
 
-`from_mapping` turns a composed plain mapping into a `Config` and reports every unknown key and wrong type at once;
-`unipool_jax.validation.validate` then reports every impossible combination at once, before any array exists.
+`unipool_jax.parsing.from_mapping` turns a composed plain mapping into a `Config` and reports every unknown key and
+wrong type at once; `unipool_jax.validation.validate` then reports every impossible combination at once, before any array
+exists.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -393,63 +391,3 @@ def settings(section: Any, prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + entry.name] = value
     return found
-
-
-def from_mapping(mapping: Mapping[str, Any]) -> Config:
-    """Build a `Config` from nested plain mappings; missing keys take their defaults.
-
-    Raises:
-      ConfigError: with every unknown key and every value of the wrong type.
-    """
-    problems: list[str] = []
-    config = _parse(Config, mapping, "", problems)
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
-_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def _parse(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """`value` as a `kind`, or None with an entry in `problems`."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _parse_section(kind, value, path, problems)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _parse(next(a for a in arguments if a is not type(None)), value, path, problems)
-    if origin is Literal:
-        if value in arguments and isinstance(value, str):
-            return value
-        problems.append(f"{path}={value!r}: choose one of {', '.join(arguments)}")
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_parse(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
-        problems.append(f"{path}={value!r}: expected a list, for example {path}=[a,b]")
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    elif kind is int and isinstance(value, float) and value.is_integer():
-        problems.append(f"{path}={value!r}: expected a whole number; write {path}={int(value)}")
-    elif kind is str and isinstance(value, int | float):
-        problems.append(f"{path}={value!r}: expected text; put it in two pairs of quotes: \"{path}='{value}'\"")
-    else:
-        given = "null" if value is None else repr(value)
-        problems.append(f"{path}={given}: expected {_KIND_NAMES[kind]}")
-    return None
-
-
-def _parse_section(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if not isinstance(value, Mapping):
-        problems.append(f"{path}={value!r}: expected a section with settings")
-        return None
-    hints = typing.get_type_hints(kind)
-    prefix = f"{path}." if path else ""
-    for key in value:
-        if key not in hints:
-            problems.append(f"{prefix}{key}: no such setting; known here: {', '.join(sorted(hints))}")
-    found = {key: _parse(hints[key], value[key], prefix + key, problems) for key in hints if key in value}
-    return None if problems else kind(**found)

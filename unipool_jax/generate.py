@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from unipool_jax.config import Config, ConfigError, from_mapping
+from unipool_jax.config import Config, ConfigError
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unipool_jax.model.sampling import Sampling, generate
 from unipool_jax.moe.lock import score_factors
+from unipool_jax.parsing import from_mapping
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.entry import guarded
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from unipool_jax import lock_schedule, mesh
 from unipool_jax.chips import parse_topology
-from unipool_jax.config import Config, ConfigError, from_mapping, settings, to_mapping
+from unipool_jax.config import Config, ConfigError, settings, to_mapping
+from unipool_jax.parsing import from_mapping
 from unipool_jax.ranges import MAX_EXPERTS, RANGES
 
 TOKENIZER_SIZES = {"bytes": 257, "demo": 8192, "gpt2": 50257}

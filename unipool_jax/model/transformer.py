@@ -19,7 +19,10 @@ from unipool_jax.mesh import GATHERED, active, constrain, gathered
 from unipool_jax.model.attention import Attention, KeyValueCache
 from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
 from unipool_jax.moe.pool import ExpertPool, gathered_bank, gradient_master
-from unipool_jax.moe.routing import RoutingStats, norm_constant, route, scores
+from unipool_jax.moe.routing import Routing, RoutingStats, norm_constant, route, scores
+
+LAYER_AXES: Any = {"params": 0, "forced_routing": 0, "observed_routing": 0}
+"""Collections that are stacked over layers. The last two are empty but in analyses, which pass choices in and out."""
 
 
 def rms_norm(hidden: jax.Array, gain_D: jax.Array, epsilon: float) -> jax.Array:
@@ -65,8 +68,9 @@ class MixtureBlock(nn.Module):
             scale = self.param("scale", nn.initializers.ones, (), jnp.float32)
             if moe.score_constant == "monte_carlo":
                 constant = norm_constant(num_experts, moe.top_k)
+        scores_NE = scores(logits_NE, moe.router, scale, constant, moe.score_epsilon, config.experts_per_pool)
         routing = route(
-            scores(logits_NE, moe.router, scale, constant, moe.score_epsilon, config.experts_per_pool),
+            scores_NE,
             logits_NE,
             router=moe.router,
             top_k=moe.top_k,
@@ -74,10 +78,16 @@ class MixtureBlock(nn.Module):
             expert_bias_E=expert_bias_E if config.loss.balance == "expert_bias" else None,
             score_factor_E=score_factor_E,
         )
+        routing = self.routed(routing, scores_NE)
         output_ND, master, overflow_X = moe_ffn(
             hidden_ND, routing, bank, master, config.kernels.implementation, config.mesh
         )
         return output_ND.reshape(hidden_BSD.shape), master, routing.stats._replace(overflow_X=overflow_X)
+
+    def routed(self, routing: Routing, scores_NE: jax.Array) -> Routing:
+        """Where tokens go. A place for analyses to look at or replace choices: see `analysis.observe`."""
+        del scores_NE
+        return routing
 
 
 def _no_routing(batch: int, length: int) -> RoutingStats:
@@ -162,7 +172,7 @@ class PoolStage(nn.Module):
         recomputed = model.remat == "full" and not (_gathers_again(config) and config.layers_per_pool == 1)
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False) if recomputed else Layer,
-            variable_axes={"params": 0},
+            variable_axes=LAYER_AXES,
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, 0, 0),
             length=config.layers_per_pool,
@@ -222,7 +232,7 @@ class Transformer(nn.Module):
             stage = nn.remat(PoolStage, prevent_cse=False, policy=kept)
         pools = nn.scan(
             stage,
-            variable_axes={"params": 0},
+            variable_axes=LAYER_AXES,
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0, 0, 0),
             length=config.pool.groups,

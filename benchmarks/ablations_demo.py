@@ -1,0 +1,158 @@
+"""The published ablation table at demo scale, with controls that tell its explanations apart.
+
+    python -m benchmarks.ablations_demo                                    everything: a few hours on two CPU cores
+    python -m benchmarks.ablations_demo --only vanilla unipool --seeds 1   part of it
+    python -m benchmarks.ablations_demo --list                             commands, without running them
+
+Nine rows of arXiv 2605.06665, table 5, and seven controls, each with every seed, on the embedded corpus with the demo's
+settings and 12 layers, so that 6, 4 and 2 pools divide the depth as in the paper. Runs of one seed read the same
+batches. A run that has finished is skipped, one that was interrupted goes on, so the command may be repeated until
+all are there. Each run's configuration, metrics and summary are copied into the results folder beside the comparisons:
+`rows/` pairs the published rows with vanilla, `controls/` pairs the controls with unipool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from unipool_jax.analysis.compare import check_slices, compare, grouped, load_run
+from unipool_jax.analysis.compare_command import compare_command
+from unipool_jax.training.run_folder import CONFIG, SUMMARY
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+SETTINGS = ["scale=demo", "model.num_layers=12", "run.tensorboard=false", "train.keep_checkpoints=1"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the study."""
+
+    name: str
+    overrides: tuple[str, ...]
+    published: float | None = None
+    """Difference to vanilla at 182M after 30B tokens (spec I.4), nats per token."""
+    question: str = ""
+    """What a control is for."""
+
+
+ROWS = (
+    Case("vanilla", ("method=vanilla",), 0.0),
+    Case("vanilla_normrouter", ("method=vanilla_normrouter",), +0.0058),
+    Case("vanilla_aux_free", ("method=vanilla_aux_free",), -0.0078),
+    Case("shared_layer_aux", ("method=shared_layer_aux",), +0.0163),
+    Case("shared_pool_aux", ("method=shared_pool_aux",), -0.0137),
+    Case("unipool", ("method=unipool",), -0.0288),
+    Case("unipool_6_pools", ("method=unipool", "pool.groups=6"), -0.0196),
+    Case("unipool_4_pools", ("method=unipool", "pool.groups=4"), -0.0218),
+    Case("unipool_2_pools", ("method=unipool", "pool.groups=2"), -0.0104),
+)
+CONTROLS = (
+    Case(
+        "pool_of_8",
+        ("method=unipool", "pool.experts=8"),
+        question="As many experts for all layers as vanilla has in one: what does sharing bring without capacity, when "
+        "each expert sees 12 times the tokens?",
+    ),
+    Case("half_pool", ("method=unipool", "pool.fraction=0.5"), question="Is it the number of experts?"),
+    Case("double_pool", ("method=unipool", "pool.experts=192"), question="Is it the number of experts?"),
+    Case("weak_balance", ("method=unipool", "loss.pool_coefficient=1e-4"), question="Is it balance over the pool?"),
+    Case("strong_balance", ("method=unipool", "loss.pool_coefficient=1e-2"), question="Is it balance over the pool?"),
+    Case(
+        "previous_statistics",
+        ("method=unipool", "loss.pool_statistics=previous"),
+        question="Does the pool loss of the micro-batch before, as published, do what the exact one does?",
+    ),
+    Case("dense", ("method=dense",), question="Are experts of any kind worth it after so few tokens?"),
+)
+
+
+def command_of(case: Case, seed: int, steps: int, runs: Path, more: list[str]) -> list[str]:
+    """Command line that trains one case with one seed."""
+    evaluate = max(1, steps // 4)
+    rhythm = [f"train.steps={steps}", f"train.eval_every={evaluate}", f"train.checkpoint_every={evaluate}"]
+    place = [f"train.seed={seed}", f"run.dir={runs}", f"run.name={folder_name(case, seed)}"]
+    return [sys.executable, str(TRAIN), *SETTINGS, *case.overrides, *rhythm, *more, *place]
+
+
+def folder_name(case: Case, seed: int) -> str:
+    """Folder of one run."""
+    return f"{case.name}-seed{seed}"
+
+
+def collect(cases: list[Case], seeds: list[int], runs: Path, out: Path) -> None:
+    """Copy what finished runs wrote, and compare the rows and the controls as far as they are there."""
+    here = {case.name: [s for s in seeds if (runs / folder_name(case, s) / SUMMARY).exists()] for case in cases}
+    for case in cases:
+        for seed in here[case.name]:
+            folder = out / "runs" / folder_name(case, seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (CONFIG, SUMMARY, "metrics.jsonl"):
+                shutil.copyfile(runs / folder_name(case, seed) / name, folder / name)
+
+    def folders(wanted: tuple[Case, ...]) -> list[str]:
+        return [str(out / "runs" / folder_name(c, s)) for c in wanted if c in cases for s in here[c.name]]
+
+    if len({name for name in (case.name for case in ROWS) if here.get(name)}) > 1:
+        compare_command([*folders(ROWS), f"out={out / 'rows'}"])
+        (out / "rows" / "published.md").write_text(published_table(folders(ROWS)), encoding="utf-8")
+    unipool = tuple(case for case in ROWS if case.name == "unipool")
+    if here.get("unipool") and folders(CONTROLS):
+        compare_command([*folders(unipool + CONTROLS), f"out={out / 'controls'}"])
+
+
+def published_table(folders: list[str]) -> str:
+    """The rows beside the published ones, as Markdown."""
+    runs = [load_run(folder) for folder in folders]
+    check_slices(runs)
+    groups = grouped(runs)
+    lines = ["| row | valid loss | minus vanilla | seeds | published at 182M |", "|---|---|---|---|---|"]
+    for row in compare(groups, groups[0]):
+        name = next(iter(row.group.runs.values())).folder.name.rpartition("-seed")[0]
+        published = next(case.published for case in ROWS if case.name == name)
+        found = "-"
+        if row.difference is not None:
+            error = row.difference.standard_error
+            found = f"{row.difference.mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+        lines.append(f"| {name} | {row.loss.mean:.4f} | {found} | {len(row.group.runs)} | {published:+.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run the study."""
+    names = [case.name for case in ROWS + CONTROLS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=320, help="steps of 4096 tokens")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablations_demo"), help="where runs are kept")
+    parser.add_argument("--out", type=Path, default=Path("results/ablations_demo"), help="where results go")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    options, more = parser.parse_known_args()
+    cases = [case for case in ROWS + CONTROLS if options.only is None or case.name in options.only]
+    runs, out = options.runs, options.out
+    failed = []
+    # Seed by seed, so that after half of the time there is a whole table.
+    for seed in options.seeds:
+        for case in cases:
+            command = command_of(case, seed, options.steps, runs, more)
+            if options.list:
+                print(shlex.join(["python", "train.py", *command[2:]]) + f"  # {case.question}" * bool(case.question))
+            elif not (runs / folder_name(case, seed) / SUMMARY).exists():
+                print(f"== {folder_name(case, seed)}", flush=True)
+                if subprocess.run(command, check=False).returncode:
+                    failed.append(folder_name(case, seed))
+    if not options.list:
+        collect(cases, options.seeds, runs, out)
+    if failed:
+        print(f"these runs failed and are not in the tables: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

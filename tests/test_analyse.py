@@ -1,0 +1,200 @@
+"""From a trained checkpoint to numbers, figures and a page."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from runner import overrides
+from test_compare import check_page
+from tiny import tiny_batch, tiny_config, tiny_state
+from unipool_jax.analysis import figures
+from unipool_jax.analysis.__main__ import main
+from unipool_jax.analysis.analyse import analyse
+from unipool_jax.analysis.command import AnalysisRequest, expert_devices, parse_request
+from unipool_jax.analysis.figures import Series
+from unipool_jax.analysis.history import read_history, series_of
+from unipool_jax.analysis.page import Part, Table, write_page
+from unipool_jax.analysis.probe import Condition, Difference, Probe
+from unipool_jax.analysis.report import facts, parts
+from unipool_jax.compose import compose_config, save_config
+from unipool_jax.config import ConfigError
+from unipool_jax.training import loop
+from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, make_meta
+from unipool_jax.training.run_folder import RunError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model with checkpoints of steps 10 and 20."""
+    folder = tmp_path_factory.mktemp("run")
+    config = compose_config(overrides(folder, "train.steps=20", "train.checkpoint_every=10", "train.log_every=5"))
+    assert loop.train(config) == 0
+    return folder / "runs" / "tiny"
+
+
+def test_the_command_writes_what_a_run_knows_and_more(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "expert_parallel=2", "draws=1"]) == 0
+    out = run / "analysis" / "20"
+    assert f"report: {out / 'report.html'}" in capsys.readouterr().out
+    found = json.loads((out / "analysis.json").read_text())
+    (last,) = (line for line in read_history(run) if line["kind"] == "valid")
+    summary = json.loads((run / "summary.json").read_text())
+    assert found["loss"] == pytest.approx(last["loss"], abs=1e-6)
+    assert found["tokens"] == last["tokens"] == summary["results"]["valid"]["tokens"]
+    assert found["probe"]["learned"] == pytest.approx(last["loss"], abs=1e-6)
+    assert np.array(found["usage"]["counts"]).sum() == 2 * found["tokens"]
+    assert sum(found["unique_experts"]["tokens_by_number"]) == found["tokens"]
+    assert found["co_use"]["observed"][0][0] == 1.0
+    assert found["device_load"]["expert_parallel"] == 2
+    assert [c["candidates"] for c in found["probe"]["conditions"]] == ["full_pool", "full_pool"]
+    names = {path.stem for path in out.glob("*.png")}
+    assert names == {
+        *("usage", "ownership", "co_use", "favourites", "layers"),
+        *("unique", "similarity", "probe", "loss", "load"),
+    }
+    page = check_page(out / "report.html")
+    assert page.images == len(names)
+
+
+def test_another_step_split_and_folder(run: Path, tmp_path: Path) -> None:
+    assert main([f"run={run.parent}/latest", "step=10", "split=test", "draws=0", f"out={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert (found["step"], found["split"], found["probe"]) == (10, "test", None)
+    assert not (tmp_path / "probe.png").exists()
+
+
+def test_single_batches_are_looked_at_apart() -> None:
+    """Device load of a batch is averaged over batches, of which each may lean to another side."""
+    config = tiny_config("unipool", "moe.top_k=2", "moe.score_constant=one")
+    state, batches = tiny_state(config), [tiny_batch(config, seed) for seed in range(2)]
+    whole = analyse(config, state.params, state.balance, lambda: batches, devices=8, draws=0)
+    each = [analyse(config, state.params, state.balance, lambda b=b: [b], devices=8, draws=0) for b in batches]
+    assert np.array_equal(whole.counts_LE, each[0].counts_LE + each[1].counts_LE)
+    assert whole.loss == pytest.approx((each[0].loss + each[1].loss) / 2)
+    np.testing.assert_allclose(whole.common_LL, (each[0].common_LL + each[1].common_LL) / 2)
+    assert whole.batch_load is not None
+    assert whole.batch_load[0] == pytest.approx(np.mean([one.load.critical_path for one in each]))
+    assert whole.batch_load[1] == pytest.approx(np.mean([one.load.whole_model for one in each]))
+
+
+def test_an_ordinary_mixture_has_no_shared_pool_to_show() -> None:
+    config = tiny_config("vanilla")
+    state = tiny_state(config)
+    found = analyse(config, state.params, state.balance, lambda: [tiny_batch(config)], draws=0)
+    assert found.unique_mean == found.unique_chance == 4.0
+    assert found.common_LL.tolist() == np.eye(4).tolist()
+    names = [part.figure[0] for part in parts(found, []) if part.figure]
+    assert names == ["usage", "layers", "similarity"]
+    assert facts(found)["experts in use"].endswith("of 8")
+
+
+def test_requests_are_parsed_and_mistakes_named() -> None:
+    assert parse_request([]) == AnalysisRequest()
+    assert parse_request(
+        ["runs/a", "draws=0", "train.eval_batches=3", "kernels.implementation=xla"]
+    ) == AnalysisRequest(
+        run="runs/a", draws=0, overrides=(("train.eval_batches", 3), ("kernels.implementation", "xla"))
+    )
+    for word in (
+        "draws=-1",
+        "seed=x",
+        "split=dev",
+        "model.num_layers=2",
+        "nonsense=1",
+        "expert_parallel=0",
+        "data.stores=[a",
+    ):
+        with pytest.raises(ConfigError, match=re.escape(word)):
+            parse_request([word])
+    with pytest.raises(ConfigError, match="compare RUN RUN"):
+        parse_request(["runs/a", "runs/b"])
+
+
+def test_devices_have_to_divide_the_experts() -> None:
+    assert [expert_devices(None, experts) for experts in (96, 48, 12, 7, 1)] == [8, 8, 6, 7, 1]
+    with pytest.raises(ConfigError, match=r"expert_parallel=5: 12 experts .* \[1, 2, 3, 4, 6, 12\]"):
+        expert_devices(5, 12)
+
+
+def test_what_cannot_be_analysed_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run here"):
+        main([str(tmp_path)])
+    with pytest.raises(CheckpointError, match="no complete checkpoint of step 7"):
+        main([str(run), "step=7"])
+    with pytest.raises(ConfigError, match="expert_parallel=3"):
+        main([str(run), "expert_parallel=3"])
+
+
+def test_history_survives_a_torn_line(tmp_path: Path) -> None:
+    lines = ['{"kind": "train", "step": 1, "x": 2.0}', '{"kind": "train", "step": 2, "x": null}', '{"kind": "tra']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    found = series_of(read_history(tmp_path), "train", "x")
+    assert found is not None
+    assert (found.x.tolist(), found.y.tolist()) == ([1], [[2.0]])
+    assert series_of(read_history(tmp_path), "valid", "x") is None
+    assert read_history(tmp_path / "nowhere") == []
+
+
+def _pixels(draw: figures.Draw, *, dark: bool = False) -> np.ndarray:
+    return image.imread(io.BytesIO(figures.png(draw, dark=dark)))
+
+
+@pytest.mark.parametrize(("layers", "groups", "experts"), [(2, 1, 2), (48, 1, 384), (12, 12, 8)])
+def test_figures_of_the_smallest_and_the_largest_model(layers: int, groups: int, experts: int) -> None:
+    random = np.random.default_rng(0)
+    counts = random.integers(0, 50, (layers, groups * experts))
+    square = random.random((layers, layers))
+    draws: list[figures.Draw] = [
+        lambda: figures.usage_figure(counts, groups),
+        lambda: figures.ownership_figure(counts),
+        lambda: figures.co_use_figure(square, square),
+        lambda: figures.layers_figure(square[0], square[0], square[0] + 1, experts, 8),
+        lambda: figures.unique_figure(random.integers(0, 9, layers + 1), 3.0, 3.5),
+        lambda: figures.similarity_figure(random.random((groups, experts, experts))),
+        lambda: figures.coverage_figure([1, 2], [2, 4], [4, 8], [0.5, 0.9]),
+    ]
+    for draw in draws:
+        assert _pixels(draw).shape[1] == 1118
+
+
+def test_light_and_dark_have_the_right_paper() -> None:
+    series = Series(np.arange(5), np.arange(10.0).reshape(2, 5))
+
+    draw = partial(figures.curves_figure, {"a": series, "b": series}, "loss")
+    assert _pixels(draw)[0, 0, :3].tolist() == [1.0, 1.0, 1.0]
+    assert _pixels(draw, dark=True)[0, 0, :3].max() < 0.15
+
+
+def test_probe_figure_and_page(tmp_path: Path) -> None:
+    one = Difference(0.1, 0.01)
+    conditions = [Condition(c, g, [one, one], one) for c in ("full_pool", "top_8") for g in ("learned", "own")]  # type: ignore[arg-type]
+    probe = Probe(3.0, [2, 3], 1, conditions)
+    page = write_page(
+        tmp_path,
+        "<b>title</b> & more",
+        "sub",
+        {"loss": "3.0"},
+        [Part("Probe", ["a < b"], ("probe", lambda: figures.probe_figure(probe)), "alt", Table(["a"], [["<1>"]]))],
+        "python",
+    )
+    text = page.read_text()
+    assert "&lt;b&gt;title&lt;/b&gt; &amp; more" in text
+    assert "a &lt; b" in text
+    assert check_page(page).images == 1
+
+
+def test_dense_models_are_refused(tmp_path: Path) -> None:
+    config = compose_config(overrides(tmp_path, "method=dense", "moe.experts_per_layer=1", "train.steps=1"))
+    save_config(config, tmp_path / "config.yaml")
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"params": np.zeros(1)}, make_meta(config, 1, None))
+    with pytest.raises(RunError, match=r"moe\.router=none"):
+        main([str(tmp_path)])

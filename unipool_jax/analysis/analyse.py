@@ -1,0 +1,207 @@
+"""All analyses of one checkpoint on one text, as values; figures and report are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from unipool_jax.analysis import usage
+from unipool_jax.analysis.observe import make_observed_step, text_positions
+from unipool_jax.analysis.probe import Probe, deep_half, language_model_loss, probe
+from unipool_jax.config import Config
+from unipool_jax.data.pipeline import Batch
+from unipool_jax.training.metrics import load_metrics, plain_json, routing_diagnostics
+from unipool_jax.training.step import BalanceState
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is known about one checkpoint. L layers, G pools of E experts, M = G E, k experts per token and layer."""
+
+    config: Config
+    tokens: int
+    """Predicted tokens of the text."""
+    loss: float
+    """Language-model loss, nats per token."""
+    counts_LE: np.ndarray
+    """Choices per layer and expert of the layer's pool, int64; of text only, never of padding."""
+    unique_U: np.ndarray
+    """Tokens that meet 0, 1, 2, ... different experts, int64."""
+    common_LL: np.ndarray
+    """Share of choices that two layers have in common, float64."""
+    batch_load: tuple[float, float] | None
+    """`DeviceLoad.critical_path` and `.whole_model` averaged over single batches; None without a whole batch."""
+    cosine_GEE: np.ndarray
+    """Cosine between experts of one pool."""
+    devices: int
+    """Size of the expert-parallel group that device load is computed for."""
+    probe: Probe | None
+
+    @property
+    def usage_map(self) -> np.ndarray:
+        """Choices per layer and expert of all pools, int64 `[L, M]`."""
+        return usage.usage_map(self.counts_LE, self.config.pool.groups)
+
+    @property
+    def load(self) -> usage.DeviceLoad:
+        """Load of devices over the whole text."""
+        return usage.device_load(self.counts_LE, self.devices)
+
+    @property
+    def diagnostics(self) -> dict[str, Any]:
+        """Figures of spec H.4."""
+        return routing_diagnostics(self.counts_LE, self.config.pool.groups)
+
+    @property
+    def expected_common(self) -> np.ndarray:
+        """Share of choices that two layers would have in common if they chose independently, `[L, L]`."""
+        tokens = int(self.unique_U.sum())
+        expected_LL = usage.chance_same_expert(self.counts_LE, self.config.pool.groups, tokens)
+        return expected_LL / (tokens * self.config.moe.top_k)
+
+    @property
+    def unique_mean(self) -> float:
+        """Different experts of a token, mean."""
+        return float(np.arange(len(self.unique_U)) @ self.unique_U / self.unique_U.sum())
+
+    @property
+    def unique_chance(self) -> float:
+        """The same by chance."""
+        config = self.config
+        return usage.chance_unique(
+            config.model.num_layers, config.pool.groups, config.experts_per_pool, config.moe.top_k
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as one JSON document."""
+        config, counts_LM = self.config, self.usage_map
+        layers, load = config.model.num_layers, self.load
+        pairs = self.cosine_GEE[:, *np.triu_indices(self.cosine_GEE.shape[1], 1)]
+        batch_load = self.batch_load or (None, None)
+        document = {
+            "model": {
+                "scale": config.scale_name,
+                "method": config.method_name,
+                "layers": layers,
+                "pools": config.pool.groups,
+                "experts_per_pool": config.experts_per_pool,
+                "top_k": config.moe.top_k,
+            },
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "usage": {
+                "counts": self.counts_LE,
+                "share_of_all_choices": usage.total_shares(counts_LM),
+                "dead_experts": usage.dead_experts(counts_LM),
+                "owner": usage.owners(counts_LM),
+            },
+            "load": load_metrics(self.counts_LE, config.pool.groups),
+            "routing": self.diagnostics,
+            "unique_experts": {
+                "mean": self.unique_mean,
+                "mean_per_layer": self.unique_mean / layers,
+                "chance": self.unique_chance,
+                "chance_per_layer": self.unique_chance / layers,
+                "tokens_by_number": self.unique_U,
+            },
+            "co_use": {"observed": self.common_LL, "independent": self.expected_common},
+            "expert_similarity": {
+                "what": "cosine of gate, up and down weights, one vector per expert",
+                "mean": float(pairs.mean()) if pairs.size else None,
+                "largest": float(pairs.max()) if pairs.size else None,
+                "cosine": self.cosine_GEE,
+            },
+            "device_load": {
+                "expert_parallel": self.devices,
+                "by_layer": load.by_layer_L,
+                "critical_path": load.critical_path,
+                "whole_model": load.whole_model,
+                "mean_over_batches": {"critical_path": batch_load[0], "whole_model": batch_load[1]},
+            },
+            "probe": None if self.probe is None else _probe_json(self.probe),
+        }
+        return dict(plain_json(document))
+
+
+def _probe_json(result: Probe) -> dict[str, Any]:
+    return {
+        "measure": "language-model loss, nats per token",
+        "learned": result.learned,
+        "layers": result.layers,
+        "draws": result.draws,
+        "conditions": [
+            {
+                "candidates": condition.candidates,
+                "gates": condition.gates,
+                "by_layer": [value._asdict() for value in condition.by_layer],
+                "average": condition.average._asdict(),
+            }
+            for condition in result.conditions
+        ],
+    }
+
+
+def analyse(
+    config: Config,
+    params: Any,
+    balance: BalanceState,
+    batches: Callable[[], Iterable[Batch]],
+    *,
+    devices: int = 1,
+    draws: int = 1,
+    seed: int = 0,
+) -> Analysis:
+    """Analyse a model with routers on text.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      balance: its balance state.
+      batches: gives the same batches each time, all of one shape.
+      devices: size of the expert-parallel group for device load; divides the experts of a pool.
+      draws: random draws of the randomisation probe; 0 leaves the probe out.
+      seed: of the probe.
+    """
+    groups, experts, top_k = config.pool.groups, config.experts_per_pool, config.moe.top_k
+    layers = config.model.num_layers
+    step = make_observed_step(config)
+    loss, tokens = 0.0, 0
+    counts_LE = np.zeros((layers, experts), np.int64)
+    unique_U = np.zeros(layers * top_k + 1, np.int64)
+    common_LL = np.zeros((layers, layers), np.int64)
+    batch_loads = []
+    for batch in batches():
+        seen = jax.device_get(step(params, balance, jax.device_put(batch), None))
+        text_N = text_positions(batch)
+        experts_LNK = seen.experts_LNK[:, text_N]
+        loss += float(seen.loss_BS.sum(dtype=np.float64))
+        tokens += int(text_N.sum())
+        batch_counts_LE = usage.expert_counts(experts_LNK, experts)
+        counts_LE += batch_counts_LE
+        unique_U += np.bincount(usage.unique_experts(experts_LNK, groups, experts), minlength=len(unique_U))
+        common_LL += usage.same_expert(experts_LNK, groups)
+        if text_N.all():
+            load = usage.device_load(batch_counts_LE, devices)
+            batch_loads.append((load.critical_path, load.whole_model))
+    bank = params["pools"]["bank"]
+    cosine_GEE = usage.expert_similarity(*(np.asarray(bank[name]) for name in ("gate", "up", "down")))
+    probed = None
+    if draws:
+        measure = language_model_loss(config, params, balance, batches, seed, step)
+        probed = probe(measure, counts_LE, top_k, deep_half(layers), draws)
+    return Analysis(
+        config=config,
+        tokens=tokens,
+        loss=loss / tokens,
+        counts_LE=counts_LE,
+        unique_U=unique_U,
+        common_LL=common_LL / (tokens * top_k),
+        batch_load=tuple(np.mean(batch_loads, axis=0).tolist()) if batch_loads else None,
+        cosine_GEE=cosine_GEE,
+        devices=devices,
+        probe=probed,
+    )

@@ -1,0 +1,271 @@
+"""Runs side by side: groups of runs that differ in nothing but the seed, and differences paired by seed.
+
+A pair is two runs of different groups with one seed: they read the same batches and are evaluated on the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unipool_jax.analysis.figures import Series
+from unipool_jax.analysis.history import read_history, series_of
+from unipool_jax.analysis.probe import Difference
+from unipool_jax.compose import load_config
+from unipool_jax.config import Config, settings
+from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, frozen_differences
+
+LATE = 0.6
+"""Late training is what comes after this share of the steps (spec J15: the late gap is steadier than the final one)."""
+
+_SLICE = (
+    "data.source",
+    "data.files",
+    "data.stores",
+    "data.tokenizer",
+    "data.sequence_length",
+    "data.split",
+    "data.split_order",
+    "train.eval_slice",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as far as its files tell."""
+
+    folder: Path
+    config: Config
+    summary: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        """Of weights and batches."""
+        return self.config.train.seed
+
+    @property
+    def loss(self) -> float:
+        """Validation loss at the end, nats per token."""
+        return float(self.summary["results"]["valid"]["loss"])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    name: str
+    runs: dict[int, Run]
+    """By seed."""
+
+    @property
+    def config(self) -> Config:
+        """The settings, with the seed of the first run."""
+        return next(iter(self.runs.values())).config
+
+    def series(self, kind: str, name: str, seeds: Sequence[int] | None = None) -> Series | None:
+        """One number of the metrics files over the steps at which all runs (of these seeds) have it."""
+        wanted = list(self.runs) if seeds is None else seeds
+        found = [series_of(self.runs[seed].history, kind, name) for seed in wanted]
+        lines = [dict(zip(s.x.tolist(), s.y[0].tolist(), strict=True)) for s in found if s is not None]
+        if not lines or len(lines) < len(wanted):
+            return None
+        steps = sorted(set.intersection(*(set(line) for line in lines)))
+        return Series(np.array(steps), np.array([[line[step] for step in steps] for line in lines])) if steps else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    group: Group
+    loss: Difference
+    """Mean final validation loss over seeds, with its standard error."""
+    baseline: Group | None
+    """What it is paired with, see `counterpart`; None for a baseline itself."""
+    difference: Difference | None
+    """Paired difference of the final validation loss to the baseline; None for a baseline and without a pair."""
+    late: Difference | None
+    """The same, averaged over the evaluations of late training first."""
+    pairs: int
+    """Seeds in common with the baseline."""
+
+
+def load_run(folder: str) -> Run:
+    """Read a run folder; its checkpoints are not needed.
+
+    Raises:
+      RunError: if it is none, or if the run has not finished.
+    """
+    path = find_run(folder)
+    if not (path / SUMMARY).exists():
+        raise RunError(f"{path}: no {SUMMARY}, so the run has not finished; let it finish, or leave it out")
+    summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    return Run(path, load_config(path / CONFIG), summary, read_history(path))
+
+
+def check_slices(runs: Sequence[Run]) -> None:
+    """Refuse runs that were not evaluated on the same text.
+
+    Raises:
+      RunError: with the settings that differ and their values.
+    """
+    first, problems = runs[0], []
+    for run in runs[1:]:
+        before, now = _slice(first.config), _slice(run.config)
+        problems += [
+            f"  - {name}: {before.get(name)!r} in {first.folder}, {now.get(name)!r} in {run.folder}"
+            for name in before | now
+            if before.get(name) != now.get(name)
+        ]
+        tokens = [run.summary["results"]["valid"]["tokens"] for run in (first, run)]
+        if not problems and tokens[0] != tokens[1] and first.config.train.eval_slice == "fixed":
+            problems.append(
+                f"  - {tokens[0]} valid tokens in {first.folder}, {tokens[1]} in {run.folder}: the files differ"
+            )
+    if problems:
+        lines = "\n".join(problems)
+        raise RunError(f"runs evaluated on different text cannot be compared:\n{lines}\nCompare them apart.")
+
+
+def _slice(config: Config) -> dict[str, Any]:
+    """The settings that decide which validation text is read."""
+    values, train = settings(config), config.train
+    found = {name: values[name] for name in _SLICE}
+    found["train.eval_batches x train.batch_size"] = (
+        None if train.eval_batches is None else train.eval_batches * train.batch_size
+    )
+    if train.eval_slice == "moving":
+        found |= {"train.steps": train.steps, "train.eval_every": train.eval_every}
+    return found
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs by their settings, in the order given.
+
+    Raises:
+      RunError: if two runs have the same settings and seed.
+    """
+    found: list[dict[int, Run]] = []
+    for run in runs:
+        for members in found:
+            if not set(frozen_differences(next(iter(members.values())).config, run.config)) - {"train.seed"}:
+                if run.seed in members:
+                    raise RunError(
+                        f"{members[run.seed].folder} and {run.folder}: same settings and train.seed={run.seed}; "
+                        "leave one of them out"
+                    )
+                members[run.seed] = run
+                break
+        else:
+            found.append({run.seed: run})
+    configs = [next(iter(members.values())).config for members in found]
+    names = [_name(config, configs) for config in configs]
+    return [Group(name, members) for name, members in zip(names, found, strict=True)]
+
+
+def _name(config: Config, configs: Sequence[Config]) -> str:
+    """Method and the settings that are unusual among the groups of this method; with the scale if there are several.
+
+    The usual value of a setting is the one that most groups have; where no value is ahead, each group shows its own.
+    """
+    name = config.method_name
+    if len({other.scale_name for other in configs}) > 1:
+        name = f"{config.scale_name} {name}"
+    kin = [o for o in configs if (o.scale_name, o.method_name) == (config.scale_name, config.method_name)]
+    varying = {setting for other in kin for setting in frozen_differences(config, other)} - {"train.seed"}
+    for setting in (setting for setting in settings(config) if setting in varying):
+        first, *rest = Counter(settings(other)[setting] for other in kin).most_common()
+        value = settings(config)[setting]
+        if value != first[0] or (rest and rest[0][1] == first[1]):
+            name += f" {setting.split('.')[-1]}={_short(value)}"
+    return name
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "null"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def common_name(groups: Sequence[Group]) -> str:
+    """The words that the names of all these groups have."""
+    first, *rest = (group.name.split() for group in groups)
+    return " ".join(word for word in first if all(word in words for words in rest))
+
+
+def mean_and_error(values: Sequence[float]) -> Difference:
+    """Mean and standard error over seeds, `s / sqrt(n)` with `s` from n - 1; no error for a single value."""
+    count = len(values)
+    mean = float(np.mean(values))
+    return Difference(mean, float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None)
+
+
+def paired_series(group: Group, baseline: Group, kind: str = "valid", name: str = "loss") -> Series | None:
+    """A number of `group` minus that of `baseline`, seed by seed, at the steps at which both have it."""
+    seeds = [seed for seed in group.runs if seed in baseline.runs]
+    ours, theirs = group.series(kind, name, seeds), baseline.series(kind, name, seeds)
+    if not seeds or ours is None or theirs is None:
+        return None
+    steps, mine, other = np.intersect1d(ours.x, theirs.x, return_indices=True)
+    return Series(steps, ours.y[:, mine] - theirs.y[:, other]) if len(steps) else None
+
+
+def counterpart(group: Group, groups: Sequence[Group], baseline: Group) -> Group:
+    """The baseline of `group`: of the baseline's method, the group of its scale and granularity, or at least its scale.
+
+    So a comparison may hold several scales, and fine and coarse experts, each beside its own ordinary mixture.
+    """
+    kin = [other for other in groups if other.config.method_name == baseline.config.method_name]
+    wanted = group.config
+    same_scale = [other for other in kin if other.config.scale_name == wanted.scale_name]
+    same_grain = [
+        other
+        for other in same_scale
+        if (other.config.moe.experts_per_layer, other.config.moe.top_k)
+        == (wanted.moe.experts_per_layer, wanted.moe.top_k)
+    ]
+    for candidates in (same_grain, same_scale):
+        if candidates:
+            return baseline if baseline in candidates else candidates[0]
+    return baseline
+
+
+def compare(groups: Sequence[Group], baseline: Group) -> list[Row]:
+    """The table: every group, paired with its `counterpart` where they share seeds."""
+    rows = []
+    for group in groups:
+        loss = mean_and_error([run.loss for run in group.runs.values()])
+        other = counterpart(group, groups, baseline)
+        seeds = [seed for seed in group.runs if seed in other.runs]
+        if group is baseline or group is other or not seeds:
+            rows.append(Row(group, loss, None, None, None, 0))
+            continue
+        difference = mean_and_error([group.runs[seed].loss - other.runs[seed].loss for seed in seeds])
+        series, late = paired_series(group, other), None
+        if series is not None:
+            last = min(group.config.train.steps, other.config.train.steps)
+            rest = series.y[:, series.x > LATE * last]
+            late = mean_and_error(rest.mean(axis=1).tolist()) if rest.shape[1] > 1 else None
+        rows.append(Row(group, loss, other, difference, late, len(seeds)))
+    return rows
+
+
+def families(groups: Sequence[Group], free: set[str]) -> list[list[Group]]:
+    """Groups that differ in the settings `free` alone."""
+    found: list[list[Group]] = []
+    for group in groups:
+        for members in found:
+            if not set(frozen_differences(members[0].config, group.config)) - free - {"train.seed"}:
+                members.append(group)
+                break
+        else:
+            found.append([group])
+    return found

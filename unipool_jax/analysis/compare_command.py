@@ -1,0 +1,247 @@
+"""`python -m unipool_jax.analysis compare RUN RUN ...`: runs side by side, differences paired by seed.
+
+python -m unipool_jax.analysis compare runs/vanilla-1 runs/vanilla-2 runs/unipool-1 runs/unipool-2
+python -m unipool_jax.analysis compare runs/sweep/* baseline=vanilla out=results/sweep
+
+Runs that differ in nothing but the seed form a group, named after its method and the settings in which it differs from
+most groups of that method; `baseline=` takes such a name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from unipool_jax.analysis import figures
+from unipool_jax.analysis.compare import (
+    LATE,
+    Group,
+    Row,
+    check_slices,
+    common_name,
+    compare,
+    families,
+    grouped,
+    load_run,
+    paired_series,
+)
+from unipool_jax.analysis.page import Part, Table, write_page
+from unipool_jax.analysis.probe import Difference
+from unipool_jax.config import ConfigError
+from unipool_jax.training.metrics import plain_json
+
+_POOL_SIZE = {"pool.experts", "pool.fraction"}
+_GRANULARITY = {"moe.experts_per_layer", "moe.top_k", "pool.experts"}
+
+
+def table_of(rows: Sequence[Row], baseline: Group) -> Table:
+    """The comparison as text."""
+    head = ["", "seeds", "valid loss", f"minus {baseline.config.method_name}", "pairs", "late difference", "test loss"]
+    head += ["bits per byte", "experts used", "busiest over mean"]
+    lines = []
+    for row in rows:
+        summaries = [run.summary for run in row.group.runs.values()]
+        tests = [s["results"]["test"]["loss"] for s in summaries if "test" in s["results"]]
+        bits = [s["results"]["valid"]["bits_per_byte"] for s in summaries]
+        used = sorted({f"{s['experts_used']} of {s['experts_total']}" for s in summaries})
+        lines.append(
+            [
+                row.group.name,
+                str(len(summaries)),
+                _value(row.loss),
+                "-" if row.difference is None else _value(row.difference, "+"),
+                str(row.pairs) if row.pairs else "-",
+                "-" if row.late is None else _value(row.late, "+"),
+                f"{np.mean(tests):.4f}" if tests else "-",
+                "-" if None in bits else f"{np.mean(bits):.4f}",
+                ", ".join(used),
+                f"{np.mean([s['busiest_over_mean'] for s in summaries]):.2f}",
+            ]
+        )
+    return Table(head, lines)
+
+
+def _value(value: Difference, sign: str = "") -> str:
+    error = "" if value.standard_error is None else f" ± {value.standard_error:.4f}"
+    return f"{value.mean:{sign}.4f}{error}"
+
+
+def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
+    """The sections of the page: table, curves, load, and the published sweeps where the runs make one up."""
+    groups = [row.group for row in rows]
+    words = [
+        f"Validation loss at the end of training, in nats per token. Differences are paired with "
+        f"{baseline.config.method_name} of the same scale and granularity: same "
+        "seed, so same batches, and same validation text; negative is better. ± is one standard error over seeds; "
+        "without it there is only one seed, and a difference of one seed cannot be told from luck.",
+        f"The late difference averages over the evaluations of the last {100 - 100 * LATE:.0f}% of the steps, and is "
+        "steadier than the last evaluation alone. Load and experts are those of the last evaluation.",
+    ]
+    found = [Part("Results", words, table=table_of(rows, baseline))]
+    found += _curves(rows, baseline)
+    name = "load/busiest_over_mean"
+    loads = {group.name: series for group in groups if (series := group.series("train", name)) is not None}
+    if loads:
+        text = [
+            "Load of the busiest expert over the mean of all experts, in single training batches; 1 is perfect "
+            "balance. Read it beside the loss: a method may win because it balances, or in spite of not balancing."
+        ]
+        draw = partial(figures.curves_figure, loads, "busiest expert over mean load")
+        found.append(Part("Balance over training", text, ("load", draw), "Load of the busiest expert over steps."))
+    return found + _sweeps(rows, baseline)
+
+
+def _curves(rows: Sequence[Row], baseline: Group) -> list[Part]:
+    """Loss over training: on validation text, or of training batches where evaluations are too few for a curve."""
+    groups = [row.group for row in rows]
+    label, kind, name = "validation loss", "valid", "loss"
+    series = {group.name: group.series(kind, name) for group in groups}
+    if any(values is None or len(values.x) < 3 for values in series.values()):
+        label, kind, name = "training loss", "train", "loss/lm"
+        series = {group.name: group.series(kind, name) for group in groups}
+    curves = {group: values for group, values in series.items() if values is not None}
+    pairs = {row.group.name: paired_series(row.group, row.baseline, kind, name) for row in rows if row.baseline}
+    differences = {group: values for group, values in pairs.items() if values is not None}
+    if not curves:
+        return []
+    text = [f"Above, {label} over training. Below, the paired difference, and its standard error as a band."]
+    if kind == "train":
+        text.append(
+            "Evaluations were too few for a curve. Runs of one seed read the same batches, so these losses pair."
+        )
+    draw = partial(figures.paired_figure, curves, differences, baseline.config.method_name, label)
+    return [Part("Over training", text, ("curves", draw), f"{label} and paired differences over steps.")]
+
+
+def _sweeps(rows: Sequence[Row], baseline: Group) -> list[Part]:
+    found = []
+    by_name = {row.group.name: row for row in rows}
+    shared = [row.group for row in rows if row.difference is not None and row.group.config.moe.router != "none"]
+    sizes = {}
+    for members in families(shared, _POOL_SIZE):
+        points = []
+        for group in members:
+            row = by_name[group.name]
+            assert row.difference is not None
+            assert row.baseline is not None
+            difference, share = row.difference, group.config.total_experts / row.baseline.config.total_experts
+            points.append((share, difference.mean, difference.standard_error))
+        if len(points) > 1:
+            sizes[common_name(members)] = points
+    if sizes and baseline.config.moe.router != "none":
+        text = ["How small may the pool be before its advantage is gone? (arXiv 2605.06665, figure 2a.)"]
+        draw = partial(figures.fraction_figure, sizes, baseline.config.method_name)
+        found.append(Part("Smaller pools", text, ("pool_fraction", draw), "Loss difference against pool size."))
+    grains = {}
+    for members in families([row.group for row in rows if row.group.config.moe.router != "none"], _GRANULARITY):
+        ticks = [f"{g.config.moe.experts_per_layer}/{g.config.moe.top_k}" for g in members]
+        if len(set(ticks)) == len(ticks) > 1:
+            losses = [by_name[group.name].loss for group in members]
+            grains[common_name(members)] = [(t, v.mean, v.standard_error) for t, v in zip(ticks, losses, strict=True)]
+    if grains:
+        text = ["More experts, and more of them per token: loss against granularity (arXiv 2605.06665, figure 2b)."]
+        draw = partial(figures.granularity_figure, grains)
+        found.append(Part("Granularity", text, ("granularity", draw), "Validation loss against granularity."))
+    return found
+
+
+def compare_command(arguments: Sequence[str]) -> int:
+    """Compare as the command line says; writes `compare.json`, `table.md`, figures and `report.html`.
+
+    Raises:
+      ConfigError, RunError: with what to do about it.
+    """
+    options, folders = _parse(arguments)
+    runs = [load_run(folder) for folder in folders]
+    check_slices(runs)
+    groups = grouped(runs)
+    baseline = _baseline(groups, options.get("baseline"))
+    rows = compare(groups, baseline)
+    table = table_of(rows, baseline)
+    folder = Path(options.get("out", str(runs[0].folder.parent / "compare")))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.json").write_text(json.dumps(_json(rows, baseline), indent=1) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(_markdown(table), encoding="utf-8")
+    title = f"{len(groups)} settings, {len(runs)} runs"
+    subtitle = f"Paired with {baseline.name}. Runs: {', '.join(str(run.folder) for run in runs)}"
+    best = min(rows, key=lambda row: row.loss.mean)
+    facts = {"lowest valid loss": f"{best.loss.mean:.4f}", "has it": best.group.name, "baseline": baseline.name}
+    command = f"python -m unipool_jax.analysis compare {' '.join(arguments)}"
+    page = write_page(folder, title, subtitle, facts, compare_parts(rows, baseline), command)
+    _print(table)
+    print(f"report: {page}")
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    options: dict[str, str] = {}
+    folders: list[str] = []
+    problems = []
+    for word in arguments:
+        name, equals, text = word.partition("=")
+        if name in ("out", "baseline") and text:
+            options[name] = text
+        elif equals and not Path(word).exists():
+            problems.append(f"{word}: not understood; use run folders, baseline=GROUP and out=FOLDER")
+        else:
+            folders.append(word)
+    if len(folders) < 2 and not problems:
+        problems.append(f"{len(folders)} run folder(s) given: a comparison needs two or more")
+    if problems:
+        raise ConfigError(problems)
+    return options, folders
+
+
+def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
+    """The group named `wanted`; for None the first of method `vanilla`, or the first of all."""
+    if wanted is None:
+        return next((group for group in groups if group.config.method_name == "vanilla"), groups[0])
+    for group in groups:
+        if group.name == wanted:
+            return group
+    names = ", ".join(repr(group.name) for group in groups)
+    raise ConfigError([f"baseline={wanted}: no such group of runs; there are {names}"])
+
+
+def _json(rows: Sequence[Row], baseline: Group) -> dict[str, Any]:
+    def plain(value: Difference | None) -> Mapping[str, Any] | None:
+        return None if value is None else value._asdict()
+
+    document = {
+        "baseline": baseline.name,
+        "groups": [
+            {
+                "name": row.group.name,
+                "runs": {str(seed): str(run.folder) for seed, run in row.group.runs.items()},
+                "valid_loss": plain(row.loss),
+                "valid_loss_by_seed": {str(seed): run.loss for seed, run in row.group.runs.items()},
+                "baseline": row.baseline.name if row.baseline else None,
+                "difference": plain(row.difference),
+                "late_difference": plain(row.late),
+                "pairs": row.pairs,
+            }
+            for row in rows
+        ],
+    }
+    return dict(plain_json(document))
+
+
+def _markdown(table: Table) -> str:
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _print(table: Table) -> None:
+    shown = RichTable()
+    for number, name in enumerate(table.head):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    Console(width=None if Console().is_terminal else 160).print(shown)

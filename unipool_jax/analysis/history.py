@@ -1,0 +1,37 @@
+"""What a run wrote while it trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unipool_jax.analysis.figures import Series
+
+
+def read_history(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """Complete lines of a run's metrics file, up to `last_step`; nothing for an imported run, which has none."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # a run that is being written, or was killed while writing
+        if last_step is None or line["step"] <= last_step:
+            lines.append(line)
+    return lines
+
+
+def series_of(history: Sequence[Mapping[str, Any]], kind: str, name: str) -> Series | None:
+    """One number of a metrics file over time, None if it was never written."""
+    points = [(line["step"], line[name]) for line in history if line.get("kind") == kind and line.get(name) is not None]
+    if not points:
+        return None
+    steps, values = zip(*points, strict=True)
+    return Series(np.array(steps), np.array([values], dtype=float))

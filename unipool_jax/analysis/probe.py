@@ -1,0 +1,215 @@
+"""Routing-randomisation probe: how much worse is a model when one layer sends tokens to experts at random?
+
+For each layer of the deep half separately, the choice of that layer is replaced by k experts drawn evenly, without
+replacement, for each token; all other layers stay as they are (spec H.1, J20, J21; arXiv 2605.06665, table 1). A small
+loss means that the learned choice of the layer hardly mattered.
+
+What is measured is up to the caller: `probe` takes any `Measure`, which gives sums and weights of items (windows of
+text, questions of a task). Differences are paired item by item, so their standard errors do not contain what all
+settings share.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unipool_jax.analysis.observe import Forced, ObservedStep, make_observed_step
+from unipool_jax.config import Config
+from unipool_jax.data.pipeline import Batch
+from unipool_jax.training.step import BalanceState
+
+MATCHED = 8
+"""Candidates of the matched variant: as many as a layer of the published ordinary mixture has (spec H.1)."""
+
+CandidateSet = Literal["full_pool", "top_8"]
+GateRule = Literal["learned", "own"]
+
+
+class Intervention(NamedTuple):
+    """Random choices in one layer."""
+
+    layer: int
+    candidates_E: np.ndarray
+    """Experts of the layer's pool that are drawn from, bool."""
+    gates: GateRule
+    """Gates of the drawn experts: those of the experts they replace, slot by slot, or their own scores."""
+    draw: int = 0
+    """Number of the random draw."""
+
+
+class Items(NamedTuple):
+    """A measurement, item by item: its value is `sum(sums) / sum(weights)`."""
+
+    sums_I: np.ndarray
+    """Summed loss (or any score) of each item, float64."""
+    weights_I: np.ndarray
+    """Tokens (or questions) of each item, float64."""
+
+
+Measure = Callable[[Intervention | None], Items]
+"""Measures the model as it is (None) or under an intervention; always the same items in the same order."""
+
+
+class Difference(NamedTuple):
+    """A paired difference of two measurements."""
+
+    mean: float
+    """Weighted mean over items: intervention minus model as it is."""
+    standard_error: float | None
+    """Over items; None for a single one."""
+
+
+class Condition(NamedTuple):
+    """Results of one set of candidates with one rule for gates."""
+
+    candidates: CandidateSet
+    gates: GateRule
+    by_layer: list[Difference]
+    """In the order of `Probe.layers`, averaged over draws."""
+    average: Difference
+    """Over layers; its error takes into account that layers were measured on the same items."""
+
+
+class Probe(NamedTuple):
+    """Results of the probe."""
+
+    learned: float
+    """The measurement of the model as it is."""
+    layers: list[int]
+    """Probed layers, counted from 0."""
+    draws: int
+    conditions: list[Condition]
+
+
+def deep_half(layers: int) -> list[int]:
+    """Layers l >= L/2, counted from 0 (spec J21)."""
+    return [layer for layer in range(layers) if 2 * layer >= layers]
+
+
+def paired_difference(sums_I: np.ndarray, base: Items) -> Difference:
+    """Weighted mean of `sums - base.sums` with the standard error of a ratio of sums over items (linearised)."""
+    difference_I, weights_I = sums_I - base.sums_I, base.weights_I
+    mean = float(difference_I.sum() / weights_I.sum())
+    count = len(difference_I)
+    if count < 2:
+        return Difference(mean, None)
+    residual_I = difference_I - mean * weights_I
+    variance = float(np.square(residual_I).sum()) * count / (count - 1)
+    return Difference(mean, variance**0.5 / float(weights_I.sum()))
+
+
+def candidate_sets(counts_E: np.ndarray, top_k: int) -> dict[CandidateSet, np.ndarray]:
+    """Experts to draw from, bool `[E]`: all of the pool and, where that is less, the 8 that the layer uses most.
+
+    Equally used experts rank by id. A layer that has to choose more than 8 experts has no matched variant.
+
+    Args:
+      counts_E: choices of the layer on held-out text.
+      top_k: experts to draw.
+    """
+    sets: dict[CandidateSet, np.ndarray] = {"full_pool": np.ones(len(counts_E), bool)}
+    if top_k <= MATCHED < len(counts_E):
+        sets["top_8"] = np.isin(np.arange(len(counts_E)), np.argsort(-counts_E, kind="stable")[:MATCHED])
+    return sets
+
+
+def probe(measure: Measure, counts_LE: np.ndarray, top_k: int, layers: Sequence[int], draws: int = 1) -> Probe:
+    """Randomise each of `layers` on its own, with every set of candidates and rule for gates.
+
+    Args:
+      measure: what to measure; called once without intervention and once per layer, condition and draw.
+      counts_LE: choices per layer and expert on held-out text, for the matched variant.
+      top_k: experts per token.
+      layers: layers to randomise, one at a time; see `deep_half`.
+      draws: random draws to average over.
+    """
+    base = measure(None)
+    rules: tuple[GateRule, ...] = ("learned", "own")
+    conditions = []
+    for name in candidate_sets(counts_LE[0], top_k):
+        for gates in rules:
+            sums_I = np.zeros((len(layers), len(base.sums_I)))
+            for row, layer in enumerate(layers):
+                candidates_E = candidate_sets(counts_LE[layer], top_k)[name]
+                for draw in range(draws):
+                    sums_I[row] += measure(Intervention(layer, candidates_E, gates, draw)).sums_I / draws
+            by_layer = [paired_difference(row_I, base) for row_I in sums_I]
+            conditions.append(Condition(name, gates, by_layer, paired_difference(sums_I.mean(axis=0), base)))
+    return Probe(float(base.sums_I.sum() / base.weights_I.sum()), list(layers), draws, conditions)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def random_choices(key: jax.Array, items_B: jax.Array, candidates_E: jax.Array, length: int, top_k: int) -> jax.Array:
+    """`top_k` different candidates for each position, int32 `[B length, k]`, every ordered choice equally likely.
+
+    The draw of an item depends on `key` and its number alone, not on the batch it is in.
+
+    Args:
+      key: of the layer and the draw.
+      items_B: number of each item (window) among all.
+      candidates_E: experts to draw from, bool; at least `top_k`.
+      length: S, positions of an item.
+    """
+
+    def of_item(item: jax.Array) -> jax.Array:
+        noise_SE = jax.random.uniform(jax.random.fold_in(key, item), (length, candidates_E.shape[0]))
+        return jax.lax.top_k(jnp.where(candidates_E, noise_SE, -1.0), top_k)[1].astype(jnp.int32)
+
+    return jax.vmap(of_item)(items_B).reshape(-1, top_k)
+
+
+def forced_choices(config: Config, intervention: Intervention, seed: int, first_item: int, batch: Batch) -> Forced:
+    """The choices that `intervention` forces on a batch whose rows are the items `first_item ..`."""
+    layers, (rows, length), top_k = config.model.num_layers, batch.inputs.shape, config.moe.top_k
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), intervention.draw), intervention.layer)
+    items_B = jnp.arange(first_item, first_item + rows)
+    drawn_NK = random_choices(key, items_B, jnp.asarray(intervention.candidates_E), length, top_k)
+    experts_LNK = jnp.full((layers, *drawn_NK.shape), -1, jnp.int32).at[intervention.layer].set(drawn_NK)
+    return Forced(experts_LNK, jnp.asarray(intervention.gates == "own"))
+
+
+def language_model_loss(
+    config: Config,
+    params: Any,
+    balance: BalanceState,
+    batches: Callable[[], Iterable[Batch]],
+    seed: int = 0,
+    step: ObservedStep | None = None,
+) -> Measure:
+    """The measure of loss in nats per token on text; items are windows.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      balance: its balance state.
+      batches: gives the same batches each time, all of one shape.
+      seed: of the random choices.
+      step: from `make_observed_step`, if the caller has one already.
+    """
+    observed_step = step or make_observed_step(config)
+
+    def measure(intervention: Intervention | None) -> Items:
+        sums, weights = [], []
+        for first_item, batch in _numbered(batches()):
+            forced = None if intervention is None else forced_choices(config, intervention, seed, first_item, batch)
+            loss_BS = observed_step(params, balance, jax.device_put(batch), forced).loss_BS
+            text_B = batch.weights.sum(axis=1, dtype=np.float64)
+            sums.append(np.asarray(loss_BS).sum(axis=1, dtype=np.float64)[text_B > 0])
+            weights.append(text_B[text_B > 0])
+        return Items(np.concatenate(sums), np.concatenate(weights))
+
+    return measure
+
+
+def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """Batches with the number of their first row."""
+    first = 0
+    for batch in batches:
+        yield first, batch
+        first += len(batch.inputs)

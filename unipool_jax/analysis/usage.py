@@ -1,0 +1,163 @@
+"""Who uses which experts: NumPy functions of routing counts, of single choices, and of expert weights.
+
+`training.metrics.routing_diagnostics` has the figures that need counts alone and are written at each evaluation
+(coverage, entropy, Jaccard, unions); here are the maps, and what needs the choices of single tokens.
+
+Experts of different pools are different experts. `counts_LE` and `experts_LNK` hold indices within the layer's pool;
+`_LM` has one column for each of the M = G E experts, pool after pool.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+def pool_offsets(layers: int, groups: int, experts: int) -> np.ndarray:
+    """Number of the first expert of each layer's pool among all M, int64 `[L]`."""
+    return np.arange(layers) // (layers // groups) * experts
+
+
+def expert_counts(experts_LNK: np.ndarray, num_experts: int) -> np.ndarray:
+    """Choices per layer and expert, int64 `[L, E]`."""
+    return np.stack([np.bincount(e.reshape(-1), minlength=num_experts) for e in experts_LNK]).astype(np.int64)
+
+
+def usage_map(counts_LE: np.ndarray, groups: int) -> np.ndarray:
+    """Choices per layer and expert of all pools, int64 `[L, M]`; zero where a layer cannot reach an expert."""
+    layers, experts = counts_LE.shape
+    map_LM = np.zeros((layers, groups * experts), np.int64)
+    columns_LE = pool_offsets(layers, groups, experts)[:, None] + np.arange(experts)
+    np.put_along_axis(map_LM, columns_LE, counts_LE.astype(np.int64), axis=1)
+    return map_LM
+
+
+def row_shares(counts_LM: np.ndarray) -> np.ndarray:
+    """Share of each layer's choices per expert (spec H.3), float64; rows sum to 1, or to 0 where nothing was routed."""
+    return counts_LM / np.maximum(counts_LM.sum(axis=1, keepdims=True), 1)
+
+
+def total_shares(counts_LM: np.ndarray) -> np.ndarray:
+    """Share of all choices per expert (spec H.3), float64 `[M]`; even use is 1/M."""
+    return counts_LM.sum(axis=0) / max(counts_LM.sum(), 1)
+
+
+def column_shares(counts_LM: np.ndarray) -> np.ndarray:
+    """Share of each expert's choices that came from each layer, float64 `[L, M]`; columns sum to 1, to 0 if dead."""
+    return counts_LM / np.maximum(counts_LM.sum(axis=0, keepdims=True), 1)
+
+
+def owners(counts_LM: np.ndarray) -> np.ndarray:
+    """The layer that uses each expert most, int64 `[M]`; ties go to the first layer, a dead expert has owner -1."""
+    return np.where(counts_LM.sum(axis=0) > 0, counts_LM.argmax(axis=0), -1)
+
+
+def ownership_order(counts_LM: np.ndarray) -> np.ndarray:
+    """All experts by owner and, within an owner, by falling share of the owner; dead experts last; int64 `[M]`."""
+    owner_M = owners(counts_LM)
+    share_M = column_shares(counts_LM).max(axis=0)
+    return np.lexsort((-share_M, np.where(owner_M < 0, len(counts_LM), owner_M)))
+
+
+def dead_experts(counts_LM: np.ndarray) -> list[int]:
+    """Experts that no layer chose (spec H.4)."""
+    return np.flatnonzero(counts_LM.sum(axis=0) == 0).tolist()
+
+
+def unique_experts(experts_LNK: np.ndarray, groups: int, num_experts: int) -> np.ndarray:
+    """How many different experts each token meets over its L layers (spec H.2), int64 `[N]`."""
+    layers = len(experts_LNK)
+    global_LNK = experts_LNK + pool_offsets(layers, groups, num_experts)[:, None, None]
+    sorted_NL = np.sort(np.swapaxes(global_LNK, 0, 1).reshape(experts_LNK.shape[1], -1), axis=1)
+    return 1 + (np.diff(sorted_NL, axis=1) != 0).sum(axis=1)
+
+
+def chance_unique(layers: int, groups: int, num_experts: int, top_k: int) -> float:
+    """Expected number of different experts of a token if each layer drew k of its pool's E evenly and independently.
+
+    An expert is missed by one layer with probability 1 - k/E, so `G E (1 - (1 - k/E)^(L/G))`; with one pool and k = 1
+    this is `M (1 - (1 - 1/M)^L)` (spec I.7).
+    """
+    missed = (1 - top_k / num_experts) ** (layers // groups)
+    return groups * num_experts * (1 - missed)
+
+
+def same_expert(experts_LNK: np.ndarray, groups: int) -> np.ndarray:
+    """Choices that two layers have in common, summed over tokens, int64 `[L, L]`; the diagonal is `N k`.
+
+    Layers of different pools have nothing in common.
+    """
+    layers = len(experts_LNK)
+    size = layers // groups
+    common_LL = np.zeros((layers, layers), np.int64)
+    for i in range(layers):
+        for j in range(i, (i // size + 1) * size):
+            pairs_NKK = experts_LNK[i][:, :, None] == experts_LNK[j][:, None, :]
+            common_LL[i, j] = common_LL[j, i] = pairs_NKK.sum()
+    return common_LL
+
+
+def chance_same_expert(counts_LE: np.ndarray, groups: int, tokens: int) -> np.ndarray:
+    """What `same_expert` would be if layers chose independently, each with its own expert shares; float64 `[L, L]`.
+
+    `tokens * sum_e p_i(e) p_j(e)` with `p_i(e) = counts[i, e] / tokens`; the diagonal, where there is nothing to
+    compare, is that of `same_expert`.
+    """
+    layers = len(counts_LE)
+    expected_LL = counts_LE.astype(np.float64) @ counts_LE.T / max(tokens, 1)
+    pool_L = np.arange(layers) // (layers // groups)
+    expected_LL *= pool_L[:, None] == pool_L[None, :]
+    np.fill_diagonal(expected_LL, counts_LE.sum(axis=1))
+    return expected_LL
+
+
+def expert_similarity(gate_GEDF: np.ndarray, up_GEDF: np.ndarray, down_GEFD: np.ndarray) -> np.ndarray:
+    """Cosine between the experts of each pool, float64 `[G, E, E]`.
+
+    The vector of an expert is its three matrices (gate, up, down) one after the other. Hidden units are compared by
+    position, so only experts with a common ancestor (an upcycled model, copies) look alike: independently trained
+    ones are near 0 even if they compute the same function.
+    """
+    gram_GEE: np.ndarray | float = 0.0
+    for weights in (gate_GEDF, up_GEDF, down_GEFD):
+        flat_GEX = weights.reshape(*weights.shape[:2], -1)
+        gram_GEE = gram_GEE + (flat_GEX @ flat_GEX.swapaxes(1, 2)).astype(np.float64)
+    gram_GEE = np.asarray(gram_GEE)
+    length_GE = np.sqrt(np.maximum(np.diagonal(gram_GEE, axis1=1, axis2=2), 1e-300))
+    return gram_GEE / (length_GE[:, :, None] * length_GE[:, None, :])
+
+
+class DeviceLoad(NamedTuple):
+    """Imbalance between the devices that experts are dealt out over."""
+
+    by_layer_L: np.ndarray
+    """Load of the busiest device over the mean, per layer, float64 `[L]`; 1 is perfect balance, 0 no tokens."""
+    critical_path: float
+    """Rows on the busiest device summed over layers, over the same with perfect balance: the factor by which imbalance
+    stretches the expert part of a forward pass, where layers wait for their slowest device."""
+    whole_model: float
+    """Load of the busiest device over the mean, all layers added up: what balance over the whole pool looks after."""
+
+
+def device_load(counts_LE: np.ndarray, devices: int) -> DeviceLoad:
+    """Load of the devices of an expert-parallel group: device p holds the experts `p E/P .. (p+1) E/P - 1` of a pool.
+
+    Args:
+      counts_LE: choices per layer and expert.
+      devices: P, devices of the group; divides E.
+
+    Raises:
+      ValueError: if E experts cannot be dealt out evenly over the devices.
+    """
+    layers, experts = counts_LE.shape
+    if devices < 1 or experts % devices:
+        sizes = [p for p in range(1, experts + 1) if experts % p == 0]
+        raise ValueError(
+            f"{experts} experts of a pool cannot be dealt out over {devices} devices; choose one of {sizes}"
+        )
+    load_LP = counts_LE.astype(np.int64).reshape(layers, devices, -1).sum(axis=2)
+    mean_L, total_P = load_LP.mean(axis=1), load_LP.sum(axis=0)
+    by_layer_L = np.divide(load_LP.max(axis=1), mean_L, out=np.zeros(layers), where=mean_L > 0)
+    total = max(float(mean_L.sum()), 1e-300)
+    return DeviceLoad(by_layer_L, float(load_LP.max(axis=1).sum()) / total, float(total_P.max()) / total)
