@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipool_jax.config import ModelConfig
-from unipool_jax.mesh import constrain, gathered
+from unipool_jax.linear import linear
+from unipool_jax.mesh import constrain
 
 _QUERY_BLOCKS = 4
 """Blocks of queries in `causal_attention`: 4 skip three eighths of all scores; 8 were no faster."""
@@ -93,13 +94,12 @@ class Attention(nn.Module):
         config = self.config
         batch, length, width = hidden_BSD.shape
         head_size = width // config.num_heads
-        dtype = hidden_BSD.dtype
         init = nn.initializers.normal(config.init_std)
         init_output = nn.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))
 
         def project(name: str, num_heads: int) -> jax.Array:
-            weights_DC = self.param(name, init, (width, num_heads * head_size), jnp.float32).astype(dtype)
-            heads_BSHC = (hidden_BSD @ gathered(weights_DC, "embed", "heads")).reshape(batch, length, -1, head_size)
+            weights_DC = self.param(name, init, (width, num_heads * head_size), jnp.float32)
+            heads_BSHC = linear(hidden_BSD, weights_DC, ("embed", "heads")).reshape(batch, length, -1, head_size)
             return constrain(heads_BSHC, "batch", None, "heads", None)
 
         positions = jnp.arange(length) if start_B is None else start_B[:, None] + jnp.arange(length)
@@ -112,5 +112,5 @@ class Attention(nn.Module):
             cache = cache.write(key, value, positions)
             seen_B1ST = jnp.arange(cache.key_BTHC.shape[1]) <= positions[:, None, :, None]
             mixed_BSHC = jax.nn.dot_product_attention(query, *cache, mask=seen_B1ST)
-        output_DD = self.param("output", init_output, (width, width), jnp.float32).astype(dtype)
-        return mixed_BSHC.reshape(hidden_BSD.shape) @ gathered(output_DD, "heads", "embed"), cache
+        output_DD = self.param("output", init_output, (width, width), jnp.float32)
+        return linear(mixed_BSHC.reshape(hidden_BSD.shape), output_DD, ("heads", "embed")), cache

@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 
 from unipool_jax.config import Config
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.mesh import GATHERED, active, constrain, gathered
+from unipool_jax.linear import linear
+from unipool_jax.mesh import GATHERED, active, constrain
 from unipool_jax.model.attention import Attention, KeyValueCache
 from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
 from unipool_jax.moe.pool import ExpertPool, gathered_bank, gradient_master
@@ -58,9 +59,8 @@ class MixtureBlock(nn.Module):
 
         num_experts = config.router_width
         init = nn.initializers.normal(config.model.init_std)
-        router_ED = self.param("router", init, (num_experts, width), jnp.float32).astype(hidden_ND.dtype)
-        router_ED = gathered(router_ED, None, "embed")
-        logits_NE = jnp.einsum("nd,ed->ne", hidden_ND, router_ED, preferred_element_type=jnp.float32)
+        router_ED = self.param("router", init, (num_experts, width), jnp.float32)
+        logits_NE = linear(hidden_ND, router_ED, (None, "embed"), transposed=True, wide=True)
         logits_NE = logits_NE.astype(moe.router_dtype)
 
         scale, constant = None, 1.0
@@ -220,9 +220,10 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(model.init_std)
         table_shape = (model.vocab_size, model.hidden_size)
         embedding_VD = self.param("embedding", init, table_shape, jnp.float32)
-        # Gathered whole: looking rows up in a table that is split along its rows or its width moves activations.
-        embedding_VD = constrain(embedding_VD.astype(model.compute_dtype), None, None)
-        hidden_BSD = constrain(embedding_VD[tokens_BS], "batch", None, None)
+        # Gathered whole: looking rows up in a table that is split along its rows or its width moves activations. In
+        # float32, so that the gradients of a token's many places add up in float32.
+        rows_BSD = constrain(embedding_VD, None, None)[tokens_BS]
+        hidden_BSD = constrain(rows_BSD.astype(model.compute_dtype), "batch", None, None)
 
         stage = PoolStage
         if _gathers_again(config):
@@ -243,9 +244,8 @@ class Transformer(nn.Module):
 
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
         hidden_BSD = rms_norm(hidden_BSD, final_gain_D, model.norm_epsilon)
-        output_VD = self.param("output", init, table_shape, jnp.float32).astype(hidden_BSD.dtype)
-        output_VD = gathered(output_VD, "vocab", "embed")
-        logits_BSV = jnp.einsum("bsd,vd->bsv", hidden_BSD, output_VD, preferred_element_type=jnp.float32)
+        output_VD = self.param("output", init, table_shape, jnp.float32)
+        logits_BSV = linear(hidden_BSD, output_VD, ("vocab", "embed"), transposed=True, wide=True)
         # Groups of the Switch loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
         batch, sequences = tokens_BS.shape[0], config.loss.switch_group_sequences
         stats = stats.grouped(batch // sequences if batch % sequences == 0 else 1)

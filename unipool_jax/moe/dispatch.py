@@ -9,7 +9,8 @@ from unipool_jax.config import MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
-from unipool_jax.mesh import active, gathered, spec, whole
+from unipool_jax.linear import linear
+from unipool_jax.mesh import active, spec, whole
 from unipool_jax.moe.pool import BANK_AXES
 from unipool_jax.moe.routing import Routing
 from unipool_jax.moe.transport import CARRIERS, Transport
@@ -97,10 +98,8 @@ def moe_ffn(
 
 def dense_ffn(hidden_ND: jax.Array, bank: Bank) -> jax.Array:
     """The feed-forward block of the dense model: a bank of one expert that every token visits, `[N, D]`."""
-    placed = (
-        gathered(weights[0].astype(hidden_ND.dtype), *axes[1:])
-        for weights, axes in zip(bank, BANK_AXES.values(), strict=True)
+    (gate_DF, gate_axes), (up_DF, up_axes), (down_FD, down_axes) = (
+        (weights[0], (axes[1], axes[2])) for weights, axes in zip(bank, BANK_AXES.values(), strict=True)
     )
-    gate_DF, up_DF, down_FD = placed
-    gated_NF = jax.nn.silu((hidden_ND @ gate_DF).astype(jnp.float32)).astype(hidden_ND.dtype)
-    return (gated_NF * (hidden_ND @ up_DF)) @ down_FD
+    gated_NF = jax.nn.silu(linear(hidden_ND, gate_DF, gate_axes).astype(jnp.float32)).astype(hidden_ND.dtype)
+    return linear(gated_NF * linear(hidden_ND, up_DF, up_axes), down_FD, down_axes)
