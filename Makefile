@@ -72,5 +72,5 @@ $(VENV)/test.stamp: requirements-test.lock $(VENV)/python.stamp
 	@touch $@
 
 $(VENV)/torch.stamp: setup.cfg $(VENV)/test.stamp
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-input $(TORCH_FROM) "torch==2.13.*"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-input --retries 1 $(TORCH_FROM) "torch==2.13.*"
 	@touch $@

@@ -16,6 +16,7 @@ from unipool_jax.config import Config, ConfigError, MeshConfig
 from unipool_jax.mesh import AXES, make_mesh, problems, resolve_sizes
 from unipool_jax.sharding import (
     batch_sharding,
+    memory_problem,
     placement,
     process_rows,
     replicated_banks,
@@ -207,6 +208,26 @@ def test_banks_and_moments_are_dealt_out() -> None:
     assert "params.pools.bank.up" in replicated_banks(config, mesh, whole)
     total = sum(line.bytes_per_device for line in lines.values())
     assert f"{total / 2**20:,.1f} MiB a device" in report(shapes)
+
+
+class _Device:
+    """A device with so many bytes of memory."""
+
+    device_kind = "toy"
+
+    def __init__(self, limit: int | None):
+        self._limit = limit
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return None if self._limit is None else {"bytes_limit": self._limit}
+
+
+def test_a_state_that_cannot_fit_is_refused() -> None:
+    shapes = state_shapes(configure("unipool"), mesh_of(MESHES["data 2, fsdp 2, expert 2"]))
+    total = sum(line.bytes_per_device for line in placement(shapes))
+    for limit in (None, total):
+        assert memory_problem(shapes, _Device(limit)) is None  # type: ignore[arg-type]
+    assert "raise mesh.fsdp or mesh.expert" in str(memory_problem(shapes, _Device(total - 1)))  # type: ignore[arg-type]
 
 
 def test_rest_of_the_devices_and_what_does_not_fit() -> None:

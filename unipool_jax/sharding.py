@@ -99,8 +99,9 @@ def placement(state: Any) -> list[Placed]:
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        axes = ", ".join("-" if axis is None else str(axis) for axis in leaf.sharding.spec)
+        own = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        size = math.prod(own) * np.dtype(leaf.dtype).itemsize
+        axes = ", ".join("-" if axis is None else str(axis) for axis in getattr(leaf.sharding, "spec", ()))
         found.append(Placed(name, leaf.shape, np.dtype(leaf.dtype).name, axes, size))
     return found
 
@@ -117,6 +118,18 @@ def report(state: Any) -> str:
     ]
     total = sum(line.bytes_per_device for line in lines)
     return "\n".join([*text, f"  parameters and optimiser state: {total / 2**20:,.1f} MiB a device"])
+
+
+def memory_problem(state: Any, device: jax.Device) -> str | None:
+    """Why a state (or its shapes, with shardings) does not fit a device that says what memory it has, if that is so."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    needed = sum(line.bytes_per_device for line in placement(state))
+    if limit is None or needed <= limit:
+        return None
+    return (
+        f"mesh: parameters and optimiser state take {needed / 2**30:.1f} GiB on each device, and {device.device_kind} "
+        f"has {limit / 2**30:.1f} GiB; raise mesh.fsdp or mesh.expert (mode=plan shows what fits)"
+    )
 
 
 def replicated_banks(config: Config, mesh: Mesh, state: Any) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config
+from unipool_jax.config import Config, ConfigError
 from unipool_jax.corpus import Corpus
 from unipool_jax.moe.lock_lifecycle import structure
+from unipool_jax.sharding import memory_problem
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.step import TrainState, init_state, state_shapes
@@ -19,11 +20,15 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
     Raises:
       RunError: if the checkpoint was trained on ids of another tokenizer, or there is none with `run.resume=required`.
       CheckpointError: if it cannot be used.
+      ConfigError: if it does not fit the devices' memory.
     """
+    shapes = state_shapes(config, mesh)
+    if problem := memory_problem(shapes, jax.local_devices()[0]):
+        raise ConfigError([problem])
     if not checkpoints.steps():
         if config.run.resume == "required":
             raise RunError(f"run.resume=required, but {checkpoints.directory} holds no complete checkpoint")
-        places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, state_shapes(config, mesh))
+        places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
         return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed)), out_shardings=places)()
     restored = checkpoints.restore(lambda meta: state_shapes(structure(config, meta), mesh)._asdict())
     trained_with = restored.meta["tokenizer_sha256"]
