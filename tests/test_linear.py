@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from unipool_jax.config import MeshConfig
-from unipool_jax.linear import linear
+from unipool_jax.linear import linear, lookup
 from unipool_jax.mesh import make_mesh
 
 
@@ -60,3 +60,24 @@ def test_logits_are_float32() -> None:
     assert output.dtype == jnp.float32
     exact = np.asarray(inputs, np.float64) @ np.asarray(weights.astype(jnp.bfloat16), np.float64).T
     np.testing.assert_allclose(output, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 1, 2)])
+def test_gradients_of_lookups_add_up_in_float32(sizes: tuple[int, ...] | None) -> None:
+    tokens = jnp.array([3] * 72 + [1] * 8)
+    table = jnp.arange(8 * 4, dtype=jnp.float32).reshape(8, 4)
+
+    def total(table: jax.Array) -> jax.Array:
+        rows = lookup(table, tokens, ("vocab", "embed"), jnp.bfloat16)
+        assert rows.dtype == jnp.bfloat16
+        return jnp.sum(rows.astype(jnp.float32)) * 1.0078125
+
+    np.testing.assert_array_equal(lookup(table, tokens, ("vocab", "embed"), jnp.bfloat16)[0], table[3])
+    if sizes is None:
+        gradient = jax.jit(jax.grad(total))(table)
+    else:
+        with jax.set_mesh(make_mesh(MeshConfig(*sizes), jax.devices()[:8])):
+            gradient = jax.jit(jax.grad(total))(table)
+    expected = np.zeros((8, 4), np.float32)
+    expected[3], expected[1] = 72 * 1.0078125, 8 * 1.0078125
+    np.testing.assert_array_equal(gradient, expected)

@@ -88,7 +88,7 @@ def assert_equal(ours: Trained, single: Trained) -> None:
     for mine, theirs in zip(jax.tree.leaves(ours.params), jax.tree.leaves(single.params), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=5e-5)
     for mine, theirs in zip(jax.tree.leaves(ours.moments), jax.tree.leaves(single.moments), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=5e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -155,7 +155,7 @@ def test_evaluation_gives_the_sums_of_one_device() -> None:
     placed = jax.device_put(state, state_shardings(config, mesh, state))
     with jax.set_mesh(mesh):
         ours = make_eval_step(config, mesh)(placed.params, placed.balance, to_devices(mesh, batch, 8), lengths)
-    for mine, theirs in zip(ours, single, strict=True):
+    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Products with weights that a mesh may split, whose gradients are summed in float32."""
+"""Products with, and lookups in, weights that a mesh may split; their gradients are summed in float32."""
 
 from __future__ import annotations
 
@@ -56,3 +56,39 @@ def _backward(
 
 
 linear.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(table_VD: jax.Array, tokens: jax.Array, axes: Axes, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`table[tokens]` in `dtype`; gradients of a token's many places add up in float32.
+
+    The table is gathered whole: looking rows up in one that is split along its rows or its width moves activations.
+
+    Args:
+      table_VD: float32 parameters.
+      tokens: rows of the table, integers of any shape.
+      axes: logical axes of the table.
+      dtype: of the result.
+
+    Returns:
+      `[*tokens.shape, D]`.
+    """
+    return constrain(table_VD.astype(dtype), None, None)[tokens]
+
+
+def _lookup_forward(
+    table_VD: jax.Array, tokens: jax.Array, axes: Axes, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # An array without elements remembers the number of rows.
+    return lookup(table_VD, tokens, axes, dtype), (tokens, table_VD[:, :0])
+
+
+def _lookup_backward(
+    axes: Axes, dtype: jax.typing.DTypeLike, saved: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, None]:
+    tokens, rows = saved
+    zeros_VD = jnp.zeros((rows.shape[0], grad.shape[-1]), jnp.float32)
+    return constrain(zeros_VD.at[tokens].add(grad.astype(jnp.float32)), *axes), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from unipool_jax.config import Config
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.linear import linear
+from unipool_jax.linear import linear, lookup
 from unipool_jax.mesh import GATHERED, active, constrain
 from unipool_jax.model.attention import Attention, KeyValueCache
 from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
@@ -220,10 +220,8 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(model.init_std)
         table_shape = (model.vocab_size, model.hidden_size)
         embedding_VD = self.param("embedding", init, table_shape, jnp.float32)
-        # Gathered whole: looking rows up in a table that is split along its rows or its width moves activations. In
-        # float32, so that the gradients of a token's many places add up in float32.
-        rows_BSD = constrain(embedding_VD, None, None)[tokens_BS]
-        hidden_BSD = constrain(rows_BSD.astype(model.compute_dtype), "batch", None, None)
+        hidden_BSD = lookup(embedding_VD, tokens_BS, ("vocab", "embed"), model.compute_dtype)
+        hidden_BSD = constrain(hidden_BSD, "batch", None, None)
 
         stage = PoolStage
         if _gathers_again(config):

@@ -243,7 +243,7 @@ def _messages(at: _Sizes) -> list[Message]:
     counting = int(counts_before_gradient(config))
     forward, mixture = _passes(config)
     shared = config.pool.groups == 1 and config.moe.router != "none"
-    fsdp, batch = _other(sizes, "fsdp"), _other(sizes, "data", "fsdp", "expert")
+    fsdp = _other(sizes, "fsdp")
     copies = ("data", "fsdp", "expert") if config.moe.router == "none" else ("data",)
     # A pool of its own for every layer is gathered forward and again backward, for every micro-batch.
     gathers = 1 if shared else config.pool.groups * micro * (2 + counting)
@@ -266,9 +266,9 @@ def _messages(at: _Sizes) -> list[Message]:
         Message(
             "layers, gathered", "all-gather", ("fsdp",), layers * micro * (again + counting), (dense + routers) * fsdp
         ),
-        Message("layers, gradient summed", "all-reduce", _BATCH, layers * micro, 2 * (dense + routers) * batch),
+        *_reduced("layers", layers * micro, (dense + routers) / NARROW, sizes),
         Message("tables, gathered", "all-gather", ("fsdp",), micro, tables * fsdp),
-        Message("tables, gradient summed", "all-reduce", _BATCH, micro, 2 * tables * batch),
+        *_reduced("tables", micro, tables / NARROW, sizes),
     ]
     if config.moe.router != "none" and sizes["expert"] > 1:
         rows = at.rows * model.hidden_size * NARROW * _other(sizes, "expert")
@@ -280,7 +280,15 @@ def _messages(at: _Sizes) -> list[Message]:
     return found
 
 
-_BATCH = ("data", "fsdp", "expert")
+def _reduced(name: str, times: int, weights: float, sizes: dict[str, int]) -> list[Message]:
+    """The float32 gradient of a matrix: scattered over fsdp, and the parts summed over the other devices."""
+    part, others = WIDE * weights / sizes["fsdp"], ("data", "expert")
+    return [
+        Message(
+            f"{name}, gradient scattered", "reduce-scatter", ("fsdp",), times, WIDE * weights * _other(sizes, "fsdp")
+        ),
+        Message(f"{name}, gradient summed", "all-reduce", others, times, 2 * part * _other(sizes, *others)),
+    ]
 
 
 def _other(sizes: dict[str, int], *axes: str) -> float:
