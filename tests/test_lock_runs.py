@@ -142,7 +142,16 @@ def test_checkpoints_have_the_structure_of_their_step(whole: Config) -> None:
         assert any("owner_M" in name for name in shapes) == (step < LOCK)
 
 
-@pytest.mark.parametrize("at", [2, FREEZE, 6, LOCK, 10])
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(FREEZE, marks=pytest.mark.slow),
+        6,
+        LOCK,
+        pytest.param(10, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_resumed_anywhere_ends_at_the_same_bits(whole: Config, tmp_path: Path, at: int) -> None:
     config = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(tmp_path)))
     shutil.copytree(folder_of(whole), folder_of(config))
@@ -157,7 +166,9 @@ def test_a_run_resumed_anywhere_ends_at_the_same_bits(whole: Config, tmp_path: P
     assert meta_of(config, STEPS)["lock"] == meta_of(whole, STEPS)["lock"]
 
 
-@pytest.mark.parametrize("at", [FREEZE, 5, LOCK])
+@pytest.mark.parametrize(
+    "at", [pytest.param(FREEZE, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), LOCK]
+)
 def test_a_signal_at_a_boundary_loses_nothing(
     whole: Config, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
@@ -233,7 +244,7 @@ def corpus_of(config: Config) -> Any:
     return loop.open_corpus(config.data, config.model.vocab_size)
 
 
-@pytest.mark.parametrize("step", [6, STEPS])
+@pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), STEPS])
 def test_saved_models_evaluate_generate_and_are_not_converted(
     whole: Config, capsys: pytest.CaptureFixture[str], step: int
 ) -> None:
@@ -250,7 +261,7 @@ def test_saved_models_evaluate_generate_and_are_not_converted(
     assert read_run(str(folder_of(whole)), 2)[0] == whole
 
 
-@pytest.mark.parametrize("ownership", ["random_from_start", "random_at_lock"])
+@pytest.mark.parametrize("ownership", ["random_from_start", pytest.param("random_at_lock", marks=pytest.mark.slow)])
 def test_the_controls_run(configure: Callable[..., Config], ownership: str) -> None:
     config = configure(f"lock.ownership={ownership}")
     assert loop.train(config) == 0

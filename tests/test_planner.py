@@ -274,6 +274,7 @@ def bank_collectives(plan: report.Plan, kind: str) -> list[Collective]:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_pool_is_gathered_and_its_gradient_scattered_once_a_step() -> None:
     """Two micro-batches, four layers: three arrays once, where per-layer experts travel for each of both."""
     pool, layers = small_plan("unipool")[0], small_plan("vanilla", "loss.switch_group_sequences=8")[0]
@@ -399,6 +400,7 @@ def test_the_frontier_has_what_nothing_beats() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_search_compiles_the_best(tmp_path: Path) -> None:
     config = small("unipool", "plan.search=true", "plan.compiled=1", f"plan.figure={tmp_path}/plan.png")
     text = search.search(config)

@@ -30,6 +30,15 @@ VARIANTS = {
     "unipool, exact, micro-batches": ("unipool", *_SMALL),
 }
 
+SLOW_VARIANTS = {
+    "vanilla_normrouter",
+    "shared_layer_aux",
+    "unipool in 2 pools, z-loss",
+    "vanilla top-2, micro-batches",
+    "aux-free top-2, micro-batches",
+    "shared_pool_aux top-3, z-loss",
+}
+
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
     """Norm of the difference over the norm, of whole arrays."""
@@ -53,7 +62,10 @@ def weights_gap(config: Config, trainer: Trainer, state: TrainState) -> float:
     return max(relative(found[name], ours[name]) for name in ours)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in VARIANTS],
+)
 def test_float32(variant: str) -> None:
     """Logits, losses and gradients agree, and 100 steps of each method stay together.
 

@@ -121,12 +121,12 @@ def _plain_autodiff(rows_RD: jax.Array, bank: Bank, master: Bank, plan: GroupPla
     ("method", "overrides"),
     [
         ("unipool", ("model.remat=none",)),
-        ("unipool", ("model.remat=moe",)),
+        pytest.param("unipool", ("model.remat=moe",), marks=pytest.mark.slow),
         ("unipool", ("model.remat=full", "moe.top_k=2")),
         ("unipool", ("pool.groups=2", "model.compute_dtype=bfloat16")),
         ("vanilla_aux_free", ("pool.groups=2", "moe.top_k=2", "model.remat=moe")),
-        ("shared_layer_aux", ("kernels.implementation=reference",)),
-        ("shared_pool_aux", ("model.remat=moe",)),
+        pytest.param("shared_layer_aux", ("kernels.implementation=reference",), marks=pytest.mark.slow),
+        pytest.param("shared_pool_aux", ("model.remat=moe",), marks=pytest.mark.slow),
     ],
 )
 def test_gradients_are_those_of_plain_autodiff(

@@ -58,7 +58,10 @@ def test_losses_match_numpy_and_are_reported_apart(method: str) -> None:
         np.testing.assert_array_equal(metrics["counts_LE"], forward.counts())
 
 
-@pytest.mark.parametrize("method", ["unipool", "vanilla", "shared_layer_aux", "vanilla_aux_free"])
+_SLOW_METHODS = [pytest.param(name, marks=pytest.mark.slow) for name in ("shared_layer_aux", "vanilla_aux_free")]
+
+
+@pytest.mark.parametrize("method", ["unipool", "vanilla", *_SLOW_METHODS])
 def test_the_number_of_micro_batches_changes_nothing(method: str) -> None:
     config = tiny_config(method, "loss.z_coefficient=0.01")
     batch = tiny_batch(config)
