@@ -370,3 +370,10 @@ def test_runs_are_found_by_name_or_as_the_latest(whole: tuple[Config, Path], tmp
 def test_default_names_tell_runs_apart() -> None:
     config = compose_config(["method=vanilla", "train.steps=70", "train.seed=5"])
     assert run_name(config) == "demo-vanilla-70steps-seed5"
+
+
+def test_checkpoints_without_their_configuration_are_not_continued(configure: Callable[..., Config]) -> None:
+    config = configure()
+    (folder_of(config) / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(RunError, match="holds checkpoints but no config.yaml"):
+        RunFolder(config)

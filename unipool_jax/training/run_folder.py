@@ -69,7 +69,12 @@ class RunFolder:
         if not writes:
             return
         # Without a checkpoint there is nothing to protect: a first attempt that failed early may be repeated.
-        existing = (self.path / CONFIG).exists() and holds_checkpoint(self.path)
+        existing = holds_checkpoint(self.path)
+        if existing and not (self.path / CONFIG).exists():
+            raise RunError(
+                f"{self.path} holds checkpoints but no {CONFIG}, so nothing says what they are of; put it back, delete "
+                "the folder or choose another run.name"
+            )
         if existing and config.run.resume == "never":
             raise RunError(
                 f"run.resume=never, but {self.path} holds a run; choose another run.name, delete the folder, or use "
