@@ -375,5 +375,5 @@ def test_default_names_tell_runs_apart() -> None:
 def test_checkpoints_without_their_configuration_are_not_continued(configure: Callable[..., Config]) -> None:
     config = configure()
     (folder_of(config) / "checkpoints" / "4").mkdir(parents=True)
-    with pytest.raises(RunError, match="holds checkpoints but no config.yaml"):
+    with pytest.raises(RunError, match=r"holds checkpoints but no config\.yaml"):
         RunFolder(config)
