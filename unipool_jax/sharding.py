@@ -84,6 +84,12 @@ def to_devices(mesh: Mesh, local: Any, batch_size: int) -> Any:
     )
 
 
+def _named(state: Any) -> list[tuple[str, Any]]:
+    """Every array of a state with its dotted name."""
+    flat = jax.tree_util.tree_flatten_with_path(state)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in flat]
+
+
 class Placed(NamedTuple):
     """One line of the report."""
 
@@ -97,8 +103,7 @@ class Placed(NamedTuple):
 def placement(state: Any) -> list[Placed]:
     """Every array of a state (or of its shapes with shardings) with its partition and bytes per device."""
     found = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+    for name, leaf in _named(state):
         own = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         size = math.prod(own) * np.dtype(leaf.dtype).itemsize
         axes = ", ".join("-" if axis is None else str(axis) for axis in getattr(leaf.sharding, "spec", ()))
@@ -136,6 +141,4 @@ def replicated_banks(config: Config, mesh: Mesh, state: Any) -> list[str]:
     """Names of expert weights that are whole on every device although the mesh was to split them."""
     if mesh.shape["expert"] * mesh.shape["fsdp"] * mesh.shape["tensor"] == 1 or config.moe.router == "none":
         return []
-    flat = jax.tree_util.tree_flatten_with_path(state)[0]
-    named = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in flat]
-    return [name for name, leaf in named if ".bank." in name and leaf.sharding.is_fully_replicated]
+    return [name for name, leaf in _named(state) if ".bank." in name and leaf.sharding.is_fully_replicated]
