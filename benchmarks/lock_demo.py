@@ -82,11 +82,12 @@ def draw_curves(path: Path, steps: list[int], curves: dict[str, np.ndarray], mar
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     losses, differences = figure.subplots(1, 2)
-    for method, curve in curves.items():
-        losses.plot(steps, curve.mean(axis=0), marker="o", markersize=3, label=method)
+    for index, (method, curve) in enumerate(curves.items()):
+        style: dict[str, Any] = {"label": method, "color": f"C{index}"}
+        losses.plot(steps, curve.mean(axis=0), marker="o", markersize=3, **style)
         if method != BASELINE:
             each = [paired(curve[:, i], curves[BASELINE][:, i]) for i in range(len(steps))]
-            differences.errorbar(steps, [m for m, _ in each], yerr=[e for _, e in each], capsize=2, label=method)
+            differences.errorbar(steps, [m for m, _ in each], yerr=[e for _, e in each], capsize=2, **style)
     for axes, name in ((losses, "validation loss (nats)"), (differences, f"minus {BASELINE}, same seed (nats)")):
         for label, step in marks.items():
             axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
