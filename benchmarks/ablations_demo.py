@@ -7,8 +7,9 @@
 Nine rows of arXiv 2605.06665, table 5, and seven controls, each with every seed, on the embedded corpus with the demo's
 settings and 12 layers, so that 6, 4 and 2 pools divide the depth as in the paper. Runs of one seed read the same
 batches. A run that has finished is skipped, one that was interrupted goes on, so the command may be repeated until
-all are there. Each run's configuration, metrics and summary are copied into the results folder beside the comparisons:
-`rows/` pairs the published rows with vanilla, `controls/` pairs the controls with unipool.
+all are there. Each run's configuration, metrics and summary are copied into the results folder when it ends, so
+another machine that has that folder goes on with the rest. Beside them are the comparisons: `rows/` pairs the
+published rows with vanilla, `controls/` pairs the controls with unipool.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 
 from unipool_jax.analysis.compare import check_slices, compare, grouped, load_run
 from unipool_jax.analysis.compare_command import compare_command
-from unipool_jax.training.run_folder import CONFIG, SUMMARY
+from unipool_jax.compose import compose_config, load_config
+from unipool_jax.training.run_folder import CONFIG, SUMMARY, frozen_differences
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 SETTINGS = ["scale=demo", "model.num_layers=12", "run.tensorboard=false", "train.keep_checkpoints=1"]
@@ -74,8 +76,8 @@ CONTROLS = (
 
 def command_of(case: Case, seed: int, steps: int, runs: Path, more: list[str]) -> list[str]:
     """Command line that trains one case with one seed."""
-    evaluate = max(1, steps // 4)
-    rhythm = [f"train.steps={steps}", f"train.eval_every={evaluate}", f"train.checkpoint_every={evaluate}"]
+    half = max(1, steps // 2)
+    rhythm = [f"train.steps={steps}", f"train.eval_every={half}", f"train.checkpoint_every={half}"]
     place = [f"train.seed={seed}", f"run.dir={runs}", f"run.name={folder_name(case, seed)}"]
     return [sys.executable, str(TRAIN), *SETTINGS, *case.overrides, *rhythm, *more, *place]
 
@@ -85,24 +87,38 @@ def folder_name(case: Case, seed: int) -> str:
     return f"{case.name}-seed{seed}"
 
 
-def collect(cases: list[Case], seeds: list[int], runs: Path, out: Path) -> None:
-    """Copy what finished runs wrote, and compare the rows and the controls as far as they are there."""
-    here = {case.name: [s for s in seeds if (runs / folder_name(case, s) / SUMMARY).exists()] for case in cases}
-    for case in cases:
-        for seed in here[case.name]:
-            folder = out / "runs" / folder_name(case, seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in (CONFIG, SUMMARY, "metrics.jsonl"):
-                shutil.copyfile(runs / folder_name(case, seed) / name, folder / name)
+def recorded(case: Case, seed: int, command: list[str], out: Path) -> bool:
+    """Whether the results hold this run; ends the study if they hold one of the same name with other settings."""
+    folder = out / "runs" / folder_name(case, seed)
+    if not (folder / SUMMARY).exists():
+        return False
+    if others := frozen_differences(load_config(folder / CONFIG), compose_config(command[2:])):
+        sys.exit(
+            f"{folder}: was run with other {', '.join(others)}; give another --out and --runs, or the same settings"
+        )
+    return True
 
-    def folders(wanted: tuple[Case, ...]) -> list[str]:
-        return [str(out / "runs" / folder_name(c, s)) for c in wanted if c in cases for s in here[c.name]]
 
-    if len({name for name in (case.name for case in ROWS) if here.get(name)}) > 1:
+def record(case: Case, seed: int, runs: Path, out: Path) -> None:
+    """Copy what a finished run wrote; the summary last, for it says that all is there."""
+    folder = out / "runs" / folder_name(case, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, "metrics.jsonl", SUMMARY):
+        shutil.copyfile(runs / folder_name(case, seed) / name, folder / name)
+
+
+def compare_recorded(seeds: list[int], out: Path) -> None:
+    """Compare the rows and the controls as far as they are recorded."""
+
+    def folders(cases: tuple[Case, ...]) -> list[str]:
+        wanted = [out / "runs" / folder_name(case, seed) for case in cases for seed in seeds]
+        return [str(folder) for folder in wanted if (folder / SUMMARY).exists()]
+
+    vanilla, unipool = (tuple(case for case in ROWS if case.name == name) for name in ("vanilla", "unipool"))
+    if folders(vanilla) and len(folders(ROWS)) > len(folders(vanilla)):
         compare_command([*folders(ROWS), f"out={out / 'rows'}"])
         (out / "rows" / "published.md").write_text(published_table(folders(ROWS)), encoding="utf-8")
-    unipool = tuple(case for case in ROWS if case.name == "unipool")
-    if here.get("unipool") and folders(CONTROLS):
+    if folders(unipool) and folders(CONTROLS):
         compare_command([*folders(unipool + CONTROLS), f"out={out / 'controls'}"])
 
 
@@ -127,7 +143,7 @@ def main() -> int:
     """Run the study."""
     names = [case.name for case in ROWS + CONTROLS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=320, help="steps of 4096 tokens")
+    parser.add_argument("--steps", type=int, default=200, help="steps of 4096 tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations_demo"), help="where runs are kept")
@@ -143,12 +159,14 @@ def main() -> int:
             command = command_of(case, seed, options.steps, runs, more)
             if options.list:
                 print(shlex.join(["python", "train.py", *command[2:]]) + f"  # {case.question}" * bool(case.question))
-            elif not (runs / folder_name(case, seed) / SUMMARY).exists():
+            elif not recorded(case, seed, command, out):
                 print(f"== {folder_name(case, seed)}", flush=True)
                 if subprocess.run(command, check=False).returncode:
                     failed.append(folder_name(case, seed))
+                else:
+                    record(case, seed, runs, out)
     if not options.list:
-        collect(cases, options.seeds, runs, out)
+        compare_recorded(options.seeds, out)
     if failed:
         print(f"these runs failed and are not in the tables: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ablations_demo import CONTROLS, ROWS, TRAIN, collect, command_of
+from benchmarks.ablations_demo import CONTROLS, ROWS, TRAIN, command_of, compare_recorded, record, recorded
 from unipool_jax.compose import compose_config, save_config
 from unipool_jax.config import Config
 from unipool_jax.training.run_folder import frozen_differences
@@ -17,7 +17,7 @@ from unipool_jax.validation import validate
 
 def config_of(name: str, *more: str) -> Config:
     (case,) = (case for case in ROWS + CONTROLS if case.name == name)
-    _, script, *overrides = command_of(case, 1, 320, Path("runs"), list(more))
+    _, script, *overrides = command_of(case, 1, 200, Path("runs"), list(more))
     assert script == str(TRAIN)
     return compose_config(overrides)
 
@@ -73,7 +73,8 @@ def test_results_are_collected_as_far_as_they_are_there(tmp_path: Path) -> None:
             summary = {"results": {"valid": result}, "experts_used": 1, "experts_total": 1, "busiest_over_mean": 1.0}
             if (case.name, seed) != ("unipool_2_pools", 2):
                 (folder / "summary.json").write_text(json.dumps(summary))
-    collect(cases, [1, 2], runs, out)
+                record(case, seed, runs, out)
+    compare_recorded([1, 2], out)
     lines = (out / "rows" / "published.md").read_text().splitlines()
     assert lines[2:] == [
         "| vanilla | 6.5000 | - | 2 | +0.0000 |",
@@ -83,3 +84,8 @@ def test_results_are_collected_as_far_as_they_are_there(tmp_path: Path) -> None:
     assert (out / "controls" / "report.html").exists()
     assert (out / "runs" / "half_pool-seed2" / "config.yaml").exists()
     assert not (out / "runs" / "unipool_2_pools-seed2").exists()
+    vanilla, pools = (next(case for case in cases if case.name == name) for name in ("vanilla", "unipool_2_pools"))
+    assert recorded(vanilla, 1, command_of(vanilla, 1, 40, runs, []), out)
+    assert not recorded(pools, 2, command_of(pools, 2, 40, runs, []), out)
+    with pytest.raises(SystemExit, match=r"train\.steps"):
+        recorded(vanilla, 1, command_of(vanilla, 1, 80, runs, []), out)
