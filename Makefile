@@ -14,8 +14,9 @@ COMPILE := $(VENV)/bin/uv pip compile --no-config --quiet --universal --generate
 # Of two files of one version pip takes the one marked +cpu. For a GPU build: make TORCH_FROM= test
 TORCH_FROM ?= --extra-index-url https://download.pytorch.org/whl/cpu
 PYTEST_FLAGS ?=
-# Gradients of an expert bank are fresh memory every step; huge pages make it cheap on glibc, other C libraries ignore it.
-HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+# Large arrays of a step are fresh memory every time unless the C library keeps what was freed; others than glibc ignore it.
+M := glibc.malloc
+KEEP_MEMORY := GLIBC_TUNABLES=$(M).hugetlb=1:$(M).mmap_max=0:$(M).trim_threshold=17179869184:$(M).arena_max=1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow lint typecheck format lock clean
@@ -27,7 +28,7 @@ help:  ## Show these targets
 venv: $(VENV)/core.stamp  ## Make .venv with what training needs
 
 demo: $(VENV)/core.stamp  ## Train the demo model, evaluate it, print a table; goes on with, or shows, what is in runs/demo
-	$(HUGE_PAGES) $(RUN) train.py run.name=demo
+	$(KEEP_MEMORY) $(RUN) train.py run.name=demo
 
 test: lint typecheck $(VENV)/torch.stamp  ## Check format, lint and types, then run the tests
 	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)

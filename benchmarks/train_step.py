@@ -9,15 +9,17 @@ alike. A ratio is taken in each round against the first contender, and printed a
 quartiles: beside PyTorch the first is ours, so a ratio is also how many times as fast as that contender we are.
 `182m-cut` has the published layer shape (768 wide, experts of 3072, 8 a layer) in float32 with few layers, a small
 vocabulary and short sequences, so that two CPU cores hold it. Tokens are random and weights fresh: routing starts near
-even, as in a new run. Without PyTorch, ours runs alone.
+even, as in a new run. Without PyTorch, ours runs alone. Unless GLIBC_TUNABLES is set already, all contenders keep freed
+memory (`contenders.KEEP_MEMORY`).
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.contenders import Contender, ContenderError, Kind, Worker, has_torch
+from benchmarks.contenders import KEEP_MEMORY, Contender, ContenderError, Kind, Worker, has_torch
 from unipool_jax.compose import compose_config
 from unipool_jax.config import Config
 
@@ -112,6 +114,7 @@ def main() -> None:
     names = dict.fromkeys([*arguments.methods, *([arguments.against] if arguments.against != "pytorch" else [])])
     configs = {name: compose_config([*CASES[arguments.case], f"method={name}", *arguments.overrides]) for name in names}
     first = next(iter(configs.values()))
+    os.environ.setdefault("GLIBC_TUNABLES", KEEP_MEMORY)
     print(environment())
     print(
         f"{arguments.case}: {first.model.num_layers} layers, {first.model.hidden_size} wide, experts of "
