@@ -4,7 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP_INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-input --require-hashes
+# Each lock is given as constraints too: pip before 23.3 does not let a pinned package answer for the same one with extras.
+pip_install = $(RUN) -m pip install --quiet --disable-pip-version-check --no-input --require-hashes \
+	--requirement $(1) --constraint $(1)
 UV := uv==0.13.9
 # `make lock LOCK_FLAGS=--upgrade` takes the newest versions that setup.cfg allows.
 LOCK_FLAGS ?=
@@ -65,11 +67,11 @@ $(VENV)/python.stamp:
 	@touch $@
 
 $(VENV)/core.stamp: requirements.lock $(VENV)/python.stamp
-	$(PIP_INSTALL) --requirement requirements.lock
+	$(call pip_install,requirements.lock)
 	@touch $@
 
 $(VENV)/test.stamp: requirements-test.lock $(VENV)/python.stamp
-	$(PIP_INSTALL) --requirement requirements-test.lock
+	$(call pip_install,requirements-test.lock)
 	@touch $@
 
 $(VENV)/torch.stamp: setup.cfg $(VENV)/test.stamp
