@@ -26,8 +26,9 @@ Kind = Literal["jax", "pytorch", "pytorch-compiled"]
 KEEP_MEMORY = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
 )
-"""Value of GLIBC_TUNABLES with which freed memory is used again: a step's large arrays are fresh memory otherwise, and on
-a virtual machine that gives freed pages back to its host, steps then take anything between one and two times as long."""
+"""Value of GLIBC_TUNABLES with which freed memory is used again: a step's large arrays are fresh memory otherwise, and
+on a virtual machine that gives freed pages back to its host, steps then take anything between one and two times as
+long."""
 
 _ENVIRONMENT = {
     # Threads of PyTorch's pool that spin while another process has its turn would slow that one down.

@@ -80,7 +80,9 @@ def test_the_loss_is_the_mean_over_tokens(model: tuple[Config, Corpus, TrainStat
 
     config, corpus, state = model
     stream, length = _stream(corpus, "valid"), config.data.sequence_length
-    apply = jax.jit(lambda tokens: Transformer(config).apply({"params": state.params}, tokens, state.balance[0])[0])
+    apply = jax.jit(
+        lambda tokens: Transformer(config).apply({"params": state.params}, tokens, state.balance[0])[0].logits()
+    )
     total, count = 0.0, 0
     for start in range(0, len(stream) - 1, length):
         window = stream[start : start + length + 1]

@@ -27,9 +27,10 @@ from unipool_jax.analysis.probe import (
     random_choices,
 )
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.model.head import cross_entropy
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.routing import route
-from unipool_jax.training.step import init_balance, token_losses
+from unipool_jax.training.step import init_balance
 
 FORWARD = jax.jit(forward, static_argnums=0)
 ONE = "moe.score_constant=one"  # no need to estimate a constant for every number of experts
@@ -41,7 +42,7 @@ def test_nothing_forced_is_the_model_itself() -> None:
     step = make_observed_step(config)
     seen = step(state.params, state.balance, batch, None)
     logits, stats = FORWARD(config, state.params, batch.inputs, state.balance.expert_bias_GNE)
-    np.testing.assert_allclose(seen.loss_BS, token_losses(logits, batch.targets), atol=1e-5)
+    np.testing.assert_allclose(seen.loss_BS, cross_entropy(logits, batch.targets), atol=1e-5)
     counts = np.asarray(stats.counts_AE).sum(axis=2).reshape(config.model.num_layers, -1)
     found = [np.bincount(np.ravel(e), minlength=config.experts_per_pool) for e in np.asarray(seen.experts_LNK)]
     assert np.array_equal(found, counts)

@@ -21,7 +21,7 @@ from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import MixtureBlock, Transformer
 from unipool_jax.moe.lock import score_factors
 from unipool_jax.moe.routing import Routing, route
-from unipool_jax.training.step import BalanceState, token_losses
+from unipool_jax.training.step import BalanceState
 
 FORCED, OBSERVED = "forced_routing", "observed_routing"
 
@@ -86,9 +86,9 @@ def make_observed_step(config: Config) -> ObservedStep:
                 score_factor_GNE=score_factors(config, balance.lock),
                 mutable=[OBSERVED],
             )
-        (logits_BSV, *_), observed = output
+        (head, *_), observed = output
         (experts,) = observed[OBSERVED]["pools"]["layers"]["mixture"]["experts"]
-        losses_BS = token_losses(logits_BSV, batch.targets) * batch.weights
+        losses_BS = head.token_losses(batch.targets) * batch.weights
         return Observed(losses_BS, experts.reshape(config.model.num_layers, *experts.shape[2:]))
 
     return step

@@ -18,6 +18,7 @@ from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.linear import linear, lookup
 from unipool_jax.mesh import GATHERED, active, constrain
 from unipool_jax.model.attention import Attention, KeyValueCache
+from unipool_jax.model.head import Head
 from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
 from unipool_jax.moe.pool import ExpertPool, gathered_bank, gradient_master
 from unipool_jax.moe.routing import Routing, RoutingStats, norm_constant, route, scores
@@ -201,8 +202,8 @@ class Transformer(nn.Module):
         start_B: jax.Array | None = None,
         master: Bank | None = None,
         score_factor_GNE: jax.Array | None = None,
-    ) -> tuple[jax.Array, RoutingStats, KeyValueCache | None, Bank | None]:
-        """Logits of the next token at every position, routing statistics, and the cache with these tokens in it.
+    ) -> tuple[Head, RoutingStats, KeyValueCache | None, Bank | None]:
+        """The output head, routing statistics, and the cache with these tokens in it.
 
         Args:
           tokens_BS: token ids, int32.
@@ -213,8 +214,8 @@ class Transformer(nn.Module):
           score_factor_GNE: factor on every score, float32, or None: see `route` and `moe.lock`.
 
         Returns:
-          Logits, float32 `[B, S, V]` over the padded vocabulary, `RoutingStats` stacked to `[G, L/G, ...]`, the cache,
-          and the masters of the pools.
+          What logits and losses are made of, `RoutingStats` stacked to `[G, L/G, ...]`, the cache, and the masters of
+          the pools.
         """
         config, model = self.config, self.config.model
         init = nn.initializers.normal(model.init_std)
@@ -243,11 +244,10 @@ class Transformer(nn.Module):
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
         hidden_BSD = rms_norm(hidden_BSD, final_gain_D, model.norm_epsilon)
         output_VD = self.param("output", init, table_shape, jnp.float32)
-        logits_BSV = linear(hidden_BSD, output_VD, ("vocab", "embed"), transposed=True, wide=True)
         # Groups of the Switch loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
         batch, sequences = tokens_BS.shape[0], config.loss.switch_group_sequences
         stats = stats.grouped(batch // sequences if batch % sequences == 0 else 1)
-        return constrain(logits_BSV, "batch", None, "vocab"), stats, cache, master
+        return Head(hidden_BSD, output_VD), stats, cache, master
 
 
 def forward(
@@ -258,7 +258,8 @@ def forward(
     score_factor_GNE: jax.Array | None = None,
 ) -> tuple[jax.Array, RoutingStats]:
     """`Transformer` as a function of its parameters: logits `[B, S, V]` float32 and stacked `RoutingStats`."""
-    return forward_sharing(config, params, tokens_BS, expert_bias_GNE, None, score_factor_GNE)[:2]
+    head, stats, _ = forward_sharing(config, params, tokens_BS, expert_bias_GNE, None, score_factor_GNE)
+    return head.logits(), stats
 
 
 def forward_sharing(
@@ -268,17 +269,17 @@ def forward_sharing(
     expert_bias_GNE: jax.Array,
     master: Bank | None,
     score_factor_GNE: jax.Array | None = None,
-) -> tuple[jax.Array, RoutingStats, Bank | None]:
-    """`forward` of a model with one pool whose bank is a constant: gradients reach it through `master` `[1, ...]`.
+) -> tuple[Head, RoutingStats, Bank | None]:
+    """`forward` up to its logits; a bank that is a constant gets its gradient through `master` `[1, ...]` (one pool).
 
     Returns:
-      What `forward` returns, and `master`, for the next micro-batch; None is handed on as None.
+      The output head, stacked `RoutingStats`, and `master`, for the next micro-batch; None is handed on as None.
     """
     output: Any = Transformer(config).apply(
         {"params": params}, tokens_BS, expert_bias_GNE, master=master, score_factor_GNE=score_factor_GNE
     )
-    logits_BSV, stats, _, master = output
-    return logits_BSV, stats, master
+    head, stats, _, master = output
+    return head, stats, master
 
 
 def empty_cache(config: Config, batch_size: int, length: int) -> KeyValueCache:
@@ -306,5 +307,5 @@ def forward_cached(
     output: Any = Transformer(config).apply(
         {"params": params}, tokens_BS, expert_bias_GNE, cache, start_B, score_factor_GNE=score_factor_GNE
     )
-    logits_BSV, _, cache, _ = output
-    return logits_BSV, cache
+    head, _, cache, _ = output
+    return head.logits(), cache

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 
 from unipool_jax.config import Config
 from unipool_jax.data.pipeline import Batch
@@ -109,14 +108,6 @@ def with_bank(params: Any, bank: Bank) -> Any:
     return params | {"pools": params["pools"] | {"bank": weights}}
 
 
-def token_losses(logits_BSV: jax.Array, targets_BS: ArrayLike) -> jax.Array:
-    """Cross-entropy in nats of every position over the padded vocabulary, float32 `[B, S]`."""
-    # A masked sum, not a gather: over a mesh the vocabulary may be split.
-    chosen_BSV = jnp.arange(logits_BSV.shape[-1]) == jnp.asarray(targets_BS)[..., None]
-    picked_BS = jnp.sum(jnp.where(chosen_BSV, logits_BSV, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits_BSV, axis=-1) - picked_BS
-
-
 def state_shapes(config: Config, mesh: Mesh | None = None) -> TrainState:
     """Shapes and dtypes of the training state, with the shardings of `mesh`; no memory is used."""
     # The key is made inside: a device that is only compiled for cannot make one.
@@ -169,7 +160,7 @@ def make_train_step(
         total_weight: jax.Array,
     ) -> tuple[tuple[jax.Array, Bank | None], tuple[Metrics, RoutingStats]]:
         params = params if fixed is None else with_bank(params, fixed)
-        logits_BSV, stats, master = forward_sharing(
+        head, stats, master = forward_sharing(
             config,
             params,
             micro.inputs,
@@ -177,9 +168,8 @@ def make_train_step(
             master,
             score_factors(config, state.balance.lock),
         )
-        losses_BS = token_losses(logits_BSV, micro.targets)
         # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
-        lm = jnp.sum(losses_BS * micro.weights) * num_micro / total_weight
+        lm = head.weighted_loss(micro.targets, micro.weights) * num_micro / total_weight
         balance = jnp.zeros((), jnp.float32)
         if loss_config.balance == "switch":
             group_tokens = loss_config.switch_group_sequences * config.data.sequence_length
@@ -315,8 +305,8 @@ def make_eval_step(
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
         factors = score_factors(config, balance.lock)
-        logits_BSV, stats = forward(config, params, batch.inputs, balance.expert_bias_GNE, factors)
-        losses_BS = token_losses(logits_BSV, batch.targets)
+        head, stats, _ = forward_sharing(config, params, batch.inputs, balance.expert_bias_GNE, None, factors)
+        losses_BS = head.token_losses(batch.targets)
         counted_BS = batch.weights > 0
 
         def by_layer(counts_GNAE: jax.Array) -> jax.Array:

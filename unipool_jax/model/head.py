@@ -1,0 +1,114 @@
+"""The output head and its loss: logits of a whole batch are never in memory at once, unless they are asked for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from unipool_jax.linear import linear
+from unipool_jax.mesh import active, constrain
+
+_CHUNK = 512
+"""Positions whose logits are made at once: enough rows for a product at full speed, few enough to stay in cache."""
+
+
+class Head(NamedTuple):
+    """Normed output of the last layer, `[B, S, D]` in the compute dtype, and the output matrix, float32 `[V, D]`."""
+
+    hidden_BSD: jax.Array
+    output_VD: jax.Array
+
+    def logits(self) -> jax.Array:
+        """Logits of the next token at every position, float32 `[B, S, V]` over the padded vocabulary."""
+        logits_BSV = linear(self.hidden_BSD, self.output_VD, ("vocab", "embed"), transposed=True, wide=True)
+        return constrain(logits_BSV, "batch", None, "vocab")
+
+    def token_losses(self, targets_BS: ArrayLike) -> jax.Array:
+        """Cross-entropy of every position, in nats, float32 `[B, S]`; to be evaluated, not differentiated."""
+        if active() is not None:
+            return cross_entropy(self.logits(), targets_BS)
+        hidden_XCD, targets_XC = self._chunks(targets_BS)
+        used_VD = self.output_VD.astype(self.hidden_BSD.dtype)
+        losses_XC = lax.map(lambda chunk: cross_entropy(_logits(chunk[0], used_VD), chunk[1]), (hidden_XCD, targets_XC))
+        batch, length, _ = self.hidden_BSD.shape
+        return losses_XC.reshape(-1)[: batch * length].reshape(batch, length)
+
+    def weighted_loss(self, targets_BS: ArrayLike, weights_BS: ArrayLike) -> jax.Array:
+        """Sum over positions of weight times cross-entropy in nats, float32 scalar; its gradient takes no second pass.
+
+        Over a mesh the logits are made whole: each chunk would add up a weight gradient of full size over the devices.
+        """
+        if active() is not None:
+            return jnp.sum(cross_entropy(self.logits(), targets_BS) * weights_BS)
+        return _weighted_loss(self.output_VD, *self._chunks(targets_BS, weights_BS))
+
+    def _chunks(self, *values_BS: ArrayLike) -> tuple[jax.Array, ...]:
+        """Hidden states and values of all positions, `[X, C, ...]`; zeros behind the last."""
+
+        def split(array: jax.Array, positions: int) -> jax.Array:
+            array = array.reshape(positions, *array.shape[2:])
+            padding = -positions % min(positions, _CHUNK)
+            array = jnp.pad(array, [(0, padding), *[(0, 0)] * (array.ndim - 1)])
+            return array.reshape(-1, min(positions, _CHUNK), *array.shape[1:])
+
+        batch, length, _ = self.hidden_BSD.shape
+        return tuple(split(jnp.asarray(array), batch * length) for array in (self.hidden_BSD, *values_BS))
+
+
+def cross_entropy(logits: jax.Array, targets: ArrayLike) -> jax.Array:
+    """Cross-entropy in nats over the last axis of the logits: `[..., V]` and int `[...]` -> float32 `[...]`."""
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(_chosen(logits, targets), logits, 0.0), axis=-1)
+
+
+def _chosen(logits: jax.Array, targets: ArrayLike) -> jax.Array:
+    """Mask of the targets: a masked sum, not a gather, because over a mesh the vocabulary may be split."""
+    return jnp.arange(logits.shape[-1]) == jnp.asarray(targets)[..., None]
+
+
+def _logits(hidden_CD: jax.Array, used_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("cd,vd->cv", hidden_CD, used_VD, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _weighted_loss(
+    output_VD: jax.Array, hidden_XCD: jax.Array, targets_XC: jax.Array, weights_XC: jax.Array
+) -> jax.Array:
+    return _loss_and_gradients(output_VD, hidden_XCD, targets_XC, weights_XC)[0]
+
+
+def _loss_and_gradients(
+    output_VD: jax.Array, hidden_XCD: jax.Array, targets_XC: jax.Array, weights_XC: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The loss, and what its gradients are for a cotangent of one.
+
+    The gradient of the logits of a position is known as soon as they are: weight x (softmax - one-hot).
+    """
+    used_VD = output_VD.astype(hidden_XCD.dtype)
+
+    def add_chunk(
+        grad_VD: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        hidden_CD, targets_C, weights_C = chunk
+        logits_CV = _logits(hidden_CD, used_VD)
+        total_C1 = jax.nn.logsumexp(logits_CV, axis=-1, keepdims=True)
+        grad_CV = (jnp.exp(logits_CV - total_C1) - _chosen(logits_CV, targets_C)) * weights_C[:, None]
+        grad_VD = grad_VD + jnp.einsum("cv,cd->vd", grad_CV, hidden_CD, preferred_element_type=jnp.float32)
+        hidden_grad_CD = jnp.einsum("cv,vd->cd", grad_CV, used_VD, preferred_element_type=jnp.float32)
+        return grad_VD, (cross_entropy(logits_CV, targets_C), hidden_grad_CD)
+
+    zeros_VD = jnp.zeros(output_VD.shape, jnp.float32)
+    grad_VD, (losses_XC, hidden_grad_XCD) = lax.scan(add_chunk, zeros_VD, (hidden_XCD, targets_XC, weights_XC))
+    # Arrays without elements remember the dtype of the hidden states.
+    return jnp.sum(losses_XC * weights_XC), (grad_VD, hidden_grad_XCD, losses_XC, hidden_XCD[:0])
+
+
+def _scaled_gradients(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array | None, ...]:
+    grad_VD, hidden_grad_XCD, losses_XC, like_hidden = saved
+    return grad * grad_VD, (grad * hidden_grad_XCD).astype(like_hidden.dtype), None, grad * losses_XC
+
+
+_weighted_loss.defvjp(_loss_and_gradients, _scaled_gradients)
