@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from unipool_jax.config import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.upcycle import upcycle
 from unipool_jax.convert.weights import Weights
+from unipool_jax.model.head import cross_entropy
 from unipool_jax.model.transformer import forward
+from unipool_jax.moe.balance import load_fractions, pool_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 
@@ -41,11 +45,15 @@ def logits(config: Config, weights: Weights) -> np.ndarray:
         ("vanilla_aux_free", "moe.experts_per_layer=4", "moe.top_k=2"),
         ("vanilla_aux_free", "moe.experts_per_layer=1", "pool.groups=1"),
         ("vanilla_aux_free", "moe.experts_per_layer=1", "pool.groups=2"),
+        ("vanilla_normrouter", "moe.experts_per_layer=4"),
+        ("unipool", "moe.experts_per_layer=2"),
+        ("unipool", "moe.experts_per_layer=4", "pool.groups=2", "moe.top_k=2"),
+        ("unipool", "pool.experts=11"),
     ],
     ids=" ".join,
 )
 def test_dense_to_mixture_is_exact(overrides: tuple[str, ...]) -> None:
-    """All factors are powers of two, so only the order of sums may differ."""
+    """Gates add up to one, so only rounding may differ; 11 experts are two for each layer and three to spare."""
     config, new = tiny_config("dense"), tiny_config(*overrides)
     weights = scaled(config)
     np.testing.assert_allclose(
@@ -66,10 +74,40 @@ def test_mixture_to_pool_and_back_is_exact(method: str, groups: int, top_k: int)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), back, weights)
 
 
+@pytest.mark.parametrize("method", ["dense", "vanilla_normrouter"])
+def test_noise_lets_training_reach_every_expert(method: str) -> None:
+    """Rows of zeros have no gradient; with noise the function changes a little and every row has one."""
+    config = tiny_config(method, *(["moe.experts_per_layer=4"] if method != "dense" else []))
+    new = tiny_config("unipool", "moe.experts_per_layer=4")
+    weights, batch = scaled(config), tiny_batch(new)
+
+    def router_gradient(pooled: Weights) -> np.ndarray:
+        bias = jax.numpy.asarray(pooled.expert_bias_GNE)
+        params = jax.tree.map(jax.numpy.asarray, pooled.params)
+
+        def loss(params: Any) -> jax.Array:
+            logits_BSV, stats = forward(new, params, batch.inputs, bias)
+            balance = pool_loss(stats, load_fractions(stats.counts_AE), batch.inputs.size, 0.01)
+            return cross_entropy(logits_BSV, batch.targets).mean() + balance
+
+        grads = jax.jit(jax.grad(loss))(params)["pools"]["layers"]["mixture"]["router"]
+        return np.abs(np.asarray(grads)).sum(axis=-1)
+
+    exact, noisy = upcycle(config, weights, new), upcycle(config, weights, new, noise=1e-3)
+    zero = ~exact.params["pools"]["layers"]["mixture"]["router"].any(axis=-1)
+    assert zero.any()
+    assert not router_gradient(exact)[zero].any()
+    assert (router_gradient(noisy) > 0).all()
+    source = logits(config, weights)
+    assert np.abs(logits(new, noisy) - source).mean() < 0.05 * np.abs(source).mean()
+
+
 def test_what_cannot_be_exact_is_refused() -> None:
     dense, vanilla = tiny_config("dense"), tiny_config("vanilla")
-    with pytest.raises(ConversionError, match="no weights compute what the dense model does"):
-        upcycle(dense, scaled(dense), tiny_config("unipool"))
+    with pytest.raises(ConversionError, match="takes two experts a layer"):
+        upcycle(dense, scaled(dense), tiny_config("unipool", "moe.experts_per_layer=1"))
+    with pytest.raises(ConversionError, match="only NormRouter"):
+        upcycle(dense, scaled(dense), vanilla, noise=0.01)
     with pytest.raises(ConversionError, match="only by a selection bias"):
         upcycle(dense, scaled(dense), tiny_config("shared_pool_aux"))
     with pytest.raises(ConversionError, match="every expert takes part"):

@@ -5,15 +5,18 @@ python -m unipool_jax.convert import file=demo.safetensors run=runs/imported
 python -m unipool_jax.convert import file=published.safetensors layout=megatron run=runs/182m scale=182m method=unipool
 python -m unipool_jax.convert import file=SmolLM2-135M.gguf run=runs/smollm2
 python -m unipool_jax.convert upcycle run=runs/dense out=runs/mixture method=vanilla moe.experts_per_layer=4
+python -m unipool_jax.convert upcycle run=runs/dense out=runs/pool method=unipool noise=0.01
 
 A file that `export` wrote names its own layout and configuration; for other files give the layout and the settings of
 the model as for `train.py`; a GGUF file (LLaMA-style, dense) describes itself. `upcycle` makes a model of another
-architecture that computes the same, if there is one; give its settings as for `train.py`. A new run starts at step 0
-with a fresh optimiser.
+architecture that computes the same, if there is one; give its settings as for `train.py`. With NormRouter, layers of
+such a model never come to share experts; `noise=STD` gives up equality for that. A new run starts at step 0 with a
+fresh optimiser.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +57,17 @@ def _step(options: dict[str, str]) -> int | None:
     return None if step is None else int(step)
 
 
+def _noise(options: dict[str, str]) -> float:
+    text = options.get("noise", "0")
+    try:
+        noise = float(text)
+    except ValueError:
+        noise = math.nan
+    if not 0 <= noise < math.inf:
+        raise ConfigError([f"noise={text}: expected a standard deviation, 0 or more; for example noise=0.01"])
+    return noise
+
+
 def _layout(options: dict[str, str], default: LayoutName | None) -> LayoutName:
     wanted = options.get("layout", default)
     for name in LAYOUT_NAMES:
@@ -91,12 +105,13 @@ def _import(words: list[str]) -> None:
 
 
 def _upcycle(words: list[str]) -> None:
-    options = _take(words, "run", "step", "out")
+    options = _take(words, "run", "step", "out", "noise")
     folder = Path(_need(options, "out", "runs/mixture"))
+    noise = _noise(options)
     config, weights = read_run(options.get("run", "latest"), _step(options))
     target = compose_config(words)
     validate(target)
-    count = write_run(folder, target, upcycle(config, weights, target))
+    count = write_run(folder, target, upcycle(config, weights, target, noise))
     print(f"{folder}: {target.scale_name} {target.method_name}, {count} experts, at step 0")
 
 

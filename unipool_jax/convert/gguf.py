@@ -34,7 +34,13 @@ def read_gguf(path: Path) -> tuple[Config, Weights, bytes]:
     if fields.get("general.architecture") != "llama":
         raise ConversionError(f"{path}: architecture {fields.get('general.architecture')}; only llama is known")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(fields, vocab_size=int(tensors["token_embd.weight"].shape[1]))
+    if "token_embd.weight" not in tensors:
+        raise ConversionError(f"{path}: missing tensors ['token_embd.weight']")
+    try:
+        config = _config(fields, vocab_size=int(tensors["token_embd.weight"].shape[1]))
+        tokenizer = _tokenizer(fields)
+    except KeyError as error:
+        raise ConversionError(f"{path}: no field {error}, which describes the model") from error
     weights = empty_weights(config)
     layout = _layout(config, weights)
     tied = "output.weight" not in tensors
@@ -49,12 +55,17 @@ def read_gguf(path: Path) -> tuple[Config, Weights, bytes]:
             raise ConversionError(f"{path}: {name} has shape {list(array.shape)}, expected {list(entry.shape)}")
         for part in entry.parts:
             part.ours[...] = part.view(array)
-    return config, weights, _tokenizer(fields)
+    return config, weights, tokenizer
 
 
 def _config(fields: dict[str, Any], vocab_size: int) -> Config:
     layers = int(fields["llama.block_count"])
     heads = int(fields["llama.attention.head_count"])
+    head_size = int(fields["llama.embedding_length"]) // heads
+    if fields.get("llama.rope.scaling.type", "none") != "none" or (
+        int(fields.get("llama.rope.dimension_count", head_size)) != head_size
+    ):
+        raise ConversionError("llama.rope: scaled positions, or rotation of a part of the head, are not known here")
     model = ModelConfig(
         num_layers=layers,
         hidden_size=int(fields["llama.embedding_length"]),

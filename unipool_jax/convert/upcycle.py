@@ -4,13 +4,18 @@ An expert of a pool that many layers share must be out of reach of the layers th
 on its logits, so whether that is possible depends on how it turns logits into scores:
 
 - NormRouter: a row of zeros gives a logit of 0, which leaves the norm alone and scores 0, so it never comes before a
-  positive score. The constant c depends on the number of experts; the learnable scale takes up the difference.
+  positive score. The constant c depends on the number of experts; the learnable scale takes up the difference. Two rows
+  w and -w make a constant gate: one of their logits is positive, and that over the norm is 1/sqrt(2) for every token.
 - Sigmoid with a selection bias: a low bias keeps an expert from being chosen, and gates do not contain the bias.
 - Softmax: every expert takes part in the denominator, and no finite row takes it out. It cannot be exact.
+
+NormRouter's rows of zeros stay zeros in training: neither a gate nor the pool loss has a gradient to them, so layers
+would never come to share. `noise` makes such rows small random ones: every expert can be reached, and equality is lost.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -22,13 +27,21 @@ from unipool_jax.convert.weights import Weights, empty_weights
 from unipool_jax.moe.routing import norm_constant
 
 
-def upcycle(config: Config, weights: Weights, target: Config) -> Weights:
+def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0) -> Weights:
     """Weights of the model `target` that computes what `weights` compute.
+
+    Args:
+      config: of the source.
+      weights: of the source.
+      target: of the new model, with the same backbone.
+      noise: standard deviation, from a fixed seed, of NormRouter's rows that would be zeros. With 0 the new model
+        computes the same function; above it nearly the same, and training can reach every expert of a shared pool.
 
     Three conversions, told apart by the configurations:
 
     - dense to mixture: every expert of a layer starts as a copy of its feed-forward block (sparse upcycling, arXiv
-      2212.05055); with one expert per layer also into shared pools, each layer choosing its own block;
+      2212.05055). Into pools that layers share with NormRouter and two or more experts per layer, or with a selection
+      bias and one: each layer chooses copies of its own block;
     - mixture to fewer pools (`target.pool.groups` divides `config.pool.groups`): adjacent pools become one;
     - mixture to more pools: the reverse, for routers that reach only their own share of the pool.
 
@@ -50,6 +63,12 @@ def upcycle(config: Config, weights: Weights, target: Config) -> Weights:
         _from_dense(weights, target, new)
     else:
         _regroup(config, weights, target, new)
+    if noise:
+        if target.moe.router != "norm":
+            raise ConversionError(f"noise={noise}: only NormRouter (moe.router=norm) has rows of zeros that need it")
+        rows = _mixture(new)["router"]
+        random = np.random.default_rng(0).normal(0, noise, rows.shape).astype(np.float32)
+        np.copyto(rows, random, where=~rows.any(axis=-1, keepdims=True))
     return new
 
 
@@ -64,18 +83,16 @@ def _bias_by_layer(weights: Weights) -> np.ndarray:
 
 
 def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
-    """Copies of each layer's block, behind a router of zeros whose gates add up to 1 / the factor on the outputs."""
+    """Copies of each layer's block, behind a router whose gates add up to 1 / the factor on the outputs."""
     layers, groups, experts = target.model.num_layers, target.pool.groups, target.experts_per_pool
     router, top_k = target.moe.router, target.moe.top_k
     old, bank = weights.params["pools"]["bank"], new.params["pools"]["bank"]
     if router == "none":
         raise ConversionError("moe.router=none: the target is dense like the source; nothing to convert")
-    if router == "norm":
-        raise ConversionError(
-            "moe.router=norm: NormRouter's gates follow the direction of the logits, and no router weights make them 1 "
-            "for every token, so no weights compute what the dense model does; upcycle to softmax or sigmoid"
-        )
     _mixture(new)["router"][...] = 0
+    if router == "norm":
+        _norm_from_dense(old, target, new)
+        return
     if groups == layers:
         for name in bank:
             bank[name][...] = old[name]
@@ -91,27 +108,50 @@ def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
     else:
         raise ConversionError(
             f"pool.groups={groups}: a layer can be held to its own block of a shared pool only by a selection bias; "
-            "use method=vanilla_aux_free (router sigmoid, loss.balance=expert_bias) with moe.top_k=1 and "
-            "moe.experts_per_layer=1, or keep pool.groups=model.num_layers"
+            "use NormRouter (method=unipool), or method=vanilla_aux_free (router sigmoid, loss.balance=expert_bias) "
+            "with moe.top_k=1 and moe.experts_per_layer=1, or keep pool.groups=model.num_layers"
         )
     bank["down"] *= np.float32(1 / gates)
+
+
+def _norm_from_dense(old: dict[str, Any], target: Config, new: Weights) -> None:
+    """Each layer owns an equal run of its pool, copies of its block, and chooses between two of them with gate 1."""
+    layers, experts, sharing = target.model.num_layers, target.experts_per_pool, target.layers_per_pool
+    own = experts // sharing
+    if own < 2:
+        raise ConversionError(
+            f"{experts} experts for {sharing} layers of a pool: a constant gate of NormRouter takes two experts a "
+            "layer; use moe.experts_per_layer=2 or more"
+        )
+    # Experts beyond the last run are copies of the blocks of the first layers.
+    layer_of_GE = np.arange(target.pool.groups)[:, None] * sharing + np.arange(experts) // own % sharing
+    for name, array in new.params["pools"]["bank"].items():
+        array[...] = old[name].reshape(layers, *array.shape[2:])[layer_of_GE]
+    mixture = _mixture(new)
+    directions_LD = np.random.default_rng(0).normal(0, target.model.init_std, (layers, target.model.hidden_size))
+    first_L = np.arange(layers) % sharing * own
+    mixture["router"][np.arange(layers), first_L] = directions_LD
+    mixture["router"][np.arange(layers), first_L + 1] = -mixture["router"][np.arange(layers), first_L]
+    mixture["scale"][...] = math.sqrt(2) / _constant(target)
 
 
 def _regroup(config: Config, weights: Weights, target: Config, new: Weights) -> None:
     """Merge adjacent pools, or split pools among the layers that use them."""
     old_groups, new_groups = config.pool.groups, target.pool.groups
+    # Losses do not change what a model computes; a selection bias does.
+    biased = target.loss.balance == "expert_bias"
     same = (
         config.moe.router == target.moe.router
         and config.moe.top_k == target.moe.top_k
         and config.total_experts == target.total_experts
-        and config.loss.balance == target.loss.balance
+        and (config.loss.balance == "expert_bias") == biased
     )
     if not same or max(old_groups, new_groups) % min(old_groups, new_groups):
         raise ConversionError(
             f"{config.total_experts} experts in {old_groups} pools to {target.total_experts} in {new_groups}: router, "
-            "moe.top_k, loss.balance and the number of experts must stay, and one number of pools divide the other"
+            "moe.top_k, loss.balance=expert_bias and the number of experts must stay, and one number of pools divide "
+            "the other"
         )
-    biased = target.loss.balance == "expert_bias"
     if old_groups != new_groups and config.moe.router != "norm" and not biased:
         raise ConversionError(
             f"moe.router={config.moe.router}: every expert takes part in the scores of every other, so pools cannot be "
