@@ -13,12 +13,11 @@ import pytest
 
 from tiny import METHODS, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config import Config, ConfigError, MeshConfig
-from unipool_jax.mesh import AXES, make_mesh, problems, resolve_sizes
+from unipool_jax.mesh import make_mesh, problems, resolve_sizes
 from unipool_jax.sharding import (
     batch_sharding,
     memory_problem,
     placement,
-    process_rows,
     replicated_banks,
     report,
     state_shardings,
@@ -261,9 +260,3 @@ def test_what_does_not_divide_is_refused(more: list[str], message: str) -> None:
         train=dataclasses.replace(config.train, **sections["train"]),
     )
     assert any(re.search(message, found) for found in problems(config)), list(problems(config))
-
-
-def test_rows_of_a_process_are_all_where_there_is_one() -> None:
-    for sizes in MESHES.values():
-        assert process_rows(mesh_of(sizes), 16) == (0, 1)
-    assert mesh_of((8, 1, 1, 1)).axis_names == AXES

@@ -14,7 +14,7 @@ from runner import final_state, overrides
 from unipool_jax.compose import compose_config
 from unipool_jax.config import Config, ConfigError
 from unipool_jax.training import loop
-from unipool_jax.training.run_folder import run_name
+from unipool_jax.training.run_folder import RunError, RunFolder, run_name
 
 STEPS = 8
 SINGLE = ["mesh=single"]
@@ -104,6 +104,40 @@ def test_a_run_goes_on_on_another_mesh(
         second is EXPERTS_4
     )
     assert_close(moved, whole)
+
+
+def test_a_run_of_small_micro_batches_goes_on_over_devices_that_need_larger_ones(
+    whole: Config, configure: Callable[..., Config], stop_after: Callable[[int], None]
+) -> None:
+    stop_after(5)
+    assert loop.train(configure("run.name=moved", "train.microbatch_size=4", *SINGLE)) == 128 + 15
+    moved = configure("run.name=moved", "train.microbatch_size=8", *EIGHT)
+    assert loop.train(moved) == 0
+    assert_close(moved, whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ([], None),
+        (["method=vanilla"], None),
+        (["loss.pool_statistics=previous"], "loss.pool_statistics=previous"),
+        (["method=unipool_lock"], "lock.entropy_coefficient=0.005"),
+        (["method=unipool_lock", "lock.entropy_coefficient=0"], None),
+    ],
+)
+def test_micro_batches_may_change_where_losses_are_those_of_the_whole_batch(
+    configure: Callable[..., Config], more: list[str], reason: str | None
+) -> None:
+    before, after = (configure(*more, f"train.microbatch_size={size}") for size in (4, 8))
+    with RunFolder(before) as folder:
+        (folder.checkpoints / "4").mkdir(parents=True)
+    if reason is None:
+        RunFolder(after).close()
+        return
+    with pytest.raises(RunError) as error:
+        RunFolder(after)
+    assert f"train.microbatch_size: 4 there, 8 now (it decides the numbers with {reason})" in str(error.value)
 
 
 def test_measured_placement_changes_no_value(

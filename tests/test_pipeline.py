@@ -270,8 +270,7 @@ def test_batches_do_not_depend_on_processes_or_resume(real_store, count):
                 batch_size=8,
                 start_step=start,
                 end_step=stop,
-                process_index=process,
-                process_count=processes,
+                rows=range(process, 8, processes),
                 num_threads=2,
                 prefetch=3,
             )
@@ -279,7 +278,8 @@ def test_batches_do_not_depend_on_processes_or_resume(real_store, count):
         ]
         for step, parts in zip(range(start, stop), zip(*loaders, strict=True), strict=True):
             for field, want in enumerate(expected[step]):
-                np.testing.assert_array_equal(np.concatenate([part[field] for part in parts]), want)
+                for process, part in enumerate(parts):
+                    np.testing.assert_array_equal(part[field], want[process::processes])
 
 
 def test_grain_path_equals_the_direct_one_and_reopened_stores_agree(real_store):
@@ -309,10 +309,13 @@ def test_fingerprint_tells_sources_apart(real_store):
 
 def test_loading_refusals(real_store):
     source = WindowSource(real_store, "train", 16, 100, 0)
-    with pytest.raises(DataError, match="batch_size=10 must be a positive multiple of the 4"):
-        training_batches(source, batch_size=10, start_step=0, end_step=1, process_count=4)
-    with pytest.raises(DataError, match="process_index=2"):
-        training_batches(source, batch_size=10, start_step=0, end_step=1, process_index=2, process_count=2)
+    for wrong in ([], [3, 2], [2, 2], [-1, 4], [0, 10]):
+        with pytest.raises(DataError, match=r"rows=\[.*must be some of 0\.\.9, each once and in order"):
+            training_batches(source, batch_size=10, start_step=0, end_step=1, rows=wrong)
+        with pytest.raises(DataError, match=r"rows=\["):
+            evaluation_batches(source, batch_size=10, rows=wrong)
+    with pytest.raises(DataError, match="batch_size=0: must be positive"):
+        training_batches(source, batch_size=0, start_step=0, end_step=1)
     with pytest.raises(DataError, match=r"steps 0\.\.11 of 10 windows: the source has 100"):
         training_batches(source, batch_size=10, start_step=0, end_step=11)
     with pytest.raises(DataError, match=r"windows 90\.\.101: there are 100"):
@@ -365,9 +368,8 @@ def test_denominators_do_not_depend_on_batch_size_or_processes(real_store):
     for batch_size, count in ((1, 1), (7, 1), (64, 1), (12, 4), (10_000, 2)):
         tokens = size = 0
         for process in range(count):
-            for batch in evaluation_batches(
-                windows, batch_size=batch_size, process_index=process, process_count=count, num_threads=1
-            ):
+            rows = range(process, batch_size, count)
+            for batch in evaluation_batches(windows, batch_size=batch_size, rows=rows, num_threads=1):
                 assert batch.inputs.shape == (batch_size // count, 24)
                 assert batch.weights.dtype == np.float32
                 tokens += int(batch.weights.sum())
@@ -395,13 +397,15 @@ def test_moving_evaluation_does_not_rewind(real_store):
         seen += [batch.inputs[row] for batch in batches for row in range(8) if batch.weights[row].any()]
     np.testing.assert_array_equal(seen, source.batch(range(60)).inputs)
     # The last batch may leave a process without rows; it still gets as many batches as the others.
-    parts = [
-        list(moving_evaluation_batches(source, 0, 20, batch_size=8, process_index=p, process_count=4)) for p in range(4)
-    ]
+    owned = [[0, 4], [1, 2], [3, 5], [6, 7]]
+    parts = [list(moving_evaluation_batches(source, 0, 20, batch_size=8, rows=rows)) for rows in owned]
     assert [len(part) for part in parts] == [3] * 4
     assert not parts[3][-1].weights.any()
-    joined = np.concatenate([part[2].inputs for part in parts])
+    joined = np.zeros((8, 24), np.int32)
+    for rows, part in zip(owned, parts, strict=True):
+        joined[rows] = part[2].inputs
     np.testing.assert_array_equal(joined[:4], source.batch(range(16, 20)).inputs)
+    assert not joined[4:].any()
     with pytest.raises(DataError, match=r"windows 60\.\.80: there are 61"):
         moving_evaluation_batches(source, 3, 20, batch_size=8)
 

@@ -128,7 +128,8 @@ class LockConfig:
     entropy_warmup_steps: int | None = None
     """Steps of the warm-up; overrides entropy_warmup_fraction."""
     entropy_coefficient: float = 5e-3
-    """Weight of the squared distance of a layer's score entropy (nats) from ln(entropy_target); stays on to the end."""
+    """Weight of the squared distance of a layer's score entropy (nats) from ln(entropy_target); stays on to the end. As
+    published, the entropy is that of the mean scores of one micro-batch: it depends on train.microbatch_size."""
     entropy_target: float = 8.0
     """Number of experts that each layer is drawn towards using, from 1 to the experts a layer will own."""
     coverage_threshold: float = 0.95
@@ -179,7 +180,8 @@ class TrainConfig:
     batch_size: int = 512
     """Sequences per optimiser step, over all devices."""
     microbatch_size: int = 16
-    """Sequences per forward and backward pass; divides batch_size (gradient accumulation)."""
+    """Sequences per forward and backward pass, over all devices; divides batch_size (gradient accumulation). Losses do
+    not depend on it, but with loss.pool_statistics=previous and for the entropy loss of a lock."""
     seed: int = 1234
     """Seed of the initial weights and of the data order."""
     log_every: int = 10
@@ -368,6 +370,16 @@ class Config:
     def num_microbatches(self) -> int:
         """Forward and backward passes per optimiser step."""
         return self.train.batch_size // self.train.microbatch_size
+
+    @property
+    def microbatch_loss(self) -> str | None:
+        """The setting, with its value, that makes a loss one of micro-batches, so that their size decides the numbers;
+        None where all losses are those of the whole batch."""
+        if self.loss.balance == "pool" and self.loss.pool_statistics == "previous":
+            return "loss.pool_statistics=previous"
+        if self.lock.ownership != "none" and self.lock.entropy_coefficient:
+            return f"lock.entropy_coefficient={self.lock.entropy_coefficient:g}"
+        return None
 
     @property
     def tokens_per_step(self) -> int:

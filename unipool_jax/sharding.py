@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,25 +60,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which equal part of the rows of a batch this process loads: its number and how many parts there are.
+def process_rows(mesh: Mesh, batch_size: int, devices: Iterable[jax.Device] | None = None) -> list[int]:
+    """The rows of a batch that `devices` (those of this process) hold, in order.
 
-    Processes that share a tensor group load the same part.
+    Rarely one run of them: a mesh follows the links of a torus, where the devices of a host are neighbours in two
+    dimensions. Processes that share a tensor group hold the same rows.
     """
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    rows = sorted({index[0].indices(batch_size)[:2] for index in places.values() if index is not None})
-    first, last = rows[0][0], rows[-1][1]
-    if (
-        sum(stop - start for start, stop in rows) != last - first
-        or batch_size % (last - first)
-        or first % (last - first)
-    ):
-        raise ValueError(f"the devices of process {jax.process_index()} do not hold one run of rows: {rows}")
-    return first // (last - first), batch_size // (last - first)
+    places = batch_sharding(mesh).devices_indices_map((batch_size,))
+    wanted = mesh.local_devices if devices is None else devices
+    return sorted({row for device in wanted for row in range(*places[device][0].indices(batch_size))})
 
 
 def to_devices(mesh: Mesh, local: Any, batch_size: int) -> Any:
-    """A batch on its devices, from the rows that this process loaded (`process_rows`)."""
+    """A batch on its devices, from the rows that this process loaded: those of `process_rows`, in that order."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:])), local

@@ -7,7 +7,7 @@ experiments use, so the same stores and seed give the same batches as there.
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -279,24 +279,24 @@ class EvalWindows:
         return counts
 
 
-def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """Rows of a global batch that process `process_index` loads.
+def _rows(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
+    """`rows` of a batch, all of them for None.
 
     Raises:
-      DataError: `batch_size` is not a multiple of `process_count`, or no such process.
+      DataError: not one row or more of such a batch, each once and in order.
     """
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise DataError(f"batch_size={batch_size} must be a positive multiple of the {process_count} data processes")
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process_index={process_index}: must be in 0..{process_count - 1}")
-    size = batch_size // process_count
-    return range(process_index * size, (process_index + 1) * size)
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: must be positive")
+    if rows is None:
+        return range(batch_size)
+    if not rows or rows[0] < 0 or rows[-1] >= batch_size or any(a >= b for a, b in itertools.pairwise(rows)):
+        raise DataError(f"rows={list(rows)}: must be some of 0..{batch_size - 1}, each once and in order")
+    return rows
 
 
-def batch_at(source: Windows, step: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> Batch:
-    """This process's rows of the batch of `step`: windows `step * batch_size + row`."""
-    rows = process_rows(batch_size, process_index, process_count)
-    return source.batch([step * batch_size + row for row in rows])
+def batch_at(source: Windows, step: int, batch_size: int, rows: Sequence[int] | None = None) -> Batch:
+    """These `rows` (all) of the batch of `step`: windows `step * batch_size + row`."""
+    return source.batch([step * batch_size + row for row in _rows(rows, batch_size)])
 
 
 def training_batches(
@@ -305,8 +305,7 @@ def training_batches(
     batch_size: int,
     start_step: int,
     end_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
@@ -316,18 +315,19 @@ def training_batches(
     step, with any number of processes.
 
     Args:
-      batch_size: rows over all processes; each gets `batch_size / process_count` of them.
+      batch_size: rows over all processes.
+      rows: those that this process needs, in order; None is all of them.
       num_threads: that load batches.
       prefetch: batches loaded ahead.
 
     Raises:
-      DataError: rows do not divide over processes, or the source has too few windows.
+      DataError: there are no such rows, or the source has too few windows.
     """
-    process_rows(batch_size, process_index, process_count)
+    rows = _rows(rows, batch_size)
     if not 0 <= start_step <= end_step or end_step * batch_size > len(source):
         raise DataError(f"steps {start_step}..{end_step} of {batch_size} windows: the source has {len(source)} windows")
     return _loaded(
-        lambda step: batch_at(source, step, batch_size, process_index, process_count),
+        lambda step: batch_at(source, step, batch_size, rows),
         range(start_step, end_step),
         num_threads,
         prefetch,
@@ -355,33 +355,33 @@ def evaluation_batches(
     batch_size: int,
     start: int = 0,
     stop: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
     """Windows `start .. stop-1` in order, in batches of constant shape.
 
-    Rows missing from the last batch have weight 0. All processes get the same number of batches.
+    Rows missing from the last batch have weight 0. All processes get the same number of batches; `rows` are those that
+    this one needs, in order, None is all of them.
 
     Raises:
-      DataError: rows do not divide over processes, or there are no such windows.
+      DataError: there are no such rows or no such windows.
     """
-    rows = process_rows(batch_size, process_index, process_count)
+    own = _rows(rows, batch_size)
     stop = len(windows) if stop is None else stop
     if not 0 <= start < stop <= len(windows):
         raise DataError(f"windows {start}..{stop}: there are {len(windows)}")
 
     def make(step: int) -> Batch:
         first = start + step * batch_size
-        batch = windows.batch([i for row in rows if (i := first + row) < stop])
-        missing = len(rows) - len(batch.inputs)
+        batch = windows.batch([i for row in own if (i := first + row) < stop])
+        missing = len(own) - len(batch.inputs)
         return Batch(*(np.pad(array, ((0, missing), (0, 0))) for array in batch))
 
     return _loaded(make, range(-(-(stop - start) // batch_size)), num_threads, prefetch)
 
 
-def moving_evaluation_batches(source: Windows, evaluation: int, num_windows: int, **options: int) -> Iterator[Batch]:
+def moving_evaluation_batches(source: Windows, evaluation: int, num_windows: int, **options: Any) -> Iterator[Batch]:
     """Batches of evaluation number `evaluation` (from 0), each over the next `num_windows`.
 
     This is the reference protocol: the shuffled validation stream is not rewound, so successive

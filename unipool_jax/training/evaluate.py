@@ -86,10 +86,11 @@ class Evaluator:
             parts = shards(mesh, "batch")
             largest = -(-largest // parts) * parts
         self._batch_size = min(config.train.eval_batch_size, largest)
-        self._options = {"batch_size": self._batch_size, "num_threads": config.data.num_threads}
-        if mesh is not None:
-            index, count = process_rows(mesh, self._batch_size)
-            self._options |= {"process_index": index, "process_count": count}
+        self._options: dict[str, Any] = {
+            "batch_size": self._batch_size,
+            "rows": None if mesh is None else process_rows(mesh, self._batch_size),
+            "num_threads": config.data.num_threads,
+        }
 
     def windows(self, split: SplitName) -> EvalWindows:
         """The text of `split` as windows; raises DataError where there is none."""

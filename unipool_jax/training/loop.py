@@ -257,7 +257,6 @@ class _Run:
     def batches(self) -> Iterator[Batch]:
         """This process's rows of the training batches that are left."""
         config = self.config
-        index, count = (0, 1) if self.mesh is None else process_rows(self.mesh, config.train.batch_size)
         num_windows = config.train.steps * config.train.batch_size
         length, seed = config.data.sequence_length, config.train.seed
         source = WindowSource(self.corpus.stores, "train", length, num_windows, seed)
@@ -266,8 +265,7 @@ class _Run:
             batch_size=config.train.batch_size,
             start_step=self.start,
             end_step=config.train.steps,
-            process_index=index,
-            process_count=count,
+            rows=None if self.mesh is None else process_rows(self.mesh, config.train.batch_size),
             num_threads=config.data.num_threads,
         )
 

@@ -43,12 +43,14 @@ def run_name(config: Config) -> str:
 
 
 def frozen_differences(stored: Config, wanted: Config) -> list[str]:
-    """Settings that differ and may not change within a run: they decide which numbers it computes."""
-    return [
-        name
-        for name in differences(stored, wanted)
-        if not name.startswith(_MAY_CHANGE) and name not in _MAY_CHANGE_EXACTLY
-    ]
+    """Settings that differ and may not change within a run: they decide which numbers it computes.
+
+    `train.microbatch_size` is one of them only where a loss is one of micro-batches; elsewhere it may follow the mesh.
+    """
+    free = _MAY_CHANGE_EXACTLY
+    if stored.microbatch_loss is None and wanted.microbatch_loss is None:
+        free = free | {"train.microbatch_size"}
+    return [name for name in differences(stored, wanted) if not name.startswith(_MAY_CHANGE) and name not in free]
 
 
 class RunFolder:
@@ -113,7 +115,9 @@ class RunFolder:
         changed = frozen_differences(stored, config)
         if changed:
             before, now = settings(stored), settings(config)
-            lines = [f"  - {name}: {before[name]!r} there, {now[name]!r} now" for name in changed]
+            reason = stored.microbatch_loss or config.microbatch_loss
+            why = {"train.microbatch_size": f" (it decides the numbers with {reason})"}
+            lines = [f"  - {name}: {before[name]!r} there, {now[name]!r} now{why.get(name, '')}" for name in changed]
             raise RunError(
                 f"{self.path} holds a run with other settings:\n"
                 + "\n".join(lines)

@@ -128,9 +128,12 @@ def make_train_step(
     """The jitted training step; it donates the state it is given. With a mesh, call it under `jax.set_mesh(mesh)`.
 
     The batch is worked through in `train.batch_size / train.microbatch_size` micro-batches. Losses, gradients and
-    balance statistics are those of the whole batch, whatever the number of micro-batches. When the loss or a gradient
-    is not finite, or rows overflow a receive buffer and `mesh.overflow=stop`, parameters, optimiser and balance state
-    stay as they were and only the step count moves on.
+    balance statistics are those of the whole batch, whatever their number, but for two losses that are published as
+    those of a micro-batch (`Config.microbatch_loss`) and are averaged over micro-batches here: the pool loss with
+    `loss.pool_statistics=previous`, and the entropy loss of a lock, which measures the mean scores of a micro-batch.
+
+    When the loss or a gradient is not finite, or rows overflow a receive buffer and `mesh.overflow=stop`, parameters,
+    optimiser and balance state stay as they were and only the step count moves on.
 
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), `grad_norm`, `learning_rate`, `finite`
     (bool), `overflow` (rows, int32), `counts_LE` (int32), with NormRouter `router_scale_L`, and with UniPool-lock
