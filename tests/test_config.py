@@ -19,6 +19,7 @@ from unipool_jax.compose import (
     config_from_omegaconf,
     differences,
     load_config,
+    overrides_from,
     register_schema,
     save_config,
 )
@@ -325,6 +326,18 @@ def test_a_file_written_by_hand_may_leave_settings_out(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"model": {"num_layers": 4}}))
     assert differences(load_config(path), Config()) == ["model.num_layers"]
+
+
+@pytest.mark.parametrize("text", ["a b", "it's", "back\\", "\\' $x", "null", "1e3", "", "[a,b]", "k=v", "a,b", "mine"])
+def test_overrides_make_one_configuration_of_another(text: str) -> None:
+    more = ["pool.experts=48", "train.eval_batches=null", "run.tensorboard=false", "optimizer.learning_rate=1e-5"]
+    wanted = compose_config(more)
+    wanted = dataclasses.replace(
+        wanted,
+        run=dataclasses.replace(wanted.run, name=text),
+        data=dataclasses.replace(wanted.data, files=(text, "b.txt")),
+    )
+    assert compose_config(overrides_from(compose_config(), wanted)) == wanted
 
 
 def test_differences_names_settings_in_schema_order() -> None:

@@ -1,4 +1,4 @@
-"""The planner: counts and times against brute force and compiled steps, presets, errors, the search."""
+"""The planner: counts and times against brute force and compiled steps, presets, errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,46 +14,21 @@ import numpy as np
 import pytest
 
 import train
+from planned import needs_compiler, small
+from tiny import tiny_batch, tiny_config
 from unipool_jax.chips import CHIPS, parse_topology
 from unipool_jax.compose import CONFIG_DIR, compose_config
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.config import ConfigError, MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
-from unipool_jax.mesh import AXES, make_mesh
+from unipool_jax.mesh import AXES, make_mesh, spec
 from unipool_jax.model.report import count_parameters
-from unipool_jax.planner import command, compilation, links, report, search, work
+from unipool_jax.planner import compilation, links, report, work
 from unipool_jax.planner.collectives import Collective, collectives, kernels, parse
-from unipool_jax.planner.roofline import estimate
+from unipool_jax.training.step import make_train_step, state_shapes
 from unipool_jax.validation import problems
 
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is built for Linux on x86 only"
-)
 SCALES = ("182m", "469m", "650m", "830m", "978m")
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "mesh").glob("*_*.yaml"))
-SMALL = [
-    "mode=plan",
-    "mesh.topology=v5p:2x2x1",
-    "mesh.data=1",
-    "mesh.fsdp=2",
-    "mesh.expert=2",
-    "model.num_layers=4",
-    "model.hidden_size=256",
-    "model.num_heads=4",
-    "model.ffn_size=640",
-    "model.vocab_size=1024",
-    "model.compute_dtype=bfloat16",
-    "model.remat=full",
-    "data.sequence_length=256",
-    "train.batch_size=16",
-    "train.microbatch_size=8",
-    "train.eval_batch_size=8",
-    "data.tokenizer=bytes",
-]
-
-
-def small(method: str, *more: str) -> Config:
-    """Four layers on four v5p chips, two micro-batches."""
-    return compose_config([f"method={method}", *SMALL, *more])
 
 
 @functools.cache
@@ -63,7 +37,8 @@ def small_plan(method: str, *more: str) -> tuple[report.Plan, str]:
     mesh = compilation.topology_mesh(config)
     program = compilation.compile_step(config, mesh)
     assert config.mesh.topology is not None
-    return report.from_program(config, parse_topology(config.mesh.topology), mesh, program), program.text
+    evaluation = compilation.Evaluation(temporary_bytes=10**6, seconds=0.0)
+    return report.from_programs(config, parse_topology(config.mesh.topology), mesh, program, evaluation), program.text
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -101,6 +76,17 @@ def test_wrong_topologies_are_named(setting: str, message: str) -> None:
     assert len(found) == 1
     assert found[0].startswith("mesh.topology=")
     assert message in found[0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_evaluation_with_a_preset_needs_no_more_than_training(preset: str) -> None:
+    """By count: a device has the same state in both."""
+    for scale in SCALES:
+        config = compose_config([f"mesh={preset}", f"scale={scale}", "mode=plan"])
+        assert config.mesh.topology is not None
+        sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+        counts = work.count(config, sizes, parse_topology(config.mesh.topology))
+        assert counts.evaluation_bytes <= counts.temporary_bytes
 
 
 def test_training_does_not_look_at_the_topology_s_devices() -> None:
@@ -315,6 +301,7 @@ def test_the_report_names_what_it_found() -> None:
     numbers = json.loads(text.splitlines()[-1])
     assert numbers["compiled"] is True
     assert numbers["memory"]["total"] == plan.total_bytes
+    assert numbers["memory"]["evaluation_total"] == numbers["memory"]["total"] - plan.temporary_bytes + 10**6
     assert numbers["memory"]["parameters"] * 2 == pytest.approx(numbers["memory"]["optimiser"], rel=0.01)
     # Four layers, two micro-batches; forward, recomputed, and counted beforehand for the exact pool loss.
     assert numbers["kernels"]["expert_ffn_in"] == 4 * 2 * 3
@@ -343,6 +330,13 @@ def test_a_published_scale_fits_its_pod() -> None:
 
 @needs_compiler
 @pytest.mark.slow
+def test_a_published_scale_fits_a_host_of_eight() -> None:
+    """The smallest memory among the presets, for training and for evaluation."""
+    fits("182m", "v5e_8")
+
+
+@needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["v5p_64", "v5e_256"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_fits(scale: str, preset: str) -> None:
@@ -356,62 +350,61 @@ def test_devices_without_their_compiler_are_counted() -> None:
     assert "counted, not compiled" in report.text(plan)
 
 
-def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.start(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"])) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "gpu:8"
-
-
-# Search
-
-
-def test_mesh_shapes_by_brute_force() -> None:
-    wanted = {shape for shape in np.ndindex(13, 13, 13, 13) if 0 not in shape and math.prod(shape) == 12}
-    assert set(search.mesh_shapes(12)) == wanted
-
-
-def test_a_search_finds_the_fastest_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = compose_config(
-        ["scale=182m", "mesh=gpu_8", "mode=plan", "plan.search=true", f"plan.figure={tmp_path}/deep/frontier.png"]
-    )
-    assert command.run(config) == 0
-    text = capsys.readouterr().out
-    found = search.candidates(config)
-    room = CHIPS["gpu"].hbm_bytes
-    fastest = min(c.estimate.seconds for c in found if c.gigabytes * 1e9 <= room)
-    last = json.loads(text.splitlines()[-1])
-    assert last["step_seconds"] == fastest
-    assert (tmp_path / "deep" / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    # The command it prints is one that composes and validates, and models to the same time.
-    overrides = last["command"].removeprefix("python train.py ").split()
-    again = compose_config([*overrides, "mesh.topology=gpu:8", "mode=plan"])
-    assert problems(again) == []
-    sizes = {axis: getattr(again.mesh, axis) for axis in AXES}
-    assert estimate(again, sizes, parse_topology("gpu:8"), None).seconds == fastest
-
-
-def test_the_frontier_has_what_nothing_beats() -> None:
-    found = search.candidates(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"]))
-    front = search.frontier(found)
-    for candidate in found:
-        better = [
-            f for f in front if f.estimate.seconds <= candidate.estimate.seconds and f.gigabytes <= candidate.gigabytes
-        ]
-        assert better
+def test_a_plan_whose_evaluation_does_not_fit_says_so() -> None:
+    """Half a million tokens on a device, all of which may go to one expert."""
+    plan = report.make_plan(compose_config(["scale=978m", "mesh=gpu_8", "mode=plan", "train.eval_batch_size=4096"]))
+    assert plan.total_bytes <= plan.topology.chip.hbm_bytes < plan.evaluation_total_bytes
+    assert not plan.fits
+    line = next(line for line in report.text(plan).splitlines() if "evaluation" in line)
+    assert line.endswith("DOES NOT FIT; train.eval_batch_size=4096")
+    assert json.loads(report.text(plan).splitlines()[-1])["memory"]["fits"] is False
 
 
 @needs_compiler
+def test_evaluation_that_the_compiler_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise compilation.MemoryExceededError("ran out")
+
+    monkeypatch.setattr(report, "compile_step", lambda *_: None)
+    monkeypatch.setattr(report, "compile_evaluation", refuse)
+    with pytest.raises(ConfigError, match=r"train.eval_batch_size=8: evaluation does not fit \(ran out\); lower it"):
+        report.make_plan(small("unipool"))
+
+
+def test_rematerialisation_that_a_mesh_overrules_is_said() -> None:
+    """Eight sequences a device of per-layer experts over fsdp 2: `moe` is compiled, and counted, as `none`."""
+    seconds = {}
+    for remat in ("none", "moe", "full"):
+        config = compose_config(
+            ["scale=182m", "method=vanilla", "mesh=gpu_8", "mode=plan", "mesh.fsdp=2", "mesh.expert=4",
+             f"model.remat={remat}"]
+        )  # fmt: skip
+        plan = report.make_plan(config)
+        seconds[remat] = plan.estimate.seconds
+        assert ("recomputes nothing here: mesh.fsdp=2" in report.text(plan)) is (remat == "moe")
+    assert seconds["none"] == seconds["moe"] < seconds["full"]
+
+
 @pytest.mark.slow
-def test_a_search_compiles_the_best(tmp_path: Path) -> None:
-    config = small("unipool", "plan.search=true", "plan.compiled=1", f"plan.figure={tmp_path}/plan.png")
-    text = search.search(config)
-    assert "compiled (1 of the fastest):" in text
-    assert json.loads(text.splitlines()[-1])["compiled"] is True
+@pytest.mark.parametrize("more", [("vanilla",), ("unipool", "pool.groups=2"), ("unipool",)])
+def test_rematerialisation_is_counted_as_it_is_traced(more: tuple[str, ...]) -> None:
+    """Products of the step over fsdp 2: there are more of them where the backward pass recomputes."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
+    products = {}
+    for remat in ("none", "moe", "full"):
+        config = tiny_config(*more, "moe.experts_per_layer=8", f"model.remat={remat}")
+        rows = jax.NamedSharding(mesh, spec("batch"))
+        batch = jax.tree.map(
+            lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tiny_batch(config)
+        )
+        with jax.set_mesh(mesh):
+            lowered = make_train_step(config, mesh).lower(state_shapes(config, mesh), batch)
+        products[remat] = lowered.as_text().count("dot_general")
+        effective = work.recomputed(config, {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1})
+        assert products[remat] == products[effective]
+        assert (products[remat] > products["none"]) is (effective != "none")
 
 
-def test_a_search_without_room_says_so(tmp_path: Path) -> None:
-    config = compose_config(
-        ["scale=978m", "mesh=gpu_8", "mesh.topology=gpu:1", "mesh.expert=1", "mode=plan", "plan.search=true",
-         "pool.experts=768", "train.batch_size=512", f"plan.figure={tmp_path}/plan.png"]
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"mesh.topology=gpu:1: none of 0 candidates was found to fit"):
-        search.search(config)
+def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.start(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"])) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "gpu:8"

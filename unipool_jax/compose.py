@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,6 +123,23 @@ def differences(a: Config, b: Config) -> list[str]:
     """Dotted names of the settings whose values differ, in the order of the schema."""
     values = settings(b)
     return [name for name, value in settings(a).items() if value != values[name]]
+
+
+def overrides_from(base: Config, config: Config) -> list[str]:
+    """What Hydra must be told to make `config` of `base`: `SETTING=VALUE` for each difference, in its own syntax."""
+    values = settings(config)
+    return [f"{name}={_hydra_value(values[name])}" for name in differences(base, config)]
+
+
+def _hydra_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_hydra_value, value))}]"
+    if not isinstance(value, str):
+        return "null" if value is None else repr(value).lower()
+    if re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in {"null", "true", "false", "inf", "nan"}:
+        return value
+    # Within quotes a backslash stands for itself, but before a quote.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 
 
 def _plain(value: Any) -> Any:

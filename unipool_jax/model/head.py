@@ -10,10 +10,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from unipool_jax.linear import linear
-from unipool_jax.mesh import active, constrain
+from unipool_jax.mesh import active, constrain, gathered, shards
 
 _CHUNK = 512
-"""Positions whose logits are made at once: enough rows for a product at full speed, few enough to stay in cache."""
+"""Positions of a device whose logits are made at once: enough rows for a product at full speed, few enough to stay in
+cache."""
 
 
 class Head(NamedTuple):
@@ -29,13 +30,26 @@ class Head(NamedTuple):
 
     def token_losses(self, targets_BS: ArrayLike) -> jax.Array:
         """Cross-entropy of every position, in nats, float32 `[B, S]`; to be evaluated, not differentiated."""
-        if active() is not None:
-            return cross_entropy(self.logits(), targets_BS)
-        hidden_XCD, targets_XC = self._chunks(targets_BS)
-        used_VD = self.output_VD.astype(self.hidden_BSD.dtype)
-        losses_XC = lax.map(lambda chunk: cross_entropy(_logits(chunk[0], used_VD), chunk[1]), (hidden_XCD, targets_XC))
         batch, length, _ = self.hidden_BSD.shape
-        return losses_XC.reshape(-1)[: batch * length].reshape(batch, length)
+        mesh = active()
+        rows = batch if mesh is None else -(-batch // shards(mesh, "batch"))
+        positions = min(length, max(1, _CHUNK // rows))
+
+        def split(array: jax.Array) -> jax.Array:
+            """Chunks of the sequence axis, first: rows stay on the devices that have them."""
+            array = jnp.pad(array, [(0, 0), (0, -length % positions), *[(0, 0)] * (array.ndim - 2)])
+            array = jnp.moveaxis(array.reshape(batch, -1, positions, *array.shape[2:]), 1, 0)
+            return constrain(array, None, "batch", *[None] * (array.ndim - 2))
+
+        # Gathered before the loop, once.
+        used_VD = gathered(self.output_VD.astype(self.hidden_BSD.dtype), "vocab", "embed")
+
+        def losses_of(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+            hidden_BCD, targets_BC = chunk
+            return cross_entropy(constrain(_logits(hidden_BCD, used_VD), "batch", None, "vocab"), targets_BC)
+
+        losses_XBC = lax.map(losses_of, (split(self.hidden_BSD), split(jnp.asarray(targets_BS))))
+        return jnp.moveaxis(losses_XBC, 0, 1).reshape(batch, -1)[:, :length]
 
     def weighted_loss(self, targets_BS: ArrayLike, weights_BS: ArrayLike) -> jax.Array:
         """Sum over positions of weight times cross-entropy in nats, float32 scalar; its gradient takes no second pass.
@@ -69,8 +83,8 @@ def _chosen(logits: jax.Array, targets: ArrayLike) -> jax.Array:
     return jnp.arange(logits.shape[-1]) == jnp.asarray(targets)[..., None]
 
 
-def _logits(hidden_CD: jax.Array, used_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("cd,vd->cv", hidden_CD, used_VD, preferred_element_type=jnp.float32)
+def _logits(hidden: jax.Array, used_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("...d,vd->...v", hidden, used_VD, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp

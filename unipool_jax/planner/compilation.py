@@ -1,4 +1,4 @@
-"""The real training step, compiled for the devices of a topology on a machine that has none of them.
+"""The real training and evaluation steps, compiled for the devices of a topology on a machine that has none of them.
 
 `libtpu` holds the whole TPU compiler. What it refuses, such as a step that does not fit, would fail on the devices too.
 """
@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ from unipool_jax.chips import parse_topology
 from unipool_jax.config import Config, ConfigError
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.mesh import make_mesh
-from unipool_jax.sharding import batch_sharding
-from unipool_jax.training.step import make_train_step, state_shapes
+from unipool_jax.sharding import batch_sharding, replicated
+from unipool_jax.training.step import make_eval_step, make_train_step, state_shapes
 
 
 class Program(NamedTuple):
@@ -36,6 +37,17 @@ class Program(NamedTuple):
     code_bytes: int
     text: str
     """The compiled module, in XLA's textual form."""
+    seconds: float
+    """That compiling took."""
+
+
+class Evaluation(NamedTuple):
+    """A compiled evaluation step."""
+
+    temporary_bytes: int
+    """Of one device, besides the training state, which stays where it is."""
+    seconds: float
+    """That compiling took."""
 
 
 class MemoryExceededError(Exception):
@@ -95,22 +107,52 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
     Raises:
       MemoryExceededError: where the compiler finds that memory does not suffice.
     """
-    config = for_tpu(config)
-    shape, rows = (config.train.batch_size, config.data.sequence_length), batch_sharding(mesh)
-    arrays: Any = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (jnp.int32, jnp.int32, jnp.float32))
+    config, start = for_tpu(config), time.monotonic()
     # Traced under the mesh, for kernels, tiles and transports are chosen by its devices.
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         step: Any = make_train_step(config, mesh)
-        lowered = step.lower(state_shapes(config, mesh), Batch(*arrays))
+        lowered = step.lower(state_shapes(config, mesh), _batch(config, config.train.batch_size, mesh))
         # `Compiled.as_text` fails on modules with ragged all-to-alls; what the compiler itself writes is complete.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        try:
-            compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
-                raise MemoryExceededError(" ".join(str(error).split())[:300]) from error
-            raise
+        memory = _memory(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
         text = texts[-1].read_text()
-    memory = compiled.memory_analysis()
-    return Program(memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, text)
+    return Program(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        text,
+        time.monotonic() - start,
+    )
+
+
+def compile_evaluation(config: Config, mesh: Mesh) -> Evaluation:
+    """Compile the evaluation step of `config` likewise.
+
+    Raises:
+      MemoryExceededError: as `compile_step`.
+    """
+    config, start = for_tpu(config), time.monotonic()
+    with jax.set_mesh(mesh):
+        step: Any = make_eval_step(config, mesh)
+        state = state_shapes(config, mesh)
+        batch = _batch(config, config.train.eval_batch_size, mesh)
+        lengths = jax.ShapeDtypeStruct((config.model.vocab_size,), jnp.int32, sharding=replicated(mesh))
+        memory = _memory(step.lower(state.params, state.balance, batch, lengths), {})
+    return Evaluation(memory.temp_size_in_bytes, time.monotonic() - start)
+
+
+def _batch(config: Config, sequences: int, mesh: Mesh) -> Batch:
+    """Shapes of a batch over the mesh."""
+    shape, rows = (sequences, config.data.sequence_length), batch_sharding(mesh)
+    arrays: Any = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (jnp.int32, jnp.int32, jnp.float32))
+    return Batch(*arrays)
+
+
+def _memory(lowered: Any, options: dict[str, Any]) -> Any:
+    """The compiler's account of a program's memory."""
+    try:
+        return lowered.compile(compiler_options=options).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
+            raise MemoryExceededError(" ".join(str(error).split())[:300]) from error
+        raise

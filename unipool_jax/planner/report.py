@@ -14,12 +14,22 @@ from unipool_jax.config import Config, ConfigError
 from unipool_jax.mesh import AXES, resolve_sizes
 from unipool_jax.planner import collectives as collectives_of
 from unipool_jax.planner.collectives import Collective
-from unipool_jax.planner.compilation import MemoryExceededError, Program, compile_step, prepare, topology_mesh
+from unipool_jax.planner.compilation import (
+    Evaluation,
+    MemoryExceededError,
+    Program,
+    compile_evaluation,
+    compile_step,
+    prepare,
+    topology_mesh,
+)
 from unipool_jax.planner.roofline import Estimate, estimate
+from unipool_jax.planner.work import recomputed
 from unipool_jax.sharding import placement
 from unipool_jax.training.step import state_shapes
 
 _GIB = 2**30
+_PEAK = "with gathered weights and gradients, at their peak; they share buffers, so no split of them exists"
 
 
 class Plan(NamedTuple):
@@ -31,28 +41,37 @@ class Plan(NamedTuple):
     parameter_bytes: int
     optimiser_bytes: int
     temporary_bytes: int
-    """As compiled; counted for devices that nothing is compiled for."""
+    """Of the training step: as compiled; counted for devices that nothing is compiled for."""
+    evaluation_bytes: int
+    """Of the evaluation step, likewise; parameters and optimiser stay on the device meanwhile."""
     collectives: tuple[Collective, ...] | None
     """Of the compiled step."""
     kernels: Counter[str]
     estimate: Estimate
+    compile_seconds: tuple[float, float] | None
+    """That the training and the evaluation step took."""
 
     @property
     def total_bytes(self) -> int:
-        """Memory that a step needs on a device."""
+        """Memory that a training step needs on a device."""
         return self.parameter_bytes + self.optimiser_bytes + self.temporary_bytes
 
     @property
+    def evaluation_total_bytes(self) -> int:
+        """Memory that an evaluation during training needs on a device."""
+        return self.parameter_bytes + self.optimiser_bytes + self.evaluation_bytes
+
+    @property
     def fits(self) -> bool:
-        """Whether that is within the device's memory."""
-        return self.total_bytes <= self.topology.chip.hbm_bytes
+        """Whether both are within the device's memory."""
+        return max(self.total_bytes, self.evaluation_total_bytes) <= self.topology.chip.hbm_bytes
 
 
 def make_plan(config: Config) -> Plan:
-    """Compile the step of `config` for the devices of `mesh.topology` and model its time.
+    """Compile the steps of `config` for the devices of `mesh.topology` and model the time of training.
 
     Raises:
-      ConfigError: where the topology or the mesh cannot be had, or the step does not fit.
+      ConfigError: where the topology or the mesh cannot be had, or a step does not fit.
     """
     assert config.mesh.topology is not None
     prepare()
@@ -70,15 +89,21 @@ def make_plan(config: Config) -> Plan:
                 "set model.remat=full, or split the state over more devices with mesh.fsdp or mesh.expert"
             ]
         ) from error
-    return from_program(config, topology, mesh, program)
+    try:
+        evaluation = compile_evaluation(config, mesh)
+    except MemoryExceededError as error:
+        raise ConfigError(
+            [f"train.eval_batch_size={config.train.eval_batch_size}: evaluation does not fit ({error}); lower it"]
+        ) from error
+    return from_programs(config, topology, mesh, program, evaluation)
 
 
-def from_program(config: Config, topology: Topology, mesh: Mesh, program: Program) -> Plan:
-    """The plan of a step that is compiled."""
+def from_programs(config: Config, topology: Topology, mesh: Mesh, program: Program, evaluation: Evaluation) -> Plan:
+    """The plan of steps that are compiled."""
     sizes = {name: int(size) for name, size in mesh.shape.items()}
     module = collectives_of.parse(program.text)
     found = tuple(collectives_of.collectives(module, tuple(mesh.axis_names), mesh.devices.shape))
-    parameters, optimiser = _state_bytes(config, mesh)
+    parameters, optimiser = state_bytes(config, mesh)
     return Plan(
         config,
         topology,
@@ -86,13 +111,16 @@ def from_program(config: Config, topology: Topology, mesh: Mesh, program: Progra
         parameters,
         optimiser,
         program.temporary_bytes,
+        evaluation.temporary_bytes,
         found,
         collectives_of.kernels(module),
         estimate(config, sizes, topology, mesh, found),
+        (program.seconds, evaluation.seconds),
     )
 
 
-def _state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
+def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """Parameters and optimiser of one device."""
     lines = placement(state_shapes(config, mesh))
     parameters = sum(line.bytes_per_device for line in lines if line.name.startswith("params."))
     return parameters, sum(line.bytes_per_device for line in lines) - parameters
@@ -101,8 +129,10 @@ def _state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
 def _counted(config: Config, topology: Topology, sizes: dict[str, int]) -> Plan:
     """A plan from counts alone, for devices whose compiler needs them there."""
     found = estimate(config, sizes, topology, None)
-    state, temporary = found.counts.state_bytes, found.counts.temporary_bytes
-    return Plan(config, topology, sizes, int(state / 3), int(state * 2 / 3), int(temporary), None, Counter(), found)
+    counts = found.counts
+    state, temporary = counts.state_bytes, counts.temporary_bytes
+    memory = (int(state / 3), int(state * 2 / 3), int(temporary), int(counts.evaluation_bytes))
+    return Plan(config, topology, sizes, *memory, None, Counter(), found, None)
 
 
 def text(plan: Plan) -> str:
@@ -115,14 +145,16 @@ def text(plan: Plan) -> str:
         f"{config.scale_name} {config.method_name} on {config.mesh.topology}: {plan.topology.num_devices} devices "
         f"({chip.device_kind}), {axes}; {how}",
         f"  {config.train.batch_size} x {config.data.sequence_length} tokens a step in {config.num_microbatches} "
-        f"micro-batch(es), remat {config.model.remat}",
+        f"micro-batch(es), remat {config.model.remat}{_without_effect(plan)}",
         "",
         "memory of a device",
-        f"  parameters       {plan.parameter_bytes / _GIB:8.2f} GiB",
-        f"  optimiser        {plan.optimiser_bytes / _GIB:8.2f} GiB",
-        f"  temporaries      {plan.temporary_bytes / _GIB:8.2f} GiB   gathered weights, gradients, activations",
-        f"  together         {plan.total_bytes / _GIB:8.2f} GiB of {chip.hbm_bytes / _GIB:.2f}"
-        f"{'' if plan.fits else '   DOES NOT FIT'}",
+        f"  parameters                   {plan.parameter_bytes / _GIB:8.2f} GiB",
+        f"  optimiser                    {plan.optimiser_bytes / _GIB:8.2f} GiB",
+        f"  activations and temporaries  {plan.temporary_bytes / _GIB:8.2f} GiB   {_PEAK}",
+        f"  training, together           {plan.total_bytes / _GIB:8.2f} GiB {_room(plan, plan.total_bytes)}",
+        f"  evaluation, with the state   {plan.evaluation_total_bytes / _GIB:8.2f} GiB "
+        f"{_room(plan, plan.evaluation_total_bytes)}; train.eval_batch_size={config.train.eval_batch_size}",
+        *_compile_seconds(plan),
         "",
         "kernels: " + (", ".join(f"{name} x {n}" for name, n in sorted(plan.kernels.items())) or "counted only"),
         "",
@@ -140,6 +172,26 @@ def text(plan: Plan) -> str:
         json.dumps(summary(plan)),
     ]
     return "\n".join(lines)
+
+
+def _room(plan: Plan, needed: int) -> str:
+    room = plan.topology.chip.hbm_bytes
+    return f"of {room / _GIB:.2f}{'' if needed <= room else ', DOES NOT FIT'}"
+
+
+def _without_effect(plan: Plan) -> str:
+    """What a setting of rematerialisation that the mesh overrules comes to."""
+    effective = recomputed(plan.config, plan.sizes)
+    if effective == plan.config.model.remat:
+        return ""
+    return f", which recomputes nothing here: mesh.fsdp={plan.sizes['fsdp']} gathers the pools again and keeps the rest"
+
+
+def _compile_seconds(plan: Plan) -> list[str]:
+    if plan.compile_seconds is None:
+        return []
+    training, evaluation = plan.compile_seconds
+    return [f"  compiled in {training:.0f} s, evaluation in {evaluation:.0f} s"]
 
 
 def _longest(found: Estimate) -> list[Any]:
@@ -192,9 +244,13 @@ def summary(plan: Plan) -> dict[str, Any]:
             "optimiser": plan.optimiser_bytes,
             "temporaries": plan.temporary_bytes,
             "total": plan.total_bytes,
+            "evaluation_temporaries": plan.evaluation_bytes,
+            "evaluation_total": plan.evaluation_total_bytes,
             "hbm": int(plan.topology.chip.hbm_bytes),
             "fits": plan.fits,
         },
+        "remat": recomputed(plan.config, plan.sizes),
+        "compile_seconds": plan.compile_seconds,
         "collective_bytes": {name: round(moved) for name, moved in by_axis.items()},
         "kernels": dict(plan.kernels),
         "flops": {"model": found.model_flops, "executed": sum(work.flops for work in found.counts.work)},

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,11 +17,19 @@ from typing import Any, Literal, NamedTuple
 from jax.sharding import Mesh
 
 from unipool_jax.chips import Topology, parse_topology
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.compose import CONFIG_DIR, compose_config, overrides_from
+from unipool_jax.config import Config, ConfigError, PlanConfig
 from unipool_jax.mesh import AXES
-from unipool_jax.planner.compilation import MemoryExceededError, compile_step, prepare, topology_mesh
-from unipool_jax.planner.report import Plan, from_program, summary
+from unipool_jax.planner.compilation import (
+    MemoryExceededError,
+    compile_evaluation,
+    compile_step,
+    prepare,
+    topology_mesh,
+)
+from unipool_jax.planner.report import Plan, from_programs, summary
 from unipool_jax.planner.roofline import Estimate, estimate
+from unipool_jax.planner.work import recomputed
 from unipool_jax.validation import problems
 
 MARGIN = 1.3
@@ -38,7 +48,8 @@ class Candidate(NamedTuple):
     @property
     def gigabytes(self) -> float:
         """Estimated memory of a device."""
-        return (self.estimate.counts.state_bytes + self.estimate.counts.temporary_bytes) / 1e9
+        counts = self.estimate.counts
+        return (counts.state_bytes + max(counts.temporary_bytes, counts.evaluation_bytes)) / 1e9
 
 
 def mesh_shapes(devices: int) -> Iterator[tuple[int, int, int, int]]:
@@ -49,38 +60,63 @@ def mesh_shapes(devices: int) -> Iterator[tuple[int, int, int, int]]:
             yield data, fsdp, expert, devices // (data * fsdp * expert)
 
 
-def candidates(config: Config) -> list[Candidate]:
-    """Every candidate that validates, fits the torus and, by estimate, perhaps the memory; fastest first."""
+def candidates(config: Config) -> tuple[list[Candidate], Counter[str]]:
+    """Every candidate that validates, fits the torus and, by estimate, perhaps the memory; fastest first.
+
+    Returns:
+      The candidates, and for each reason how many mesh shapes were left out for it.
+    """
     assert config.mesh.topology is not None
     topology = parse_topology(config.mesh.topology)
-    found = []
+    found: list[Candidate] = []
+    left_out: Counter[str] = Counter()
     for shape in mesh_shapes(topology.num_devices):
-        sizes: dict[str, Any] = dict(zip(AXES, shape, strict=True))
-        shaped = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
-        ways = shape[0] * shape[1] * shape[2]
-        if config.train.batch_size % ways:
+        modelled, reason = _of_shape(config, shape, topology)
+        found.extend(modelled)
+        if not modelled:
+            left_out[reason] += 1
+    return sorted(found, key=lambda candidate: candidate.estimate.seconds), left_out
+
+
+def _of_shape(config: Config, shape: tuple[int, ...], topology: Topology) -> tuple[list[Candidate], str]:
+    """The candidates with this mesh, and the last reason for which one was left out."""
+    sizes: dict[str, Any] = dict(zip(AXES, shape, strict=True))
+    ways = shape[0] * shape[1] * shape[2]
+    if config.train.batch_size % ways:
+        return [], f"train.batch_size={config.train.batch_size} is no multiple of data x fsdp x expert"
+    # Results do not depend on the evaluation batch, so it follows the shape.
+    evaluated = max(config.train.eval_batch_size // ways, 1) * ways
+    per_way = config.train.batch_size // ways
+    found, reason, mesh = [], "", None
+    for sequences, remat in itertools.product((n for n in range(1, per_way + 1) if per_way % n == 0), _REMAT):
+        candidate = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, microbatch_size=sequences * ways, eval_batch_size=evaluated),
+            model=dataclasses.replace(config.model, remat=remat),
+            mesh=dataclasses.replace(config.mesh, **sizes),
+        )
+        if recomputed(candidate, sizes) != remat:
             continue
-        mesh = None
-        per_way = config.train.batch_size // ways
-        for sequences, remat in itertools.product((n for n in range(1, per_way + 1) if per_way % n == 0), _REMAT):
-            train = dataclasses.replace(shaped.train, microbatch_size=sequences * ways)
-            candidate = dataclasses.replace(shaped, train=train, model=dataclasses.replace(config.model, remat=remat))
-            if problems(candidate):
-                continue
-            if mesh is None and topology.chip.torus_axes:
-                try:
-                    mesh = topology_mesh(candidate)
-                except ConfigError:
-                    break
-            modelled = Candidate(candidate, mesh, estimate(candidate, sizes, topology, mesh))
-            if _perhaps_fits(modelled, topology):
-                found.append(modelled)
-    return sorted(found, key=lambda candidate: candidate.estimate.seconds)
+        if refused := problems(candidate):
+            reason = f"{refused[0].partition('=')[0]} is refused"
+            continue
+        if mesh is None and topology.chip.torus_axes:
+            try:
+                mesh = topology_mesh(candidate)
+            except ConfigError:
+                return [], "the links cannot be laid out like this"
+        modelled = Candidate(candidate, mesh, estimate(candidate, sizes, topology, mesh))
+        if _perhaps_fits(modelled, topology):
+            found.append(modelled)
+        else:
+            reason = "memory does not suffice, by estimate"
+    return found, reason
 
 
 def _perhaps_fits(candidate: Candidate, topology: Topology) -> bool:
     counts = candidate.estimate.counts
-    return counts.state_bytes + counts.temporary_bytes / MARGIN <= topology.chip.hbm_bytes
+    temporary = max(counts.temporary_bytes, counts.evaluation_bytes)
+    return counts.state_bytes + temporary / MARGIN <= topology.chip.hbm_bytes
 
 
 def frontier(found: list[Candidate]) -> list[Candidate]:
@@ -92,13 +128,12 @@ def frontier(found: list[Candidate]) -> list[Candidate]:
     return best
 
 
-def command(config: Config, base: Config) -> str:
-    """The command line that trains `config`, which differs from `base` in what a search changes."""
-    parts = [f"python train.py scale={base.scale_name} method={base.method_name}"]
-    parts.append(f"train.batch_size={config.train.batch_size} train.microbatch_size={config.train.microbatch_size}")
-    parts.append(f"train.eval_batch_size={config.train.eval_batch_size} model.remat={config.model.remat}")
-    parts.append(" ".join(f"mesh.{axis}={getattr(config.mesh, axis)}" for axis in AXES))
-    return " ".join(parts)
+def command(config: Config) -> str:
+    """The command line that trains `config`: its scale and method, and every setting in which it differs from them."""
+    chosen = {"scale": config.scale_name, "method": config.method_name}
+    groups = [f"{group}={name}" for group, name in chosen.items() if (CONFIG_DIR / group / f"{name}.yaml").is_file()]
+    trained = dataclasses.replace(config, mode="train", plan=PlanConfig())
+    return shlex.join(["python", "train.py", *groups, *overrides_from(compose_config(groups), trained)])
 
 
 def search(config: Config) -> str:
@@ -108,7 +143,7 @@ def search(config: Config) -> str:
       ConfigError: where no candidate fits.
     """
     prepare()
-    found = candidates(config)
+    found, left_out = candidates(config)
     assert config.mesh.topology is not None
     topology = parse_topology(config.mesh.topology)
     winner: Plan | None = None
@@ -119,14 +154,15 @@ def search(config: Config) -> str:
             break
         compiled += 1
         try:
-            plan = from_program(
-                candidate.config, topology, candidate.mesh, compile_step(candidate.config, candidate.mesh)
-            )
+            program = compile_step(candidate.config, candidate.mesh)
+            evaluation = compile_evaluation(candidate.config, candidate.mesh)
         except MemoryExceededError:
             notes.append(f"  {_name(candidate)}: does not fit, says the compiler")
             continue
+        plan = from_programs(candidate.config, topology, candidate.mesh, program, evaluation)
         notes.append(
-            f"  {_name(candidate)}: {plan.total_bytes / 1e9:.1f} GB, {1e3 * plan.estimate.seconds:.1f} ms, "
+            f"  {_name(candidate)}: {plan.total_bytes / 1e9:.1f} GB ({plan.evaluation_total_bytes / 1e9:.1f} in "
+            f"evaluation), {1e3 * plan.estimate.seconds:.1f} ms, "
             f"{plan.estimate.utilisation:.1%}{'' if plan.fits else ', does not fit'}"
         )
         if plan.fits and (winner is None or plan.estimate.seconds < winner.estimate.seconds):
@@ -137,23 +173,25 @@ def search(config: Config) -> str:
         raise ConfigError(
             [
                 f"mesh.topology={config.mesh.topology}: none of {len(found)} candidates was found to fit "
-                f"({compiled} compiled); raise plan.compiled={config.plan.compiled}, or take more devices"
+                f"({compiled} compiled); raise plan.compiled={config.plan.compiled}, lower train.eval_batch_size="
+                f"{config.train.eval_batch_size}, or take more devices"
             ]
         )
-    line = command(winning.config, config)
+    line = command(winning.config)
     draw(found, winning, topology, config.plan.figure)
     numbers: dict[str, Any] = summary(winner) if winner else {"step_seconds": winning.estimate.seconds}
     lines = [
         f"{len(found)} candidates on {config.mesh.topology}; the frontier of modelled time and estimated memory:",
         f"  {'':46}{'GB':>8}{'ms':>9}{'MFU':>8}  longest part",
         *(_row(candidate) for candidate in frontier(found)[:SHOWN]),
+        *(f"left out: {number} mesh shapes, for {reason}" for reason, number in left_out.most_common()),
         "",
         f"compiled ({compiled} of the fastest):",
         *notes,
         "",
         f"figure: {config.plan.figure}",
         f"best: {line}",
-        json.dumps(numbers | {"command": line, "candidates": len(found)}),
+        json.dumps(numbers | {"command": line, "candidates": len(found), "left_out": left_out}),
     ]
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -61,6 +61,8 @@ class Counts(NamedTuple):
     """Parameters and both moments."""
     temporary_bytes: float
     """An estimate, for choosing what to compile."""
+    evaluation_bytes: float
+    """Of an evaluation step, besides the state; an estimate as well."""
     bank_traffic_bytes: float
     """Part of the memory traffic that reads experts and adds to their gradient."""
 
@@ -103,11 +105,23 @@ class _Sizes:
         return 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * self.config.head_size)
 
 
-def _passes(config: Config) -> tuple[int, int]:
+def recomputed(config: Config, sizes: dict[str, int]) -> Literal["none", "moe", "full"]:
+    """What the backward pass recomputes on a mesh of these sizes, which may be less than `model.remat` asks for.
+
+    Where each of several pools is gathered again, the policy that says so also decides for all inside of it, and keeps
+    it; only layers that have a pool each can be recomputed whole: see `model.transformer`.
+    """
+    if sizes["fsdp"] == 1 or config.pool.groups == 1:
+        return config.model.remat
+    return "full" if config.model.remat == "full" and config.layers_per_pool == 1 else "none"
+
+
+def _passes(at: _Sizes) -> tuple[int, int]:
     """Forward passes of a step over a layer without, and over its mixture block: counting, forward, recomputed."""
-    counting = int(counts_before_gradient(config))
-    layer = 1 + counting + (config.model.remat == "full")
-    return layer, layer + (config.model.remat == "moe")
+    counting = int(counts_before_gradient(at.config))
+    remat = recomputed(at.config, at.sizes)
+    layer = 1 + counting + (remat == "full")
+    return layer, layer + (remat == "moe")
 
 
 def count(config: Config, sizes: dict[str, int], topology: Topology) -> Counts:
@@ -119,6 +133,7 @@ def count(config: Config, sizes: dict[str, int], topology: Topology) -> Counts:
         tuple(message for message in _messages(at) if message.sent_bytes),
         (parameters + bank_parameters) * 3 * WIDE,
         _temporaries(at, parameters),
+        _evaluation(at),
         _bank_traffic(at),
     )
 
@@ -138,7 +153,7 @@ def _parameters(config: Config, sizes: dict[str, int]) -> tuple[float, float]:
 def _layers(at: _Sizes) -> tuple[Work, ...]:
     config, tensor, n = at.config, at.sizes["tensor"], at.tokens
     model, width, layers = config.model, config.model.hidden_size, config.model.num_layers * config.num_microbatches
-    forward, mixture = _passes(config)
+    forward, mixture = _passes(at)
     work = []
 
     weights = at.attention_weights / tensor
@@ -152,7 +167,7 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     product = 2 * scores * config.head_size
     unit = at.topology.chip.matrix_unit
     padded = math.ceil(config.head_size / unit) * unit / config.head_size
-    products = 3 * forward + 4 + (0 if model.remat == "full" else 1)
+    products = 3 * forward + 4 + (0 if recomputed(config, at.sizes) == "full" else 1)
     work.append(
         Work(
             "attention scores",
@@ -232,7 +247,7 @@ def _ends(at: _Sizes) -> tuple[Work, ...]:
 
 
 def _bank_traffic(at: _Sizes) -> float:
-    _, mixture = _passes(at.config)
+    _, mixture = _passes(at)
     layers = at.config.model.num_layers * at.config.num_microbatches
     return layers * at.bank * (NARROW * (mixture + 1) + 2 * WIDE)
 
@@ -241,7 +256,7 @@ def _messages(at: _Sizes) -> list[Message]:
     config, sizes, model = at.config, at.sizes, at.config.model
     micro, layers = config.num_microbatches, config.model.num_layers
     counting = int(counts_before_gradient(config))
-    forward, mixture = _passes(config)
+    forward, mixture = _passes(at)
     shared = config.pool.groups == 1 and config.moe.router != "none"
     fsdp = _other(sizes, "fsdp")
     copies = ("data", "fsdp", "expert") if config.moe.router == "none" else ("data",)
@@ -312,7 +327,23 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     scores = n * config.data.sequence_length * SEEN * model.num_heads / sizes["tensor"]
     mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * NARROW
     products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * NARROW
-    kept = {"full": hidden, "moe": 8 * hidden + 6 * scores, "none": 10 * hidden + 6 * scores + products}[model.remat]
+    kept = {"full": hidden, "moe": 8 * hidden + 6 * scores, "none": 10 * hidden + 6 * scores + products}
     working = 10 * hidden + 8 * scores + mixture
     logits = n * model.vocab_size / sizes["tensor"] * (WIDE + NARROW)
-    return gathered + gradient + dense + tables + model.num_layers * kept + max(working, logits)
+    return (
+        gathered + gradient + dense + tables + model.num_layers * kept[recomputed(config, sizes)] + max(working, logits)
+    )
+
+
+def _evaluation(at: _Sizes) -> float:
+    """Weights as they are used, and what the layer at work holds; receive buffers have room for every row."""
+    config, sizes, model = at.config, at.sizes, at.config.model
+    batches = dataclasses.replace(config.train, microbatch_size=config.train.eval_batch_size)
+    mesh = dataclasses.replace(config.mesh, receive_factor=math.inf)
+    at = dataclasses.replace(at, config=dataclasses.replace(config, train=batches, mesh=mesh))
+    hidden = at.tokens * model.hidden_size * NARROW
+    scores = at.tokens * config.data.sequence_length * model.num_heads / sizes["tensor"] / QUERY_BLOCKS
+    rows = at.received * (model.ffn_size / sizes["tensor"] + 2 * model.hidden_size) * NARROW
+    tables = 2 * NARROW * model.vocab_size * model.hidden_size
+    gathered = NARROW * at.bank * (config.pool.groups if sizes["fsdp"] == 1 else 1)
+    return gathered + tables + 6 * hidden + max(rows, WIDE * scores)
