@@ -202,6 +202,7 @@ def coverage_figure(
     right.set_title("On the layer's own K busiest")
     for axes in (left, right):
         axes.set_xlabel("K")
+        _whole_ticks(axes.xaxis, 9)
         axes.grid(alpha=0.6)
     return figure
 
@@ -313,6 +314,8 @@ def curves_figure(
     axes = figure.subplots()
     _lines(axes, groups)
     _clip(axes, groups.values(), low)
+    if all(np.issubdtype(x.dtype, np.integer) for x, _ in groups.values()):
+        _whole_ticks(axes.xaxis)
     for direction in log:
         _logarithmic(axes, direction)
     axes.set_xlabel(x_label)
