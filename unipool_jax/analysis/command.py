@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -21,7 +21,8 @@ from unipool_jax.analysis.history import read_history
 from unipool_jax.analysis.page import write_page
 from unipool_jax.analysis.report import facts, parts
 from unipool_jax.config import Config, ConfigError, MeshConfig, settings
-from unipool_jax.corpus import open_corpus
+from unipool_jax.corpus import Corpus, open_corpus
+from unipool_jax.data.pipeline import Batch
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
 from unipool_jax.kernels.implementations import platform_problem
 from unipool_jax.parsing import from_mapping
@@ -29,6 +30,7 @@ from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.eval_command import with_overrides
 from unipool_jax.training.evaluate import Evaluator
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
+from unipool_jax.training.step import BalanceState
 from unipool_jax.validation import validate
 
 _OVERRIDES = ("data.", "kernels.")
@@ -123,13 +125,25 @@ def expert_devices(wanted: int | None, experts: int) -> int:
     return wanted
 
 
-def analyse_command(arguments: Sequence[str]) -> int:
-    """Analyse as the command line says; writes `analysis.json`, figures and `report.html`, and says where.
+class OpenedRun(NamedTuple):
+    """A checkpoint with routers and the text to look at it with, ready for `analyse` and its like."""
+
+    run: Path
+    step: int
+    config: Config
+    params: Any
+    balance: BalanceState
+    corpus: Corpus
+    batches: Callable[[], Iterable[Batch]]
+    """Gives the same batches of the text each time."""
+
+
+def open_run(request: AnalysisRequest) -> OpenedRun:
+    """Load the checkpoint that `request` names, on one device, and its text.
 
     Raises:
       ConfigError, RunError, CheckpointError, DataError: with what to do about it.
     """
-    request = parse_request(arguments)
     run = find_run(request.run)
     with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(request.step)
@@ -149,18 +163,38 @@ def analyse_command(arguments: Sequence[str]) -> int:
             )
         # After a lock each layer has a pool of its own.
         config, params, balance = restore_model(checkpoints, config, step)
-    devices = expert_devices(request.expert_parallel, config.experts_per_pool)
     evaluator = Evaluator(config, corpus, [request.split], limited=True)
-    print(f"{run}, step {step}: {config.scale_name} {config.method_name} on the {request.split} split", flush=True)
-    analysis = analyse(
-        config,
-        params,
-        balance,
-        lambda: evaluator.fixed(request.split),
-        devices=devices,
+    return OpenedRun(run, step, config, params, balance, corpus, lambda: evaluator.fixed(request.split))
+
+
+def analyse_run(request: AnalysisRequest, opened: OpenedRun) -> Analysis:
+    """Every analysis of an opened run.
+
+    Raises:
+      ConfigError: if experts cannot be dealt out as `request` asks.
+    """
+    return analyse(
+        opened.config,
+        opened.params,
+        opened.balance,
+        opened.batches,
+        devices=expert_devices(request.expert_parallel, opened.config.experts_per_pool),
         draws=request.draws,
         seed=request.seed,
     )
+
+
+def analyse_command(arguments: Sequence[str]) -> int:
+    """Analyse as the command line says; writes `analysis.json`, figures and `report.html`, and says where.
+
+    Raises:
+      ConfigError, RunError, CheckpointError, DataError: with what to do about it.
+    """
+    request = parse_request(arguments)
+    opened = open_run(request)
+    run, step, config = opened.run, opened.step, opened.config
+    print(f"{run}, step {step}: {config.scale_name} {config.method_name} on the {request.split} split", flush=True)
+    analysis = analyse_run(request, opened)
     folder = Path(request.out) if request.out else run / "analysis" / str(step)
     page = write_results(analysis, folder, run, step, request.split, " ".join(arguments))
     for name, value in facts(analysis).items():

@@ -11,7 +11,7 @@ import base64
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -78,6 +78,17 @@ def _whole_ticks(axis: Any, most: int = 14) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+
+
+def _logarithmic(axes: Axes, direction: str) -> None:
+    """A logarithmic scale with ticks at 1, 2, 5, 10, ..., as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(**{f"{direction}scale": "log"})
+    axis = axes.xaxis if direction == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=30))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
 
 
 def _ink() -> str:
@@ -191,6 +202,7 @@ def coverage_figure(
     right.set_title("On the layer's own K busiest")
     for axes in (left, right):
         axes.set_xlabel("K")
+        _whole_ticks(axes.xaxis, 9)
         axes.grid(alpha=0.6)
     return figure
 
@@ -282,19 +294,30 @@ def probe_figure(probe: Probe) -> Figure:
     return figure
 
 
-def curves_figure(groups: Mapping[str, Series], label: str, x_label: str = "step", low: float = 0.0) -> Figure:
-    """Lines over time, one colour per group: thin for each seed, thick for their mean.
+def curves_figure(
+    groups: Mapping[str, Series],
+    label: str,
+    x_label: str = "step",
+    low: float = 0.0,
+    log: Literal["", "x", "y", "xy"] = "",
+) -> Figure:
+    """Lines over time or another quantity, one colour per group: thin for each seed, thick for their mean.
 
     Args:
       groups: lines by name.
       label: of the vertical axis, with unit.
       x_label: of the horizontal axis.
       low: share of the values, the largest first, that may leave the plot at its top (the first steps of a loss).
+      log: axes with a logarithmic scale.
     """
     figure = _figure(3.6)
     axes = figure.subplots()
     _lines(axes, groups)
     _clip(axes, groups.values(), low)
+    if all(np.issubdtype(x.dtype, np.integer) for x, _ in groups.values()):
+        _whole_ticks(axes.xaxis)
+    for direction in log:
+        _logarithmic(axes, direction)
     axes.set_xlabel(x_label)
     axes.set_ylabel(label)
     axes.grid(alpha=0.6)

@@ -83,7 +83,7 @@ def write_page(
                 f'<img src="{data_uri(light)}" alt="{_text(part.alt)}"></picture></figure>'
             )
         if part.table is not None:
-            body.append(_table(part.table))
+            body.append(table_html(part.table))
         body.append("</section>")
     body.append(f'<p class="quiet">Made with <code>{_text(command)}</code></p>')
     page = (
@@ -98,7 +98,8 @@ def write_page(
     return path
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """A table as HTML, its text escaped."""
     head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in table.head)
     rows = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

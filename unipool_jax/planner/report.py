@@ -24,7 +24,7 @@ from unipool_jax.planner.compilation import (
     topology_mesh,
 )
 from unipool_jax.planner.roofline import Estimate, estimate
-from unipool_jax.planner.work import recomputed
+from unipool_jax.planner.work import Counts, count, recomputed
 from unipool_jax.sharding import placement
 from unipool_jax.training.step import state_shapes
 
@@ -76,7 +76,7 @@ def make_plan(config: Config) -> Plan:
     assert config.mesh.topology is not None
     prepare()
     topology = parse_topology(config.mesh.topology)
-    sizes = dict(zip(AXES, resolve_sizes(config.mesh, topology.num_devices), strict=True))
+    sizes = _axis_sizes(config, topology)
     if topology.chip.torus_axes == 0:
         return _counted(config, topology, sizes)
     mesh = topology_mesh(config)
@@ -96,6 +96,21 @@ def make_plan(config: Config) -> Plan:
             [f"train.eval_batch_size={config.train.eval_batch_size}: evaluation does not fit ({error}); lower it"]
         ) from error
     return from_programs(config, topology, mesh, program, evaluation)
+
+
+def count_step(config: Config) -> Counts:
+    """What a step of `config` does and holds on each device of `mesh.topology`: counted, without their compiler.
+
+    Raises:
+      ConfigError: where the mesh does not fit the number of devices.
+    """
+    assert config.mesh.topology is not None
+    topology = parse_topology(config.mesh.topology)
+    return count(config, _axis_sizes(config, topology), topology)
+
+
+def _axis_sizes(config: Config, topology: Topology) -> dict[str, int]:
+    return dict(zip(AXES, resolve_sizes(config.mesh, topology.num_devices), strict=True))
 
 
 def from_programs(config: Config, topology: Topology, mesh: Mesh, program: Program, evaluation: Evaluation) -> Plan:

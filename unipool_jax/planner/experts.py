@@ -1,0 +1,58 @@
+"""What bounds the expert kernels of one device: arithmetic and memory traffic by the rows that an expert gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from unipool_jax.chips import Chip, Topology
+from unipool_jax.config import Config
+from unipool_jax.kernels import tpu_tiles
+from unipool_jax.mesh import AXES
+from unipool_jax.planner.work import count
+
+
+class ExpertKernels(NamedTuple):
+    """The expert kernels of a model on one chip, in the forward pass of a layer."""
+
+    chip: Chip
+    rows: float
+    """Of an expert, on average."""
+    tile_rows: int | None
+    """Of a tile of the TPU kernels; None on other chips, whose tiles are not counted."""
+    padding: float
+    """Rows computed over rows there are: the last tile of an expert is not full."""
+    intensity: float
+    """FLOPs, without those of padding, for each byte to or from high-bandwidth memory."""
+
+    @property
+    def memory_share(self) -> float:
+        """Share of the chip's peak at which its memory can feed the kernels, at most 1."""
+        return min(1.0, self.intensity * self.chip.hbm_bandwidth / self.chip.flops)
+
+    @property
+    def peak_share(self) -> float:
+        """Share of the chip's peak that both memory and padding leave: no schedule of these tiles does better."""
+        return min(self.memory_share, 1 / self.padding)
+
+
+def expert_kernels(config: Config, chip: Chip, sequences: int) -> ExpertKernels:
+    """The expert kernels of `config` on a single device that holds all experts.
+
+    Args:
+      config: the model.
+      chip: the device.
+      sequences: of a micro-batch, each of `data.sequence_length` tokens.
+    """
+    train = dataclasses.replace(config.train, batch_size=sequences, microbatch_size=sequences)
+    alone = Topology(chip, (1,) * max(1, chip.torus_axes))
+    works = count(dataclasses.replace(config, train=train), dict.fromkeys(AXES, 1), alone).work
+    forward = next(work for work in works if work.name == "experts forward")
+    rows = sequences * config.data.sequence_length * config.moe.top_k / config.experts_per_pool
+    return ExpertKernels(
+        chip,
+        rows,
+        tpu_tiles.tile_rows(chip.device_kind, rows) if chip.torus_axes else None,
+        forward.flops / forward.unpadded_flops,
+        forward.unpadded_flops / forward.bytes,
+    )
