@@ -3,6 +3,7 @@
 python -m unipool_jax.analysis                               the newest checkpoint of the run saved to last
 python -m unipool_jax.analysis runs/demo expert_parallel=4   device load of experts dealt out over four devices
 python -m unipool_jax.analysis runs/demo step=160 split=test out=pages/demo draws=3
+python -m unipool_jax.analysis runs/demo tasks_path=tasks/olmo tasks=[olmo_piqa] limit=200   the probe on tasks too
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from unipool_jax.analysis.analyse import Analysis, analyse
 from unipool_jax.analysis.history import read_history
 from unipool_jax.analysis.page import write_page
 from unipool_jax.analysis.report import facts, parts
+from unipool_jax.analysis.scoring import LanguageModel
+from unipool_jax.analysis.task_request import WORDS, TaskRequest, require_harness, split_words
 from unipool_jax.config import Config, ConfigError, MeshConfig, settings
 from unipool_jax.corpus import open_corpus
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
@@ -54,6 +57,8 @@ class AnalysisRequest:
     """Random draws of the randomisation probe; 0 leaves it out."""
     seed: int = 0
     """Of the probe."""
+    tasks: TaskRequest | None = None
+    """Multiple-choice tasks that the probe runs too."""
     overrides: tuple[tuple[str, Any], ...] = ()
     """Settings that replace those of the checkpoint, by dotted name."""
 
@@ -76,7 +81,8 @@ def parse_request(arguments: Sequence[str]) -> AnalysisRequest:
     found: dict[str, Any] = {}
     overrides: list[tuple[str, Any]] = []
     known = settings(Config())
-    for word in arguments:
+    tasks, words = split_words(arguments)
+    for word in words:
         name, equals, text = word.partition("=")
         if not equals or name == "run":
             folder = text if equals else name
@@ -97,14 +103,18 @@ def parse_request(arguments: Sequence[str]) -> AnalysisRequest:
             except yaml.YAMLError:
                 problems.append(f"{word}: its value cannot be read; a list is {name}=[a,b]")
         else:
-            names = ", ".join(f"{option}=" for option in ("run", "out", "split", *_NUMBERS))
+            names = ", ".join(f"{option}=" for option in ("run", "out", "split", *_NUMBERS, *WORDS))
             problems.append(
                 f"{word}: not understood; use a run folder, {names}, train.eval_batches=, train.eval_batch_size= or a "
                 f"setting of data or kernels; splits are {', '.join(SPLIT_NAMES)}"
             )
+    if tasks is not None and tasks.num_fewshot:
+        problems.append(f"num_fewshot={tasks.num_fewshot}: the probe asks without examples; leave it out")
+    if tasks is not None and found.get("draws") == 0:
+        problems.append("draws=0: leaves the probe out, the only analysis that uses tasks; leave tasks out too")
     if problems:
         raise ConfigError(problems)
-    return AnalysisRequest(**found, overrides=tuple(overrides))
+    return AnalysisRequest(**found, tasks=tasks, overrides=tuple(overrides))
 
 
 def expert_devices(wanted: int | None, experts: int) -> int:
@@ -149,6 +159,7 @@ def analyse_command(arguments: Sequence[str]) -> int:
             )
         # After a lock each layer has a pool of its own.
         config, params, balance = restore_model(checkpoints, config, step)
+    tasks = _load_tasks(request.tasks)
     devices = expert_devices(request.expert_parallel, config.experts_per_pool)
     evaluator = Evaluator(config, corpus, [request.split], limited=True)
     print(f"{run}, step {step}: {config.scale_name} {config.method_name} on the {request.split} split", flush=True)
@@ -161,12 +172,34 @@ def analyse_command(arguments: Sequence[str]) -> int:
         draws=request.draws,
         seed=request.seed,
     )
+    if request.tasks is not None:
+        from unipool_jax.analysis.task_probe import probe_tasks
+
+        found = probe_tasks(
+            LanguageModel(config, params, balance, corpus.tokenizer),
+            tasks,
+            analysis.counts_LE,
+            limit=request.tasks.limit,
+            draws=request.draws,
+            seed=request.seed,
+        )
+        analysis = dataclasses.replace(analysis, task_probe=found)
     folder = Path(request.out) if request.out else run / "analysis" / str(step)
     page = write_results(analysis, folder, run, step, request.split, " ".join(arguments))
     for name, value in facts(analysis).items():
         print(f"{name}: {value}")
     print(f"report: {page}")
     return 0
+
+
+def _load_tasks(request: TaskRequest | None) -> list[Any]:
+    """Tasks for the probe, loaded before anything that takes long."""
+    if request is None:
+        return []
+    require_harness()
+    from unipool_jax.analysis.harness import load_tasks
+
+    return load_tasks(request)
 
 
 def write_results(analysis: Analysis, folder: Path, run: Path, step: int, split: str, arguments: str) -> Path:
