@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -33,6 +33,9 @@ from unipool_jax.training.eval_command import with_overrides
 from unipool_jax.training.evaluate import Evaluator
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
 from unipool_jax.validation import validate
+
+if TYPE_CHECKING:
+    from unipool_jax.analysis.task_probe import TaskMeasure
 
 _OVERRIDES = ("data.", "kernels.")
 _ALSO = {"train.eval_batches", "train.eval_batch_size"}
@@ -159,7 +162,7 @@ def analyse_command(arguments: Sequence[str]) -> int:
             )
         # After a lock each layer has a pool of its own.
         config, params, balance = restore_model(checkpoints, config, step)
-    tasks = _load_tasks(request.tasks)
+    measures = _task_measures(request, LanguageModel(config, params, balance, corpus.tokenizer))
     devices = expert_devices(request.expert_parallel, config.experts_per_pool)
     evaluator = Evaluator(config, corpus, [request.split], limited=True)
     print(f"{run}, step {step}: {config.scale_name} {config.method_name} on the {request.split} split", flush=True)
@@ -172,17 +175,10 @@ def analyse_command(arguments: Sequence[str]) -> int:
         draws=request.draws,
         seed=request.seed,
     )
-    if request.tasks is not None:
+    if measures:
         from unipool_jax.analysis.task_probe import probe_tasks
 
-        found = probe_tasks(
-            LanguageModel(config, params, balance, corpus.tokenizer),
-            tasks,
-            analysis.counts_LE,
-            limit=request.tasks.limit,
-            draws=request.draws,
-            seed=request.seed,
-        )
+        found = probe_tasks(measures, analysis.counts_LE, config.moe.top_k, request.draws)
         analysis = dataclasses.replace(analysis, task_probe=found)
     folder = Path(request.out) if request.out else run / "analysis" / str(step)
     page = write_results(analysis, folder, run, step, request.split, " ".join(arguments))
@@ -192,14 +188,16 @@ def analyse_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _load_tasks(request: TaskRequest | None) -> list[Any]:
-    """Tasks for the probe, loaded before anything that takes long."""
-    if request is None:
+def _task_measures(request: AnalysisRequest, model: LanguageModel) -> list[TaskMeasure]:
+    """Tasks for the probe, made ready (or refused) before anything that takes long."""
+    if request.tasks is None:
         return []
     require_harness()
     from unipool_jax.analysis.harness import load_tasks
+    from unipool_jax.analysis.task_probe import task_measure
 
-    return load_tasks(request)
+    limit = request.tasks.limit
+    return [task_measure(model, task, limit, request.seed) for task in load_tasks(request.tasks)]
 
 
 def write_results(analysis: Analysis, folder: Path, run: Path, step: int, split: str, arguments: str) -> Path:

@@ -185,7 +185,8 @@ def _contexts(requests: list[Row]) -> Row:
 
 def _word(requests: list[Row]) -> Row:
     (row,) = requests
-    return {"context": row["request"]["context"], "word": _without_blank(row["request"]["continuation"])}
+    # For this kind of task lm-eval puts nothing between context and continuation.
+    return {"context": row["request"]["context"], "word": " " + _without_blank(row["request"]["continuation"])}
 
 
 def _index(gold: Any, choices: Iterable[str]) -> int:
@@ -195,7 +196,7 @@ def _index(gold: Any, choices: Iterable[str]) -> int:
 
 
 def _without_blank(continuation: str) -> str:
-    """lm-eval puts a blank between context and continuation itself."""
+    """Of multiple-choice tasks lm-eval puts a blank between context and continuation itself."""
     if not continuation.startswith(" "):
         raise ValueError("a continuation does not begin with a blank")
     return continuation[1:]

@@ -1,7 +1,7 @@
 """Log-likelihoods of texts under a model: pairs of context and continuation in, nats out. Knows no harness.
 
 Texts of all lengths go through few compiled programs: a sequence is padded to one of `bucket_lengths`, and the rows
-of a batch come in at most nine numbers per length. What is padded cannot reach what is scored, because attention
+of a batch come in at most eight numbers per length. What is padded cannot reach what is scored, because attention
 looks back only and routing treats each token on its own.
 """
 
@@ -110,7 +110,7 @@ def padded_length(length: int, longest: int) -> int:
 def row_count(items: int, most: int) -> int:
     """Rows per batch for `items` sequences of one bucket: as few as need no further batch, in eighths of `most`."""
     batches = math.ceil(items / most)
-    eighth = max(1, most // 8)
+    eighth = math.ceil(most / 8)
     return min(most, math.ceil(math.ceil(items / batches) / eighth) * eighth)
 
 

@@ -33,6 +33,7 @@ from unipool_jax.data.pipeline import Batch
 class TaskMeasure(NamedTuple):
     """How well a task is solved."""
 
+    name: str
     accuracy: Measure
     """From 0 to 1; items are questions."""
     metric: str
@@ -76,8 +77,8 @@ def task_measure(model: LanguageModel, task: Any, limit: int | None = None, seed
     Raises:
       ConfigError: for tasks of another kind.
     """
+    name = str(getattr(task, "task_name", None) or getattr(task, "name", task))
     if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice":
-        name = getattr(task, "task_name", None) or getattr(task, "name", task)
         raise ConfigError(
             [f"tasks={name}: the probe asks multiple-choice questions only; name such tasks, tasks=[...]"]
         )
@@ -104,38 +105,24 @@ def task_measure(model: LanguageModel, task: Any, limit: int | None = None, seed
         right_I = np.array([result[metric] for result in results(log_likelihood_R)], np.float64)
         return Items(right_I, np.ones(len(right_I)))
 
-    return TaskMeasure(accuracy, metric, len(questions))
+    return TaskMeasure(name, accuracy, metric, len(questions))
 
 
-def probe_tasks(
-    model: LanguageModel,
-    tasks: Sequence[Any],
-    counts_LE: np.ndarray,
-    *,
-    limit: int | None = None,
-    draws: int = 1,
-    seed: int = 0,
-) -> TaskProbe:
+def probe_tasks(measures: Sequence[TaskMeasure], counts_LE: np.ndarray, top_k: int, draws: int = 1) -> TaskProbe:
     """The probe on every task.
 
     Args:
-      model: a model with routers.
-      tasks: multiple-choice tasks of lm-eval, from `harness.load_tasks`.
+      measures: of the tasks, from `task_measure`.
       counts_LE: choices per layer and expert on held-out text, not on the tasks; for the matched variant.
-      limit: questions per task at most.
+      top_k: experts per token.
       draws: random draws to average over.
-      seed: of the random choices.
-
-    Raises:
-      ConfigError: for tasks of another kind.
     """
-    measures = {str(getattr(task, "task_name", task)): task_measure(model, task, limit, seed) for task in tasks}
-    layers, top_k = deep_half(model.config.model.num_layers), model.config.moe.top_k
-    probes = {name: probe(found.accuracy, counts_LE, top_k, layers, draws) for name, found in measures.items()}
+    layers = deep_half(len(counts_LE))
+    probes = {found.name: probe(found.accuracy, counts_LE, top_k, layers, draws) for found in measures}
     return TaskProbe(
         probes,
-        {name: found.metric for name, found in measures.items()},
-        {name: found.questions for name, found in measures.items()},
+        {found.name: found.metric for found in measures},
+        {found.name: found.questions for found in measures},
         mean_probe(list(probes.values())),
     )
 
