@@ -120,10 +120,10 @@ def test_texts_end_at_the_first_stop_string() -> None:
 def test_generation_is_greedy_unless_asked_and_refuses_what_it_does_not_know() -> None:
     lm = UniPoolLM(alphabet_model(scale=0.02))
     settings = {"until": [], "max_gen_toks": 10}
-    hot = settings | {"do_sample": True, "temperature": 5.0}
-    found = lm.generate_until(requests("generate_until", ("a", settings), ("a", hot), ("a", settings | {"top_p": 0.5})))
-    assert found[0] == found[2] == "bcdefghijk"
-    assert found[1] != found[0]
+    hot = settings | {"do_sample": True, "temperature": 5.0, "top_p": 0.99}
+    found = lm.generate_until(requests("generate_until", ("a", settings), ("a", hot), ("b", settings), ("a", hot)))
+    assert (found[0], found[2]) == ("bcdefghijk", "cdefghijkl")
+    assert len({found[0], found[1], found[3]}) == 3
     with pytest.raises(RunError, match=r"max_gen_toks=48: .* 48 positions .* may ask for 47"):
         lm.generate_until(requests("generate_until", ("a", {"max_gen_toks": 48})))
     with pytest.raises(RunError, match="num_beams not known"):
@@ -135,7 +135,8 @@ def test_the_end_of_a_document_ends_the_text() -> None:
     output = model.params["output"]
     ended = model._replace(params=model.params | {"output": output.at[EOD].set(output[ord("d")] * 2)})
     settings = {"until": [], "max_gen_toks": 10}
-    assert UniPoolLM(ended).generate_until(requests("generate_until", ("a", settings))) == ["bc"]
+    found = UniPoolLM(ended).generate_until(requests("generate_until", ("a", settings), ("e", settings)))
+    assert found == ["bc", "fghijklmno"]
 
 
 def test_answers_are_cached_where_the_harness_asks() -> None:
@@ -143,9 +144,9 @@ def test_answers_are_cached_where_the_harness_asks() -> None:
     lm.cache_hook.add_partial = lambda *entry: seen.append(entry)  # type: ignore[method-assign]
     ((value, greedy),) = lm.loglikelihood(requests("loglikelihood", ("a", "b")))
     lm.loglikelihood_rolling(requests("loglikelihood_rolling", ("a",)))
-    lm.generate_until(requests("generate_until", ("a", {"max_gen_toks": 10})))
+    lm.generate_until(requests("generate_until", *[("a", {"max_gen_toks": 10})] * 2))
     assert seen[0] == ("loglikelihood", ("a", "b"), (value, greedy))
-    assert [kind for kind, *_ in seen] == ["loglikelihood", "loglikelihood_rolling", "generate_until"]
+    assert [kind for kind, *_ in seen] == ["loglikelihood", "loglikelihood_rolling", *["generate_until"] * 2]
 
 
 def test_an_evaluation_by_the_harness_itself(tmp_path: Path) -> None:

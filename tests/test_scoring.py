@@ -150,6 +150,7 @@ def pieces(window: Window) -> tuple[str, str]:
         ("Answer:\n", "yes", ("Answer:", "\nyes")),
         # `hel` + `lo` is one token, which is scored whole.
         ("say hel", "lo", ("say", " hello")),
+        ("say hel", "lo there", ("say", " hello there")),
         ("", "Paris", ("<|endoftext|>", "Paris")),
         ("  ", "Paris", ("<|endoftext|>", "  Paris")),
         ("hel", "lo", ("<|endoftext|>", "hello")),

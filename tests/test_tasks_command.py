@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from eval import main as evaluate
@@ -16,22 +17,30 @@ from unipool_jax.analysis.__main__ import main as analyse
 from unipool_jax.analysis.export_tasks import export_tasks
 from unipool_jax.analysis.task_request import PAPER, TaskRequest, split_words
 from unipool_jax.analysis.tasks_command import average_accuracy, print_tasks
-from unipool_jax.compose import compose_config
+from unipool_jax.compose import compose_config, save_config
 from unipool_jax.config import ConfigError
-from unipool_jax.training import loop
+from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.entry import guarded
 from unipool_jax.training.run_folder import RunError
+from unipool_jax.training.step import init_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model."""
+    """A run with two checkpoints; that they hold the same untrained model does not matter here."""
     folder = tmp_path_factory.mktemp("run")
-    config = compose_config(overrides(folder, "train.steps=4", "train.checkpoint_every=2", "data.sequence_length=48"))
-    assert loop.train(config) == 0
-    return folder / "runs" / "tiny"
+    config = compose_config(overrides(folder, "data.sequence_length=48", "train.eval_batch_size=2"))
+    state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(0))
+    run = folder / "runs" / "tiny"
+    run.mkdir(parents=True)
+    save_config(config, run / "config.yaml")
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, state._asdict(), make_meta(config, step, load_tokenizer("bytes").sha256))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,7 @@ def printed_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_a_folder_of_tasks_on_a_run(run: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate([f"run={run}", f"tasks_path={tasks}", "train.eval_batch_size=4"]) == 0
+    assert evaluate([f"run={run}", f"tasks_path={tasks}", "train.eval_batch_size=2", "kernels.implementation=xla"]) == 0
     out = capsys.readouterr().out
     assert f"{run}/checkpoints/4: demo unipool, lm-eval " in out
     found = json.loads(out.splitlines()[-1])
@@ -120,7 +129,8 @@ def test_without_the_harness_the_extra_is_named(
 
 
 def test_the_analysis_of_a_run_includes_tasks(run: Path, tasks: Path, tmp_path: Path) -> None:
-    words = [f"tasks_path={tasks}", "tasks=[olmo_arc_easy,olmo_winogrande]", f"out={tmp_path}"]
+    names = "tasks=[olmo_arc_easy,olmo_winogrande]"
+    words = [f"tasks_path={tasks}", names, f"out={tmp_path}", "train.eval_batches=2"]
     assert analyse([str(run), *words]) == 0
     found = json.loads((tmp_path / "analysis.json").read_text())["task_probe"]
     assert {name: (task["questions"], task["measure"]) for name, task in found["tasks"].items()} == {
