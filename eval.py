@@ -1,9 +1,24 @@
-"""Evaluate a checkpoint: `python eval.py [run=FOLDER|latest] [checkpoint=FOLDER] [step=N] [data.files=[TEXT]]`."""
+"""Evaluate a checkpoint: `python eval.py [run=FOLDER|latest] [checkpoint=FOLDER] [step=N]`, then what on:
+
+splits of its text, `data.files=[TEXT]`, or zero-shot tasks, `tasks=[NAME,NAME]`.
+"""
 
 import sys
 
+from unipool_jax.analysis.task_request import split_words
 from unipool_jax.training.entry import guarded
 from unipool_jax.training.eval_command import evaluate_command
 
+
+def main(arguments: list[str]) -> int:
+    """Loss on text, or scores of tasks where the command line names some."""
+    tasks, rest = split_words(arguments)
+    if tasks is None:
+        return evaluate_command(rest)
+    from unipool_jax.analysis.tasks_command import tasks_command
+
+    return tasks_command(tasks, rest)
+
+
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: evaluate_command(sys.argv[1:])))
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The TPU's compiler works without a TPU: look for none, and let several processes compile at once.
@@ -10,3 +11,6 @@ os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 # Tests compile many tiny programs and run each a few times: compiling fast matters, running fast does not.
 _FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+# Tasks of lm-eval read their documents through a cache; no network, and nothing left in the home folder.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=_CACHE.name)

@@ -211,6 +211,9 @@ def test_a_request_is_parsed() -> None:
     assert parse_request(["run=runs/a", "step=5", "splits=[test]", "train.eval_batch_size=4"]) == EvalRequest(
         run="runs/a", step=5, splits=("test",), overrides=(("train.eval_batch_size", 4),)
     )
+    assert parse_request(["model.compute_dtype=float32"]) == EvalRequest(
+        overrides=(("model.compute_dtype", "float32"),)
+    )
     assert parse_request(["data.files=[a.txt,b.txt]", "kernels.implementation=xla"]) == EvalRequest(
         files=("a.txt", "b.txt"), overrides=(("kernels.implementation", "xla"),)
     )

@@ -58,7 +58,7 @@ def test_only_the_named_layer_is_replaced() -> None:
     step = make_observed_step(config)
     before = np.asarray(step(state.params, state.balance, batch, None).experts_LNK)
     choice = Intervention(2, np.ones(config.experts_per_pool, bool), "learned")
-    forced = forced_choices(config, choice, seed=0, first_item=0, batch=batch)
+    forced = forced_choices(config, choice, seed=0, items_B=np.arange(8), batch=batch)
     after = np.asarray(step(state.params, state.balance, batch, forced).experts_LNK)
     assert np.array_equal(after[:2], before[:2])
     assert np.array_equal(after[2], np.asarray(forced.experts_LNK)[2])

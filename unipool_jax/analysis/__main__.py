@@ -1,4 +1,4 @@
-"""Command line of the analyses: `python -m unipool_jax.analysis RUN_DIR` or `... compare RUN RUN ...`."""
+"""Command line of the analyses: `python -m unipool_jax.analysis RUN`, `compare RUN RUN ...` or `export-tasks OUT`."""
 
 import sys
 
@@ -7,11 +7,15 @@ from unipool_jax.training.entry import guarded
 
 
 def main(arguments: list[str]) -> int:
-    """Analyse one checkpoint, or compare runs."""
+    """Analyse one checkpoint, compare runs, or make local tasks of benchmarks."""
     if arguments[:1] == ["compare"]:
         from unipool_jax.analysis.compare_command import compare_command
 
         return compare_command(arguments[1:])
+    if arguments[:1] == ["export-tasks"]:
+        from unipool_jax.analysis.export_tasks import export_command
+
+        return export_command(arguments[1:])
     return analyse_command(arguments)
 
 

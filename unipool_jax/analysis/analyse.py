@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,6 +16,9 @@ from unipool_jax.config import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.metrics import load_metrics, plain_json, routing_diagnostics
 from unipool_jax.training.step import BalanceState
+
+if TYPE_CHECKING:
+    from unipool_jax.analysis.task_probe import TaskProbe
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Analysis:
     devices: int
     """Size of the expert-parallel group that device load is computed for."""
     probe: Probe | None
+    task_probe: TaskProbe | None = None
 
     @property
     def usage_map(self) -> np.ndarray:
@@ -122,14 +126,23 @@ class Analysis:
                 "whole_model": load.whole_model,
                 "mean_over_batches": {"critical_path": batch_load[0], "whole_model": batch_load[1]},
             },
-            "probe": None if self.probe is None else _probe_json(self.probe),
+            "probe": None if self.probe is None else _probe_json(self.probe, "language-model loss, nats per token"),
+            "task_probe": None if self.task_probe is None else _task_probe_json(self.task_probe),
         }
         return dict(plain_json(document))
 
 
-def _probe_json(result: Probe) -> dict[str, Any]:
+def _task_probe_json(result: TaskProbe) -> dict[str, Any]:
+    tasks = {
+        name: {"questions": result.questions[name], **_probe_json(found, result.metrics[name])}
+        for name, found in result.by_task.items()
+    }
+    return {"tasks": tasks, "average": _probe_json(result.average, "accuracy, mean over tasks")}
+
+
+def _probe_json(result: Probe, measure: str) -> dict[str, Any]:
     return {
-        "measure": "language-model loss, nats per token",
+        "measure": measure,
         "learned": result.learned,
         "layers": result.layers,
         "draws": result.draws,

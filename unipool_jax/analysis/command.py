@@ -3,6 +3,7 @@
 python -m unipool_jax.analysis                               the newest checkpoint of the run saved to last
 python -m unipool_jax.analysis runs/demo expert_parallel=4   device load of experts dealt out over four devices
 python -m unipool_jax.analysis runs/demo step=160 split=test out=pages/demo draws=3
+python -m unipool_jax.analysis runs/demo tasks_path=tasks/olmo tasks=[olmo_piqa] limit=200   the probe on tasks too
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -20,6 +21,8 @@ from unipool_jax.analysis.analyse import Analysis, analyse
 from unipool_jax.analysis.history import read_history
 from unipool_jax.analysis.page import write_page
 from unipool_jax.analysis.report import facts, parts
+from unipool_jax.analysis.scoring import LanguageModel
+from unipool_jax.analysis.task_request import WORDS, TaskRequest, require_harness, split_words
 from unipool_jax.config import Config, ConfigError, MeshConfig, settings
 from unipool_jax.corpus import Corpus, open_corpus
 from unipool_jax.data.pipeline import Batch
@@ -32,6 +35,9 @@ from unipool_jax.training.evaluate import Evaluator
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
 from unipool_jax.training.step import BalanceState
 from unipool_jax.validation import validate
+
+if TYPE_CHECKING:
+    from unipool_jax.analysis.task_probe import TaskMeasure
 
 _OVERRIDES = ("data.", "kernels.")
 _ALSO = {"train.eval_batches", "train.eval_batch_size"}
@@ -56,6 +62,8 @@ class AnalysisRequest:
     """Random draws of the randomisation probe; 0 leaves it out."""
     seed: int = 0
     """Of the probe."""
+    tasks: TaskRequest | None = None
+    """Multiple-choice tasks that the probe runs too."""
     overrides: tuple[tuple[str, Any], ...] = ()
     """Settings that replace those of the checkpoint, by dotted name."""
 
@@ -78,7 +86,8 @@ def parse_request(arguments: Sequence[str]) -> AnalysisRequest:
     found: dict[str, Any] = {}
     overrides: list[tuple[str, Any]] = []
     known = settings(Config())
-    for word in arguments:
+    tasks, words = split_words(arguments)
+    for word in words:
         name, equals, text = word.partition("=")
         if not equals or name == "run":
             folder = text if equals else name
@@ -99,14 +108,18 @@ def parse_request(arguments: Sequence[str]) -> AnalysisRequest:
             except yaml.YAMLError:
                 problems.append(f"{word}: its value cannot be read; a list is {name}=[a,b]")
         else:
-            names = ", ".join(f"{option}=" for option in ("run", "out", "split", *_NUMBERS))
+            names = ", ".join(f"{option}=" for option in ("run", "out", "split", *_NUMBERS, *WORDS))
             problems.append(
                 f"{word}: not understood; use a run folder, {names}, train.eval_batches=, train.eval_batch_size= or a "
                 f"setting of data or kernels; splits are {', '.join(SPLIT_NAMES)}"
             )
+    if tasks is not None and tasks.num_fewshot:
+        problems.append(f"num_fewshot={tasks.num_fewshot}: the probe asks without examples; leave it out")
+    if tasks is not None and found.get("draws") == 0:
+        problems.append("draws=0: leaves the probe out, the only analysis that uses tasks; leave tasks out too")
     if problems:
         raise ConfigError(problems)
-    return AnalysisRequest(**found, overrides=tuple(overrides))
+    return AnalysisRequest(**found, tasks=tasks, overrides=tuple(overrides))
 
 
 def expert_devices(wanted: int | None, experts: int) -> int:
@@ -194,13 +207,31 @@ def analyse_command(arguments: Sequence[str]) -> int:
     opened = open_run(request)
     run, step, config = opened.run, opened.step, opened.config
     print(f"{run}, step {step}: {config.scale_name} {config.method_name} on the {request.split} split", flush=True)
+    measures = _task_measures(request, LanguageModel(config, opened.params, opened.balance, opened.corpus.tokenizer))
     analysis = analyse_run(request, opened)
+    if measures:
+        from unipool_jax.analysis.task_probe import probe_tasks
+
+        found = probe_tasks(measures, analysis.counts_LE, config.moe.top_k, request.draws)
+        analysis = dataclasses.replace(analysis, task_probe=found)
     folder = Path(request.out) if request.out else run / "analysis" / str(step)
     page = write_results(analysis, folder, run, step, request.split, " ".join(arguments))
     for name, value in facts(analysis).items():
         print(f"{name}: {value}")
     print(f"report: {page}")
     return 0
+
+
+def _task_measures(request: AnalysisRequest, model: LanguageModel) -> list[TaskMeasure]:
+    """Tasks for the probe, made ready (or refused) before anything that takes long."""
+    if request.tasks is None:
+        return []
+    require_harness()
+    from unipool_jax.analysis.harness import load_tasks
+    from unipool_jax.analysis.task_probe import task_measure
+
+    limit = request.tasks.limit
+    return [task_measure(model, task, limit, request.seed) for task in load_tasks(request.tasks)]
 
 
 def write_results(analysis: Analysis, folder: Path, run: Path, step: int, split: str, arguments: str) -> Path:

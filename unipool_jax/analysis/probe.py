@@ -164,12 +164,11 @@ def random_choices(key: jax.Array, items_B: jax.Array, candidates_E: jax.Array, 
     return jax.vmap(of_item)(items_B).reshape(-1, top_k)
 
 
-def forced_choices(config: Config, intervention: Intervention, seed: int, first_item: int, batch: Batch) -> Forced:
-    """The choices that `intervention` forces on a batch whose rows are the items `first_item ..`."""
-    layers, (rows, length), top_k = config.model.num_layers, batch.inputs.shape, config.moe.top_k
+def forced_choices(config: Config, intervention: Intervention, seed: int, items_B: np.ndarray, batch: Batch) -> Forced:
+    """The choices that `intervention` forces on a batch whose rows are the items of these numbers, int32."""
+    layers, length, top_k = config.model.num_layers, batch.inputs.shape[1], config.moe.top_k
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), intervention.draw), intervention.layer)
-    items_B = jnp.arange(first_item, first_item + rows)
-    drawn_NK = random_choices(key, items_B, jnp.asarray(intervention.candidates_E), length, top_k)
+    drawn_NK = random_choices(key, jnp.asarray(items_B), jnp.asarray(intervention.candidates_E), length, top_k)
     experts_LNK = jnp.full((layers, *drawn_NK.shape), -1, jnp.int32).at[intervention.layer].set(drawn_NK)
     return Forced(experts_LNK, jnp.asarray(intervention.gates == "own"))
 
@@ -196,8 +195,8 @@ def language_model_loss(
 
     def measure(intervention: Intervention | None) -> Items:
         sums, weights = [], []
-        for first_item, batch in _numbered(batches()):
-            forced = None if intervention is None else forced_choices(config, intervention, seed, first_item, batch)
+        for items_B, batch in _numbered(batches()):
+            forced = None if intervention is None else forced_choices(config, intervention, seed, items_B, batch)
             loss_BS = observed_step(params, balance, jax.device_put(batch), forced).loss_BS
             text_B = batch.weights.sum(axis=1, dtype=np.float64)
             sums.append(np.asarray(loss_BS).sum(axis=1, dtype=np.float64)[text_B > 0])
@@ -207,9 +206,9 @@ def language_model_loss(
     return measure
 
 
-def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-    """Batches with the number of their first row."""
+def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Batches with the numbers of their rows, int32."""
     first = 0
     for batch in batches:
-        yield first, batch
+        yield np.arange(first, first + len(batch.inputs), dtype=np.int32), batch
         first += len(batch.inputs)

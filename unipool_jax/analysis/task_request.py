@@ -1,0 +1,91 @@
+"""Which zero-shot tasks to run: words of a command line, understood without lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from unipool_jax.config import ConfigError
+from unipool_jax.training.run_folder import RunError
+
+PAPER = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "lambada_openai", "race")
+"""The seven tasks of arXiv 2605.06665 (spec H.5), by their names in lm-eval."""
+
+_NUMBERS: dict[str, tuple[str, Callable[[int], bool]]] = {
+    "limit": ("a whole number, 1 or more", lambda value: value >= 1),
+    "num_fewshot": ("a whole number, 0 or more", lambda value: value >= 0),
+}
+WORDS = ("tasks", "tasks_path", *_NUMBERS)
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """Tasks to run; the command line sets each field by its name."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of tasks; none are all of `tasks_path`."""
+    tasks_path: str | None = None
+    """Folder of local tasks (YAML files of lm-eval); None: the tasks that come with lm-eval, which read the hub."""
+    limit: int | None = None
+    """Documents per task at most, the first ones; None is all."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; None is what the task says, which is mostly none."""
+
+
+def split_words(arguments: Sequence[str]) -> tuple[TaskRequest | None, list[str]]:
+    """The part of a command line that is about tasks, None where there is none, and the other words.
+
+    `tasks=paper` stands for the seven tasks of the paper.
+
+    Raises:
+      ConfigError: with every word about tasks that is not understood.
+    """
+    problems: list[str] = []
+    found: dict[str, Any] = {}
+    rest: list[str] = []
+    for word in arguments:
+        name, equals, text = word.partition("=")
+        if not equals or name not in WORDS:
+            rest.append(word)
+        elif name == "tasks":
+            names = _names(text)
+            if names:
+                found["tasks"] = PAPER if names == ["paper"] else tuple(dict.fromkeys(names))
+            else:
+                problems.append(f"{word}: expected tasks=[NAME,NAME] or tasks=paper, the tasks {', '.join(PAPER)}")
+        elif name == "tasks_path":
+            found[name] = text
+        else:
+            allowed, sound = _NUMBERS[name]
+            if text.isdigit() and sound(int(text)):
+                found[name] = int(text)
+            else:
+                problems.append(f"{word}: expected {allowed}")
+    if found and not found.get("tasks") and not found.get("tasks_path"):
+        problems.append("tasks=: which tasks? Give tasks=[NAME,NAME], tasks=paper or tasks_path=FOLDER")
+    if problems:
+        raise ConfigError(problems)
+    return (TaskRequest(**found) if found else None), rest
+
+
+def _names(text: str) -> list[str]:
+    """The names in `[a,b]` or `a`; nothing where `text` is neither."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return []
+    names = value if isinstance(value, list) else [value]
+    return names if all(isinstance(name, str) and name for name in names) else []
+
+
+def require_harness() -> None:
+    """Raises RunError without lm-eval, which is an extra; `analysis.harness` can be imported afterwards."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise RunError(
+            f'tasks=: zero-shot tasks need lm-eval ({error}); in the checkout: pip install ".[harness]"'
+        ) from error

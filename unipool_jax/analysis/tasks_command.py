@@ -1,0 +1,109 @@
+"""`python eval.py tasks=...`: zero-shot tasks on a checkpoint.
+
+python eval.py run=runs/NAME tasks=paper                            the seven tasks of the paper, read from the hub
+python eval.py run=runs/NAME tasks_path=tasks/olmo                  every task of a folder, without network
+python eval.py run=runs/NAME tasks_path=tasks/olmo tasks=[olmo_piqa] limit=200
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from unipool_jax.analysis.scoring import LanguageModel
+from unipool_jax.analysis.task_request import TaskRequest, require_harness
+from unipool_jax.config import ConfigError, MeshConfig
+from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.kernels.implementations import platform_problem
+from unipool_jax.parsing import from_mapping
+from unipool_jax.training.checkpoint import Checkpoints, restore_model
+from unipool_jax.training.eval_command import EvalRequest, locate, parse_request, with_overrides
+from unipool_jax.training.metrics import plain_json
+from unipool_jax.training.run_folder import RunError
+from unipool_jax.validation import validate
+
+
+def tasks_command(tasks: TaskRequest, arguments: Sequence[str]) -> int:
+    """Run tasks as the command line says; prints a table and, last, one line of JSON.
+
+    Args:
+      tasks: which ones.
+      arguments: the other words: which checkpoint, and settings.
+
+    Raises:
+      ConfigError, RunError, CheckpointError, DataError: with what to do about it.
+    """
+    request = parse_request(arguments)
+    problems = [f"{name}=...: on one device; leave it out" for name, _ in request.overrides if name.startswith("mesh.")]
+    if request.splits or request.files:
+        problems.append("splits=, data.files=: measure loss on text; leave them out, or leave tasks= out")
+    if problems:
+        raise ConfigError(problems)
+    require_harness()
+    from unipool_jax.analysis.harness import harness_version, load_tasks, run_tasks
+
+    loaded = load_tasks(tasks)
+    model, title = open_model(request)
+    results = run_tasks(model, tasks, loaded)
+    print_tasks(results, title=f"{title}, {harness_version()}")
+    document = {"harness": harness_version(), **dataclasses.asdict(tasks), "tasks": list(results), "results": results}
+    # A folder may hold a task twice, on two splits; a mean is of tasks that someone chose.
+    average = average_accuracy(results) if tasks.tasks else None
+    if average is not None:
+        print(f"mean of acc over {len(results)} tasks: {average:.4f}")
+    print(json.dumps(plain_json(document | {"average_acc": average})))
+    return 0
+
+
+def open_model(request: EvalRequest) -> tuple[LanguageModel, str]:
+    """The checkpoint that is asked for, on one device, and its name for a title."""
+    folder, step = locate(request)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        step = checkpoints.find(step)
+        meta = checkpoints.meta(step)
+        trained = dataclasses.replace(from_mapping(meta["config"]), mesh=MeshConfig(data=1))
+        config = with_overrides(trained, request.overrides)
+        validate(config)
+        if problem := platform_problem(config.kernels.implementation):
+            raise ConfigError([problem])
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.sha256 != meta["tokenizer_sha256"]:
+            raise RunError(
+                f"data.tokenizer={config.data.tokenizer}: not the one that {checkpoints.path(step)} was trained with"
+            )
+        title = f"{checkpoints.path(step)}: {config.scale_name} {config.method_name}"
+        config, params, balance = restore_model(checkpoints, config, step)
+    return LanguageModel(config, params, balance, tokenizer), title
+
+
+def average_accuracy(results: Mapping[str, Mapping[str, float | int | None]]) -> float | None:
+    """Plain mean of raw accuracy over tasks (spec H.5); None unless there are several and all report one."""
+    values = [result.get("acc") for result in results.values()]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(values) == len(known) > 1 else None
+
+
+def print_tasks(results: Mapping[str, Mapping[str, float | int | None]], title: str) -> None:
+    """`title` and a table with a row per task: accuracies, then what else was measured, with standard errors."""
+    print(title)
+    names = {key: None for result in results.values() for key in result if not key.endswith("_stderr")}
+    metrics = sorted(names.keys() - {"documents"}, key=lambda name: (not name.startswith("acc"), name))
+    table = Table()
+    for name in ("task", "documents", *metrics):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for task, result in results.items():
+        count = result.get("documents")
+        table.add_row(task, "-" if count is None else f"{count:,d}", *(_cell(result, name) for name in metrics))
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def _cell(result: Mapping[str, float | int | None], metric: str) -> str:
+    value, error = result.get(metric), result.get(f"{metric}_stderr")
+    if value is None:
+        return "-"
+    pattern = ".4f" if metric.startswith("acc") else ".4g"
+    return f"{value:{pattern}}" + ("" if error is None else f" ± {error:{pattern}}")
