@@ -19,9 +19,10 @@ import numpy as np
 from unipool_jax.config import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.data.tokenizer import Tokenizer
+from unipool_jax.model.head import cross_entropy
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.lock import score_factors
-from unipool_jax.training.step import BalanceState, token_losses
+from unipool_jax.training.step import BalanceState
 
 MAX_BATCH_TOKENS = 8192
 """Positions of a batch at most: 1.7 GB of float32 logits for a vocabulary of 51,200."""
@@ -187,7 +188,7 @@ def make_score_step(config: Config, vocab_size: int) -> Callable[[Any, BalanceSt
         logits_BSV, _ = forward(config, params, batch.inputs, balance.expert_bias_GNE, factors)
         scored_BS = jnp.asarray(batch.weights) > 0
         # Not multiplied: the loss of a masked position may be infinite.
-        losses_BS = jnp.where(scored_BS, token_losses(logits_BSV, batch.targets), 0.0)
+        losses_BS = jnp.where(scored_BS, cross_entropy(logits_BSV, batch.targets), 0.0)
         best_BS = jnp.argmax(logits_BSV[..., :vocab_size], axis=-1)
         greedy_B = jnp.all((best_BS == batch.targets) | ~scored_BS, axis=1)
         return Scores(-jnp.sum(losses_BS, axis=1), greedy_B)
