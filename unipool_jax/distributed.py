@@ -24,10 +24,16 @@ class PeerError(RuntimeError):
 
 
 def announced_processes() -> int:
-    """How many processes the launcher says there are (Slurm step, Open MPI, Cloud TPU hosts); 1 if it says nothing."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    counts = [os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE")]
-    return max(len(hosts.split(",")), *(int(count) for count in counts if count and count.isdigit()), 1)
+    """How many processes the launcher says there are (Slurm step, Open MPI, Cloud TPU hosts); 1 if it says nothing.
+
+    The hosts of a TPU slice are read from the variables, and in the order, that JAX looks for them.
+    """
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", "")).split(",")
+    slices, *counts = (
+        int(value) if (value := os.environ.get(name, "")).isdigit() else 1
+        for name in ("MEGASCALE_NUM_SLICES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    )
+    return max(len(hosts) * slices, *counts, 1)
 
 
 def start(config: DistributedConfig) -> None:
