@@ -84,6 +84,11 @@ def told_by_main(text: str) -> str:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
 
 
+def all_agree(mine: bool) -> bool:
+    """Whether every process passed True; each must call this at the same point."""
+    return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(mine)).min())
+
+
 def main_first(action: Callable[[], Found], expected: tuple[type[Exception], ...]) -> Found:
     """`action()` in process 0, and once it is through also in the others; they share its files.
 
