@@ -23,7 +23,7 @@ from unipool_jax.kernels.implementations import resolve
 from unipool_jax.mesh import usable_mesh
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.moe.lock_lifecycle import LossExcessError
-from unipool_jax.sharding import process_rows, replicated_banks, report, to_devices
+from unipool_jax.sharding import misplaced_banks, process_rows, report, to_devices
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
@@ -185,8 +185,10 @@ class _Run:
             self.progress.message(
                 f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport\n{report(state)}"
             )
-            if whole := replicated_banks(config, self.mesh, state):
-                raise RunError(f"{', '.join(whole)}: whole on every device although {sizes} should split the experts")
+            if misplaced := misplaced_banks(config, self.mesh, state):
+                raise RunError(
+                    f"mesh {sizes}: expert weights are not split as it says: {', '.join(misplaced)} a device"
+                )
         if self.start:
             self.progress.message(f"going on after step {self.start}")
 
