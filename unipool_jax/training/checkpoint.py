@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from unipool_jax.config import Config, to_mapping
-from unipool_jax.distributed import all_agree
+from unipool_jax.distributed import all_agree, told_by_main
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.training.step import BalanceState, state_shapes
 
@@ -235,7 +235,8 @@ class Checkpoints:
             other names, shapes or dtypes than `target`.
         """
         self.find(step)
-        steps = self.steps()
+        # A shared file system may show other processes another list for a while.
+        steps = [int(word) for word in told_by_main(" ".join(map(str, self.steps()))).split()]
         damaged: dict[int, Exception] = {}
         for candidate in [step] if step is not None else reversed(steps):
             restored = None
