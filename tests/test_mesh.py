@@ -13,12 +13,12 @@ import pytest
 
 from tiny import METHODS, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config import Config, ConfigError, MeshConfig
-from unipool_jax.mesh import make_mesh, problems, resolve_sizes
+from unipool_jax.mesh import make_mesh, problems, resolve_sizes, usable_mesh
 from unipool_jax.sharding import (
     batch_sharding,
     memory_problem,
+    misplaced_banks,
     placement,
-    replicated_banks,
     report,
     state_shardings,
     to_devices,
@@ -200,13 +200,60 @@ def test_banks_and_moments_are_dealt_out() -> None:
     assert lines["opt_state.1.0.mu.pools.bank.gate"].bytes_per_device == gate.bytes_per_device
     assert lines["params.pools.layers.attention.query"].bytes_per_device == 4 * 16 * 16 * 4 / 2
     assert lines["params.final_norm"].bytes_per_device == 16 * 4
-    assert not replicated_banks(config, mesh, shapes)
-    whole = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, jax.P())), shapes
-    )
-    assert "params.pools.bank.up" in replicated_banks(config, mesh, whole)
     total = sum(line.bytes_per_device for line in lines.values())
-    assert f"{total / 2**20:,.1f} MiB a device" in report(shapes)
+    moments = sum(line.bytes_per_device for name, line in lines.items() if name.startswith("opt_state."))
+    said = report(shapes)
+    assert f"parameters and optimiser state: {total / 2**20:,.1f} MiB a device" in said
+    assert f"two optimiser moments of each parameter, where it lies: {moments / 2**20:,.1f} MiB a device" in said
+
+
+@pytest.mark.parametrize("method", ["unipool", "vanilla", "dense"])
+def test_moments_lie_where_their_parameters_lie(method: str) -> None:
+    shapes = state_shapes(configure(method), mesh_of(MESHES[ALL_WAYS]))
+    places = {line.name: (line.shape, line.partition) for line in placement(shapes)}
+    for name, place in places.items():
+        if name.startswith("params."):
+            for moment in ("mu", "nu"):
+                assert places[f"opt_state.1.0.{moment}.{name.removeprefix('params.')}"] == place
+
+
+@pytest.mark.parametrize("method", ["unipool", "vanilla", "dense"])
+def test_banks_that_are_not_split_as_the_mesh_says_are_named(method: str) -> None:
+    """Whole on every device, or split over one axis of the mesh only."""
+    config, mesh = configure(method), mesh_of(MESHES[ALL_WAYS])
+    shapes = state_shapes(config, mesh)
+    assert misplaced_banks(config, mesh, shapes) == []
+
+    def laid_out(*axes: str | None) -> Any:
+        place = jax.sharding.NamedSharding(mesh, jax.P(*axes))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=place if "'up'" in str(path[-1]) else x.sharding
+            ),
+            shapes,
+        )
+
+    groups, experts, *_ = shapes.params["pools"]["bank"]["up"].shape
+    over_fsdp = laid_out(None, None, "fsdp", None)
+    if method == "dense":
+        assert misplaced_banks(config, mesh, over_fsdp) == []
+    else:
+        part, wanted = [groups, experts, 8, 24], [groups, experts // 2, 8, 24]
+        assert f"params.pools.bank.up {part} instead of {wanted}" in misplaced_banks(config, mesh, over_fsdp)
+    named = misplaced_banks(config, mesh, laid_out())
+    assert [name.split()[0].rpartition(".")[0] for name in named] == [
+        "params.pools.bank",
+        "opt_state.1.0.mu.pools.bank",
+        "opt_state.1.0.nu.pools.bank",
+    ]
+
+
+def test_a_transport_that_the_devices_do_not_have_is_refused() -> None:
+    config = configure("unipool", "mesh.data=1", "mesh.expert=8", "mesh.transport=ragged")
+    with pytest.raises(ConfigError, match=r"mesh.transport=ragged: CPU devices have no .* choose all_gather"):
+        usable_mesh(config)
+    alone = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=8, expert=1))
+    assert usable_mesh(alone) is not None
 
 
 class _Device:

@@ -15,6 +15,7 @@ from unipool_jax.compose import compose_config
 from unipool_jax.config import Config, ConfigError
 from unipool_jax.training import loop
 from unipool_jax.training.run_folder import RunError, RunFolder, run_name
+from unipool_jax.training.step import make_train_step
 
 STEPS = 8
 SINGLE = ["mesh=single"]
@@ -168,10 +169,37 @@ def test_overflow_stops_the_run_and_says_what_to_do(
     assert_close(configure("run.name=tight"), whole)
 
 
-def test_dropped_rows_are_reported(configure: Callable[..., Config]) -> None:
-    dropping = configure("run.name=dropping", *EXPERTS_4, "mesh.receive_factor=1", "mesh.overflow=drop")
+def test_dropped_rows_are_reported_whatever_the_steps_between_lines(
+    configure: Callable[..., Config],
+    stop_after: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dropped = []
+
+    def make(config: Config, mesh: Any) -> Callable[..., Any]:
+        train_step = make_train_step(config, mesh)
+
+        def step(state: Any, batch: Any) -> Any:
+            state, metrics = train_step(state, batch)
+            dropped.append(int(metrics["overflow"]))
+            return state, metrics
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", make)
+    tight = [*EXPERTS_4, "mesh.receive_factor=1", "mesh.overflow=drop", "train.log_every=4"]
+    dropping = configure("run.name=dropping", *tight)
+    stop_after(6)
+    assert loop.train(dropping) == 128 + 15
     assert loop.train(dropping) == 0
-    assert sum(line["overflow"] for line in lines(dropping, "train")) > 0
+    assert len(dropped) == STEPS
+    assert min(dropped) > 0
+    written = {line["step"]: line["overflow"] for line in lines(dropping, "train")}
+    assert written == {4: sum(dropped[:4]), 8: sum(dropped[4:])}
+    summary = json.loads((folder_of(dropping) / "summary.json").read_text())
+    assert summary["overflow"] == sum(dropped)
+    assert f"rows without their expert (mesh.overflow=drop): {sum(dropped):,}" in capsys.readouterr().out
 
 
 def test_what_does_not_divide_over_the_devices_there_are_is_refused(configure: Callable[..., Config]) -> None:

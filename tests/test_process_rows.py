@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from processes import join, run_two
 from unipool_jax.chips import parse_topology
 from unipool_jax.compose import CONFIG_DIR, compose_config
 from unipool_jax.config import MeshConfig
@@ -95,25 +91,11 @@ def test_rows_of_every_preset_with_a_compiler(preset: str, shared: bool) -> None
 
 
 def test_devices_get_their_rows_from_two_real_processes() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    command = [sys.executable, __file__, address]
-    started = [subprocess.Popen([*command, str(process)], env=environment) for process in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
+    run_two(__file__, 4)
 
 
-def check_content(address: str, process: int) -> None:
+def check_content() -> None:
     """Load this process's rows, put them on devices, and look at what each device got."""
-    jax.distributed.initialize(address, 2, process)
     everything = np.arange(BATCH * 3, dtype=np.int32).reshape(BATCH, 3)
     for layout in LAYOUTS:
         mesh = interleaved(layout)
@@ -125,4 +107,5 @@ def check_content(address: str, process: int) -> None:
 
 
 if __name__ == "__main__":
-    check_content(sys.argv[1], int(sys.argv[2]))
+    join()
+    check_content()

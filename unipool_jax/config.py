@@ -247,7 +247,8 @@ class MeshConfig:
     receive_factor: float = 3.0
     """Rows a device can receive in one layer, over the mean; the size of the expert group is always enough."""
     overflow: Literal["stop", "drop"] = "stop"
-    """When more rows arrive: stop with a report, or count them as `overflow` and go on without their experts."""
+    """When more rows arrive: stop with a report, or go on without their experts and count them as `overflow`: in
+    metrics.jsonl those since the line before, in summary.json all of the run."""
     expert_placement: Literal["contiguous", "measured"] = "contiguous"
     """Which experts share a device: neighbours, or, when a run is resumed, those whose loads in its last evaluation
     even out over devices layer by layer. Checkpoints and metrics keep the order of the experts."""

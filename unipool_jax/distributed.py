@@ -24,10 +24,16 @@ class PeerError(RuntimeError):
 
 
 def announced_processes() -> int:
-    """How many processes the launcher says there are (Slurm step, Open MPI, Cloud TPU hosts); 1 if it says nothing."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    counts = [os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE")]
-    return max(len(hosts.split(",")), *(int(count) for count in counts if count and count.isdigit()), 1)
+    """How many processes the launcher says there are (Slurm step, Open MPI, Cloud TPU hosts); 1 if it says nothing.
+
+    The hosts of a TPU slice are read from the variables, and in the order, that JAX looks for them.
+    """
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", "")).split(",")
+    slices, *counts = (
+        int(value) if (value := os.environ.get(name, "")).isdigit() else 1
+        for name in ("MEGASCALE_NUM_SLICES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    )
+    return max(len(hosts) * slices, *counts, 1)
 
 
 def start(config: DistributedConfig) -> None:
@@ -76,6 +82,11 @@ def told_by_main(text: str) -> str:
     if is_main():
         padded[:] = data
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
+
+
+def all_agree(mine: bool) -> bool:
+    """Whether every process passed True; each must call this at the same point."""
+    return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(mine)).min())
 
 
 def main_first(action: Callable[[], Found], expected: tuple[type[Exception], ...]) -> Found:

@@ -155,10 +155,16 @@ def usable_mesh(config: Config) -> Mesh | None:
     """The mesh of `config` over the devices there are; None for a single device.
 
     Raises:
-      ConfigError: if the sizes do not fit the devices, or the model, batch or pool does not divide over them.
+      ConfigError: if the sizes do not fit the devices, the model, batch or pool does not divide over them, or they have
+        no such transport.
     """
     mesh = make_mesh(config.mesh)
     sizes = dataclasses.replace(config.mesh, **dict(zip(AXES, mesh.devices.shape, strict=True)))
-    if found := list(problems(dataclasses.replace(config, mesh=sizes))):
+    found = list(problems(dataclasses.replace(config, mesh=sizes)))
+    if config.mesh.transport == "ragged" and sizes.expert > 1 and mesh.devices.flat[0].platform == "cpu":
+        found.append(
+            "mesh.transport=ragged: CPU devices have no ragged all-to-all; choose all_gather, or leave it to auto"
+        )
+    if found:
         raise ConfigError(found)
     return None if mesh.size == 1 else mesh

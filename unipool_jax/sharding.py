@@ -107,7 +107,7 @@ def placement(state: Any) -> list[Placed]:
 
 
 def report(state: Any) -> str:
-    """The large parameters, their partition and bytes per device, and the bytes of the whole state; as text."""
+    """The large parameters, their partition and bytes per device, and the bytes of moments and of the whole state."""
     lines = placement(state)
     large = [line for line in lines if line.name.startswith("params.") and line.bytes_per_device >= _REPORTED_BYTES]
     width = max((len(line.name) for line in large), default=0)
@@ -117,7 +117,14 @@ def report(state: Any) -> str:
         for line in large
     ]
     total = sum(line.bytes_per_device for line in lines)
-    return "\n".join([*text, f"  parameters and optimiser state: {total / 2**20:,.1f} MiB a device"])
+    moments = sum(line.bytes_per_device for line in lines if line.name.startswith("opt_state."))
+    return "\n".join(
+        [
+            *text,
+            f"  two optimiser moments of each parameter, where it lies: {moments / 2**20:,.1f} MiB a device",
+            f"  parameters and optimiser state: {total / 2**20:,.1f} MiB a device",
+        ]
+    )
 
 
 def memory_problem(state: Any, device: jax.Device) -> str | None:
@@ -132,8 +139,14 @@ def memory_problem(state: Any, device: jax.Device) -> str | None:
     )
 
 
-def replicated_banks(config: Config, mesh: Mesh, state: Any) -> list[str]:
-    """Names of expert weights that are whole on every device although the mesh was to split them."""
-    if mesh.shape["expert"] * mesh.shape["fsdp"] * mesh.shape["tensor"] == 1 or config.moe.router == "none":
-        return []
-    return [name for name, leaf in _named(state) if ".bank." in name and leaf.sharding.is_fully_replicated]
+def misplaced_banks(config: Config, mesh: Mesh, state: Any) -> list[str]:
+    """Expert weights, and moments of them, of which a device holds another part than `PARAMETER_AXES` gives it: each
+    with the shape of what it holds and of what it should."""
+    found = []
+    for name, leaf in _named(state):
+        if ".bank." in name:
+            wanted = NamedSharding(mesh, parameter_spec(name, leaf.ndim, config)).shard_shape(leaf.shape)
+            held = leaf.sharding.shard_shape(leaf.shape)
+            if held != wanted:
+                found.append(f"{name} {list(held)} instead of {list(wanted)}")
+    return found

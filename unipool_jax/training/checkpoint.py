@@ -9,6 +9,7 @@ process killed while saving leaves only a temporary folder behind, which the nex
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -27,6 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from unipool_jax.config import Config, to_mapping
+from unipool_jax.distributed import all_agree, told_by_main
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.training.step import BalanceState, state_shapes
 
@@ -215,7 +217,7 @@ class Checkpoints:
           CheckpointError: if it cannot be read.
         """
         try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+            return dict(self._document(step))
         except (*_DAMAGED, TypeError) as error:
             raise CheckpointError(f"{self.path(step)}: damaged checkpoint: {_first_line(error)}") from error
 
@@ -224,24 +226,29 @@ class Checkpoints:
 
         Args:
           target: what to read, or a function from the checkpoint's document to it, where that decides the structure.
-          step: which one; None is the newest that can be read. A newest checkpoint that turns out damaged (a disk that
-            lied about its writes) is then set aside as `<step>.damaged` with a warning, once an older one is read.
+          step: which one; None is the newest that every process can read. A newest checkpoint that turns out damaged (a
+            disk that lied about its writes) is then set aside as `<step>.damaged` with a warning, once an older one is
+            read.
 
         Raises:
           CheckpointError: if there is none, if `step` is missing or damaged, if all are damaged, or if the arrays have
             other names, shapes or dtypes than `target`.
         """
         self.find(step)
-        steps = self.steps()
+        # A shared file system may show other processes another list for a while.
+        steps = [int(word) for word in told_by_main(" ".join(map(str, self.steps()))).split()]
         damaged: dict[int, Exception] = {}
         for candidate in [step] if step is not None else reversed(steps):
+            restored = None
             try:
                 restored = self._read(candidate, target)
-            except _DAMAGED as error:
-                damaged[candidate] = error
-                continue
-            self._set_aside(damaged, candidate)
-            return restored
+            except Exception as error:
+                damaged[candidate] = _damage(error)
+            # Damage may lie in the part of one process alone.
+            if all_agree(restored is not None) and restored is not None:
+                self._set_aside(damaged, candidate)
+                return restored
+            damaged.setdefault(candidate, ValueError("another process could not read its part"))
         details = "\n".join(f"  - {self.path(s)}: {_first_line(error)}" for s, error in damaged.items())
         others = [s for s in steps if s not in damaged]
         advice = (
@@ -249,16 +256,25 @@ class Checkpoints:
         )
         raise CheckpointError(f"damaged checkpoint:\n{details}\n{advice}")
 
+    def _document(self, step: int) -> Any:
+        with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+            return handler.restore(self.path(step) / "meta")
+
     def _read(self, step: int, target: Target | Callable[[Mapping[str, Any]], Target]) -> Restored:
-        document = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        # By Orbax's handlers, not its manager: the manager ends a restore with a barrier, at which the other processes
+        # would wait for one that has found damage.
+        document = self._document(step)
         if not isinstance(document, dict) or not isinstance(document.get("layout"), dict):
             raise ValueError("its meta document is empty or unreadable")
         if callable(target):
             target = target(document)
         self._compare(step, document["layout"], target)
         arrays = {name: leaves for name, tree in target.items() if (leaves := _placed(flatten(tree)))}
-        arguments = {name: ocp.args.StandardRestore(leaves) for name, leaves in arrays.items()}
-        values = self._manager.restore(step, args=ocp.args.Composite(**arguments)) if arguments else {}
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            values = {
+                name: handler.restore(self.path(step) / name, args=ocp.args.StandardRestore(leaves))
+                for name, leaves in arrays.items()
+            }
         items = {name: unflatten(tree, values[name] if name in arrays else {}) for name, tree in target.items()}
         return Restored(step, items, {key: value for key, value in document.items() if key != "layout"})
 
@@ -314,6 +330,15 @@ def _placed(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
         for name, leaf in leaves.items()
     }
+
+
+def _damage(error: Exception) -> Exception:
+    """What an error says about a damaged checkpoint; one that has another reason is raised again."""
+    # Orbax hides what reading a part of a sharded array raises behind an exception without a class of its own.
+    found = error.__cause__ if type(error) is Exception else error
+    if not isinstance(found, _DAMAGED):
+        raise error
+    return found
 
 
 def _first_line(error: Exception) -> str:

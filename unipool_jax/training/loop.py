@@ -23,7 +23,7 @@ from unipool_jax.kernels.implementations import resolve
 from unipool_jax.mesh import usable_mesh
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.moe.lock_lifecycle import LossExcessError
-from unipool_jax.sharding import process_rows, replicated_banks, report, to_devices
+from unipool_jax.sharding import misplaced_banks, process_rows, report, to_devices
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
@@ -38,6 +38,7 @@ from unipool_jax.training.metrics import (
     perplexity,
     routing_diagnostics,
 )
+from unipool_jax.training.overflow import Overflow, OverflowedError
 from unipool_jax.training.placement import Placement, measured, newest_counts
 from unipool_jax.training.run_folder import RunError, RunFolder
 from unipool_jax.training.step import TrainState, counts_before_gradient, make_train_step
@@ -52,10 +53,6 @@ EXIT_LOSS_EXCESS = 4
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite and `train.nonfinite=stop`; nothing was changed or saved because of it."""
-
-
-class OverflowedError(RuntimeError):
-    """More rows arrived at a device than it can hold and `mesh.overflow=stop`; nothing was changed or saved."""
 
 
 def train(config: Config) -> int:
@@ -85,7 +82,8 @@ def train(config: Config) -> int:
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus, mesh)
         start = int(jax.device_get(state.step))
-        lock = open_lock(config, folder.path, checkpoints.meta(start) if checkpoints.steps() else None, start, mesh)
+        meta = checkpoints.meta(start) if checkpoints.steps() else None
+        lock = open_lock(config, folder.path, meta, start, mesh)
         if lock is not None:
             state = lock.start(state)
         writer = stack.enter_context(
@@ -94,7 +92,8 @@ def train(config: Config) -> int:
             )
         )
         stop = stack.enter_context(StopRequest().listening())
-        run = _Run(config, folder, checkpoints, corpus, writer, stop, start, mesh, lock)
+        overflow = Overflow(config, mesh, meta)
+        run = _Run(config, folder, checkpoints, corpus, writer, stop, start, mesh, lock, overflow)
         run.announce(state)
         try:
             state = run.place(state)
@@ -136,9 +135,11 @@ class _Run:
         start: int,
         mesh: Mesh | None,
         lock: Locking | None,
+        overflow: Overflow,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
         self.writer, self.stop, self.start, self.mesh, self.lock = writer, stop, start, mesh, lock
+        self.overflow = overflow
         self.validated = told_by_main("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
         self.placement: Placement | None = None
         self.progress = Progress(config.train.steps, None if is_main() else io.StringIO())
@@ -184,8 +185,10 @@ class _Run:
             self.progress.message(
                 f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport\n{report(state)}"
             )
-            if whole := replicated_banks(config, self.mesh, state):
-                raise RunError(f"{', '.join(whole)}: whole on every device although {sizes} should split the experts")
+            if misplaced := misplaced_banks(config, self.mesh, state):
+                raise RunError(
+                    f"mesh {sizes}: expert weights are not split as it says: {', '.join(misplaced)} a device"
+                )
         if self.start:
             self.progress.message(f"going on after step {self.start}")
 
@@ -273,8 +276,7 @@ class _Run:
         """Look at one step: stop or note it if it was not finite, and write its metrics if it is time to."""
         if not jax.device_get(metrics["finite"]):
             self.report_nonfinite(step, metrics)
-        if int(jax.device_get(metrics["overflow"])) and self.config.mesh.overflow == "stop":
-            self.report_overflow(step, metrics)
+        self.overflow.add(step, metrics)
         if not self.due(step, self.config.train.log_every) and step != self.config.train.steps:
             return
         host = jax.device_get(metrics)
@@ -288,7 +290,7 @@ class _Run:
         values |= {"tokens_per_second": self.rate, "mfu": mfu}
         if "router_scale_L" in host:
             values["router_scale"] = host["router_scale_L"]
-        values |= self.loads(host["counts_LE"])
+        values |= self.loads(host["counts_LE"]) | {"overflow": self.overflow.take()}
         self.writer.write("train", step, values)
         left = None
         if self.rate is not None:
@@ -339,18 +341,6 @@ class _Run:
             "start a new run with a lower optimizer.learning_rate."
         )
 
-    def report_overflow(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Raise `OverflowedError`."""
-        assert self.mesh is not None
-        counts_LE, devices = jax.device_get(metrics["counts_LE"]), self.mesh.shape["expert"]
-        raise OverflowedError(
-            f"stopped at step {step}: {int(metrics['overflow'])} rows found no place in a receive buffer; the busiest "
-            f"device of a layer got {max(device_loads(counts_LE, devices)):.2f} times the mean on average, "
-            f"mesh.receive_factor={self.config.mesh.receive_factor:g} times fit\n"
-            "The step was not applied. Go on from the last checkpoint with a larger mesh.receive_factor (at most "
-            f"{devices} is ever needed), with mesh.expert_placement=measured, or drop such rows with mesh.overflow=drop"
-        )
-
     def validate(self, state: TrainState, step: int) -> TrainState:
         """Evaluate on the valid split and write the result; leaves no trace if a signal arrives on the way.
 
@@ -390,7 +380,7 @@ class _Run:
         """Start saving a checkpoint; everything written about earlier steps is on disk before it."""
         self.watch.stop()
         self.writer.sync()
-        meta = make_meta(self.config, step, self.corpus.tokenizer.sha256)
+        meta = make_meta(self.config, step, self.corpus.tokenizer.sha256) | self.overflow.document()
         if self.lock is not None:
             meta |= self.lock.document(step)
         stored = state if self.placement is None else self.placement.undo(state)
@@ -426,6 +416,7 @@ class _Run:
             "experts_used": loads["experts/used"],
             "experts_total": self.config.total_experts,
             "busiest_over_mean": loads["load/busiest_over_mean"],
+            "overflow": self.overflow.total,
         }
         if is_main():
             self.folder.write_summary(summary)
@@ -439,5 +430,8 @@ def _print_summary(config: Config, summary: dict[str, Any]) -> None:
         "experts in use": f"{summary['experts_used']} of {summary['experts_total']}",
         "busiest expert over mean load": f"{summary['busiest_over_mean']:.2f}",
     }
+    # A summary of an earlier version counted none.
+    if dropped := summary.get("overflow"):
+        facts["rows without their expert (mesh.overflow=drop)"] = f"{dropped:,}"
     title = f"{config.scale_name} {config.method_name} after {summary['step']} steps, {summary['tokens']:,} tokens"
     print_results(summary["results"], summary["unigram"], facts, title)

@@ -1,0 +1,39 @@
+"""Runs a test file as a program in two processes of one JAX runtime, each with some CPU devices."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+
+def run_two(file: str, devices: int, *arguments: str) -> None:
+    """Run `file` in two processes until both have ended well; each calls `join` and then checks what it is about."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    started = [
+        subprocess.Popen([sys.executable, file, address, str(process), *arguments], env=environment)
+        for process in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def join() -> list[str]:
+    """Become one of the two processes; the other arguments of `run_two`."""
+    address, process, *arguments = sys.argv[1:]
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, 2, int(process))
+    return arguments
