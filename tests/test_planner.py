@@ -41,6 +41,40 @@ def small_plan(method: str, *more: str) -> tuple[report.Plan, str]:
     return report.from_programs(config, parse_topology(config.mesh.topology), mesh, program, evaluation), program.text
 
 
+def test_a_collective_behind_several_fusions_is_counted_once() -> None:
+    """The compiler hides a gather behind others' work: its start, middle and end carry one chain number."""
+    gather = "all-gather(%p), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes="
+    fusions = "\n\n".join(
+        f"%part.{part} (p: bf16[2,8]) -> bf16[8,8] {{\n"
+        "  %p = bf16[2,8]{1,0} parameter(0)\n"
+        f'  ROOT %g.{part} = bf16[8,8]{{1,0}} {gather}{{chain_id="{chain}"}}\n}}'
+        for part, chain in enumerate((5, 5, 5, 6))
+    )
+    calls = "\n".join(f"  %f.{part} = bf16[8,8]{{1,0}} fusion(%a), calls=%part.{part}" for part in range(4))
+    text = (
+        f"{fusions}\n\nENTRY %main (a: bf16[2,8]) -> bf16[8,8] {{\n  %a = bf16[2,8]{{1,0}} parameter(0)\n{calls}\n}}\n"
+    )
+    found = collectives(parse(text), ("expert",), (4,))
+    assert [(one.kind, one.times, one.sent_bytes) for one in found] == 2 * [("all-gather", 1, 2 * 8 * 8 * 3 / 4)]
+
+
+def test_tokens_travel_as_the_compiler_can_carry_them() -> None:
+    """Slices of more than 16 v5e chips have no ragged all-to-all."""
+    counted = {
+        preset: {
+            message.kind
+            for message in report.count_step(compose_config([f"mesh={preset}", "scale=182m", "mode=plan"])).messages
+            if message.axes == ("expert",)
+        }
+        for preset in ("v5e_8", "v5e_256", "v6e_256")
+    }
+    assert counted == {
+        "v5e_8": {"ragged-all-to-all"},
+        "v5e_256": {"all-gather", "reduce-scatter"},
+        "v6e_256": {"ragged-all-to-all"},
+    }
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_validate_and_fit_their_torus(preset: str) -> None:
     for scale in SCALES:

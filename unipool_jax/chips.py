@@ -35,6 +35,8 @@ class Chip(NamedTuple):
     """Dimensions of the torus, two links each; 0 is a switch."""
     ring: int
     """A dimension of the torus closes into a ring where its length is a multiple of this."""
+    ragged_devices: float = math.inf
+    """Devices of a slice at most for which the TPU's compiler has ragged all-to-alls."""
 
 
 _GB, _GBIT = 1e9, 1e9 / 8
@@ -42,7 +44,7 @@ _GB, _GBIT = 1e9, 1e9 / 8
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "TPU v5 lite", 1, 1, 128, 197e12, 16 * _GB, 819 * _GB, 1600 * _GBIT / 4, 2, 16),
+        Chip("v5e", "TPU v5 lite", 1, 1, 128, 197e12, 16 * _GB, 819 * _GB, 1600 * _GBIT / 4, 2, 16, 16),
         Chip("v5p", "TPU v5", 1, 2, 128, 459e12, 95 * _GB, 2765 * _GB, 4800 * _GBIT / 6, 3, 4),
         Chip("v6e", "TPU v6 lite", 1, 1, 256, 918e12, 32 * _GB, 1640 * _GB, 3584 * _GBIT / 4, 2, 16),
         Chip("tpu7x", "TPU7x", 2, 1, 256, 2307e12 / 2, 192 * _GB / 2, 7380 * _GB / 2, 9600 * _GBIT / 6 / 2, 3, 4),
@@ -50,6 +52,11 @@ CHIPS = {
     )
 }
 """By the name that begins a topology: `v5p:4x4x4`, or `gpu:8` for H100s behind one switch."""
+
+
+def has_ragged(device_kind: str, devices: int) -> bool:
+    """Whether ragged all-to-alls can be had on this many devices of a kind, as JAX names it."""
+    return all(devices <= chip.ragged_devices for chip in CHIPS.values() if chip.device_kind == device_kind)
 
 
 class Topology(NamedTuple):

@@ -16,6 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from unipool_jax.chips import has_ragged
 from unipool_jax.config import Config, ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -161,9 +162,12 @@ def usable_mesh(config: Config) -> Mesh | None:
     mesh = make_mesh(config.mesh)
     sizes = dataclasses.replace(config.mesh, **dict(zip(AXES, mesh.devices.shape, strict=True)))
     found = list(problems(dataclasses.replace(config, mesh=sizes)))
-    if config.mesh.transport == "ragged" and sizes.expert > 1 and mesh.devices.flat[0].platform == "cpu":
+    device = mesh.devices.flat[0]
+    there = device.platform != "cpu" and has_ragged(device.device_kind, mesh.size)
+    if config.mesh.transport == "ragged" and sizes.expert > 1 and not there:
+        kind = "CPU" if device.platform == "cpu" else f"{mesh.size} {device.device_kind}"
         found.append(
-            "mesh.transport=ragged: CPU devices have no ragged all-to-all; choose all_gather, or leave it to auto"
+            f"mesh.transport=ragged: {kind} devices have no ragged all-to-all; choose all_gather, or leave it to auto"
         )
     if found:
         raise ConfigError(found)

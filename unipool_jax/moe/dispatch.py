@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from unipool_jax.chips import has_ragged
 from unipool_jax.config import MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
@@ -17,15 +18,23 @@ from unipool_jax.moe.transport import CARRIERS, Transport
 
 
 def transport_for(config: MeshConfig, expert_devices: int) -> Transport:
-    """The transport of a mesh whose expert axis has this many devices; `auto` goes by the mesh's platform."""
+    """The transport of the current mesh, whose expert axis has this many devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    if device is None:
+        return chosen_transport(config, expert_devices, jax.default_backend(), "", 1)
+    return chosen_transport(config, expert_devices, device.platform, device.device_kind, mesh.size)
+
+
+def chosen_transport(
+    config: MeshConfig, expert_devices: int, platform: str, device_kind: str, devices: int
+) -> Transport:
+    """The transport on this many devices, of which `expert_devices` share experts; `auto` goes by what can be had."""
     if expert_devices == 1:
         return "local"
     if config.transport != "auto":
         return config.transport
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    platform = device.platform if device else jax.default_backend()
-    return "all_gather" if platform == "cpu" else "ragged"
+    return "ragged" if platform != "cpu" and has_ragged(device_kind, devices) else "all_gather"
 
 
 def moe_ffn(

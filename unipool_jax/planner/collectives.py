@@ -127,10 +127,16 @@ def array_bytes(type_text: str) -> list[int]:
 def collectives(module: Module, axis_names: tuple[str, ...], axis_sizes: tuple[int, ...]) -> list[Collective]:
     """The collectives of a module that was compiled for a mesh of these axes, those among one device left out."""
     found = []
+    chains: set[str] = set()
     for instruction, computation, times in module.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in _KINDS:
             continue
+        # A collective that goes on behind several fusions stands in each of them.
+        if chain := re.search(r'chain_id="(\d+)"', instruction.rest):
+            if chain[1] in chains:
+                continue
+            chains.add(chain[1])
         group = _first_group(instruction.rest, math.prod(axis_sizes))
         if len(group) == 1:
             continue

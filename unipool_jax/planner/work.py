@@ -14,7 +14,8 @@ import numpy as np
 from unipool_jax.chips import Topology
 from unipool_jax.config import Config
 from unipool_jax.kernels import tpu_tiles
-from unipool_jax.moe.transport import capacity
+from unipool_jax.moe.dispatch import chosen_transport
+from unipool_jax.moe.transport import Transport, capacity
 from unipool_jax.training.step import counts_before_gradient
 
 QUERY_BLOCKS = 4
@@ -90,6 +91,13 @@ class _Sizes:
         if self.sizes["expert"] == 1 or self.config.moe.router == "none":
             return self.rows
         return capacity(int(self.rows), self.sizes["expert"], self.config.mesh.receive_factor)
+
+    @property
+    def transport(self) -> Transport:
+        """How tokens come to their experts."""
+        chip, devices = self.topology.chip, self.topology.num_devices
+        platform = "tpu" if chip.torus_axes else "gpu"
+        return chosen_transport(self.config.mesh, self.sizes["expert"], platform, chip.device_kind, devices)
 
     @property
     def bank(self) -> float:
@@ -285,9 +293,19 @@ def _messages(at: _Sizes) -> list[Message]:
         Message("tables, gathered", "all-gather", ("fsdp",), micro, tables * fsdp),
         *_reduced("tables", micro, tables / NARROW, sizes),
     ]
-    if config.moe.router != "none" and sizes["expert"] > 1:
+    if config.moe.router != "none" and at.transport == "ragged":
         rows = at.rows * model.hidden_size * NARROW * _other(sizes, "expert")
         found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * layers * micro * (mixture + 1), rows))
+    elif config.moe.router != "none" and at.transport == "all_gather":
+        # Every token goes to every device; what their experts make of it is summed, which nothing needs recomputed.
+        tokens = at.tokens * model.hidden_size * (sizes["expert"] - 1)
+        outputs = tokens * (NARROW if config.moe.top_k == 1 else WIDE)
+        found += [
+            Message("tokens, gathered", "all-gather", ("expert",), layers * micro * mixture, tokens * NARROW),
+            Message("outputs, summed", "reduce-scatter", ("expert",), layers * micro * (1 + counting), outputs),
+            Message("outputs, gradient gathered", "all-gather", ("expert",), layers * micro, outputs),
+            Message("tokens, gradient summed", "reduce-scatter", ("expert",), layers * micro, tokens * NARROW),
+        ]
     if sizes["tensor"] > 1:
         sums_of_rows = 2 * layers * micro * (forward + 1)
         values = 2 * at.tokens * model.hidden_size * NARROW * _other(sizes, "tensor")
