@@ -128,4 +128,6 @@ def test_padding_and_its_choices_reach_no_window() -> None:
     some = score_windows(model, windows, forced).log_likelihood_W
     more = score_windows(model, [*windows, Window([100], [101])], forced).log_likelihood_W
     np.testing.assert_allclose(some, np.asarray(more)[:5], rtol=1e-5)
+    # Draws belong to the number of a window, not to its row: batches of three rows repeat nothing.
+    assert len(np.unique(score_windows(model, [Window([97, 98], [99, 100])] * 6, forced).log_likelihood_W)) > 3
     assert not np.allclose(some, score_windows(model, windows, forced_scores(model, None, 0)).log_likelihood_W)
