@@ -1,5 +1,6 @@
 """The command line `python -m unipool_jax.data`."""
 
+import functools
 import json
 import os
 import shutil
@@ -81,7 +82,11 @@ def test_ctrl_c_exits_130_without_a_traceback(tmp_path, workers):
         corpora.append(str(shutil.copy(demo_corpus_path(), tmp_path / f"{index}.jsonl.xz")))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "unipool_jax.data", *corpora, "--out", str(out), "--workers", workers]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell that runs the tests in the background lets them ignore Ctrl-C, and children inherit that.
+    with_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=with_ctrl_c
+    )
     while not (tmp_path / "out.building" / "lengths.bin").exists():
         assert process.poll() is None
         time.sleep(0.01)

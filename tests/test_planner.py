@@ -357,19 +357,6 @@ def fits(scale: str, preset: str) -> None:
 
 
 @needs_compiler
-def test_a_published_scale_fits_its_pod() -> None:
-    """The other nine scales and pods are below, marked slow: a compilation takes half a minute or more."""
-    fits("182m", "v5p_64")
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_a_published_scale_fits_a_host_of_eight() -> None:
-    """The smallest memory among the presets, for training and for evaluation."""
-    fits("182m", "v5e_8")
-
-
-@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["v5p_64", "v5e_256"])
 @pytest.mark.parametrize("scale", SCALES)
