@@ -23,18 +23,15 @@ from unipool_jax.analysis.page import write_page
 from unipool_jax.analysis.report import facts, parts
 from unipool_jax.analysis.scoring import LanguageModel
 from unipool_jax.analysis.task_request import WORDS, TaskRequest, require_harness, split_words
-from unipool_jax.config import Config, ConfigError, MeshConfig, settings
+from unipool_jax.config import Config, ConfigError, settings
 from unipool_jax.corpus import Corpus, open_corpus
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
-from unipool_jax.kernels.implementations import platform_problem
-from unipool_jax.parsing import from_mapping
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
-from unipool_jax.training.eval_command import with_overrides
+from unipool_jax.training.eval_command import evaluated_config
 from unipool_jax.training.evaluate import Evaluator
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
 from unipool_jax.training.step import BalanceState
-from unipool_jax.validation import validate
 
 if TYPE_CHECKING:
     from unipool_jax.analysis.task_probe import TaskMeasure
@@ -161,14 +158,9 @@ def open_run(request: AnalysisRequest) -> OpenedRun:
     with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(request.step)
         meta = checkpoints.meta(step)
-        # On one device, whatever the run was trained on.
-        trained = dataclasses.replace(from_mapping(meta["config"]), mesh=MeshConfig(data=1))
-        config = with_overrides(trained, request.overrides)
-        validate(config)
+        config = evaluated_config(meta["config"], request.overrides)
         if config.moe.router == "none":
             raise RunError(f"{run}: moe.router=none, a dense model: there is no routing to analyse")
-        if problem := platform_problem(config.kernels.implementation):
-            raise ConfigError([problem])
         corpus = open_corpus(config.data, config.model.vocab_size)
         if corpus.tokenizer.sha256 != meta["tokenizer_sha256"]:
             raise RunError(

@@ -16,15 +16,12 @@ from rich.table import Table
 
 from unipool_jax.analysis.scoring import LanguageModel
 from unipool_jax.analysis.task_request import TaskRequest, require_harness
-from unipool_jax.config import ConfigError, MeshConfig
+from unipool_jax.config import ConfigError
 from unipool_jax.data.tokenizer import load_tokenizer
-from unipool_jax.kernels.implementations import platform_problem
-from unipool_jax.parsing import from_mapping
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
-from unipool_jax.training.eval_command import EvalRequest, locate, parse_request, with_overrides
+from unipool_jax.training.eval_command import EvalRequest, evaluated_config, locate, parse_request
 from unipool_jax.training.metrics import plain_json
 from unipool_jax.training.run_folder import RunError
-from unipool_jax.validation import validate
 
 
 def tasks_command(tasks: TaskRequest, arguments: Sequence[str]) -> int:
@@ -65,11 +62,7 @@ def open_model(request: EvalRequest) -> tuple[LanguageModel, str]:
     with Checkpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.find(step)
         meta = checkpoints.meta(step)
-        trained = dataclasses.replace(from_mapping(meta["config"]), mesh=MeshConfig(data=1))
-        config = with_overrides(trained, request.overrides)
-        validate(config)
-        if problem := platform_problem(config.kernels.implementation):
-            raise ConfigError([problem])
+        config = evaluated_config(meta["config"], request.overrides)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.sha256 != meta["tokenizer_sha256"]:
             raise RunError(

@@ -117,6 +117,24 @@ def with_overrides(config: Config, overrides: Sequence[tuple[str, Any]]) -> Conf
     return from_mapping(mapping)
 
 
+def evaluated_config(trained: Mapping[str, Any], overrides: Sequence[tuple[str, Any]]) -> Config:
+    """The configuration that a checkpoint is looked at with: on one device, whatever it was trained on.
+
+    Args:
+      trained: `config` of the checkpoint's meta data.
+      overrides: settings that replace its own, by dotted name; those of the mesh too.
+
+    Raises:
+      ConfigError: if they do not go together, or its kernels are those of another platform.
+    """
+    alone = dataclasses.replace(from_mapping(trained), mesh=MeshConfig(data=1))
+    config = with_overrides(alone, overrides)
+    validate(config)
+    if problem := platform_problem(config.kernels.implementation):
+        raise ConfigError([problem])
+    return config
+
+
 def locate(request: EvalRequest) -> tuple[Path, int | None]:
     """Folder of checkpoints and step; raises RunError where there is nothing."""
     if request.checkpoint is None:
@@ -140,12 +158,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     with Checkpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.find(step)
         meta = checkpoints.meta(step)
-        # On one device, whatever the run was trained on, unless mesh settings are given.
-        trained = dataclasses.replace(from_mapping(meta["config"]), mesh=MeshConfig(data=1))
-        config = with_overrides(trained, request.overrides)
-        validate(config)
-        if problem := platform_problem(config.kernels.implementation):
-            raise ConfigError([problem])
+        config = evaluated_config(meta["config"], request.overrides)
         mesh = usable_mesh(config)
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             results = _evaluate(config, request, checkpoints, step, meta, mesh)
