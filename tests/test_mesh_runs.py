@@ -13,7 +13,7 @@ import pytest
 from runner import final_state, overrides
 from unipool_jax.compose import compose_config
 from unipool_jax.config import Config, ConfigError
-from unipool_jax.training import loop
+from unipool_jax.training import loop, receive_buffers
 from unipool_jax.training.run_folder import RunError, RunFolder, run_name
 from unipool_jax.training.step import make_train_step
 
@@ -161,12 +161,32 @@ def test_overflow_stops_the_run_and_says_what_to_do(
     assert loop.train(tight) == loop.EXIT_NONFINITE
     said = capsys.readouterr().err
     assert "stopped at step 1" in said
-    assert "mesh.receive_factor=1" in said
+    assert "1 times fit" in said
     assert "mesh.expert_placement=measured" in said
     assert not lines(tight, "train")
     # The same run goes on with more room: the step that overflowed was not applied.
     assert loop.train(configure("run.name=tight", *EXPERTS_4)) == 0
     assert_close(configure("run.name=tight"), whole)
+
+
+def test_buffers_are_measured_and_an_overflow_is_overcome_by_the_same_command(
+    whole: Config,
+    configure: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(receive_buffers, "UNMEASURED_FACTOR", 1.0)
+    measured = configure("run.name=measured", *EXPERTS_4)
+    assert loop.train(measured) == loop.EXIT_NONFINITE
+    assert "The same command goes on from the last checkpoint with buffers of" in capsys.readouterr().err
+    kept = json.loads((folder_of(measured) / receive_buffers.FILE).read_text())["receive_factor"]
+    assert loop.train(measured) == 0
+    assert_close(measured, whole)
+    assert f"all_gather transport with room for {kept:g} times the mean" in capsys.readouterr().out
+    received = [line["load/received"] for line in lines(measured, "train")]
+    devices = [line["load/device"] for line in lines(measured, "train")]
+    assert np.all(np.array(received) >= np.array(devices) - 1e-6)
+    assert 1 < np.max(received) <= kept
 
 
 def test_dropped_rows_are_reported_whatever_the_steps_between_lines(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unipool_jax.moe.placement import busiest_sum, device_load, measured_placement
+from unipool_jax.moe.placement import busiest_sum, device_load, exchange_rounds, measured_placement
 
 
 def specialised(layers: int, experts: int, seed: int = 0) -> np.ndarray:
@@ -43,6 +43,22 @@ def test_a_placement_is_a_permutation_and_never_worse(layers: int, sizes: tuple[
     assert sorted(order.tolist()) == list(range(experts))
     contiguous = busiest_sum(device_load(counts, np.arange(experts), devices))
     assert busiest_sum(device_load(counts, order, devices)) <= contiguous
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([(4, 2), (6, 3), (8, 2), (8, 8), (60, 4)]), st.integers(0, 10_000))
+def test_experts_reach_any_order_in_rounds_of_one_for_each_device(sizes: tuple[int, int], seed: int) -> None:
+    experts, devices = sizes
+    order = np.random.default_rng(seed).permutation(experts)
+    before = np.arange(experts).reshape(devices, -1)
+    after = np.full_like(before, -1)
+    rounds = exchange_rounds(order, devices)
+    assert len(rounds) == experts // devices
+    for to, sent, kept in rounds:
+        assert sorted(to) == list(range(devices))
+        for device in range(devices):
+            after[to[device], kept[to[device]]] = before[device, sent[device]]
+    np.testing.assert_array_equal(after.reshape(-1), order)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -84,14 +84,14 @@ def by_hand(hidden: Any, experts: Any, gates: Any, bank: Bank) -> np.ndarray:
 
 
 def carried(name: Transport, factor: float = 4.0) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A transport over four devices: `(hidden, experts, gates, bank) -> (output, overflow of each device)`."""
+    """A transport over four devices: `(hidden, experts, gates, bank) -> (output, rows that arrived at each device)`."""
 
     def on_device(hidden: Any, experts: Any, gates: Any, bank: Bank) -> tuple[jax.Array, jax.Array]:
         def compute(rows: jax.Array, sizes: jax.Array) -> tuple[jax.Array, None]:
             return grouped_ffn(rows, bank, make_group_plan(sizes, rows.shape[0])), None
 
         found = CARRIERS[name](hidden, experts, gates, compute, EXPERTS, factor)
-        return found.output_ND, found.overflow[None]
+        return found.output_ND, found.arrived[None]
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("expert",))
     return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=OVER_EXPERTS, out_specs=OVER_EXPERTS))
@@ -111,9 +111,10 @@ def test_values_and_gradients_are_those_of_one_device(name: Transport, routing: 
     top_k = routing if isinstance(routing, int) else 1
     hidden, experts, gates, bank = operands(top_k, ROUTINGS.get(str(routing)))
     transported = carried(name)
-    output, overflow = transported(hidden, experts, gates, bank)
+    output, arrived = transported(hidden, experts, gates, bank)
     np.testing.assert_allclose(output, by_hand(hidden, experts, gates, bank), rtol=2e-4, atol=2e-4)
-    assert not overflow.any()
+    owners = np.asarray(experts).reshape(-1) // (EXPERTS // DEVICES)
+    assert arrived.tolist() == np.bincount(owners, minlength=DEVICES).tolist()
 
     weights = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
 
@@ -133,11 +134,11 @@ def test_values_and_gradients_are_those_of_one_device(name: Transport, routing: 
 
 
 @pytest.mark.parametrize("name", ["all_gather", "ragged"])
-def test_overflow_is_counted_and_loses_whole_rows_only(name: Transport) -> None:
+def test_rows_beyond_the_buffer_are_counted_and_lost_whole(name: Transport) -> None:
     """All tokens to device 2, which can take 16: the others come back as zeros, and none twice."""
     hidden, experts, gates, bank = operands(1, ROUTINGS["one expert"])
-    output, overflow = carried(name, factor=1.0)(hidden, experts, gates, bank)
-    assert overflow.tolist() == [0, 0, DEVICES * TOKENS - 16, 0]
+    output, arrived = carried(name, factor=1.0)(hidden, experts, gates, bank)
+    assert arrived.tolist() == [0, 0, DEVICES * TOKENS, 0]
     whole = by_hand(hidden, experts, gates, bank)
     lost = np.all(np.asarray(output) == 0, axis=1)
     assert lost.sum() == DEVICES * TOKENS - 16
@@ -149,6 +150,7 @@ def test_capacity_is_the_mean_times_the_factor_but_never_more_than_all() -> None
     assert capacity(100, 8, 2.5) == 256
     assert capacity(100, 8, 8.0) == 800
     assert capacity(100, 2, math.inf) == 200
+    assert capacity(100, 8, None) == capacity(100, 8, 3.0) == 304
 
 
 def test_slices_agree_on_both_sides() -> None:
@@ -157,12 +159,12 @@ def test_slices_agree_on_both_sides() -> None:
     sizes_PE = random.integers(0, 9, (DEVICES, EXPERTS))
 
     def on_device(sizes: jax.Array) -> tuple[Any, Any, jax.Array, jax.Array]:
-        there, back, own, overflow = transport._slices(jax.lax.all_gather(sizes[0], "expert"), 40)
-        return jax.tree.map(lambda x: x[None], (there, back, own, overflow))
+        there, back, own, arrived = transport._slices(jax.lax.all_gather(sizes[0], "expert"), 40)
+        return jax.tree.map(lambda x: x[None], (there, back, own, arrived))
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("expert",))
     split = jax.shard_map(on_device, mesh=mesh, in_specs=OVER_EXPERTS, out_specs=OVER_EXPERTS)
-    there, back, own, overflow = jax.tree.map(np.asarray, jax.jit(split)(jnp.asarray(sizes_PE, jnp.int32)))
+    there, back, own, arrived = jax.tree.map(np.asarray, jax.jit(split)(jnp.asarray(sizes_PE, jnp.int32)))
     per_device = EXPERTS // DEVICES
     for receiver in range(DEVICES):
         taken: list[tuple[int, int]] = []
@@ -179,4 +181,4 @@ def test_slices_agree_on_both_sides() -> None:
         assert np.bincount([expert for _, expert in taken], minlength=per_device).tolist() == own[receiver].tolist()
         wanted = sizes_PE[:, receiver * per_device : (receiver + 1) * per_device].sum()
         assert len(taken) == min(wanted, 40)
-        assert overflow[receiver] == wanted - len(taken)
+        assert arrived[receiver] == wanted

@@ -244,8 +244,9 @@ class MeshConfig:
     transport: Literal["auto", "all_gather", "ragged"] = "auto"
     """How tokens reach experts on other devices: gather all tokens of the expert group (works everywhere), or send
     each to its expert with a ragged all-to-all (TPU and GPU); `auto` takes `ragged` where it exists."""
-    receive_factor: float = 3.0
-    """Rows a device can receive in one layer, over the mean; the size of the expert group is always enough."""
+    receive_factor: float | None = None
+    """Rows a device can receive in one layer, over the mean; the size of the expert group is always enough. null: 3 at
+    first, and from every checkpoint on what the steps before it needed, and a quarter more."""
     overflow: Literal["stop", "drop"] = "stop"
     """When more rows arrive: stop with a report, or go on without their experts and count them as `overflow`: in
     metrics.jsonl those since the line before, in summary.json all of the run."""

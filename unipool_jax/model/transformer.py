@@ -80,10 +80,10 @@ class MixtureBlock(nn.Module):
             score_factor_E=score_factor_E,
         )
         routing = self.routed(routing, scores_NE)
-        output_ND, master, overflow_X = moe_ffn(
+        output_ND, master, arrived_X = moe_ffn(
             hidden_ND, routing, bank, master, config.kernels.implementation, config.mesh
         )
-        return output_ND.reshape(hidden_BSD.shape), master, routing.stats._replace(overflow_X=overflow_X)
+        return output_ND.reshape(hidden_BSD.shape), master, routing.stats._replace(arrived_X=arrived_X)
 
     def routed(self, routing: Routing, scores_NE: jax.Array) -> Routing:
         """Where tokens go. A place for analyses to look at or replace choices: see `analysis.observe`."""
@@ -97,7 +97,7 @@ def _no_routing(batch: int, length: int) -> RoutingStats:
         counts_AE=jnp.full((batch, 1), length, jnp.int32),
         score_sum_AE=jnp.zeros((batch, 1), jnp.float32),
         z_square_sum_A=jnp.zeros((batch,), jnp.float32),
-        overflow_X=jnp.zeros((1,), jnp.int32),
+        arrived_X=jnp.zeros((1,), jnp.int32),
     )
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from unipool_jax.chips import has_ragged
-from unipool_jax.config import MeshConfig
+from unipool_jax.config import Config, MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.linear import linear
-from unipool_jax.mesh import active, spec, whole
+from unipool_jax.mesh import active, shards, spec, whole
 from unipool_jax.moe.pool import BANK_AXES
 from unipool_jax.moe.routing import Routing
-from unipool_jax.moe.transport import CARRIERS, Transport
+from unipool_jax.moe.transport import CARRIERS, Transport, capacity
 
 
 def transport_for(config: MeshConfig, expert_devices: int) -> Transport:
@@ -61,8 +62,8 @@ def moe_ffn(
       mesh_config: transport and size of receive buffers; None is the default.
 
     Returns:
-      `[N, D]` in the dtype of `hidden_ND`; `master`; and rows that overflowed a receive buffer, int32, one number for
-      each part of the batch.
+      `[N, D]` in the dtype of `hidden_ND`; `master`; and the rows that arrived at each device for its experts, int32,
+      one number for each part of the batch; those beyond `transport.capacity` got nothing from them.
     """
     config = mesh_config or MeshConfig()
     num_experts = bank.gate_EDF.shape[0]
@@ -82,7 +83,7 @@ def moe_ffn(
 
         carrier = CARRIERS[transport_for(config, 1 if mesh is None else mesh.shape["expert"])]
         carried = carrier(hidden_ND, experts_NK, gates_NK, compute, num_experts, config.receive_factor)
-        return carried.output_ND, carried.master, carried.overflow[None]
+        return carried.output_ND, carried.master, carried.arrived[None]
 
     if mesh is None:
         return layer(hidden_ND, routing.experts_NK, routing.gates_NK, bank, master)
@@ -93,9 +94,9 @@ def moe_ffn(
         hidden_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array, bank: Bank, master: Bank
     ) -> tuple[jax.Array, Bank, jax.Array]:
         own = Bank(*(copies[0] for copies in master))
-        output_ND, carried, overflow = layer(hidden_ND, experts_NK, gates_NK, bank, own)
+        output_ND, carried, arrived = layer(hidden_ND, experts_NK, gates_NK, bank, own)
         assert carried is not None
-        return jax.lax.psum(output_ND, "tensor"), Bank(*(leaf[None] for leaf in carried)), overflow
+        return jax.lax.psum(output_ND, "tensor"), Bank(*(leaf[None] for leaf in carried)), arrived
 
     tokens = spec("batch")
     banks = Bank._make(spec(*whole(axes)) for axes in BANK_AXES.values())
@@ -103,6 +104,19 @@ def moe_ffn(
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=(tokens, tokens, tokens, banks, masters), out_specs=(tokens, masters, tokens)
     )(hidden_ND, routing.experts_NK, routing.gates_NK, bank, master)
+
+
+def rows_per_device(config: Config, mesh: Mesh | None) -> int:
+    """(token, slot) pairs of a device in one layer of a micro-batch: what it sends out, and receives on average."""
+    tokens = config.train.microbatch_size * config.data.sequence_length
+    return tokens * config.moe.top_k // (1 if mesh is None else shards(mesh, "batch"))
+
+
+def overflow(config: Config, mesh: Mesh | None, arrived: jax.Array) -> jax.Array:
+    """Rows that found no place on their device, int32 scalar: what is beyond the capacity in `arrived`, any shape."""
+    devices = 1 if mesh is None else mesh.shape["expert"]
+    room = capacity(rows_per_device(config, mesh), devices, config.mesh.receive_factor)
+    return jnp.sum(jnp.maximum(arrived - room, 0))
 
 
 def dense_ffn(hidden_ND: jax.Array, bank: Bank) -> jax.Array:

@@ -7,7 +7,11 @@ while every layer by itself is not.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 _ROUNDS = 8
 
@@ -57,6 +61,37 @@ def measured_placement(counts_LE: np.ndarray, devices: int) -> np.ndarray:
         device_load(counts_LE, contiguous_E, devices)
     )
     return order_E if better else contiguous_E
+
+
+class Round(NamedTuple):
+    """One expert of every device on its way: from place `sent_P[p]` of device p to place `kept_P[q]` of device
+    q = `to_P[p]`, a permutation of the devices. Places are those on the device."""
+
+    to_P: list[int]
+    sent_P: list[int]
+    kept_P: list[int]
+
+
+def exchange_rounds(order_E: np.ndarray, devices: int) -> list[Round]:
+    """How experts get from the order 0, 1, 2, ... to `order_E` while no device holds more than one besides its own.
+
+    Every device sends and receives E/P experts, so they can be dealt out into E/P rounds of one for each device (König:
+    a regular bipartite multigraph is a sum of perfect matchings).
+    """
+    own = len(order_E) // devices
+    waiting: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for place, expert in enumerate(order_E.tolist()):
+        waiting.setdefault((expert // own, place // own), []).append((expert % own, place % own))
+    rounds = []
+    for _ in range(own):
+        left = np.zeros((devices, devices), bool)
+        for pair, experts in waiting.items():
+            left[pair] = bool(experts)
+        to_P = maximum_bipartite_matching(csr_array(left), perm_type="column").tolist()
+        moves = [(device, *waiting[device, to].pop()) for device, to in enumerate(to_P)]
+        kept = {to_P[device]: place for device, _, place in moves}
+        rounds.append(Round(to_P, [sent for _, sent, _ in moves], [kept[device] for device in range(devices)]))
+    return rounds
 
 
 def _exchange_pairs(counts_EL: np.ndarray, home_E: np.ndarray, load_PL: np.ndarray) -> None:

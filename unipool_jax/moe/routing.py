@@ -35,9 +35,9 @@ class RoutingStats(NamedTuple):
     z_square_sum_A: jax.Array
     """Squared logsumexp of the logits summed over the tokens of the group, float32 `[A]`; carries gradient."""
 
-    overflow_X: jax.Array
-    """Rows that no receive buffer had place for, int32, one number for each of X parts of the batch; filled in by
-    whoever dispatches the rows."""
+    arrived_X: jax.Array
+    """Rows that arrived at each device for its experts, int32, one number for each of X parts of the batch; filled in
+    by whoever dispatches the rows."""
     unfaded_counts_AE: jax.Array | None = None
     """`counts_AE` as they would be without score factors; None where there are none."""
 
@@ -51,7 +51,7 @@ class RoutingStats(NamedTuple):
 
         unfaded = None if self.unfaded_counts_AE is None else add(self.unfaded_counts_AE, -2)
         summed = add(self.counts_AE, -2), add(self.score_sum_AE, -2), add(self.z_square_sum_A, -1)
-        return RoutingStats(*summed, self.overflow_X, unfaded)
+        return RoutingStats(*summed, self.arrived_X, unfaded)
 
 
 class Routing(NamedTuple):
@@ -185,7 +185,7 @@ def route(
         z_square_sum_A=jnp.sum(
             jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1)).reshape(num_stat_groups, -1), axis=1
         ),
-        overflow_X=jnp.zeros((1,), jnp.int32),
+        arrived_X=jnp.zeros((1,), jnp.int32),
         unfaded_counts_AE=(None if score_factor_E is None else counts(largest(unfaded_NE)[:, :, None] == every_expert)),
     )
     return Routing(experts_NK, gates_NK, stats)

@@ -31,8 +31,8 @@ class Carried(NamedTuple):
     """Sum over each token's experts of gate times output, in the dtype of the hidden states."""
     master: Bank | None
     """What `compute` returned."""
-    overflow: jax.Array
-    """Rows that found no place on this device, int32 scalar; their experts contribute nothing."""
+    arrived: jax.Array
+    """Rows for the experts of this device, int32 scalar. Experts contribute nothing to those beyond `capacity`."""
 
 
 class Carrier(Protocol):
@@ -45,7 +45,7 @@ class Carrier(Protocol):
         gates_NK: jax.Array,
         compute: Compute,
         num_experts: int,
-        receive_factor: float,
+        receive_factor: float | None,
     ) -> Carried:
         """Carry tokens to experts and back.
 
@@ -66,7 +66,7 @@ def local(
     gates_NK: jax.Array,
     compute: Compute,
     num_experts: int,
-    receive_factor: float,
+    receive_factor: float | None,
 ) -> Carried:
     """Every expert is here."""
     del receive_factor
@@ -74,7 +74,7 @@ def local(
     inverse_R = _inverse(order_R, order_R.shape[0])
     expert_RD, master = compute(_pick(hidden_ND, order_R, inverse_R, experts_NK.shape[1]), sizes_E)
     output_ND = _combine(expert_RD, order_R, inverse_R, gates_NK, hidden_ND.dtype)
-    return Carried(output_ND, master, overflow=jnp.sum(sizes_E) - order_R.shape[0])
+    return Carried(output_ND, master, jnp.sum(sizes_E))
 
 
 def all_gather(
@@ -83,7 +83,7 @@ def all_gather(
     gates_NK: jax.Array,
     compute: Compute,
     num_experts: int,
-    receive_factor: float,
+    receive_factor: float | None,
 ) -> Carried:
     """Gather the tokens of all devices, take those of the own experts, sum outputs where their tokens came from."""
     (num_tokens, top_k), devices = experts_NK.shape, jax.lax.axis_size("expert")
@@ -94,16 +94,15 @@ def all_gather(
     )
     expert_S = experts_MK.reshape(-1) - jax.lax.axis_index("expert") * own
     order_S, sizes_E = sort_by_group(jnp.where((expert_S >= 0) & (expert_S < own), expert_S, own), own)
-    taken_E = _clipped(sizes_E, rows)
     # Slots of other devices' experts come last: products give zeros for them, and so does a slot beyond the buffer.
     order_R = order_S[:rows]
     inverse_S = _inverse(order_R, order_S.shape[0])
-    expert_RD, master = compute(_pick(hidden_MD, order_R, inverse_S, top_k), taken_E)
+    expert_RD, master = compute(_pick(hidden_MD, order_R, inverse_S, top_k), _clipped(sizes_E, rows))
     wide = hidden_ND.dtype if top_k == 1 else jnp.float32
     partial_MD = _combine(expert_RD, order_R, inverse_S, gates_MK, wide)
     # With one expert a token all parts but one are zero, and their sum is exact in any dtype.
     output_ND = jax.lax.psum_scatter(partial_MD, "expert", scatter_dimension=0, tiled=True)
-    return Carried(output_ND.astype(hidden_ND.dtype), master, jnp.sum(sizes_E) - jnp.sum(taken_E))
+    return Carried(output_ND.astype(hidden_ND.dtype), master, jnp.sum(sizes_E))
 
 
 def ragged(
@@ -112,7 +111,7 @@ def ragged(
     gates_NK: jax.Array,
     compute: Compute,
     num_experts: int,
-    receive_factor: float,
+    receive_factor: float | None,
 ) -> Carried:
     """Send each row to its expert's device and back: two ragged all-to-alls.
 
@@ -124,23 +123,29 @@ def ragged(
     inverse_R = _inverse(order_R, order_R.shape[0])
     sorted_RD = _pick(hidden_ND, order_R, inverse_R, top_k)
 
-    there, back, own_sizes_E, overflow = _slices(jax.lax.all_gather(sizes_E, "expert"), rows)
+    there, back, own_sizes_E, arrived = _slices(jax.lax.all_gather(sizes_E, "expert"), rows)
     arrived_RD = _exchange(sorted_RD, there, back, rows)
     expert_RD, master = compute(arrived_RD, own_sizes_E)
     returned_RD = _exchange(expert_RD, back, there, sorted_RD.shape[0])
-    return Carried(_combine(returned_RD, order_R, inverse_R, gates_NK, hidden_ND.dtype), master, overflow)
+    return Carried(_combine(returned_RD, order_R, inverse_R, gates_NK, hidden_ND.dtype), master, arrived)
 
 
 CARRIERS: dict[Transport, Carrier] = {"local": local, "all_gather": all_gather, "ragged": ragged}
 
 
-def capacity(rows: int, devices: int, receive_factor: float) -> int:
+UNMEASURED_FACTOR = 3.0
+"""Rows that a device can receive over the mean, before anybody has measured how many arrive."""
+
+
+def capacity(rows: int, devices: int, receive_factor: float | None) -> int:
     """Rows that a device can receive in one layer: the mean times the factor, a multiple of 16, or all there are.
 
     Args:
       rows: N k, what each of the `devices` sends and what each receives on average.
+      receive_factor: None is `UNMEASURED_FACTOR`.
     """
-    return min(math.ceil(rows * min(receive_factor, devices) / 16) * 16, rows * devices)
+    factor = UNMEASURED_FACTOR if receive_factor is None else receive_factor
+    return min(math.ceil(rows * min(factor, devices) / 16) * 16, rows * devices)
 
 
 class _Slices(NamedTuple):
@@ -153,9 +158,10 @@ class _Slices(NamedTuple):
 
 
 def _slices(sizes_PE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Array, jax.Array]:
-    """From what each of P devices has for each of E experts: the slices there and back, own group sizes, overflow.
+    """From what each of P devices has for each of E experts: slices there and back, own group sizes, rows for them.
 
-    Rows are received expert by expert, and for each expert device by device; what lies beyond `rows` is not sent.
+    Rows are received expert by expert, and for each expert device by device; what lies beyond `rows` is not sent,
+    though it is counted among the last.
     """
     devices, num_experts = sizes_PE.shape
     own, me = num_experts // devices, jax.lax.axis_index("expert")
@@ -176,7 +182,7 @@ def _slices(sizes_PE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Array
     kept_at_sender_E = jax.lax.dynamic_slice_in_dim(kept_PE, me * own, own, axis=1).reshape(-1)
     there = _Slices(kept_PE[me], sent_E, arrive_E, received_E)
     back = _Slices(received_at_E, received_E, kept_at_sender_E, sent_E)
-    return there, back, jnp.sum(taken_QeP[me], axis=1), jnp.sum(wanted_QeP[me]) - jnp.sum(taken_QeP[me])
+    return there, back, jnp.sum(taken_QeP[me], axis=1), jnp.sum(wanted_QeP[me])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -38,8 +38,8 @@ from unipool_jax.training.metrics import (
     perplexity,
     routing_diagnostics,
 )
-from unipool_jax.training.overflow import Overflow, OverflowedError
 from unipool_jax.training.placement import Placement, measured, newest_counts
+from unipool_jax.training.receive_buffers import OverflowedError, ReceiveBuffers
 from unipool_jax.training.run_folder import RunError, RunFolder
 from unipool_jax.training.step import TrainState, counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
@@ -92,8 +92,8 @@ def train(config: Config) -> int:
             )
         )
         stop = stack.enter_context(StopRequest().listening())
-        overflow = Overflow(config, mesh, meta)
-        run = _Run(config, folder, checkpoints, corpus, writer, stop, start, mesh, lock, overflow)
+        buffers = ReceiveBuffers(config, mesh, folder.path, meta)
+        run = _Run(config, folder, checkpoints, corpus, writer, stop, start, mesh, lock, buffers)
         run.announce(state)
         try:
             state = run.place(state)
@@ -135,11 +135,11 @@ class _Run:
         start: int,
         mesh: Mesh | None,
         lock: Locking | None,
-        overflow: Overflow,
+        buffers: ReceiveBuffers,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
         self.writer, self.stop, self.start, self.mesh, self.lock = writer, stop, start, mesh, lock
-        self.overflow = overflow
+        self.buffers = buffers
         self.validated = told_by_main("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
         self.placement: Placement | None = None
         self.progress = Progress(config.train.steps, None if is_main() else io.StringIO())
@@ -182,8 +182,9 @@ class _Run:
         if self.mesh is not None:
             sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
             transport = transport_for(config.mesh, self.mesh.shape["expert"])
+            room = "" if transport == "local" else f" with room for {self.buffers.factor:g} times the mean"
             self.progress.message(
-                f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport\n{report(state)}"
+                f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport{room}\n{report(state)}"
             )
             if misplaced := misplaced_banks(config, self.mesh, state):
                 raise RunError(
@@ -212,7 +213,7 @@ class _Run:
             # The interruption fell between the step and its evaluation.
             state = self.validate(state, start)
         structure = self.structure
-        train_step = make_train_step(structure, self.mesh)
+        train_step = make_train_step(self.buffers.of(structure), self.mesh)
         for step, batch in enumerate(self.batches(), start + 1):
             placed = self.on_devices(batch)
             if self.lock is not None:
@@ -241,9 +242,13 @@ class _Run:
                 if self.structure != structure:
                     # The lock: another model from here on.
                     structure, compiled, self.mark = self.structure, step + 1, None
-                    train_step = make_train_step(structure, self.mesh)
+                    train_step = make_train_step(self.buffers.of(structure), self.mesh)
             if save or self.stop.requested():
-                self.save(state, step)
+                state = self.save(state, step)
+                if self.buffers.resize() and not (last or self.stop.requested()):
+                    self.progress.message(f"receive buffers: {self.buffers.factor:g} times the mean from here on")
+                    compiled, self.mark = step + 1, None
+                    train_step = make_train_step(self.buffers.of(structure), self.mesh)
             self.leave_if_asked()
         return state
 
@@ -276,7 +281,7 @@ class _Run:
         """Look at one step: stop or note it if it was not finite, and write its metrics if it is time to."""
         if not jax.device_get(metrics["finite"]):
             self.report_nonfinite(step, metrics)
-        self.overflow.add(step, metrics)
+        self.buffers.add(step, metrics)
         if not self.due(step, self.config.train.log_every) and step != self.config.train.steps:
             return
         host = jax.device_get(metrics)
@@ -290,19 +295,20 @@ class _Run:
         values |= {"tokens_per_second": self.rate, "mfu": mfu}
         if "router_scale_L" in host:
             values["router_scale"] = host["router_scale_L"]
-        values |= self.loads(host["counts_LE"]) | {"overflow": self.overflow.take()}
+        values |= self.loads(host) | {"overflow": self.buffers.take()}
         self.writer.write("train", step, values)
         left = None
         if self.rate is not None:
             left = (self.config.train.steps - step) * self.config.tokens_per_step / self.rate
         self.progress.step(step, loss, float(host["learning_rate"]), self.rate, left)
 
-    def loads(self, counts_LE: np.ndarray) -> dict[str, Any]:
+    def loads(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """How even the use of experts is, and of devices where experts are dealt out over them."""
-        config = self.config
+        config, counts_LE = self.config, metrics["counts_LE"]
         values = load_metrics(self.in_pool_order(counts_LE), config.pool.groups)
         if self.mesh is not None and self.mesh.shape["expert"] > 1:
             values["load/device"] = device_loads(counts_LE, self.mesh.shape["expert"])
+            values["load/received"] = self.buffers.loads(metrics).tolist()
         return values
 
     def in_pool_order(self, counts_LE: np.ndarray) -> np.ndarray:
@@ -376,16 +382,24 @@ class _Run:
                 self.evaluator = Evaluator(self.structure, self.corpus, self.splits, limited=True, mesh=self.mesh)
         return state
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Start saving a checkpoint; everything written about earlier steps is on disk before it."""
+    def save(self, state: TrainState, step: int) -> TrainState:
+        """Start saving a checkpoint; everything written about earlier steps is on disk before it.
+
+        Returns:
+          The state to go on with.
+        """
         self.watch.stop()
         self.writer.sync()
-        meta = make_meta(self.config, step, self.corpus.tokenizer.sha256) | self.overflow.document()
+        meta = make_meta(self.config, step, self.corpus.tokenizer.sha256) | self.buffers.document()
         if self.lock is not None:
             meta |= self.lock.document(step)
-        stored = state if self.placement is None else self.placement.undo(state)
-        self.checkpoints.save(step, stored._asdict(), meta)
+        if self.placement is not None:
+            state = self.placement.undo(state)
+        self.checkpoints.save(step, state._asdict(), meta)
+        if self.placement is not None:
+            state = self.placement.apply(state)
         self.watch.start()
+        return state
 
     def leave_if_asked(self) -> None:
         """Raise `InterruptedRunError`, with the last checkpoint complete on disk, if a signal has arrived."""
@@ -416,7 +430,7 @@ class _Run:
             "experts_used": loads["experts/used"],
             "experts_total": self.config.total_experts,
             "busiest_over_mean": loads["load/busiest_over_mean"],
-            "overflow": self.overflow.total,
+            "overflow": self.buffers.total,
         }
         if is_main():
             self.folder.write_summary(summary)

@@ -18,6 +18,7 @@ from unipool_jax.data.pipeline import Batch
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.mesh import constrain
 from unipool_jax.model.transformer import Transformer, forward, forward_sharing
+from unipool_jax.moe import dispatch
 from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
 from unipool_jax.moe.lock import Candidate, entropy_coefficient, faded, init_candidate, score_factors
 from unipool_jax.moe.pool import gathered_bank, gradient_master
@@ -136,7 +137,8 @@ def make_train_step(
     optimiser and balance state stay as they were and only the step count moves on.
 
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), `grad_norm`, `learning_rate`, `finite`
-    (bool), `overflow` (rows, int32), `counts_LE` (int32), with NormRouter `router_scale_L`, and with UniPool-lock
+    (bool), `overflow` (rows, int32), `arrived_L` (int32, rows at the busiest device of any micro-batch), `counts_LE`
+    (int32), with NormRouter `router_scale_L`, and with UniPool-lock
     `loss/entropy`.
     """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -187,7 +189,8 @@ def make_train_step(
             losses.append(entropy_coefficient(config, state.step) * distance)
         total = functools.reduce(jnp.add, losses)
         metrics = dict(zip(loss_names, [*losses[:3], total, *losses[3:]], strict=True))
-        metrics["overflow"] = jnp.sum(stats.overflow_X)
+        metrics["overflow"] = dispatch.overflow(config, mesh, stats.arrived_X)
+        metrics["arrived_L"] = jnp.max(stats.arrived_X, axis=-1).reshape(-1)
         return (total, master), (metrics, jax.lax.stop_gradient(stats))
 
     def whole_batch_load(params: Any, balance: BalanceState, micros: Batch) -> jax.Array:
@@ -236,22 +239,26 @@ def make_train_step(
                 whole = state.params if fixed is None else with_bank(params, fixed)
                 previous_GE = whole_batch_load(whole, state.balance, micros)
 
+            def combined(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+                return jnp.maximum if name == "arrived_L" else jnp.add
+
             def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
                 grads, running, metrics, counts_GNE, load_GE = carry
                 micro_grads, running, micro_metrics, stats = gradients(running, micro, load_GE)
                 return (
                     jax.tree.map(jnp.add, grads, micro_grads),
                     running,
-                    {name: metrics[name] + value for name, value in micro_metrics.items()},
+                    {name: combined(name)(metrics[name], value) for name, value in micro_metrics.items()},
                     counts_GNE + jnp.sum(stats.counts_AE, axis=2),
                     load_GE if counted_before else load_fractions(stats.counts_AE),
                 ), None
 
             losses = dict.fromkeys(loss_names, jnp.zeros((), jnp.float32))
+            rows = {"overflow": jnp.zeros((), jnp.int32), "arrived_L": jnp.zeros(config.model.num_layers, jnp.int32)}
             start = (
                 jax.tree.map(jnp.zeros_like, params),
                 running,
-                losses | {"overflow": jnp.zeros((), jnp.int32)},
+                losses | rows,
                 jnp.zeros(bias.shape, jnp.int32),
                 previous_GE,
             )
