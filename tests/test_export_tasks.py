@@ -135,7 +135,11 @@ def test_requests_that_are_not_what_they_should_be(rows: Any, reason: str, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}" * 90)[:-9], gzip.compress(b'{"doc_id": 0\n')])
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", gzip.compress(b"{}" * 90)[:-9], gzip.compress(b'{"doc_id": 0\n')],
+    ids=["no gzip", "cut off", "no JSON"],  # gzip writes the time, and processes must collect the same names
+)
 def test_damaged_files(content: bytes, tmp_path: Path) -> None:
     package = write_package(tmp_path)
     (package / "oe_eval_tasks" / "piqa/rc_0shot/requests.jsonl.gz").write_bytes(content)
