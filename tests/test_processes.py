@@ -141,6 +141,19 @@ def test_two_processes_stopped_and_started_again_end_in_the_same_bits(runner: Ru
     assert_same(final_state(config, stopped), final_state(config, whole))
 
 
+def test_a_lost_process_0_which_all_report_to_stops_the_others(runner: Runner, tmp_path: Path) -> None:
+    children, logs = start(runner, tmp_path, 2)
+    wait_for_step(tmp_path / "runs" / "tiny", 3)
+    os.kill(children[0], signal.SIGKILL)
+    killed = time.monotonic()
+    codes = runner.wait_for_several()
+    assert time.monotonic() - killed < ENDS_WITHIN, texts(logs)
+    assert codes[0] == -signal.SIGKILL
+    assert codes[1] in (1, -signal.SIGABRT), texts(logs)
+    said = logs[1].read_text()
+    assert "lost another one" in said or "Terminating process" in said, said
+
+
 def test_what_process_0_refuses_stops_the_others_too(runner: Runner, tmp_path: Path) -> None:
     _, logs = start(runner, tmp_path, 2, "run.resume=required")
     assert runner.wait_for_several() == [1, 1], texts(logs)

@@ -212,8 +212,8 @@ class _Run:
         if start and self.due(start, settings.eval_every) and not self.validated:
             # The interruption fell between the step and its evaluation.
             state = self.validate(state, start)
-        structure = self.structure
-        train_step = make_train_step(self.buffers.of(structure), self.mesh)
+        built = self.buffers.of(self.structure)
+        train_step = make_train_step(built, self.mesh)
         for step, batch in enumerate(self.batches(), start + 1):
             placed = self.on_devices(batch)
             if self.lock is not None:
@@ -239,17 +239,13 @@ class _Run:
                     self.mark = _Reported(step, self.watch.seconds)
             if evaluate and not self.stop.requested():
                 state = self.validate(state, step)
-                if self.structure != structure:
-                    # The lock: another model from here on.
-                    structure, compiled, self.mark = self.structure, step + 1, None
-                    train_step = make_train_step(self.buffers.of(structure), self.mesh)
             if save or self.stop.requested():
                 state = self.save(state, step)
-                if self.buffers.resize() and not (last or self.stop.requested()):
-                    self.progress.message(f"receive buffers: {self.buffers.factor:g} times the mean from here on")
-                    compiled, self.mark = step + 1, None
-                    train_step = make_train_step(self.buffers.of(structure), self.mesh)
             self.leave_if_asked()
+            if (wanted := self.buffers.of(self.structure)) != built and not last:
+                # A lock, or buffers of another size: another program from here on.
+                built, compiled, self.mark = wanted, step + 1, None
+                train_step = make_train_step(built, self.mesh)
         return state
 
     def due(self, step: int, every: int) -> bool:
@@ -398,6 +394,8 @@ class _Run:
         self.checkpoints.save(step, state._asdict(), meta)
         if self.placement is not None:
             state = self.placement.apply(state)
+        if self.buffers.resize():
+            self.progress.message(f"receive buffers: room for {self.buffers.factor:g} times the mean from here on")
         self.watch.start()
         return state
 
