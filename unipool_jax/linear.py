@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from unipool_jax.mesh import constrain, gathered
+from unipool_jax.mesh import RULES, active, constrain, gathered, shards, spec, whole
 
 Axes = tuple[str | None, str | None]
 """Logical axes of a matrix, see `mesh.RULES`."""
@@ -49,13 +50,46 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array]:
     inputs, used = saved
     to_inputs = jnp.einsum("...k,kc->...c" if transposed else "...k,ck->...c", grad, used)
-    equation = "...k,...c->kc" if transposed else "...c,...k->ck"
     pair = (grad, inputs) if transposed else (inputs, grad)
-    to_weights = jnp.einsum(equation, *pair, preferred_element_type=jnp.float32)
-    return to_inputs.astype(inputs.dtype), constrain(to_weights, *axes)
+
+    def own_part(rows_C: jax.Array, rows_K: jax.Array) -> jax.Array:
+        return jnp.einsum("...c,...k->ck", rows_C, rows_K, preferred_element_type=jnp.float32)
+
+    return to_inputs.astype(inputs.dtype), _summed(own_part, pair, whole(axes), axes)
 
 
 linear.defvjp(_forward, _backward)
+
+
+def _summed(
+    own_part: Callable[..., jax.Array], rows: Sequence[jax.Array], features: Sequence[str | None], axes: Axes
+) -> jax.Array:
+    """The gradient of a matrix, from the part that each device makes of its rows of the batch.
+
+    Over a mesh it is scattered over the fsdp axis first, and only what a device keeps is summed over the others: left
+    to itself the compiler sums whole matrices over all devices, or gathers the rows, which can be more.
+
+    Args:
+      own_part: makes the part, float32, from a device's own `rows`.
+      rows: arrays whose first axis is that of the batch.
+      features: logical axis of the last axis of each.
+      axes: those of the matrix.
+    """
+    mesh = active()
+    if mesh is None:
+        return own_part(*rows)
+
+    def on_device(*rows: jax.Array) -> jax.Array:
+        part = own_part(*rows)
+        if "embed" in axes:
+            part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
+        return jax.lax.psum(part, ("data", "expert") if "embed" in axes else RULES["batch"])
+
+    places = tuple(
+        spec("batch", *(None,) * (array.ndim - 2), *([feature] if array.ndim > 1 else []))
+        for array, feature in zip(rows, features, strict=True)
+    )
+    return jax.shard_map(on_device, mesh=mesh, in_specs=places, out_specs=spec(*axes))(*rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -87,8 +121,19 @@ def _lookup_backward(
     axes: Axes, dtype: jax.typing.DTypeLike, saved: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, None]:
     tokens, rows = saved
-    zeros_VD = jnp.zeros((rows.shape[0], grad.shape[-1]), jnp.float32)
-    return constrain(zeros_VD.at[tokens].add(grad.astype(jnp.float32)), *axes), None
+    mesh = active()
+    split = axes[0] is not None and mesh is not None
+    own_rows = rows.shape[0] // (shards(mesh, axes[0]) if split else 1)
+
+    def own_part(tokens: jax.Array, grad: jax.Array) -> jax.Array:
+        if split:
+            tokens = tokens - jax.lax.axis_index(RULES[axes[0]]) * own_rows
+        # Rows of other devices lie outside; a negative index would count from the end.
+        place = jnp.where((tokens >= 0) & (tokens < own_rows), tokens, own_rows)
+        zeros_VD = jnp.zeros((own_rows, grad.shape[-1]), jnp.float32)
+        return zeros_VD.at[place].add(grad.astype(jnp.float32), mode="drop")
+
+    return _summed(own_part, (tokens, grad), (None, None), axes), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

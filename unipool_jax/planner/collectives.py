@@ -99,8 +99,9 @@ def _called(instruction: Instruction, computations: dict[str, list[Instruction]]
     elif instruction.opcode in ("fusion", "call", "async-start"):
         for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest):
             yield name, 1
-    elif instruction.opcode == "conditional":
-        for names in re.findall(r"(?:branch_computations=\{([^}]*)\})", instruction.rest):
+    elif instruction.opcode in ("conditional", "custom-call"):
+        # On chips with cores for it (7x) a collective is a computation that such a core is called with.
+        for names in re.findall(r"(?:branch|called)_computations=\{([^}]*)\}", instruction.rest):
             yield from ((name.strip(" %"), 1) for name in names.split(","))
         for name in re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest):
             yield name, 1
