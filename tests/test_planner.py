@@ -263,10 +263,14 @@ MODULE = """
   ROOT %r = bf16[96,8]{1,0} ragged-all-to-all(%a, %b, %b), replica_groups={{0,1,2,3},{4,5,6,7}}, metadata={op_name="x"}
 }
 
+%thread (a: bf16[64,8], b: bf16[96,8]) -> bf16[96,8] {
+  ROOT %sc = bf16[96,8]{1,0} custom-call(%a, %b), custom_call_target="core", called_computations={%async}
+}
+
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %g = bf16[1,16]{1,0} all-gather(%w), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={1}
   %k.3 = f32[8]{0} custom-call(%g), custom_call_target="tpu_custom_call"
-  ROOT %s = (bf16[96,8]{1,0}) async-start(%a, %b), calls=%async
+  ROOT %s = (bf16[96,8]{1,0}) async-start(%a, %b), calls=%thread
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
@@ -319,13 +323,21 @@ def test_no_device_holds_a_whole_bank() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", ["unipool", "vanilla"])
-def test_counted_collectives_are_those_compiled(method: str) -> None:
-    plan = small_plan(method, *(["loss.switch_group_sequences=8"] if method == "vanilla" else []))[0]
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("unipool", ()),
+        ("vanilla", ("loss.switch_group_sequences=8",)),
+        # A chip of two devices, with cores of its own for collectives.
+        ("unipool", ("mesh.topology=tpu7x:2x2x1", "mesh.expert=4")),
+    ],
+)
+def test_counted_collectives_are_those_compiled(method: str, more: tuple[str, ...]) -> None:
+    plan = small_plan(method, *more)[0]
     assert plan.collectives is not None
     counted = sum(message.total_bytes for message in plan.estimate.counts.messages)
     compiled = sum(item.total_bytes for item in plan.collectives)
-    assert counted == pytest.approx(compiled, rel=0.15)
+    assert counted == pytest.approx(compiled, rel=0.02)
 
 
 @needs_compiler

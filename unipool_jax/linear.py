@@ -121,13 +121,12 @@ def _lookup_backward(
     axes: Axes, dtype: jax.typing.DTypeLike, saved: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, None]:
     tokens, rows = saved
-    mesh = active()
-    split = axes[0] is not None and mesh is not None
-    own_rows = rows.shape[0] // (shards(mesh, axes[0]) if split else 1)
+    mesh, (vocab, _) = active(), axes
+    own_rows = rows.shape[0] // (1 if mesh is None or vocab is None else shards(mesh, vocab))
 
     def own_part(tokens: jax.Array, grad: jax.Array) -> jax.Array:
-        if split:
-            tokens = tokens - jax.lax.axis_index(RULES[axes[0]]) * own_rows
+        if vocab is not None and own_rows < rows.shape[0]:
+            tokens = tokens - jax.lax.axis_index(RULES[vocab]) * own_rows
         # Rows of other devices lie outside; a negative index would count from the end.
         place = jnp.where((tokens >= 0) & (tokens < own_rows), tokens, own_rows)
         zeros_VD = jnp.zeros((own_rows, grad.shape[-1]), jnp.float32)

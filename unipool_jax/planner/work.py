@@ -289,9 +289,11 @@ def _messages(at: _Sizes) -> list[Message]:
         Message(
             "layers, gathered", "all-gather", ("fsdp",), layers * micro * (again + counting), (dense + routers) * fsdp
         ),
-        *_reduced("layers", layers * micro, (dense + routers) / NARROW, sizes),
+        *_reduced("layers", layers * micro, layers * micro, (dense + routers) / NARROW, sizes),
         Message("tables, gathered", "all-gather", ("fsdp",), micro, tables * fsdp),
-        *_reduced("tables", micro, tables / NARROW, sizes),
+        # The compiler takes sums of gradients that add up over micro-batches out of their loop, where no other loop is
+        # in between.
+        *_reduced("tables", micro, 1, tables / NARROW, sizes),
     ]
     if config.moe.router != "none" and at.transport == "ragged":
         rows = at.rows * model.hidden_size * NARROW * _other(sizes, "expert")
@@ -313,14 +315,18 @@ def _messages(at: _Sizes) -> list[Message]:
     return found
 
 
-def _reduced(name: str, times: int, weights: float, sizes: dict[str, int]) -> list[Message]:
-    """The float32 gradient of a matrix: scattered over fsdp, and the parts summed over the other devices."""
+def _reduced(name: str, scattered: int, summed: int, weights: float, sizes: dict[str, int]) -> list[Message]:
+    """The float32 gradient of a matrix: scattered over fsdp, and the parts summed over the other devices; how often."""
     part, others = WIDE * weights / sizes["fsdp"], ("data", "expert")
     return [
         Message(
-            f"{name}, gradient scattered", "reduce-scatter", ("fsdp",), times, WIDE * weights * _other(sizes, "fsdp")
+            f"{name}, gradient scattered",
+            "reduce-scatter",
+            ("fsdp",),
+            scattered,
+            WIDE * weights * _other(sizes, "fsdp"),
         ),
-        Message(f"{name}, gradient summed", "all-reduce", others, times, 2 * part * _other(sizes, *others)),
+        Message(f"{name}, gradient summed", "all-reduce", others, summed, 2 * part * _other(sizes, *others)),
     ]
 
 
