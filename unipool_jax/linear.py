@@ -73,17 +73,15 @@ def _summed(
       own_part: makes the part, float32, from a device's own `rows`.
       rows: arrays whose first axis is that of the batch.
       features: logical axis of the last axis of each.
-      axes: those of the matrix.
+      axes: those of the matrix, one of them `embed`.
     """
     mesh = active()
     if mesh is None:
         return own_part(*rows)
 
     def on_device(*rows: jax.Array) -> jax.Array:
-        part = own_part(*rows)
-        if "embed" in axes:
-            part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
-        return jax.lax.psum(part, ("data", "expert") if "embed" in axes else RULES["batch"])
+        part = jax.lax.psum_scatter(own_part(*rows), "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
+        return jax.lax.psum(part, ("data", "expert"))
 
     places = tuple(
         spec("batch", *(None,) * (array.ndim - 2), *([feature] if array.ndim > 1 else []))
