@@ -57,7 +57,7 @@ def _backward(
 
     if "vocab" in axes:
         return to_inputs.astype(inputs.dtype), _summed(own_part, pair, whole(axes), axes)
-    # Matrices of layers are small and many: the compiler joins the sums of a layer, and saves more time than bytes cost.
+    # Matrices of layers are small and many: the compiler joins the sums of a layer, which saves more than bytes cost.
     return to_inputs.astype(inputs.dtype), constrain(own_part(*pair), *axes)
 
 
