@@ -323,17 +323,20 @@ def test_no_device_holds_a_whole_bank() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("method", "more"),
-    [
-        ("unipool", ()),
-        ("vanilla", ("loss.switch_group_sequences=8",)),
-        # A chip of two devices, with cores of its own for collectives.
-        ("unipool", ("mesh.topology=tpu7x:2x2x1", "mesh.expert=4")),
-    ],
-)
-def test_counted_collectives_are_those_compiled(method: str, more: tuple[str, ...]) -> None:
-    plan = small_plan(method, *more)[0]
+def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
+    """A 7x chip is two devices; how gradients are summed there is the compiler's choice, what moves forward is not."""
+    plan = small_plan("unipool", "mesh.topology=tpu7x:2x2x1", "mesh.expert=4")[0]
+    assert plan.collectives is not None
+    for kind in ("all-gather", "ragged-all-to-all"):
+        counted = sum(message.total_bytes for message in plan.estimate.counts.messages if message.kind == kind)
+        compiled = sum(item.total_bytes for item in plan.collectives if item.kind == kind)
+        assert counted == pytest.approx(compiled, rel=0.05)
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", ["unipool", "vanilla"])
+def test_counted_collectives_are_those_compiled(method: str) -> None:
+    plan = small_plan(method, *(["loss.switch_group_sequences=8"] if method == "vanilla" else []))[0]
     assert plan.collectives is not None
     counted = sum(message.total_bytes for message in plan.estimate.counts.messages)
     compiled = sum(item.total_bytes for item in plan.collectives)
