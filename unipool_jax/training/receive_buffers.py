@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unipool_jax.config import Config
+from unipool_jax.data.store_format import write_atomically
 from unipool_jax.distributed import is_main, told_by_main
 from unipool_jax.moe.dispatch import rows_per_device
 from unipool_jax.moe.transport import UNMEASURED_FACTOR
@@ -69,11 +70,13 @@ class ReceiveBuffers:
         return np.asarray(jax.device_get(metrics["arrived_L"])) / self._mean_rows
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Look at every step, not only those that get a line of metrics.
+        """Look at every step, not only those that get a line of metrics. Where one device has all experts none is lost.
 
         Raises:
           OverflowedError: if rows found no place and `mesh.overflow=stop`.
         """
+        if self._devices == 1:
+            return
         self._busiest = max(self._busiest, float(self.loads(metrics).max()))
         rows = int(jax.device_get(metrics["overflow"]))
         if rows and self._config.mesh.overflow == "stop":
@@ -120,10 +123,8 @@ class ReceiveBuffers:
     def _write(self) -> None:
         if not (self._measured and is_main()):
             return
-        temporary = self._path.with_name(f".{FILE}.tmp")
         text = json.dumps({"expert_devices": self._devices, "receive_factor": self.factor})
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self._path)
+        write_atomically(self._path, f"{text}\n".encode())
 
     def _error(self, step: int, rows: int, too_small: float) -> OverflowedError:
         remedy = (

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from unipool_jax.compose import differences, load_config, save_config
 from unipool_jax.config import Config, settings
+from unipool_jax.data.store_format import write_atomically
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
 
@@ -136,9 +137,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished, with its results."""
-        temporary = self.path / f".{SUMMARY}.tmp"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.path / SUMMARY)
+        write_atomically(self.path / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
 
     def close(self) -> None:
         """Release the lock."""
