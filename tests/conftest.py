@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 # that it does not know, so the flag is gone once JAX has read it.
 _KEPT = os.environ["XLA_FLAGS"]
 os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-import jax  # noqa: E402
+import jax  # noqa: E402 - the environment comes first
 
 jax.devices()
 os.environ["XLA_FLAGS"] = _KEPT

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from unipool_jax.mesh import RULES, active, constrain, gathered, shards, spec, whole
 
@@ -56,7 +57,8 @@ def _backward(
         return jnp.einsum("...c,...k->ck", rows_C, rows_K, preferred_element_type=jnp.float32)
 
     if "vocab" in axes:
-        return to_inputs.astype(inputs.dtype), _summed(own_part, pair, whole(axes), axes)
+        places = [spec("batch", *(None,) * (x.ndim - 2), name) for x, name in zip(pair, whole(axes), strict=True)]
+        return to_inputs.astype(inputs.dtype), _summed(own_part, pair, places, axes)
     # Matrices of layers are small and many: the compiler joins the sums of a layer, which saves more than bytes cost.
     return to_inputs.astype(inputs.dtype), constrain(own_part(*pair), *axes)
 
@@ -65,7 +67,7 @@ linear.defvjp(_forward, _backward)
 
 
 def _summed(
-    own_part: Callable[..., jax.Array], rows: Sequence[jax.Array], features: Sequence[str | None], axes: Axes
+    own_part: Callable[..., jax.Array], rows: Sequence[jax.Array], places: Sequence[PartitionSpec], axes: Axes
 ) -> jax.Array:
     """The gradient of a table over the vocabulary, from the part that each device makes of its rows of the batch.
 
@@ -75,7 +77,7 @@ def _summed(
     Args:
       own_part: makes the part, float32, from a device's own `rows`.
       rows: arrays whose first axis is that of the batch.
-      features: logical axis of the last axis of each.
+      places: how each is laid out over a mesh.
       axes: those of the table, `vocab` and `embed`.
     """
     mesh = active()
@@ -86,11 +88,7 @@ def _summed(
         part = jax.lax.psum_scatter(own_part(*rows), "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
         return jax.lax.psum(part, ("data", "expert"))
 
-    places = tuple(
-        spec("batch", *(None,) * (array.ndim - 2), *([feature] if array.ndim > 1 else []))
-        for array, feature in zip(rows, features, strict=True)
-    )
-    return jax.shard_map(on_device, mesh=mesh, in_specs=places, out_specs=spec(*axes))(*rows)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=tuple(places), out_specs=spec(*axes))(*rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -133,7 +131,7 @@ def _lookup_backward(
         zeros_VD = jnp.zeros((own_rows, grad.shape[-1]), jnp.float32)
         return zeros_VD.at[place].add(grad.astype(jnp.float32), mode="drop")
 
-    return _summed(own_part, (tokens, grad), (None, None), axes), None
+    return _summed(own_part, (tokens, grad), [spec("batch")] * 2, axes), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)
