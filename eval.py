@@ -5,9 +5,9 @@ splits of its text, `data.files=[TEXT]`, or zero-shot tasks, `tasks=[NAME,NAME]`
 
 import sys
 
-from unipool_jax.analysis.task_request import split_words
+from unipool_jax.evaluation.task_request import split_words
+from unipool_jax.evaluation.text import evaluate_command
 from unipool_jax.training.entry import guarded
-from unipool_jax.training.eval_command import evaluate_command
 
 
 def main(arguments: list[str]) -> int:
@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
     tasks, rest = split_words(arguments)
     if tasks is None:
         return evaluate_command(rest)
-    from unipool_jax.analysis.tasks_command import tasks_command
+    from unipool_jax.evaluation.tasks_command import tasks_command
 
     return tasks_command(tasks, rest)
 

@@ -5,8 +5,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from unipool_jax.compose import compose_config, config_from_omegaconf, register_schema
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config, config_from_omegaconf, register_schema
+from unipool_jax.config.schema import Config
 from unipool_jax.training.entry import guarded, run
 
 

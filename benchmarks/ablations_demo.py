@@ -24,7 +24,7 @@ from pathlib import Path
 
 from unipool_jax.analysis.compare import check_slices, compare, grouped, load_run
 from unipool_jax.analysis.compare_command import compare_command
-from unipool_jax.compose import compose_config, load_config
+from unipool_jax.config.compose import compose_config, load_config
 from unipool_jax.training.run_folder import CONFIG, SUMMARY, frozen_differences
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"

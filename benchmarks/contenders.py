@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.twin_settings import twin_settings
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 
 Kind = Literal["jax", "pytorch", "pytorch-compiled"]
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config
 from unipool_jax.training.entry import guarded, run
 
 METHODS = {

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from benchmarks.contenders import random_tokens
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.step import init_state, make_train_step, state_shapes
 

@@ -13,9 +13,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from unipool_jax.chips import parse_topology
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
+from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config
 from unipool_jax.planner.collectives import collectives, parse
 from unipool_jax.planner.compilation import compile_step, prepare, topology_mesh
 from unipool_jax.planner.report import state_bytes

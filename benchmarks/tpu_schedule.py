@@ -23,7 +23,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from unipool_jax.chips import parse_topology  # noqa: E402
+from unipool_jax.config.chips import parse_topology  # noqa: E402
 
 
 class Chip(NamedTuple):

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.contenders import KEEP_MEMORY, Contender, ContenderError, Kind, Worker, has_torch
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config
 
 CASES = {
     "demo": ["scale=demo"],

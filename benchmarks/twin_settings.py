@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.pytorch_baseline.settings import Settings
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 
 
 def twin_settings(config: Config) -> Settings:

@@ -11,9 +11,9 @@ import numpy as np
 
 import oracles
 from tiny import tiny_config, tiny_state
-from unipool_jax.analysis.scoring import LanguageModel
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.evaluation.scoring import LanguageModel
 
 SIZE = (
     *("model.vocab_size=272", "data.sequence_length=48", "model.compute_dtype=float32", "moe.score_constant=one"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -6,8 +6,8 @@ import importlib.util
 
 import pytest
 
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is built for Linux on x86 only"

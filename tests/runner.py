@@ -13,8 +13,8 @@ from types import TracebackType
 import jax
 import numpy as np
 
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.entry import guarded, run
 from unipool_jax.training.step import init_state

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ablations_demo import CONTROLS, ROWS, TRAIN, command_of, compare_recorded, record, recorded
-from unipool_jax.compose import compose_config, save_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config, save_config
+from unipool_jax.config.rules import validate
+from unipool_jax.config.schema import Config
 from unipool_jax.training.run_folder import frozen_differences
-from unipool_jax.validation import validate
 
 
 def config_of(name: str, *more: str) -> Config:

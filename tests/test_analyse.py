@@ -24,8 +24,8 @@ from unipool_jax.analysis.history import read_history, series_of
 from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.analysis.probe import Condition, Difference, Probe
 from unipool_jax.analysis.report import facts, parts
-from unipool_jax.compose import compose_config, save_config
-from unipool_jax.config import ConfigError
+from unipool_jax.config.compose import compose_config, save_config
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, make_meta
 from unipool_jax.training.run_folder import RunError

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, make_meta
 
 OPTIMIZER = optax.adamw(1e-3, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params))

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from processes import join, run_two
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, make_meta
 
 

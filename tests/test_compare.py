@@ -12,8 +12,8 @@ import pytest
 from unipool_jax.analysis.__main__ import main
 from unipool_jax.analysis.compare import check_slices, compare, families, grouped, load_run, mean_and_error
 from unipool_jax.analysis.compare_command import compare_parts
-from unipool_jax.compose import compose_config, save_config
-from unipool_jax.config import ConfigError
+from unipool_jax.config.compose import compose_config, save_config
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.training.run_folder import RunError
 
 STEPS = (20, 40, 60, 80, 100)

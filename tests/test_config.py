@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from tiny import METHODS
-from unipool_jax.compose import (
+from unipool_jax.config.compose import (
     CONFIG_DIR,
     compose_config,
     config_from_omegaconf,
@@ -23,9 +23,9 @@ from unipool_jax.compose import (
     register_schema,
     save_config,
 )
-from unipool_jax.config import Config, ConfigError, settings, to_mapping
-from unipool_jax.parsing import from_mapping
-from unipool_jax.validation import problems, validate
+from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.rules import problems, validate
+from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
 
 SCALES = ("182m", "469m", "650m", "830m", "978m")
 
@@ -269,7 +269,7 @@ def test_configuration_files_hold_known_settings_and_say_what_they_are() -> None
 
 
 def test_every_setting_has_a_docstring() -> None:
-    source = (Path(__file__).parent.parent / "unipool_jax" / "config.py").read_text(encoding="utf-8")
+    source = (Path(__file__).parent.parent / "unipool_jax" / "config" / "schema.py").read_text(encoding="utf-8")
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     sections: list[type] = [Config, *(type(getattr(Config(), entry.name)) for entry in dataclasses.fields(Config))]
     for section in (kind.__name__ for kind in sections if dataclasses.is_dataclass(kind)):

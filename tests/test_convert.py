@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from runner import overrides
 from tiny import METHODS, tiny_config
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config
 from unipool_jax.convert.__main__ import main
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.files import read_file, write_file

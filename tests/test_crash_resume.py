@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runner import Runner, assert_same, final_state, overrides
-from unipool_jax.compose import compose_config
+from unipool_jax.config.compose import compose_config
 
 
 @pytest.fixture(scope="module")

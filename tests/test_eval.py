@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from runner import overrides
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config, ConfigError
-from unipool_jax.corpus import Corpus, open_corpus, open_texts
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config, ConfigError
+from unipool_jax.data.corpus import Corpus, open_corpus, open_texts
 from unipool_jax.data.errors import DataError
+from unipool_jax.evaluation.text import EvalRequest, evaluate_command, parse_request
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints
 from unipool_jax.training.entry import guarded
-from unipool_jax.training.eval_command import EvalRequest, evaluate_command, parse_request
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.step import TrainState, init_state

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from task_files import package_rows, write_package
-from unipool_jax.analysis import export_tasks as module
 from unipool_jax.analysis.__main__ import main
-from unipool_jax.analysis.export_tasks import SOURCES, export_tasks, find_package
-from unipool_jax.analysis.harness import load_tasks
-from unipool_jax.analysis.task_request import TaskRequest
-from unipool_jax.config import ConfigError
+from unipool_jax.config.schema import ConfigError
+from unipool_jax.evaluation import export_tasks as module
+from unipool_jax.evaluation.export_tasks import SOURCES, export_tasks, find_package
+from unipool_jax.evaluation.harness import load_tasks
+from unipool_jax.evaluation.task_request import TaskRequest
 from unipool_jax.training.run_folder import RunError
 
 COUNTS = {
@@ -187,5 +187,5 @@ def test_yaml_names_its_source_and_data(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_export_needs_no_harness(tmp_path: Path) -> None:
-    program = "import sys; import unipool_jax.analysis.export_tasks; sys.exit('lm_eval' in sys.modules)"
+    program = "import sys; import unipool_jax.evaluation.export_tasks; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The command line of `python -m unipool_jax.generate`."""
+"""The command line of `python -m unipool_jax.evaluation.generate`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from runner import overrides
-from unipool_jax.compose import compose_config
-from unipool_jax.config import ConfigError
-from unipool_jax.generate import GenerateRequest, generate_command, generate_texts, parse_request
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import ConfigError
+from unipool_jax.evaluation.generate import GenerateRequest, generate_command, generate_texts, parse_request
 from unipool_jax.model.transformer import forward
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, restore_model

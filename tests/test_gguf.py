@@ -21,7 +21,7 @@ from unipool_jax.convert.__main__ import main
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.gguf import read_gguf
 from unipool_jax.convert.weights import Weights
-from unipool_jax.generate import GenerateRequest, generate_texts
+from unipool_jax.evaluation.generate import GenerateRequest, generate_texts
 
 Change = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
 """Edits the fields and tensors of a file before it is written."""

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tiny import METHODS, tiny_config, tiny_state
-from unipool_jax.corpus import open_corpus
 from unipool_jax.data.assets import demo_corpus_path
+from unipool_jax.data.corpus import open_corpus
 from unipool_jax.data.pipeline import WindowSource, training_batches
 from unipool_jax.training.step import make_train_step
 

@@ -14,11 +14,11 @@ from lm_eval.tasks import TaskManager
 
 from alphabet import alphabet_model, log_likelihood, random_model
 from task_files import ALPHABET, DOUBTFUL, metrics, write_task
-from unipool_jax.analysis import harness
-from unipool_jax.analysis.harness import UniPoolLM, fitting_windows, harness_version, load_tasks, run_tasks
-from unipool_jax.analysis.scoring import LanguageModel, Window
-from unipool_jax.analysis.task_request import TaskRequest
-from unipool_jax.config import ConfigError
+from unipool_jax.config.schema import ConfigError
+from unipool_jax.evaluation import harness
+from unipool_jax.evaluation.harness import UniPoolLM, fitting_windows, harness_version, load_tasks, run_tasks
+from unipool_jax.evaluation.scoring import LanguageModel, Window
+from unipool_jax.evaluation.task_request import TaskRequest
 from unipool_jax.training.run_folder import RunError
 
 EOD = 256

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unipool_jax.config import MeshConfig
-from unipool_jax.mesh import make_mesh, spec
+from unipool_jax.config.schema import MeshConfig
 from unipool_jax.model import head
 from unipool_jax.model.head import Head
+from unipool_jax.parallel.mesh import make_mesh, spec
 
 VOCABULARY, WIDTH = 40, 8
 

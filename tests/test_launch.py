@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from runner import overrides
-from unipool_jax.chips import parse_topology
-from unipool_jax.compose import compose_config
+from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.compose import compose_config
 
 ROOT = Path(__file__).parents[1]
 

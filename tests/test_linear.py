@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unipool_jax.config import MeshConfig
-from unipool_jax.linear import linear, lookup
-from unipool_jax.mesh import make_mesh
+from unipool_jax.config.schema import MeshConfig
+from unipool_jax.parallel.linear import linear, lookup
+from unipool_jax.parallel.mesh import make_mesh
 
 
 def operands(transposed: bool, dtype: str) -> tuple[jax.Array, jax.Array]:

@@ -14,9 +14,9 @@ import pytest
 
 import oracles
 from tiny import tiny_batch, tiny_config, tiny_state
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
-from unipool_jax.lock_schedule import make_schedule
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.lock_schedule import make_schedule
+from unipool_jax.config.schema import Config
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.assignment import expert_ids, random_assignment
 from unipool_jax.moe.balance import entropy_loss

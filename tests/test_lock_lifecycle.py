@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from tiny import tiny_config
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.rules import problems
+from unipool_jax.config.schema import Config
 from unipool_jax.moe.lock_lifecycle import (
     LockError,
     LockRecord,
@@ -26,7 +27,6 @@ from unipool_jax.moe.lock_lifecycle import (
     to_document,
 )
 from unipool_jax.training.ownership import ownership_metrics
-from unipool_jax.validation import problems
 
 LAYERS, EXPERTS = 4, 8
 

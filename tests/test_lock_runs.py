@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 
 from runner import assert_same, final_state, overrides
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config, RunConfig
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config, RunConfig
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.runs import read_run
-from unipool_jax.generate import GenerateRequest, generate_texts
+from unipool_jax.evaluation.generate import GenerateRequest, generate_texts
+from unipool_jax.evaluation.text import evaluate_command
 from unipool_jax.moe.lock_lifecycle import LockError
 from unipool_jax.training import evaluate, loop
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.entry import guarded, run
-from unipool_jax.training.eval_command import evaluate_command
 from unipool_jax.training.run_folder import run_name
 from unipool_jax.training.step import make_eval_step, make_train_step
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from runner import assert_same, final_state, overrides
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.errors import DataError
 from unipool_jax.training import evaluate, loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from tiny import METHODS, tiny_batch, tiny_config, tiny_state
-from unipool_jax.config import Config, ConfigError, MeshConfig
-from unipool_jax.mesh import make_mesh, problems, resolve_sizes, usable_mesh
-from unipool_jax.sharding import (
+from unipool_jax.config.mesh_rules import problems, resolve_sizes
+from unipool_jax.config.schema import Config, ConfigError, MeshConfig
+from unipool_jax.parallel.mesh import make_mesh, usable_mesh
+from unipool_jax.training.placement import Placement
+from unipool_jax.training.sharding import (
     batch_sharding,
     memory_problem,
     misplaced_banks,
@@ -23,7 +25,6 @@ from unipool_jax.sharding import (
     state_shardings,
     to_devices,
 )
-from unipool_jax.training.placement import Placement
 from unipool_jax.training.step import make_eval_step, make_train_step, state_shapes
 
 STEPS = 20

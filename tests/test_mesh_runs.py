@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from runner import final_state, overrides
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.training import loop, receive_buffers
 from unipool_jax.training.run_folder import RunError, RunFolder, run_name
 from unipool_jax.training.step import make_train_step

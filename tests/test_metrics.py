@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unipool_jax.config import Config, ModelConfig, MoEConfig, PoolConfig
+from unipool_jax.config.schema import Config, ModelConfig, MoEConfig, PoolConfig
 from unipool_jax.training.flops import flops_per_token, peak_flops
 from unipool_jax.training.metrics import (
     MetricsWriter,

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from unipool_jax.config import OptimizerConfig
+from unipool_jax.config.schema import OptimizerConfig
 from unipool_jax.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule, warmup_steps
 
 

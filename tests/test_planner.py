@@ -16,16 +16,17 @@ import pytest
 import train
 from planned import needs_compiler, small
 from tiny import tiny_batch, tiny_config
-from unipool_jax.chips import CHIPS, parse_topology
-from unipool_jax.compose import CONFIG_DIR, compose_config
-from unipool_jax.config import ConfigError, MeshConfig
+from unipool_jax.config.chips import CHIPS, parse_topology
+from unipool_jax.config.compose import CONFIG_DIR, compose_config
+from unipool_jax.config.mesh_rules import AXES
+from unipool_jax.config.rules import problems
+from unipool_jax.config.schema import ConfigError, MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
-from unipool_jax.mesh import AXES, make_mesh, spec
 from unipool_jax.model.report import count_parameters
+from unipool_jax.parallel.mesh import make_mesh, spec
 from unipool_jax.planner import compilation, links, report, work
 from unipool_jax.planner.collectives import Collective, collectives, kernels, parse
 from unipool_jax.training.step import make_train_step, state_shapes
-from unipool_jax.validation import problems
 
 SCALES = ("182m", "469m", "650m", "830m", "978m")
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "mesh").glob("*_*.yaml"))

@@ -8,8 +8,8 @@ import pytest
 
 from unipool_jax.analysis.figures import png
 from unipool_jax.analysis.roofline_figure import roofline_figure
-from unipool_jax.chips import CHIPS
-from unipool_jax.compose import compose_config
+from unipool_jax.config.chips import CHIPS
+from unipool_jax.config.compose import compose_config
 from unipool_jax.kernels.tpu_tiles import tile_rows
 from unipool_jax.planner.experts import expert_kernels
 from unipool_jax.planner.report import count_step

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from processes import join, run_two
-from unipool_jax.chips import parse_topology
-from unipool_jax.compose import CONFIG_DIR, compose_config
-from unipool_jax.config import MeshConfig
-from unipool_jax.mesh import make_mesh
+from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.compose import CONFIG_DIR, compose_config
+from unipool_jax.config.schema import MeshConfig
+from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.planner import compilation
-from unipool_jax.sharding import batch_sharding, process_rows, to_devices
+from unipool_jax.training.sharding import batch_sharding, process_rows, to_devices
 
 BATCH = 16
 # Sizes of the mesh, and the order of eight devices in it, of which four belong to each of two processes: alternating;

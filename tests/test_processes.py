@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from runner import Runner, assert_same, final_state, overrides
-from unipool_jax.compose import compose_config
+from unipool_jax.config.compose import compose_config
 
 STEPS = 48
 TIMEOUT = 10

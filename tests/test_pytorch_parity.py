@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="parity with the PyTorch twin needs torch: p
 from benchmarks.pytorch_baseline.train import Trainer
 from tiny import METHODS, tiny_batch, tiny_config
 from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.model.transformer import forward
 from unipool_jax.training.step import TrainState, make_train_step
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import pytest
 
-from unipool_jax.analysis.export_tasks import SOURCES, export_tasks, find_package
-from unipool_jax.analysis.harness import load_tasks
-from unipool_jax.analysis.task_request import TaskRequest
 from unipool_jax.convert.__main__ import main as convert
+from unipool_jax.evaluation.export_tasks import SOURCES, export_tasks, find_package
+from unipool_jax.evaluation.harness import load_tasks
+from unipool_jax.evaluation.task_request import TaskRequest
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from unipool_jax.compose import compose_config
+from unipool_jax.config.compose import compose_config
 from unipool_jax.model.report import count_parameters, describe
 
 TOTALS = {

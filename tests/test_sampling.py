@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tiny import METHODS, tiny_config, tiny_state
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.model import sampling
 from unipool_jax.model.sampling import Generated, Sampling, draw, generate, nucleus
 from unipool_jax.model.transformer import empty_cache, forward, forward_cached

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lm_eval.api.model import TemplateLM
 
 from alphabet import alphabet_model, log_likelihood, random_model
-from unipool_jax.analysis.scoring import (
+from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.evaluation.scoring import (
     LanguageModel,
     Window,
     bucket_lengths,
@@ -25,7 +26,6 @@ from unipool_jax.analysis.scoring import (
     score_windows,
     window_batches,
 )
-from unipool_jax.data.tokenizer import load_tokenizer
 
 GPT2 = load_tokenizer("gpt2")
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from planned import needs_compiler, small
-from unipool_jax.chips import CHIPS, parse_topology
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config, ConfigError
-from unipool_jax.mesh import AXES
+from unipool_jax.config.chips import CHIPS, parse_topology
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.mesh_rules import AXES
+from unipool_jax.config.rules import problems
+from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.planner import command, search
 from unipool_jax.planner.roofline import estimate
-from unipool_jax.validation import problems
 
 
 def test_mesh_shapes_by_brute_force() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import grouped_oracle as oracle
 from tiny import tiny_batch, tiny_config, tiny_state
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation

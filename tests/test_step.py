@@ -12,7 +12,7 @@ import pytest
 
 import oracles
 from tiny import METHODS, tiny_batch, tiny_config, tiny_state
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.balance import load_fractions, pool_loss

@@ -10,12 +10,12 @@ import pytest
 
 from alphabet import alphabet_model, log_likelihood, random_model
 from task_files import ALPHABET, DOUBTFUL, metrics, write_task
-from unipool_jax.analysis.harness import load_tasks
 from unipool_jax.analysis.probe import Condition, Difference, Intervention, Probe
-from unipool_jax.analysis.scoring import LanguageModel, Window, score_windows
 from unipool_jax.analysis.task_probe import forced_scores, mean_probe, probe_tasks, task_measure
-from unipool_jax.analysis.task_request import TaskRequest
-from unipool_jax.config import ConfigError
+from unipool_jax.config.schema import ConfigError
+from unipool_jax.evaluation.harness import load_tasks
+from unipool_jax.evaluation.scoring import LanguageModel, Window, score_windows
+from unipool_jax.evaluation.task_request import TaskRequest
 
 
 def only_task(folder: Path, rows: Any, **settings: Any) -> Any:

@@ -14,12 +14,12 @@ from eval import main as evaluate
 from runner import overrides
 from task_files import ALPHABET, write_package, write_task
 from unipool_jax.analysis.__main__ import main as analyse
-from unipool_jax.analysis.export_tasks import export_tasks
-from unipool_jax.analysis.task_request import PAPER, TaskRequest, split_words
-from unipool_jax.analysis.tasks_command import average_accuracy, print_tasks
-from unipool_jax.compose import compose_config, save_config
-from unipool_jax.config import ConfigError
+from unipool_jax.config.compose import compose_config, save_config
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.evaluation.export_tasks import export_tasks
+from unipool_jax.evaluation.task_request import PAPER, TaskRequest, split_words
+from unipool_jax.evaluation.tasks_command import average_accuracy, print_tasks
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.entry import guarded
 from unipool_jax.training.run_folder import RunError

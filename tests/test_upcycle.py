@@ -10,7 +10,7 @@ import pytest
 
 from test_convert import random_weights
 from tiny import tiny_batch, tiny_config
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.upcycle import upcycle
 from unipool_jax.convert.weights import Weights

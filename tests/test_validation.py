@@ -16,12 +16,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tiny import METHODS
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config, ConfigError, settings, to_mapping
-from unipool_jax.parsing import from_mapping
-from unipool_jax.ranges import RANGES, Range
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.ranges import RANGES, Range
+from unipool_jax.config.rules import problems, validate
+from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
 from unipool_jax.training.step import init_state
-from unipool_jax.validation import problems, validate
 
 DEMO = compose_config([])
 COMPOSED = {method: compose_config([f"method={method}"]) for method in METHODS}

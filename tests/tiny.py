@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from unipool_jax.compose import compose_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.step import TrainState, init_state
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.pytorch_baseline.model import Transformer
 from benchmarks.pytorch_baseline.train import Trainer
 from benchmarks.twin_settings import twin_settings
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.convert.files import to_tensors
 from unipool_jax.convert.layouts import make_layout
 from unipool_jax.convert.runs import as_numpy

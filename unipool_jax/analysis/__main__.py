@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
 
         return compare_command(arguments[1:])
     if arguments[:1] == ["export-tasks"]:
-        from unipool_jax.analysis.export_tasks import export_command
+        from unipool_jax.evaluation.export_tasks import export_command
 
         return export_command(arguments[1:])
     return analyse_command(arguments)

@@ -12,7 +12,7 @@ import numpy as np
 from unipool_jax.analysis import usage
 from unipool_jax.analysis.observe import make_observed_step, text_positions
 from unipool_jax.analysis.probe import Probe, deep_half, language_model_loss, probe
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.metrics import load_metrics, plain_json, routing_diagnostics
 from unipool_jax.training.step import BalanceState

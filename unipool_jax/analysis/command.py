@@ -21,14 +21,14 @@ from unipool_jax.analysis.analyse import Analysis, analyse
 from unipool_jax.analysis.history import read_history
 from unipool_jax.analysis.page import write_page
 from unipool_jax.analysis.report import facts, parts
-from unipool_jax.analysis.scoring import LanguageModel
-from unipool_jax.analysis.task_request import WORDS, TaskRequest, require_harness, split_words
-from unipool_jax.config import Config, ConfigError, settings
-from unipool_jax.corpus import Corpus, open_corpus
+from unipool_jax.config.schema import Config, ConfigError, settings
+from unipool_jax.data.corpus import Corpus, open_corpus
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
+from unipool_jax.evaluation.scoring import LanguageModel
+from unipool_jax.evaluation.task_request import WORDS, TaskRequest, require_harness, split_words
+from unipool_jax.evaluation.text import evaluated_config
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
-from unipool_jax.training.eval_command import evaluated_config
 from unipool_jax.training.evaluate import Evaluator
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
 from unipool_jax.training.step import BalanceState
@@ -219,8 +219,8 @@ def _task_measures(request: AnalysisRequest, model: LanguageModel) -> list[TaskM
     if request.tasks is None:
         return []
     require_harness()
-    from unipool_jax.analysis.harness import load_tasks
     from unipool_jax.analysis.task_probe import task_measure
+    from unipool_jax.evaluation.harness import load_tasks
 
     limit = request.tasks.limit
     return [task_measure(model, task, limit, request.seed) for task in load_tasks(request.tasks)]

@@ -18,8 +18,8 @@ import numpy as np
 from unipool_jax.analysis.figures import Series
 from unipool_jax.analysis.history import read_history, series_of
 from unipool_jax.analysis.probe import Difference
-from unipool_jax.compose import load_config
-from unipool_jax.config import Config, settings
+from unipool_jax.config.compose import load_config
+from unipool_jax.config.schema import Config, settings
 from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, frozen_differences
 
 LATE = 0.6

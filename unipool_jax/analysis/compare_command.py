@@ -34,7 +34,7 @@ from unipool_jax.analysis.compare import (
 )
 from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.analysis.probe import Difference
-from unipool_jax.config import ConfigError
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.training.metrics import plain_json
 
 _POOL_SIZE = {"pool.experts", "pool.fraction"}

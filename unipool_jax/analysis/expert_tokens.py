@@ -10,7 +10,7 @@ import numpy as np
 
 from unipool_jax.analysis.observe import make_observed_step, text_positions
 from unipool_jax.analysis.usage import pool_offsets
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.step import BalanceState
 

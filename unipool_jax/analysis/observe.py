@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import MixtureBlock, Transformer
 from unipool_jax.moe.lock import score_factors

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unipool_jax.analysis.observe import Forced, ObservedStep, make_observed_step
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.step import BalanceState
 

@@ -13,7 +13,7 @@ from unipool_jax.analysis.analyse import Analysis
 from unipool_jax.analysis.history import series_of
 from unipool_jax.analysis.page import Part, Table
 from unipool_jax.analysis.probe import Condition, Difference, Probe
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 
 if TYPE_CHECKING:
     from unipool_jax.analysis.task_probe import TaskProbe

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from unipool_jax.analysis.harness import fitting_windows
 from unipool_jax.analysis.observe import make_observed_step
 from unipool_jax.analysis.probe import (
     Condition,
@@ -25,9 +24,10 @@ from unipool_jax.analysis.probe import (
     forced_choices,
     probe,
 )
-from unipool_jax.analysis.scoring import LanguageModel, ScoreBatch, Scores, encode_pairs, score_windows
-from unipool_jax.config import ConfigError
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.evaluation.harness import fitting_windows
+from unipool_jax.evaluation.scoring import LanguageModel, ScoreBatch, Scores, encode_pairs, score_windows
 
 
 class TaskMeasure(NamedTuple):

@@ -21,8 +21,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from unipool_jax.compose import compose_config
-from unipool_jax.config import ConfigError
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.rules import validate
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.files import read_description, read_file, write_file
 from unipool_jax.convert.gguf import read_gguf
@@ -30,7 +31,6 @@ from unipool_jax.convert.layouts import LAYOUT_NAMES, LayoutName
 from unipool_jax.convert.runs import read_run, write_run
 from unipool_jax.convert.upcycle import upcycle
 from unipool_jax.training.entry import EXIT_FAILED, guarded
-from unipool_jax.validation import validate
 
 
 def _take(words: list[str], *names: str) -> dict[str, str]:

@@ -10,7 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from unipool_jax.config import Config, to_mapping
+from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.schema import Config, to_mapping
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.layouts import LAYOUT_NAMES, Layout, LayoutName, make_layout
 from unipool_jax.convert.weights import (
@@ -21,7 +22,6 @@ from unipool_jax.convert.weights import (
     expert_hashes,
     hash_arrays,
 )
-from unipool_jax.parsing import from_mapping
 
 _DTYPES = ("F32", "BF16", "F16")
 _SHOWN = 12

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from unipool_jax.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, PoolConfig
+from unipool_jax.config.schema import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, PoolConfig
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.layouts import FileTensor, Layout, Part, View
 from unipool_jax.convert.weights import Weights, empty_weights

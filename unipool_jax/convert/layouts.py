@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.convert.weights import Weights
 
 LayoutName = Literal["twin", "megatron"]

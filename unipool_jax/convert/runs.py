@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unipool_jax.compose import save_config
-from unipool_jax.config import Config
+from unipool_jax.config.compose import save_config
+from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.weights import Weights, check_same_experts, expert_hashes
 from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
-from unipool_jax.parsing import from_mapping
 from unipool_jax.training.checkpoint import Checkpoints, make_meta, restore_model
 from unipool_jax.training.optimizer import make_optimizer
 from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, find_run

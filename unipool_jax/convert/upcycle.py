@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.weights import Weights, empty_weights
 from unipool_jax.moe.routing import norm_constant

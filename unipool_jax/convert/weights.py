@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.training.step import init_state
 

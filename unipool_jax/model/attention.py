@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from unipool_jax.config import ModelConfig
-from unipool_jax.linear import linear
-from unipool_jax.mesh import constrain
+from unipool_jax.config.schema import ModelConfig
+from unipool_jax.parallel.linear import linear
+from unipool_jax.parallel.mesh import constrain
 
 _QUERY_BLOCKS = 4
 """Blocks of queries in `causal_attention`: 4 skip three eighths of all scores; 8 were no faster."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from unipool_jax.linear import linear
-from unipool_jax.mesh import active, constrain, gathered, shards
+from unipool_jax.parallel.linear import linear
+from unipool_jax.parallel.mesh import active, constrain, gathered, shards
 
 _CHUNK = 512
 """Positions of a device whose logits are made at once: enough rows for a product at full speed, few enough to stay in

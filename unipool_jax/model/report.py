@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.model.transformer import Transformer
 
 

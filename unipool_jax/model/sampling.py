@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.model.attention import KeyValueCache
 from unipool_jax.model.transformer import empty_cache, forward_cached
 

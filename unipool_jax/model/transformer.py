@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.linear import linear, lookup
-from unipool_jax.mesh import GATHERED, active, constrain
 from unipool_jax.model.attention import Attention, KeyValueCache
 from unipool_jax.model.head import Head
 from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
 from unipool_jax.moe.pool import ExpertPool, gathered_bank, gradient_master
 from unipool_jax.moe.routing import Routing, RoutingStats, norm_constant, route, scores
+from unipool_jax.parallel.linear import linear, lookup
+from unipool_jax.parallel.mesh import GATHERED, active, constrain
 
 LAYER_AXES: Any = {"params": 0, "forced_routing": 0, "observed_routing": 0}
 """Collections that are stacked over layers. The last two are empty but in analyses, which pass choices in and out."""

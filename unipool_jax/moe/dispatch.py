@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from unipool_jax.chips import has_ragged
-from unipool_jax.config import Config, MeshConfig
+from unipool_jax.config.chips import has_ragged
+from unipool_jax.config.schema import Config, MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
-from unipool_jax.linear import linear
-from unipool_jax.mesh import active, shards, spec, whole
 from unipool_jax.moe.pool import BANK_AXES
 from unipool_jax.moe.routing import Routing
 from unipool_jax.moe.transport import CARRIERS, Transport, capacity
+from unipool_jax.parallel.linear import linear
+from unipool_jax.parallel.mesh import active, shards, spec, whole
 
 
 def transport_for(config: MeshConfig, expert_devices: int) -> Transport:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unipool_jax.config import Config
-from unipool_jax.lock_schedule import make_schedule
+from unipool_jax.config.lock_schedule import make_schedule
+from unipool_jax.config.schema import Config
 
 
 class Candidate(NamedTuple):

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from unipool_jax.config import Config
-from unipool_jax.lock_schedule import make_schedule
+from unipool_jax.config.lock_schedule import make_schedule
+from unipool_jax.config.schema import Config
 from unipool_jax.moe.assignment import Assignment, assign, expert_ids, random_assignment, smoothed_counts
 
 VERSION = 1

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.mesh import active, constrain, gathered, shards, spec, whole
+from unipool_jax.parallel.mesh import active, constrain, gathered, shards, spec, whole
 
 BANK_AXES = {
     "gate": ("experts", "embed", "ffn"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from unipool_jax.config import Config
+from unipool_jax.config.rules import validate
+from unipool_jax.config.schema import Config
 from unipool_jax.planner.report import make_plan, text
 from unipool_jax.planner.search import search
-from unipool_jax.validation import validate
 
 
 def run(config: Config) -> int:

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from unipool_jax.chips import parse_topology
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.mesh import make_mesh
-from unipool_jax.sharding import batch_sharding, replicated
+from unipool_jax.parallel.mesh import make_mesh
+from unipool_jax.training.sharding import batch_sharding, replicated
 from unipool_jax.training.step import make_eval_step, make_train_step, state_shapes
 
 

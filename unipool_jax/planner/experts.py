@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from unipool_jax.chips import Chip, Topology
-from unipool_jax.config import Config
+from unipool_jax.config.chips import Chip, Topology
+from unipool_jax.config.mesh_rules import AXES
+from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
-from unipool_jax.mesh import AXES
 from unipool_jax.planner.work import count
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from unipool_jax.chips import Chip, Topology
+from unipool_jax.config.chips import Chip, Topology
 
 EFFICIENCY = 0.9
 """Share of a link's published bandwidth that messages reach. Assumed."""

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from unipool_jax.chips import Topology, parse_topology
-from unipool_jax.config import Config, ConfigError
-from unipool_jax.mesh import AXES, resolve_sizes
+from unipool_jax.config.chips import Topology, parse_topology
+from unipool_jax.config.mesh_rules import AXES, resolve_sizes
+from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.planner import collectives as collectives_of
 from unipool_jax.planner.collectives import Collective
 from unipool_jax.planner.compilation import (
@@ -25,7 +25,7 @@ from unipool_jax.planner.compilation import (
 )
 from unipool_jax.planner.roofline import Estimate, estimate
 from unipool_jax.planner.work import Counts, count, recomputed
-from unipool_jax.sharding import placement
+from unipool_jax.training.sharding import placement
 from unipool_jax.training.step import state_shapes
 
 _GIB = 2**30

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from unipool_jax.chips import Topology
-from unipool_jax.config import Config
+from unipool_jax.config.chips import Topology
+from unipool_jax.config.schema import Config
 from unipool_jax.planner import links
 from unipool_jax.planner.collectives import Collective
 from unipool_jax.planner.work import Counts, Message, count

@@ -16,10 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
-from unipool_jax.chips import Topology, parse_topology
-from unipool_jax.compose import CONFIG_DIR, compose_config, overrides_from
-from unipool_jax.config import Config, ConfigError, PlanConfig
-from unipool_jax.mesh import AXES
+from unipool_jax.config.chips import Topology, parse_topology
+from unipool_jax.config.compose import CONFIG_DIR, compose_config, overrides_from
+from unipool_jax.config.mesh_rules import AXES
+from unipool_jax.config.rules import problems
+from unipool_jax.config.schema import Config, ConfigError, PlanConfig
 from unipool_jax.planner.compilation import (
     MemoryExceededError,
     compile_evaluation,
@@ -30,7 +31,6 @@ from unipool_jax.planner.compilation import (
 from unipool_jax.planner.report import Plan, from_programs, summary
 from unipool_jax.planner.roofline import Estimate, estimate
 from unipool_jax.planner.work import recomputed
-from unipool_jax.validation import problems
 
 MARGIN = 1.3
 """Estimated temporaries may exceed the room by this factor: only compiling tells, and estimates are rough."""

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from unipool_jax.chips import Topology
-from unipool_jax.config import Config
+from unipool_jax.config.chips import Topology
+from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
 from unipool_jax.moe.dispatch import chosen_transport
 from unipool_jax.moe.transport import Transport, capacity

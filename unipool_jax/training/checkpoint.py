@@ -27,9 +27,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config, to_mapping
-from unipool_jax.distributed import all_agree, told_by_main
+from unipool_jax.config.schema import Config, to_mapping
 from unipool_jax.moe.lock_lifecycle import structure
+from unipool_jax.parallel.processes import all_agree, told_by_main
 from unipool_jax.training.step import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 import jax
 
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.config.rules import validate
+from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.errors import DataError
-from unipool_jax.distributed import PeerError, lost_peer, start
 from unipool_jax.kernels.implementations import platform_problem
 from unipool_jax.moe.assignment import AssignmentError
 from unipool_jax.moe.lock_lifecycle import LockError
+from unipool_jax.parallel.processes import PeerError, lost_peer, start
 from unipool_jax.training.checkpoint import CheckpointError
 from unipool_jax.training.run_folder import RunError
-from unipool_jax.validation import validate
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 

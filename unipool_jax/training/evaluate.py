@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from unipool_jax.config import Config
-from unipool_jax.corpus import Corpus
+from unipool_jax.config.schema import Config
+from unipool_jax.data.corpus import Corpus
 from unipool_jax.data.pipeline import Batch, EvalWindows, WindowSource, evaluation_batches, moving_evaluation_batches
 from unipool_jax.data.splits import SplitName
 from unipool_jax.data.unigram import token_counts, unigram_loss
-from unipool_jax.mesh import shards
-from unipool_jax.sharding import process_rows, replicated, to_devices
+from unipool_jax.parallel.mesh import shards
 from unipool_jax.training.metrics import perplexity
+from unipool_jax.training.sharding import process_rows, replicated, to_devices
 from unipool_jax.training.step import make_eval_step
 
 UNIGRAM_MAX_TOKENS = 200_000_000

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from unipool_jax.chips import CHIPS
-from unipool_jax.config import Config
+from unipool_jax.config.chips import CHIPS
+from unipool_jax.config.schema import Config
 
 PEAK_BF16_FLOPS: dict[str, float] = {
     # Keys are `jax.Device.device_kind` in lower case, or a part of it; the longest match counts.

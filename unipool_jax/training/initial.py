@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config, ConfigError
-from unipool_jax.corpus import Corpus
+from unipool_jax.config.schema import Config, ConfigError
+from unipool_jax.data.corpus import Corpus
 from unipool_jax.moe.lock_lifecycle import structure
-from unipool_jax.sharding import memory_problem
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.run_folder import RunError
+from unipool_jax.training.sharding import memory_problem
 from unipool_jax.training.step import TrainState, init_state, state_shapes
 
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config, ConfigError
-from unipool_jax.distributed import is_main, told_by_main
+from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.moe.lock import locked_load, locked_tree, pool_counts
 from unipool_jax.moe.lock_lifecycle import (
     LockError,
@@ -25,6 +24,7 @@ from unipool_jax.moe.lock_lifecycle import (
     structure,
     to_document,
 )
+from unipool_jax.parallel.processes import is_main, told_by_main
 from unipool_jax.training.evaluate import EvalResult
 from unipool_jax.training.ownership import draw_ownership_map, ownership_metrics
 from unipool_jax.training.step import BalanceState, TrainState, state_shapes

@@ -13,17 +13,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config
-from unipool_jax.corpus import Corpus, open_corpus
+from unipool_jax.config.schema import Config
+from unipool_jax.data.corpus import Corpus, open_corpus
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
-from unipool_jax.distributed import is_main, main_first, told_by_main
 from unipool_jax.kernels.implementations import resolve
-from unipool_jax.mesh import usable_mesh
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.moe.lock_lifecycle import LossExcessError
-from unipool_jax.sharding import misplaced_banks, process_rows, report, to_devices
+from unipool_jax.parallel.mesh import usable_mesh
+from unipool_jax.parallel.processes import is_main, main_first, told_by_main
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
@@ -41,6 +40,7 @@ from unipool_jax.training.metrics import (
 from unipool_jax.training.placement import Placement, measured, newest_counts
 from unipool_jax.training.receive_buffers import OverflowedError, ReceiveBuffers
 from unipool_jax.training.run_folder import RunError, RunFolder
+from unipool_jax.training.sharding import misplaced_banks, process_rows, report, to_devices
 from unipool_jax.training.step import TrainState, counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
 

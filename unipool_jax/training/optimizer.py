@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unipool_jax.config import OptimizerConfig
+from unipool_jax.config.schema import OptimizerConfig
 
 GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale"})
 """Parameter names of RMSNorm gains and router scales: vectors and scalars per layer, whatever they are stacked over."""

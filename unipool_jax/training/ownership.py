@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from unipool_jax.config import Config
-from unipool_jax.lock_schedule import make_schedule
+from unipool_jax.config.lock_schedule import make_schedule
+from unipool_jax.config.schema import Config
 from unipool_jax.moe.assignment import coverage, expert_ids
 from unipool_jax.moe.lock_lifecycle import LockRecord, Partition, off_mask_routes
 

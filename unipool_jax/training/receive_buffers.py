@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.store_format import write_atomically
-from unipool_jax.distributed import is_main, told_by_main
 from unipool_jax.moe.dispatch import rows_per_device
 from unipool_jax.moe.transport import UNMEASURED_FACTOR
+from unipool_jax.parallel.processes import is_main, told_by_main
 
 FILE = "receive_buffers.json"
 """In the run folder: the size in use, and the size of the expert group it was measured for."""

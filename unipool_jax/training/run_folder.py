@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from unipool_jax.compose import differences, load_config, save_config
-from unipool_jax.config import Config, settings
+from unipool_jax.config.compose import differences, load_config, save_config
+from unipool_jax.config.schema import Config, settings
 from unipool_jax.data.store_format import write_atomically
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"

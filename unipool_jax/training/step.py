@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from unipool_jax.config import Config
+from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.mesh import constrain
 from unipool_jax.model.transformer import Transformer, forward, forward_sharing
 from unipool_jax.moe import dispatch
 from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
 from unipool_jax.moe.lock import Candidate, entropy_coefficient, faded, init_candidate, score_factors
 from unipool_jax.moe.pool import gathered_bank, gradient_master
 from unipool_jax.moe.routing import RoutingStats
-from unipool_jax.sharding import replicated, state_shardings
+from unipool_jax.parallel.mesh import constrain
 from unipool_jax.training.optimizer import make_optimizer, make_schedule
+from unipool_jax.training.sharding import replicated, state_shardings
 
 Metrics = dict[str, jax.Array]
 

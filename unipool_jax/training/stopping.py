@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from unipool_jax.distributed import Vote
+from unipool_jax.parallel.processes import Vote
 
 
 class InterruptedRunError(RuntimeError):

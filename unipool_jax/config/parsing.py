@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.config.schema import Config, ConfigError
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> Config:

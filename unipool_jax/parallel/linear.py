@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from unipool_jax.mesh import RULES, active, constrain, gathered, shards, spec, whole
+from unipool_jax.parallel.mesh import RULES, active, constrain, gathered, shards, spec, whole
 
 Axes = tuple[str | None, str | None]
 """Logical axes of a matrix, see `mesh.RULES`."""

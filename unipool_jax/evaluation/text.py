@@ -23,17 +23,17 @@ from jax.sharding import Mesh
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unipool_jax.config import Config, ConfigError, MeshConfig, settings, to_mapping
-from unipool_jax.corpus import open_corpus, open_texts
+from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.rules import validate
+from unipool_jax.config.schema import Config, ConfigError, MeshConfig, settings, to_mapping
+from unipool_jax.data.corpus import open_corpus, open_texts
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
 from unipool_jax.kernels.implementations import platform_problem
-from unipool_jax.mesh import usable_mesh
-from unipool_jax.parsing import from_mapping
+from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results
 from unipool_jax.training.metrics import plain_json
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
-from unipool_jax.validation import validate
 
 _OVERRIDES = ("data.", "kernels.", "mesh.")
 _ALSO = ("train.eval_batch_size", "model.compute_dtype")

@@ -30,14 +30,14 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unipool_jax.config import Config, ConfigError, settings, to_mapping
-from unipool_jax.parsing import from_mapping
+from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
 def register_schema() -> None:
-    """Make the schema of `unipool_jax.config` known to Hydra as `schema`, the first entry of `configs/config.yaml`.
+    """Make the settings of `config.schema` known to Hydra as `schema`, the first entry of `configs/config.yaml`.
 
     Because the schema holds every key, each can be overridden without `+`, and Hydra refuses a key that is not there.
     """
@@ -168,7 +168,7 @@ def _unknown(overrides: Sequence[str], config_dir: Path) -> list[str]:
             problems.append(f"{key}: a section, not a setting; override its settings one by one: {key}.NAME=VALUE")
         elif key not in names and not key.startswith("hydra"):
             near = difflib.get_close_matches(key, [*names, *choices], n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "unipool_jax/config.py lists all settings"
+            hint = f"did you mean {' or '.join(near)}?" if near else "unipool_jax/config/schema.py lists all settings"
             problems.append(f"{key}: no such setting or group; {hint}")
     return problems
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from unipool_jax.config import ConfigError
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.training.run_folder import RunError
 
 PAPER = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "lambada_openai", "race")

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from unipool_jax.analysis.scoring import LanguageModel
-from unipool_jax.analysis.task_request import TaskRequest, require_harness
-from unipool_jax.config import ConfigError
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.evaluation.scoring import LanguageModel
+from unipool_jax.evaluation.task_request import TaskRequest, require_harness
+from unipool_jax.evaluation.text import EvalRequest, evaluated_config, locate, parse_request
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
-from unipool_jax.training.eval_command import EvalRequest, evaluated_config, locate, parse_request
 from unipool_jax.training.metrics import plain_json
 from unipool_jax.training.run_folder import RunError
 
@@ -41,7 +41,7 @@ def tasks_command(tasks: TaskRequest, arguments: Sequence[str]) -> int:
     if problems:
         raise ConfigError(problems)
     require_harness()
-    from unipool_jax.analysis.harness import harness_version, load_tasks, run_tasks
+    from unipool_jax.evaluation.harness import harness_version, load_tasks, run_tasks
 
     loaded = load_tasks(tasks)
     model, title = open_model(request)

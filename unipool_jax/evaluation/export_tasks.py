@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from unipool_jax.config import ConfigError
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.training.run_folder import RunError
 
 Row = dict[str, Any]

@@ -22,7 +22,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from unipool_jax.analysis.scoring import (
+from unipool_jax.config.schema import ConfigError
+from unipool_jax.data.pipeline import Batch
+from unipool_jax.evaluation.scoring import (
     LanguageModel,
     Scores,
     Window,
@@ -32,9 +34,7 @@ from unipool_jax.analysis.scoring import (
     row_count,
     score_windows,
 )
-from unipool_jax.analysis.task_request import TaskRequest
-from unipool_jax.config import ConfigError
-from unipool_jax.data.pipeline import Batch
+from unipool_jax.evaluation.task_request import TaskRequest
 from unipool_jax.model.sampling import Sampling, generate
 from unipool_jax.moe.lock import score_factors
 from unipool_jax.training.run_folder import RunError

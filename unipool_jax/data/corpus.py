@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unipool_jax.config import DataConfig
+from unipool_jax.config.schema import DataConfig
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
 from unipool_jax.data.token_store import TokenStore, cached_store, demo_corpus_path, open_store

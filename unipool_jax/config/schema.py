@@ -4,8 +4,8 @@ The dataclasses below are the only place where a setting, its type, its default 
 The files in `configs/` hold choices (a scale, a method, a data source), never defaults. Defaults are the published
 182M recipe (arXiv 2605.06665).
 
-`unipool_jax.parsing.from_mapping` makes a `Config` of a composed plain mapping and reports every unknown key and wrong
-type at once; `unipool_jax.validation.validate` then reports every impossible combination, before any array exists.
+`parsing.from_mapping` makes a `Config` of a composed plain mapping and reports every unknown key and wrong type at
+once; `rules.validate` then reports every impossible combination, before any array exists.
 """
 
 from __future__ import annotations

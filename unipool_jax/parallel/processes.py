@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from unipool_jax.config import ConfigError, DistributedConfig
+from unipool_jax.config.schema import ConfigError, DistributedConfig
 
 Found = TypeVar("Found")
 

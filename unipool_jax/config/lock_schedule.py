@@ -12,8 +12,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from unipool_jax import mesh
-from unipool_jax.config import Config
+from unipool_jax.config import mesh_rules
+from unipool_jax.config.schema import Config
 
 
 class LockSchedule(NamedTuple):
@@ -96,8 +96,8 @@ def _model_problems(config: Config) -> Iterator[str]:
                 f"most {private}"
             )
         if config.pool.groups == 1:
-            before = set(mesh.problems(config))
-            yield from (problem for problem in mesh.problems(config.after_lock()) if problem not in before)
+            before = set(mesh_rules.problems(config))
+            yield from (problem for problem in mesh_rules.problems(config.after_lock()) if problem not in before)
 
 
 def _schedule_problems(config: Config) -> Iterator[str]:

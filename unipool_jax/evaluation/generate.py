@@ -1,8 +1,8 @@
 """Command line: let a trained model go on with a text.
 
-python -m unipool_jax.generate prompt="The state of the Union is"
-python -m unipool_jax.generate run=runs/demo prompt="My fellow" prompt="Congress must" max_tokens=100 seed=1
-python -m unipool_jax.generate run=runs/demo step=160 prompt="My fellow" temperature=0
+python -m unipool_jax.evaluation.generate prompt="The state of the Union is"
+python -m unipool_jax.evaluation.generate run=runs/demo prompt="My fellow" prompt="Congress must" max_tokens=100 seed=1
+python -m unipool_jax.evaluation.generate run=runs/demo step=160 prompt="My fellow" temperature=0
 
 `run=latest` is the run saved to last. `prompt=` may be given several times: the texts go on side by side. A text ends
 with the end of its document or after `max_tokens`. `temperature=0` takes the most probable token each time; `top_p`
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from unipool_jax.config import Config, ConfigError
+from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unipool_jax.model.sampling import Sampling, generate
 from unipool_jax.moe.lock import score_factors
-from unipool_jax.parsing import from_mapping
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.entry import guarded
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run

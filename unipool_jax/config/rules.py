@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unipool_jax import lock_schedule, mesh
-from unipool_jax.chips import parse_topology
-from unipool_jax.config import Config, ConfigError, settings, to_mapping
-from unipool_jax.parsing import from_mapping
-from unipool_jax.ranges import MAX_EXPERTS, RANGES
+from unipool_jax.config import lock_schedule, mesh_rules
+from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.ranges import MAX_EXPERTS, RANGES
+from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
 
 TOKENIZER_SIZES = {"bytes": 257, "demo": 8192, "gpt2": 50257}
 """Vocabulary of the tokenizers known by name; that of a tokenizer.json is compared when it is loaded."""
@@ -299,13 +299,13 @@ def _cache(config: Config) -> Iterator[str]:
 
 
 _rule(
-    *(f"mesh.{axis}" for axis in mesh.AXES),
+    *(f"mesh.{axis}" for axis in mesh_rules.AXES),
     *("train.microbatch_size", "train.eval_batch_size", "pool.groups", *_TOTAL_EXPERTS),
     *("model.hidden_size", "model.num_kv_heads", "model.ffn_size", "model.vocab_size"),
-)(mesh.problems)
+)(mesh_rules.problems)
 
 
-@_rule(*(f"mesh.{axis}" for axis in mesh.AXES))
+@_rule(*(f"mesh.{axis}" for axis in mesh_rules.AXES))
 def _topology(config: Config) -> Iterator[str]:
     name = config.mesh.topology
     if name is None:
@@ -317,10 +317,10 @@ def _topology(config: Config) -> Iterator[str]:
     except ValueError as error:
         yield f"mesh.topology={name}: {error}"
         return
-    sizes = [getattr(config.mesh, axis) for axis in mesh.AXES]
+    sizes = [getattr(config.mesh, axis) for axis in mesh_rules.AXES]
     known = math.prod(size for size in sizes if size != -1)
     if config.mode == "plan" and (devices % max(known, 1) if -1 in sizes else devices != known):
-        shown = " ".join(f"mesh.{axis}={size}" for axis, size in zip(mesh.AXES, sizes, strict=True))
+        shown = " ".join(f"mesh.{axis}={size}" for axis, size in zip(mesh_rules.AXES, sizes, strict=True))
         yield f"mesh.topology={name}: {shown} must multiply to its {devices} devices; change a size, or set one to -1"
 
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unipool_jax.config import Config
-from unipool_jax.mesh import spec
+from unipool_jax.config.schema import Config
 from unipool_jax.moe.pool import BANK_AXES
+from unipool_jax.parallel.mesh import spec
 
 PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "embed"),

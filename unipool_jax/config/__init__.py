@@ -1,0 +1,1 @@
+"""Settings: the schema, composition from `configs/`, and every rule that needs no device."""

@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, sharded linear algebra, and what processes agree on."""
