@@ -67,19 +67,19 @@ def start(config: DistributedConfig) -> None:
         ) from error
 
 
-def is_main() -> bool:
+def is_process_0() -> bool:
     """Whether this is process 0, the one that writes."""
     return jax.process_index() == 0
 
 
-def told_by_main(text: str) -> str:
+def broadcast_from_process_0(text: str) -> str:
     """What process 0 passed, in every process."""
     if jax.process_count() == 1:
         return text
     data = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     padded = np.zeros(size, np.uint8)
-    if is_main():
+    if is_process_0():
         padded[:] = data
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
 
@@ -89,7 +89,7 @@ def all_agree(mine: bool) -> bool:
     return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(mine)).min())
 
 
-def main_first(action: Callable[[], Found], expected: tuple[type[Exception], ...]) -> Found:
+def process_0_first(action: Callable[[], Found], expected: tuple[type[Exception], ...]) -> Found:
     """`action()` in process 0, and once it is through also in the others; they share its files.
 
     Args:
@@ -98,16 +98,16 @@ def main_first(action: Callable[[], Found], expected: tuple[type[Exception], ...
     """
     if jax.process_count() == 1:
         return action()
-    if not is_main():
-        if problem := told_by_main(""):
+    if not is_process_0():
+        if problem := broadcast_from_process_0(""):
             raise PeerError(problem)
         return action()
     try:
         result = action()
     except expected as error:
-        told_by_main(f"process 0 stopped: {error}")
+        broadcast_from_process_0(f"process 0 stopped: {error}")
         raise
-    told_by_main("")
+    broadcast_from_process_0("")
     return result
 
 

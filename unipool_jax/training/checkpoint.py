@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.schema import Config, to_mapping
 from unipool_jax.moe.lock_lifecycle import structure
-from unipool_jax.parallel.processes import all_agree, told_by_main
+from unipool_jax.parallel.processes import all_agree, broadcast_from_process_0
 from unipool_jax.training.step import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -236,7 +236,7 @@ class Checkpoints:
         """
         self.find(step)
         # A shared file system may show other processes another list for a while.
-        steps = [int(word) for word in told_by_main(" ".join(map(str, self.steps()))).split()]
+        steps = [int(word) for word in broadcast_from_process_0(" ".join(map(str, self.steps()))).split()]
         damaged: dict[int, Exception] = {}
         for candidate in [step] if step is not None else reversed(steps):
             restored = None

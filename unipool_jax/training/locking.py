@@ -24,7 +24,7 @@ from unipool_jax.moe.lock_lifecycle import (
     structure,
     to_document,
 )
-from unipool_jax.parallel.processes import is_main, told_by_main
+from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0
 from unipool_jax.training.evaluate import EvalResult
 from unipool_jax.training.ownership import draw_ownership_map, ownership_metrics
 from unipool_jax.training.step import BalanceState, TrainState, state_shapes
@@ -117,9 +117,9 @@ class Locking:
         unfaded_LM = counts_LM if result.unfaded_counts_LE is None else result.unfaded_counts_LE
         self.record = after = observe(self._config, before, step, result.loss, counts_LM, unfaded_LM)
         said = json.dumps(to_document(self._config, after, step), sort_keys=True)
-        if told_by_main(said) != said:
+        if broadcast_from_process_0(said) != said:
             raise LockError(f"step {step}: processes disagree about the lock; are all of them the same program?")
-        if after.stage != before.stage and is_main():
+        if after.stage != before.stage and is_process_0():
             partition = after.lock or after.candidate
             assert partition is not None
             name = "lock" if after.lock is not None else "freeze"

@@ -22,7 +22,7 @@ from unipool_jax.kernels.implementations import resolve
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.moe.lock_lifecycle import LossExcessError
 from unipool_jax.parallel.mesh import usable_mesh
-from unipool_jax.parallel.processes import is_main, main_first, told_by_main
+from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0, process_0_first
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
@@ -71,14 +71,16 @@ def train(config: Config) -> int:
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        folder = stack.enter_context(main_first(lambda: RunFolder(config, writes=is_main()), (RunError, OSError)))
+        folder = stack.enter_context(
+            process_0_first(lambda: RunFolder(config, writes=is_process_0()), (RunError, OSError))
+        )
         summary = folder.read_summary()
         if summary is not None:
-            if is_main():
+            if is_process_0():
                 print(f"{folder.path} is finished; to train again, choose another run.name or delete the folder")
                 _print_summary(config, summary)
             return 0
-        corpus = main_first(lambda: open_corpus(config.data, config.model.vocab_size), (DataError, OSError))
+        corpus = process_0_first(lambda: open_corpus(config.data, config.model.vocab_size), (DataError, OSError))
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus, mesh)
         start = int(jax.device_get(state.step))
@@ -88,7 +90,7 @@ def train(config: Config) -> int:
             state = lock.start(state)
         writer = stack.enter_context(
             contextlib.closing(
-                MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard, main=is_main()),
+                MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard, writes=is_process_0()),
             )
         )
         stop = stack.enter_context(StopRequest().listening())
@@ -99,11 +101,11 @@ def train(config: Config) -> int:
             state = run.place(state)
             state = run.steps(state)
             summary = run.finish(state)
-            if is_main():
+            if is_process_0():
                 _print_summary(config, summary)
         except (NonFiniteError, OverflowedError, LossExcessError) as error:
             run.progress.message("")
-            if is_main():
+            if is_process_0():
                 print(error, file=sys.stderr)
             return EXIT_LOSS_EXCESS if isinstance(error, LossExcessError) else EXIT_NONFINITE
         except InterruptedRunError as interruption:
@@ -140,9 +142,9 @@ class _Run:
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
         self.writer, self.stop, self.start, self.mesh, self.lock = writer, stop, start, mesh, lock
         self.buffers = buffers
-        self.validated = told_by_main("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
+        self.validated = broadcast_from_process_0("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
         self.placement: Placement | None = None
-        self.progress = Progress(config.train.steps, None if is_main() else io.StringIO())
+        self.progress = Progress(config.train.steps, None if is_process_0() else io.StringIO())
         names: list[SplitName] = ["valid", "test"]
         # Without valid text the evaluator says so before the first step, not after the last.
         self.splits = [name for name in names if name == "valid" or name in corpus.splits()]
@@ -363,7 +365,7 @@ class _Run:
             counts, groups = self.valid.counts_LE, config.pool.groups
             routing = {} if config.moe.router == "none" else routing_diagnostics(counts, groups)
             self.writer.write("valid", step, self.valid.as_json() | load_metrics(counts, groups) | routing | owned)
-            if is_main():
+            if is_process_0():
                 folder = self.folder.path / "routing"
                 folder.mkdir(exist_ok=True)
                 np.save(folder / f"{step}.npy", counts)
@@ -430,7 +432,7 @@ class _Run:
             "busiest_over_mean": loads["load/busiest_over_mean"],
             "overflow": self.buffers.total,
         }
-        if is_main():
+        if is_process_0():
             self.folder.write_summary(summary)
         return summary
 

@@ -148,10 +148,10 @@ class MetricsWriter:
       main: False in every process but the one that writes; there all of this does nothing.
     """
 
-    def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool, main: bool = True):
-        self.path = folder / "metrics.jsonl" if main else Path(os.devnull)
-        tensorboard = tensorboard and main
-        kept = _drop_later_lines(self.path, resume_step) if main else []
+    def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool, writes: bool = True):
+        self.path = folder / "metrics.jsonl" if writes else Path(os.devnull)
+        tensorboard = tensorboard and writes
+        kept = _drop_later_lines(self.path, resume_step) if writes else []
         self.kinds_at_resume = {str(line.get("kind")) for line in kept if line.get("step") == resume_step}
         self._stream = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1) if tensorboard else None

@@ -17,7 +17,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.data.store_format import write_atomically
 from unipool_jax.moe.dispatch import rows_per_device
 from unipool_jax.moe.transport import UNMEASURED_FACTOR
-from unipool_jax.parallel.processes import is_main, told_by_main
+from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0
 
 FILE = "receive_buffers.json"
 """In the run folder: the size in use, and the size of the expert group it was measured for."""
@@ -116,12 +116,14 @@ class ReceiveBuffers:
         """The size that process 0 finds for an expert group like this one."""
         if not self._measured:
             return None
-        text = told_by_main(self._path.read_text(encoding="utf-8") if is_main() and self._path.exists() else "{}")
+        text = broadcast_from_process_0(
+            self._path.read_text(encoding="utf-8") if is_process_0() and self._path.exists() else "{}"
+        )
         found = json.loads(text)
         return float(found["receive_factor"]) if found.get("expert_devices") == self._devices else None
 
     def _write(self) -> None:
-        if not (self._measured and is_main()):
+        if not (self._measured and is_process_0()):
             return
         text = json.dumps({"expert_devices": self._devices, "receive_factor": self.factor})
         write_atomically(self._path, f"{text}\n".encode())
