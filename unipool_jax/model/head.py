@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from unipool_jax.parallel.linear import linear
-from unipool_jax.parallel.mesh import active, constrain, gathered, shards
+from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, num_shards
 
 _CHUNK = 512
 """Positions of a device whose logits are made at once: enough rows for a product at full speed, few enough to stay in
@@ -31,8 +31,8 @@ class Head(NamedTuple):
     def token_losses(self, targets_BS: ArrayLike) -> jax.Array:
         """Cross-entropy of every position, in nats, float32 `[B, S]`; to be evaluated, not differentiated."""
         batch, length, _ = self.hidden_BSD.shape
-        mesh = active()
-        rows = batch if mesh is None else -(-batch // shards(mesh, "batch"))
+        mesh = active_mesh()
+        rows = batch if mesh is None else -(-batch // num_shards(mesh, "batch"))
         positions = min(length, max(1, _CHUNK // rows))
 
         def split(array: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ class Head(NamedTuple):
 
         Over a mesh the logits are made whole: each chunk would add up a weight gradient of full size over the devices.
         """
-        if active() is not None:
+        if active_mesh() is not None:
             return jnp.sum(cross_entropy(self.logits(), targets_BS) * weights_BS)
         return _weighted_loss(self.output_VD, *self._chunks(targets_BS, weights_BS))
 

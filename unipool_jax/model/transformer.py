@@ -21,7 +21,7 @@ from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
 from unipool_jax.moe.pool import ExpertPool, gathered_bank, gradient_master
 from unipool_jax.moe.routing import Routing, RoutingStats, norm_constant, route, scores
 from unipool_jax.parallel.linear import linear, lookup
-from unipool_jax.parallel.mesh import GATHERED, active, constrain
+from unipool_jax.parallel.mesh import GATHERED, active_mesh, constrain
 
 LAYER_AXES: Any = {"params": 0, "forced_routing": 0, "observed_routing": 0}
 """Collections that are stacked over layers. The last two are empty but in analyses, which pass choices in and out."""
@@ -134,7 +134,7 @@ class Layer(nn.Module):
 
 def _gathers_again(config: Config) -> bool:
     """Whether the backward pass gathers the weights of each pool again, instead of keeping them whole."""
-    mesh = active()
+    mesh = active_mesh()
     return mesh is not None and mesh.shape["fsdp"] > 1 and config.pool.groups > 1
 
 
@@ -165,7 +165,7 @@ class PoolStage(nn.Module):
         routed, given = config.moe.router != "none", master is not None
         if given:
             bank = gathered_bank(bank, model.compute_dtype)
-        elif routed and (config.layers_per_pool > 1 or active() is not None):
+        elif routed and (config.layers_per_pool > 1 or active_mesh() is not None):
             # Gradients reach a shared bank through `master`, which the scan carries, so that backward one float32
             # buffer collects them; closing over the bank would create and add a gradient of full size for every layer.
             # On one device a bank of one layer is closed over: adding its gradient to zeros costs more than writing it.

@@ -15,7 +15,7 @@ from unipool_jax.moe.pool import BANK_AXES
 from unipool_jax.moe.routing import Routing
 from unipool_jax.moe.transport import CARRIERS, Transport, capacity
 from unipool_jax.parallel.linear import linear
-from unipool_jax.parallel.mesh import active, shards, spec, whole
+from unipool_jax.parallel.mesh import active_mesh, gathered_axes, num_shards, spec
 
 
 def transport_for(config: MeshConfig, expert_devices: int) -> Transport:
@@ -67,7 +67,7 @@ def moe_ffn(
     """
     config = mesh_config or MeshConfig()
     num_experts = bank.gate_EDF.shape[0]
-    mesh = active()
+    mesh = active_mesh()
 
     def layer(
         hidden_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array, bank: Bank, master: Bank | None
@@ -99,8 +99,8 @@ def moe_ffn(
         return jax.lax.psum(output_ND, "tensor"), Bank(*(leaf[None] for leaf in carried)), arrived
 
     tokens = spec("batch")
-    banks = Bank._make(spec(*whole(axes)) for axes in BANK_AXES.values())
-    masters = Bank._make(spec("copies", *whole(axes)) for axes in BANK_AXES.values())
+    banks = Bank._make(spec(*gathered_axes(axes)) for axes in BANK_AXES.values())
+    masters = Bank._make(spec("replica", *gathered_axes(axes)) for axes in BANK_AXES.values())
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=(tokens, tokens, tokens, banks, masters), out_specs=(tokens, masters, tokens)
     )(hidden_ND, routing.experts_NK, routing.gates_NK, bank, master)
@@ -109,7 +109,7 @@ def moe_ffn(
 def rows_per_device(config: Config, mesh: Mesh | None) -> int:
     """(token, slot) pairs of a device in one layer of a micro-batch: what it sends out, and receives on average."""
     tokens = config.train.microbatch_size * config.data.sequence_length
-    return tokens * config.moe.top_k // (1 if mesh is None else shards(mesh, "batch"))
+    return tokens * config.moe.top_k // (1 if mesh is None else num_shards(mesh, "batch"))
 
 
 def overflow(config: Config, mesh: Mesh | None, arrived: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.parallel.mesh import active, constrain, gathered, shards, spec, whole
+from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, gathered_axes, num_shards, spec
 
 BANK_AXES = {
     "gate": ("experts", "embed", "ffn"),
@@ -64,12 +64,12 @@ def gradient_master(bank: Bank) -> Bank:
     value zero, as nobody reads them. The derivative sums over the copies, scattering over the fsdp axis: one
     collective for all layers, where differentiating the bank itself would need one for each.
     """
-    mesh = active()
+    mesh = active_mesh()
     if mesh is None:
         return bank
-    copies = shards(mesh, "copies")
+    copies = num_shards(mesh, "replica")
     zeros = Bank(*(jnp.zeros((copies, *weights.shape), jnp.float32) for weights in bank))
-    return Bank(*(constrain(z, "copies", *whole(a)) for z, a in zip(zeros, BANK_AXES.values(), strict=True)))
+    return Bank(*(constrain(z, "replica", *gathered_axes(a)) for z, a in zip(zeros, BANK_AXES.values(), strict=True)))
 
 
 def _master_forward(bank: Bank) -> tuple[Bank, None]:
@@ -77,7 +77,7 @@ def _master_forward(bank: Bank) -> tuple[Bank, None]:
 
 
 def _master_backward(_: None, grads: Bank) -> tuple[Bank]:
-    mesh = active()
+    mesh = active_mesh()
     if mesh is None:
         return (grads,)
 
@@ -86,7 +86,9 @@ def _master_backward(_: None, grads: Bank) -> tuple[Bank]:
             part = jax.lax.psum_scatter(local[0], "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
             return jax.lax.psum(part, "data")
 
-        return jax.shard_map(on_device, mesh=mesh, in_specs=spec("copies", *whole(axes)), out_specs=spec(*axes))(grad)
+        return jax.shard_map(
+            on_device, mesh=mesh, in_specs=spec("replica", *gathered_axes(axes)), out_specs=spec(*axes)
+        )(grad)
 
     return (Bank(*(total(grad, axes) for grad, axes in zip(grads, BANK_AXES.values(), strict=True))),)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from unipool_jax.parallel.mesh import RULES, active, constrain, gathered, shards, spec, whole
+from unipool_jax.parallel.mesh import RULES, active_mesh, constrain, gathered, gathered_axes, num_shards, spec
 
 Axes = tuple[str | None, str | None]
 """Logical axes of a matrix, see `mesh.RULES`."""
@@ -57,7 +57,9 @@ def _backward(
         return jnp.einsum("...c,...k->ck", rows_C, rows_K, preferred_element_type=jnp.float32)
 
     if "vocab" in axes:
-        places = [spec("batch", *(None,) * (x.ndim - 2), name) for x, name in zip(pair, whole(axes), strict=True)]
+        places = [
+            spec("batch", *(None,) * (x.ndim - 2), name) for x, name in zip(pair, gathered_axes(axes), strict=True)
+        ]
         return to_inputs.astype(inputs.dtype), _summed(own_part, pair, places, axes)
     # Matrices of layers are small and many: the compiler joins the sums of a layer, which saves more than bytes cost.
     return to_inputs.astype(inputs.dtype), constrain(own_part(*pair), *axes)
@@ -80,7 +82,7 @@ def _summed(
       places: how each is laid out over a mesh.
       axes: those of the table, `vocab` and `embed`.
     """
-    mesh = active()
+    mesh = active_mesh()
     if mesh is None:
         return own_part(*rows)
 
@@ -120,8 +122,8 @@ def _lookup_backward(
     axes: Axes, dtype: jax.typing.DTypeLike, saved: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, None]:
     tokens, rows = saved
-    mesh = active()
-    own_rows = rows.shape[0] // (1 if mesh is None else shards(mesh, "vocab"))
+    mesh = active_mesh()
+    own_rows = rows.shape[0] // (1 if mesh is None else num_shards(mesh, "vocab"))
 
     def own_part(tokens: jax.Array, grad: jax.Array) -> jax.Array:
         if mesh is not None:

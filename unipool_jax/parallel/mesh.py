@@ -22,14 +22,15 @@ from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
-    "copies": ("data", "fsdp"),
+    "replica": ("data", "fsdp"),
     "experts": "expert",
     "embed": "fsdp",
     "ffn": "tensor",
     "heads": "tensor",
     "vocab": "tensor",
 }
-"""Logical axis -> mesh axes. `copies` is the leading axis of a value that each of these devices has its own of."""
+"""Logical axis -> mesh axes. `replica` is a leading axis with one entry for each data-parallel replica, such as the
+gradient accumulators of a bank before they are summed."""
 
 
 GATHERED = "gathered weights"
@@ -41,13 +42,13 @@ def spec(*logical: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if name is None else RULES[name] for name in logical))
 
 
-def active() -> AbstractMesh | None:
+def active_mesh() -> AbstractMesh | None:
     """The mesh in use, if it is one of ours and has more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
 
 
-def shards(mesh: AbstractMesh | Mesh, logical: str) -> int:
+def num_shards(mesh: AbstractMesh | Mesh, logical: str) -> int:
     """Into how many parts `mesh` splits a logical axis."""
     axes = RULES[logical]
     return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
@@ -55,18 +56,18 @@ def shards(mesh: AbstractMesh | Mesh, logical: str) -> int:
 
 def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
     """`array`, laid out over the mesh in use as its logical axes say; unchanged without a mesh."""
-    mesh = active()
+    mesh = active_mesh()
     return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(*logical)))
 
 
-def whole(logical: Sequence[str | None]) -> tuple[str | None, ...]:
+def gathered_axes(logical: Sequence[str | None]) -> tuple[str | None, ...]:
     """The axes of a weight once it is gathered: no longer split along model width."""
     return tuple(None if name == "embed" else name for name in logical)
 
 
 def gathered(weights: jax.Array, *logical: str | None) -> jax.Array:
     """A weight as it is used: whole along the fsdp axis, and named `GATHERED` for rematerialisation."""
-    return checkpoint_name(constrain(weights, *whole(logical)), GATHERED)
+    return checkpoint_name(constrain(weights, *gathered_axes(logical)), GATHERED)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

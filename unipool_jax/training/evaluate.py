@@ -17,7 +17,7 @@ from unipool_jax.data.corpus import Corpus
 from unipool_jax.data.pipeline import Batch, EvalWindows, WindowSource, evaluation_batches, moving_evaluation_batches
 from unipool_jax.data.splits import SplitName
 from unipool_jax.data.unigram import token_counts, unigram_loss
-from unipool_jax.parallel.mesh import shards
+from unipool_jax.parallel.mesh import num_shards
 from unipool_jax.training.metrics import perplexity
 from unipool_jax.training.sharding import process_rows, replicated, to_devices
 from unipool_jax.training.step import make_eval_step
@@ -83,7 +83,7 @@ class Evaluator:
         # One batch shape for every split, and no larger than the largest of them.
         largest = max(len(self.windows(split)) for split in splits)
         if mesh is not None:
-            parts = shards(mesh, "batch")
+            parts = num_shards(mesh, "batch")
             largest = -(-largest // parts) * parts
         self._batch_size = min(config.train.eval_batch_size, largest)
         self._options: dict[str, Any] = {

@@ -145,7 +145,7 @@ class MetricsWriter:
       folder: the run folder.
       resume_step: completed steps of the state that training goes on from; 0 for a new run.
       tensorboard: also write event files.
-      main: False in every process but the one that writes; there all of this does nothing.
+      writes: whether this process writes; in the others every method does nothing.
     """
 
     def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool, writes: bool = True):
