@@ -77,9 +77,9 @@ def _configure(shared: Path, folder: Path, *more: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def whole(shared: Path, tmp_path_factory: pytest.TempPathFactory, compiled: list[tuple[str, Any]]) -> Config:
+def uninterrupted(shared: Path, tmp_path_factory: pytest.TempPathFactory, compiled: list[tuple[str, Any]]) -> Config:
     """A run that nothing interrupted."""
-    config = _configure(shared, tmp_path_factory.mktemp("whole"))
+    config = _configure(shared, tmp_path_factory.mktemp("uninterrupted"))
     assert loop.train(config) == 0
     assert [(name, step._cache_size()) for name, step in compiled] == [
         ("eval", 1), ("train", 1), ("eval", 1), ("train", 1)
@@ -106,35 +106,35 @@ def meta_of(config: Config, step: int) -> dict[str, Any]:
         return checkpoints.meta(step)
 
 
-def test_a_run_goes_through_all_phases(whole: Config) -> None:
-    valid = {line["step"]: line for line in lines(whole, "valid")}
+def test_a_run_goes_through_all_phases(uninterrupted: Config) -> None:
+    valid = {line["step"]: line for line in lines(uninterrupted, "valid")}
     stages = {step: (line["lock/stage"], line["lock/installed_stage"]) for step, line in valid.items()}
     assert stages == {2: (0, 0), 4: (0, 1), 6: (1, 1), 8: (1, 2), 10: (2, 2), 12: (2, 2)}
     assert [valid[step]["lock/fade"] for step in (2, 4, 10)] == [0, 0, 0]
     assert valid[6]["lock/fade"] == pytest.approx(0.5 * (1 - np.cos(np.pi / 4)))
     assert all(valid[step]["lock/off_mask_routes"] == 0 for step in valid)
-    train = lines(whole, "train")
+    train = lines(uninterrupted, "train")
     assert train[0]["loss/entropy"] == 0 < train[1]["loss/entropy"]
     for line in train:
         terms = [line[f"loss/{name}"] for name in ("lm", "balance", "z", "entropy")]
         assert line["loss/total"] == pytest.approx(sum(terms), rel=1e-6)
 
-    owner = np.array(meta_of(whole, STEPS)["lock"]["lock"]["owner"])
-    assert meta_of(whole, 6)["lock"]["candidate"]["owner"] == owner.tolist()
+    owner = np.array(meta_of(uninterrupted, STEPS)["lock"]["lock"]["owner"])
+    assert meta_of(uninterrupted, 6)["lock"]["candidate"]["owner"] == owner.tolist()
     for step in range(2, STEPS + 1, 2):
-        counts = np.load(folder_of(whole) / "routing" / f"{step}.npy")
+        counts = np.load(folder_of(uninterrupted) / "routing" / f"{step}.npy")
         assert counts.shape == (2, 4)
         outside = np.where(owner == np.arange(2)[:, None], 0, counts)
         assert step <= LOCK or not outside.any()
     for name in ("freeze-4", "lock-8"):
-        assert (folder_of(whole) / "lock" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((folder_of(whole) / "summary.json").read_text())["experts_total"] == 4
+        assert (folder_of(uninterrupted) / "lock" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder_of(uninterrupted) / "summary.json").read_text())["experts_total"] == 4
 
 
-def test_checkpoints_have_the_structure_of_their_step(whole: Config) -> None:
+def test_checkpoints_have_the_structure_of_their_step(uninterrupted: Config) -> None:
     for step in (6, LOCK, STEPS):
-        config = whole.after_lock() if step >= LOCK else whole
-        shapes = {name: array.shape for name, array in final_state(config, folder_of(whole), step).items()}
+        config = uninterrupted.after_lock() if step >= LOCK else uninterrupted
+        shapes = {name: array.shape for name, array in final_state(config, folder_of(uninterrupted), step).items()}
         bank = (2, 2, 16, 16) if step >= LOCK else (1, 4, 16, 16)
         assert shapes["['params']['pools']['bank']['gate']"] == bank
         moments = [shape for name, shape in shapes.items() if "mu" in name and "'gate'" in name]
@@ -152,25 +152,25 @@ def test_checkpoints_have_the_structure_of_their_step(whole: Config) -> None:
         pytest.param(10, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_resumed_anywhere_ends_at_the_same_bits(whole: Config, tmp_path: Path, at: int) -> None:
-    config = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(tmp_path)))
-    shutil.copytree(folder_of(whole), folder_of(config))
+def test_a_run_resumed_anywhere_ends_at_the_same_bits(uninterrupted: Config, tmp_path: Path, at: int) -> None:
+    config = dataclasses.replace(uninterrupted, run=dataclasses.replace(uninterrupted.run, dir=str(tmp_path)))
+    shutil.copytree(folder_of(uninterrupted), folder_of(config))
     (folder_of(config) / "summary.json").unlink()
     for path in (folder_of(config) / "checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > at:
             shutil.rmtree(path)
     assert loop.train(config) == 0
-    after = whole.after_lock()
-    assert_same(final_state(after, folder_of(whole)), final_state(after, folder_of(config)))
-    assert lines(config) == lines(whole)
-    assert meta_of(config, STEPS)["lock"] == meta_of(whole, STEPS)["lock"]
+    after = uninterrupted.after_lock()
+    assert_same(final_state(after, folder_of(uninterrupted)), final_state(after, folder_of(config)))
+    assert lines(config) == lines(uninterrupted)
+    assert meta_of(config, STEPS)["lock"] == meta_of(uninterrupted, STEPS)["lock"]
 
 
 @pytest.mark.parametrize(
     "at", [pytest.param(FREEZE, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), LOCK]
 )
 def test_a_signal_at_a_boundary_loses_nothing(
-    whole: Config, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, at: int
+    uninterrupted: Config, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     config, make = configure(), loop.make_train_step
 
@@ -189,9 +189,9 @@ def test_a_signal_at_a_boundary_loses_nothing(
         patch.setattr(loop, "make_train_step", killing)
         assert loop.train(config) == 128 + signal.SIGTERM
     assert loop.train(config) == 0
-    after = whole.after_lock()
-    assert_same(final_state(after, folder_of(whole)), final_state(after, folder_of(config)))
-    assert lines(config, "valid") == lines(whole, "valid")
+    after = uninterrupted.after_lock()
+    assert_same(final_state(after, folder_of(uninterrupted)), final_state(after, folder_of(config)))
+    assert lines(config, "valid") == lines(uninterrupted, "valid")
 
 
 def test_losses_too_high_stop_the_run_with_a_code_of_their_own(
@@ -216,9 +216,9 @@ def test_losses_too_high_stop_the_run_with_a_code_of_their_own(
         assert checkpoints.steps() == [2, 4, 6]
 
 
-def test_a_checkpoint_without_its_evaluation_is_refused(whole: Config, tmp_path: Path) -> None:
-    config = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(tmp_path)))
-    shutil.copytree(folder_of(whole), folder_of(config))
+def test_a_checkpoint_without_its_evaluation_is_refused(uninterrupted: Config, tmp_path: Path) -> None:
+    config = dataclasses.replace(uninterrupted, run=dataclasses.replace(uninterrupted.run, dir=str(tmp_path)))
+    shutil.copytree(folder_of(uninterrupted), folder_of(config))
     with Checkpoints(folder_of(config) / "checkpoints", read_only=True) as checkpoints:
         document = checkpoints.meta(FREEZE)
     state = jax.tree.map(np.asarray, loop.initial_state(config, checkpoints_until(config, FREEZE), corpus_of(config)))
@@ -246,19 +246,19 @@ def corpus_of(config: Config) -> Any:
 
 @pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), STEPS])
 def test_saved_models_evaluate_generate_and_are_not_converted(
-    whole: Config, capsys: pytest.CaptureFixture[str], step: int
+    uninterrupted: Config, capsys: pytest.CaptureFixture[str], step: int
 ) -> None:
     """In the middle of the fade, and after the lock."""
-    (line,) = (line for line in lines(whole, "valid") if line["step"] == step)
-    assert evaluate_command([f"run={folder_of(whole)}", f"step={step}", "splits=[valid]"]) == 0
+    (line,) = (line for line in lines(uninterrupted, "valid") if line["step"] == step)
+    assert evaluate_command([f"run={folder_of(uninterrupted)}", f"step={step}", "splits=[valid]"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["valid"]
     if result["tokens"] == line["tokens"]:
         assert result["loss"] == pytest.approx(line["loss"], rel=1e-6)
-    (text,) = generate_texts(GenerateRequest(("pool",), run=str(folder_of(whole)), step=step, max_tokens=3))
+    (text,) = generate_texts(GenerateRequest(("pool",), run=str(folder_of(uninterrupted)), step=step, max_tokens=3))
     assert isinstance(text, str)
     with pytest.raises(ConversionError, match="UniPool-lock"):
-        read_run(str(folder_of(whole)), step)
-    assert read_run(str(folder_of(whole)), 2)[0] == whole
+        read_run(str(folder_of(uninterrupted)), step)
+    assert read_run(str(folder_of(uninterrupted)), 2)[0] == uninterrupted
 
 
 @pytest.mark.parametrize("ownership", ["random_from_start", pytest.param("random_at_lock", marks=pytest.mark.slow)])
@@ -280,28 +280,28 @@ def test_the_controls_run(configure: Callable[..., Config], ownership: str) -> N
         assert lines(config, "valid") == first
 
 
-def test_a_run_can_go_on_and_lock_on_a_mesh(whole: Config, tmp_path: Path) -> None:
+def test_a_run_can_go_on_and_lock_on_a_mesh(uninterrupted: Config, tmp_path: Path) -> None:
     """From one device in the middle of the fade, over the lock on four, and back to one."""
-    config = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(tmp_path)))
-    shutil.copytree(folder_of(whole), folder_of(config))
+    config = dataclasses.replace(uninterrupted, run=dataclasses.replace(uninterrupted.run, dir=str(tmp_path)))
+    shutil.copytree(folder_of(uninterrupted), folder_of(config))
     (folder_of(config) / "summary.json").unlink()
     checkpoints_until(config, 6)
     spread = dataclasses.replace(config.mesh, data=2, expert=2)
     assert loop.train(dataclasses.replace(config, mesh=spread)) == 0
-    for here, there in zip(lines(config, "valid"), lines(whole, "valid"), strict=True):
+    for here, there in zip(lines(config, "valid"), lines(uninterrupted, "valid"), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-4)
-    assert meta_of(config, STEPS)["lock"]["lock"]["owner"] == meta_of(whole, STEPS)["lock"]["lock"]["owner"]
+    assert meta_of(config, STEPS)["lock"]["lock"]["owner"] == meta_of(uninterrupted, STEPS)["lock"]["lock"]["owner"]
 
-    after, alone = whole.after_lock(), final_state(whole.after_lock(), folder_of(whole))
+    after, alone = uninterrupted.after_lock(), final_state(uninterrupted.after_lock(), folder_of(uninterrupted))
     for name, array in final_state(after, folder_of(config)).items():
         np.testing.assert_allclose(array, alone[name], rtol=0.02, atol=2e-4, err_msg=name)
     (folder_of(config) / "summary.json").unlink()
     checkpoints_until(config, LOCK)
     assert loop.train(config) == 0
-    assert lines(config, "valid")[-1]["loss"] == pytest.approx(lines(whole, "valid")[-1]["loss"], rel=1e-4)
+    assert lines(config, "valid")[-1]["loss"] == pytest.approx(lines(uninterrupted, "valid")[-1]["loss"], rel=1e-4)
 
 
-def test_lock_settings_may_not_change_within_a_run(whole: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    changed = dataclasses.replace(whole, lock=dataclasses.replace(whole.lock, coverage_threshold=0.5))
+def test_lock_settings_may_not_change_within_a_run(uninterrupted: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = dataclasses.replace(uninterrupted, lock=dataclasses.replace(uninterrupted.lock, coverage_threshold=0.5))
     assert guarded(lambda: run(changed)) == 1
     assert "lock.coverage_threshold: 0.95 there, 0.5 now" in capsys.readouterr().err

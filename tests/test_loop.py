@@ -44,9 +44,9 @@ def configure(shared: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="module")
-def whole(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+def uninterrupted(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     """A run of 12 steps that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     arguments = overrides(shared, "train.steps=12", f"run.dir={folder}", "train.log_every=2", "train.eval_every=4")
     config = compose_config([*arguments, "train.checkpoint_every=4"])
     assert loop.train(config) == 0
@@ -103,8 +103,8 @@ def kill_at(step: int, signum: int) -> Hook:
     return hook
 
 
-def test_a_run_leaves_everything_that_is_promised(whole: tuple[Config, Path]) -> None:
-    config, folder = whole
+def test_a_run_leaves_everything_that_is_promised(uninterrupted: tuple[Config, Path]) -> None:
+    config, folder = uninterrupted
     assert [line["step"] for line in lines(folder, "train")] == [2, 4, 6, 8, 10, 12]
     assert [line["step"] for line in lines(folder, "valid")] == [4, 8, 12]
     train = lines(folder, "train")[0]
@@ -124,7 +124,7 @@ def test_a_run_leaves_everything_that_is_promised(whole: tuple[Config, Path]) ->
 
 @pytest.mark.parametrize(("signum", "code", "at"), [(signal.SIGTERM, 143, 5), (signal.SIGINT, 130, 8)])
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
-    whole: tuple[Config, Path],
+    uninterrupted: tuple[Config, Path],
     configure: Callable[..., Config],
     after_step: Callable[[Hook], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -146,9 +146,9 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     monkeypatch.undo()
     assert loop.train(config) == 0
     assert f"going on after step {at}" in capfd.readouterr().out
-    assert_same(final_state(config, whole[1]), final_state(config, folder_of(config)))
+    assert_same(final_state(config, uninterrupted[1]), final_state(config, folder_of(config)))
     # The evaluation that the signal at step 8 put off is made up for, in its place.
-    assert lines(folder_of(config)) == lines(whole[1])
+    assert lines(folder_of(config)) == lines(uninterrupted[1])
 
 
 def test_a_second_signal_is_not_held_back() -> None:
@@ -162,26 +162,28 @@ def test_a_second_signal_is_not_held_back() -> None:
     assert stop.signum == signal.SIGINT
 
 
-def test_a_finished_run_shows_its_table_again(whole: tuple[Config, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    before = (whole[1] / "metrics.jsonl").read_bytes()
-    assert loop.train(whole[0]) == 0
+def test_a_finished_run_shows_its_table_again(
+    uninterrupted: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (uninterrupted[1] / "metrics.jsonl").read_bytes()
+    assert loop.train(uninterrupted[0]) == 0
     output = capsys.readouterr().out
     assert "is finished" in output
     assert "unigram" in output
     assert "experts in use" in output
-    assert (whole[1] / "metrics.jsonl").read_bytes() == before
+    assert (uninterrupted[1] / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_killed_before_its_summary_gets_it(
-    whole: tuple[Config, Path], configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+    uninterrupted: tuple[Config, Path], configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configure("train.log_every=2", "train.eval_every=4", "train.checkpoint_every=4")
     assert loop.train(config) == 0
     (folder_of(config) / "summary.json").unlink()
     assert loop.train(config) == 0
-    summaries = [json.loads((path / "summary.json").read_text()) for path in (whole[1], folder_of(config))]
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (uninterrupted[1], folder_of(config))]
     assert summaries[0]["results"] == summaries[1]["results"]
-    assert lines(folder_of(config)) == lines(whole[1])
+    assert lines(folder_of(config)) == lines(uninterrupted[1])
 
 
 def poison(*steps: int) -> Hook:
@@ -287,8 +289,8 @@ def test_nothing_is_traced_twice(configure: Callable[..., Config], monkeypatch: 
     assert [(name, function._cache_size()) for name, function in jitted] == [("eval", 1), ("train", 1)]
 
 
-def test_settings_that_decide_the_numbers_may_not_change(whole: tuple[Config, Path], shared: Path) -> None:
-    arguments = overrides(shared, "train.steps=12", f"run.dir={whole[1].parent}", "train.checkpoint_every=4")
+def test_settings_that_decide_the_numbers_may_not_change(uninterrupted: tuple[Config, Path], shared: Path) -> None:
+    arguments = overrides(shared, "train.steps=12", f"run.dir={uninterrupted[1].parent}", "train.checkpoint_every=4")
     changed = compose_config([*arguments, "optimizer.learning_rate=1e-3", "train.batch_size=8"])
     with pytest.raises(RunError) as error:
         loop.train(changed)
@@ -300,8 +302,8 @@ def test_settings_that_decide_the_numbers_may_not_change(whole: tuple[Config, Pa
     assert loop.train(compose_config([*arguments, "train.log_every=1", "data.num_threads=1"])) == 0
 
 
-def test_resume_settings(whole: tuple[Config, Path], shared: Path, configure: Callable[..., Config]) -> None:
-    arguments = overrides(shared, "train.steps=12", f"run.dir={whole[1].parent}")
+def test_resume_settings(uninterrupted: tuple[Config, Path], shared: Path, configure: Callable[..., Config]) -> None:
+    arguments = overrides(shared, "train.steps=12", f"run.dir={uninterrupted[1].parent}")
     with pytest.raises(RunError, match=r"run\.resume=never"):
         loop.train(compose_config([*arguments, "run.resume=never"]))
     with pytest.raises(RunError, match=r"run\.resume=required"):
@@ -316,15 +318,15 @@ def test_one_process_per_run_folder(configure: Callable[..., Config]) -> None:
 
 
 def test_a_tokenizer_that_changed_its_ids_is_refused(
-    whole: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+    uninterrupted: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus = loop.open_corpus(whole[0].data, whole[0].model.vocab_size)
+    corpus = loop.open_corpus(uninterrupted[0].data, uninterrupted[0].model.vocab_size)
     monkeypatch.setattr(corpus.tokenizer, "sha256", "0" * 64)
     with (
-        Checkpoints(whole[1] / "checkpoints", read_only=True) as checkpoints,
+        Checkpoints(uninterrupted[1] / "checkpoints", read_only=True) as checkpoints,
         pytest.raises(RunError, match="tokenizer"),
     ):
-        loop.initial_state(whole[0], checkpoints, corpus)
+        loop.initial_state(uninterrupted[0], checkpoints, corpus)
 
 
 def test_too_small_a_vocabulary_is_refused_before_anything_is_built(configure: Callable[..., Config]) -> None:
@@ -358,9 +360,9 @@ def test_describe_prints_and_trains_nothing(
     assert not folder_of(config).exists()
 
 
-def test_runs_are_found_by_name_or_as_the_latest(whole: tuple[Config, Path], tmp_path: Path) -> None:
-    assert find_run(str(whole[1])) == whole[1]
-    assert find_run(str(whole[1].parent / "latest")) == whole[1]
+def test_runs_are_found_by_name_or_as_the_latest(uninterrupted: tuple[Config, Path], tmp_path: Path) -> None:
+    assert find_run(str(uninterrupted[1])) == uninterrupted[1]
+    assert find_run(str(uninterrupted[1].parent / "latest")) == uninterrupted[1]
     with pytest.raises(RunError, match="no run here"):
         find_run(str(tmp_path / "other"))
     with pytest.raises(RunError, match=r"python train\.py"):

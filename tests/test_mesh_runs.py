@@ -42,9 +42,9 @@ def configure(shared: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="module")
-def whole(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def single_device(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The run on one device that nothing interrupted."""
-    config = run_of(shared, tmp_path_factory.mktemp("whole"), *SINGLE)
+    config = run_of(shared, tmp_path_factory.mktemp("single_device"), *SINGLE)
     assert loop.train(config) == 0
     return config
 
@@ -87,7 +87,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.mark.parametrize(("first", "second"), [(EIGHT, SINGLE), (SINGLE, EXPERTS_4)], ids=["8 to 1", "1 to 8"])
 def test_a_run_goes_on_on_another_mesh(
-    whole: Config,
+    single_device: Config,
     configure: Callable[..., Config],
     stop_after: Callable[[int], None],
     capsys: pytest.CaptureFixture[str],
@@ -104,17 +104,17 @@ def test_a_run_goes_on_on_another_mesh(
     assert ("mesh data 2 x fsdp 1 x expert 4 x tensor 1, 1 process(es), all_gather transport" in said) == (
         second is EXPERTS_4
     )
-    assert_close(moved, whole)
+    assert_close(moved, single_device)
 
 
 def test_a_run_of_small_micro_batches_goes_on_over_devices_that_need_larger_ones(
-    whole: Config, configure: Callable[..., Config], stop_after: Callable[[int], None]
+    single_device: Config, configure: Callable[..., Config], stop_after: Callable[[int], None]
 ) -> None:
     stop_after(5)
     assert loop.train(configure("run.name=moved", "train.microbatch_size=4", *SINGLE)) == 128 + 15
     moved = configure("run.name=moved", "train.microbatch_size=8", *EIGHT)
     assert loop.train(moved) == 0
-    assert_close(moved, whole)
+    assert_close(moved, single_device)
 
 
 @pytest.mark.parametrize(
@@ -142,20 +142,20 @@ def test_micro_batches_may_change_where_losses_are_those_of_the_whole_batch(
 
 
 def test_measured_placement_changes_no_value(
-    whole: Config, configure: Callable[..., Config], stop_after: Callable[[int], None]
+    single_device: Config, configure: Callable[..., Config], stop_after: Callable[[int], None]
 ) -> None:
     stop_after(5)
     assert loop.train(configure("run.name=placed", *EXPERTS_4)) == 128 + 15
     placed = configure("run.name=placed", *EXPERTS_4, "mesh.expert_placement=measured")
     assert loop.train(placed) == 0
-    assert_close(placed, whole)
-    mine, theirs = (np.load(folder_of(config) / "routing" / f"{STEPS}.npy") for config in (placed, whole))
+    assert_close(placed, single_device)
+    mine, theirs = (np.load(folder_of(config) / "routing" / f"{STEPS}.npy") for config in (placed, single_device))
     np.testing.assert_array_equal(mine, theirs)
     assert all(len(line["load/device"]) == 2 for line in lines(placed, "train"))
 
 
 def test_overflow_stops_the_run_and_says_what_to_do(
-    whole: Config, configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+    single_device: Config, configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tight = configure("run.name=tight", *EXPERTS_4, "mesh.receive_factor=1")
     assert loop.train(tight) == loop.EXIT_NONFINITE
@@ -166,11 +166,11 @@ def test_overflow_stops_the_run_and_says_what_to_do(
     assert not lines(tight, "train")
     # The same run goes on with more room: the step that overflowed was not applied.
     assert loop.train(configure("run.name=tight", *EXPERTS_4)) == 0
-    assert_close(configure("run.name=tight"), whole)
+    assert_close(configure("run.name=tight"), single_device)
 
 
 def test_buffers_are_measured_and_an_overflow_is_overcome_by_the_same_command(
-    whole: Config,
+    single_device: Config,
     configure: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -181,7 +181,7 @@ def test_buffers_are_measured_and_an_overflow_is_overcome_by_the_same_command(
     assert "The same command goes on from the last checkpoint with buffers of" in capsys.readouterr().err
     kept = json.loads((folder_of(measured) / receive_buffers.FILE).read_text())["receive_factor"]
     assert loop.train(measured) == 0
-    assert_close(measured, whole)
+    assert_close(measured, single_device)
     assert f"all_gather transport with room for {kept:g} times the mean" in capsys.readouterr().out
     received = [line["load/received"] for line in lines(measured, "train")]
     devices = [line["load/device"] for line in lines(measured, "train")]

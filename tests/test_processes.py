@@ -74,22 +74,22 @@ def texts(logs: list[Path]) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+def uninterrupted(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     """One process that nothing stopped: its run folder and final state."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     _, logs = start(runner, folder, 1)
     assert runner.wait() == 0, texts(logs)
     run = folder / "runs" / "tiny"
     return run, final_state(compose_config(arguments(folder)), run)
 
 
-def assert_same_training(run: Path, folder: Path, whole: tuple[Path, dict[str, np.ndarray]]) -> None:
+def assert_same_training(run: Path, folder: Path, uninterrupted: tuple[Path, dict[str, np.ndarray]]) -> None:
     """The losses of every step, and the final state, of the run that nothing stopped."""
-    mine, theirs = train_lines(run), train_lines(whole[0])
+    mine, theirs = train_lines(run), train_lines(uninterrupted[0])
     assert [line["step"] for line in mine] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([x["loss/lm"] for x in mine], [x["loss/lm"] for x in theirs], rtol=1e-4)
     for name, value in final_state(compose_config(arguments(folder)), run).items():
-        np.testing.assert_allclose(value, whole[1][name], rtol=2e-3, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(value, uninterrupted[1][name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
 def last_saved(run: Path) -> int:
@@ -97,7 +97,7 @@ def last_saved(run: Path) -> int:
 
 
 def test_two_processes_lose_one_four_get_a_signal_and_one_finishes(
-    runner: Runner, tmp_path: Path, whole: tuple[Path, dict[str, np.ndarray]]
+    runner: Runner, tmp_path: Path, uninterrupted: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
     run = tmp_path / "runs" / "tiny"
     children, logs = start(runner, tmp_path, 2)
@@ -122,23 +122,23 @@ def test_two_processes_lose_one_four_get_a_signal_and_one_finishes(
     _, logs = start(runner, tmp_path, 1)
     assert runner.wait() == 0, texts(logs)
     assert f"going on after step {saved}" in logs[0].read_text()
-    assert_same_training(run, tmp_path, whole)
+    assert_same_training(run, tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
 def test_two_processes_stopped_and_started_again_end_in_the_same_bits(runner: Runner, tmp_path: Path) -> None:
-    for name in ("stopped", "whole"):
+    for name in ("stopped", "uninterrupted"):
         (tmp_path / name).mkdir()
-    stopped, whole = (tmp_path / name / "runs" / "tiny" for name in ("stopped", "whole"))
+    stopped, uninterrupted = (tmp_path / name / "runs" / "tiny" for name in ("stopped", "uninterrupted"))
     children, logs = start(runner, tmp_path / "stopped", 2)
     wait_for_step(stopped, 20)
     os.kill(children[1], signal.SIGTERM)
     assert runner.wait_for_several() == [128 + signal.SIGTERM] * 2, texts(logs)
-    for name in ("stopped", "whole"):
+    for name in ("stopped", "uninterrupted"):
         _, logs = start(runner, tmp_path / name, 2)
         assert runner.wait_for_several() == [0, 0], texts(logs)
-    config = compose_config(arguments(tmp_path / "whole"))
-    assert_same(final_state(config, stopped), final_state(config, whole))
+    config = compose_config(arguments(tmp_path / "uninterrupted"))
+    assert_same(final_state(config, stopped), final_state(config, uninterrupted))
 
 
 def test_a_lost_process_0_which_all_report_to_stops_the_others(runner: Runner, tmp_path: Path) -> None:
