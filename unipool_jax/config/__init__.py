@@ -1,1 +1,1 @@
-"""Settings: the schema, composition from `configs/`, and every rule that needs no device."""
+"""Settings: their schema, composition from `configs/`, and every check that needs no device."""

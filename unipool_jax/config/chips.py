@@ -1,7 +1,7 @@
-"""What a device of each kind can do, by the maker's published figures, and names of groups of them.
+"""Published figures of each kind of device, and topologies by name.
 
-Imports nothing: it is read before JAX is set up. TPU figures: cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x pages);
-H100 SXM: NVIDIA's data sheet. A TPU chip's figures are divided by the JAX devices it has.
+Does not import JAX, because it is read before JAX is configured. TPU figures: cloud.google.com/tpu/docs (v5e, v5p, v6e
+and tpu7x pages); H100 SXM: NVIDIA's data sheet. A TPU chip's figures are divided by its number of JAX devices.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ class Chip(NamedTuple):
     """One JAX device."""
 
     name: str
-    """First part of a topology's name."""
+    """First part of a topology's name, such as `v5p`."""
     device_kind: str
-    """As JAX names it."""
+    """`jax.Device.device_kind`."""
     devices_per_chip: int
-    """JAX devices of a chip: the two cores of a 7x chip are two, those of a v5p chip one."""
+    """JAX devices per chip: each core of a 7x chip is a device, the two cores of a v5p chip are one."""
     cores: int
-    """TensorCores of the device."""
+    """TensorCores per device."""
     matrix_unit: int
-    """Rows and columns of a matrix unit; what is contracted is padded to a multiple."""
+    """Rows and columns of a matrix unit; contracted dimensions are padded to a multiple."""
     flops: float
     """Peak in bfloat16, FLOP/s."""
     hbm_bytes: float
+    """Capacity, bytes."""
     hbm_bandwidth: float
     """Bytes/s."""
     link_bandwidth: float
-    """Of one link in one direction, bytes/s; with a switch, of the device."""
+    """One link in one direction, bytes/s; behind a switch, one device in one direction."""
     torus_axes: int
-    """Dimensions of the torus, two links each; 0 is a switch."""
+    """Dimensions of the torus, with two links each; 0 for devices behind a switch."""
     ring: int
-    """A dimension of the torus closes into a ring where its length is a multiple of this."""
+    """A dimension of the torus wraps around where its length is a multiple of this."""
     ragged_devices: float = math.inf
-    """Devices of a slice at most for which the TPU's compiler has ragged all-to-alls."""
+    """Largest slice, in devices, for which the TPU compiler supports ragged all-to-alls."""
 
 
 _GB, _GBIT = 1e9, 1e9 / 8
@@ -51,16 +52,16 @@ CHIPS = {
         Chip("gpu", "NVIDIA H100 80GB HBM3", 1, 1, 16, 989e12, 80 * _GB, 3350 * _GB, 450 * _GB, 0, 1),
     )
 }
-"""By the name that begins a topology: `v5p:4x4x4`, or `gpu:8` for H100s behind one switch."""
+"""By the first part of a topology's name: `v5p:4x4x4`, or `gpu:8` for H100s behind one switch."""
 
 
 def has_ragged(device_kind: str, devices: int) -> bool:
-    """Whether ragged all-to-alls can be had on this many devices of a kind, as JAX names it."""
+    """Whether this many devices of a kind (`jax.Device.device_kind`) support ragged all-to-alls."""
     return all(devices <= chip.ragged_devices for chip in CHIPS.values() if chip.device_kind == device_kind)
 
 
 class Topology(NamedTuple):
-    """A group of devices by name."""
+    """A slice of TPU chips, or GPUs behind a switch."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -68,19 +69,19 @@ class Topology(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """JAX devices."""
+        """Number of JAX devices."""
         return math.prod(self.shape) * self.chip.devices_per_chip
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology of this name.
+    """The topology called `name`, such as `v5p:4x4x4`.
 
     Raises:
-      ValueError: with what is wrong with the name and what would be right.
+      ValueError: unknown kind of device, malformed sizes, or the wrong number of dimensions.
     """
     kind, _, sizes = name.partition(":")
     if kind not in CHIPS:
-        raise ValueError(f"no such kind of device as {kind!r}; begin with one of {', '.join(CHIPS)}")
+        raise ValueError(f"unknown kind of device {kind!r}; choose one of {', '.join(CHIPS)}")
     chip = CHIPS[kind]
     axes = chip.torus_axes or 1
     example = f"{kind}:{'x'.join(['4'] * axes)}"

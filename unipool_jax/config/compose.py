@@ -1,6 +1,6 @@
-"""From `configs/` and command-line overrides to a `Config`, and from a `Config` to a file and back.
+"""Compose a `Config` from `configs/` and command-line overrides; save and load it.
 
-An entry point that wants Hydra's own command line writes
+An entry point with Hydra's own command line writes
 
     register_schema()
 
@@ -37,32 +37,32 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
 def register_schema() -> None:
-    """Make the settings of `config.schema` known to Hydra as `schema`, the first entry of `configs/config.yaml`.
+    """Register the settings with Hydra as `schema`, the first entry of the defaults list in `configs/config.yaml`.
 
-    Because the schema holds every key, each can be overridden without `+`, and Hydra refuses a key that is not there.
+    Because it holds every key, overrides need no `+`, and Hydra rejects unknown keys.
     """
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_mapping(Config())))
 
 
 def compose_config(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] = CONFIG_DIR) -> Config:
-    """The configuration of `python train.py OVERRIDES`; not yet validated.
+    """The configuration of `python train.py OVERRIDES`, not validated.
 
     Args:
       overrides: as on the command line, for example `["scale=182m", "pool.fraction=0.5"]`.
       config_dir: folder that holds `config.yaml` and its groups.
 
     Raises:
-      ConfigError: for an override that Hydra cannot apply, an unknown key or a value of the wrong type.
+      ConfigError: an override that Hydra cannot apply, an unknown key, or a value of the wrong type.
     """
     register_schema()
-    # Hydra keeps one global state; put back what a surrounding hydra.main or a notebook had.
+    # Hydra's state is global; restore that of a surrounding hydra.main or notebook.
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
             node = compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
-        # The last two escape from Hydra for an override without a setting ("=3", "+=3") and for "scale=3".
+        # Hydra raises the last two for an override without a key ("=3", "+=3") and for "scale=3".
         raise ConfigError(_unknown(overrides, Path(config_dir)) or [_summary(error)]) from error
     finally:
         GlobalHydra.instance().hydra = previous
@@ -70,10 +70,10 @@ def compose_config(overrides: Sequence[str] = (), config_dir: str | os.PathLike[
 
 
 def config_from_omegaconf(node: DictConfig) -> Config:
-    """A `Config` from what Hydra composed, interpolations resolved.
+    """The `Config` of a composed node, with interpolations resolved.
 
     Raises:
-      ConfigError: for an interpolation that leads nowhere, an unknown key or a value of the wrong type.
+      ConfigError: an interpolation that does not resolve, an unknown key, or a value of the wrong type.
     """
     try:
         mapping = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
@@ -84,7 +84,7 @@ def config_from_omegaconf(node: DictConfig) -> Config:
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
-    """Write `config` as YAML; a reader sees the whole file or the one before, never a part."""
+    """Write `config` as YAML, atomically: a reader sees the previous file or all of the new one."""
     target = Path(path)
     text = yaml.safe_dump(_plain(to_mapping(config)), sort_keys=False, allow_unicode=True)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -103,8 +103,8 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     """Read a configuration written by `save_config`.
 
     Raises:
-      FileNotFoundError: without the file.
-      ConfigError: if the file is not a configuration of this version.
+      FileNotFoundError: there is no such file.
+      ConfigError: the file is not a configuration of this version.
     """
     text = Path(path).read_text(encoding="utf-8")
     try:
@@ -126,7 +126,7 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def overrides_from(base: Config, config: Config) -> list[str]:
-    """What Hydra must be told to make `config` of `base`: `SETTING=VALUE` for each difference, in its own syntax."""
+    """The Hydra overrides `SETTING=VALUE` that turn `base` into `config`."""
     values = settings(config)
     return [f"{name}={_hydra_value(values[name])}" for name in differences(base, config)]
 
@@ -138,7 +138,7 @@ def _hydra_value(value: Any) -> str:
         return "null" if value is None else repr(value).lower()
     if re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in {"null", "true", "false", "inf", "nan"}:
         return value
-    # Within quotes a backslash stands for itself, but before a quote.
+    # Inside Hydra's quotes only a backslash before a quote is an escape; double those that precede one.
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 
 
@@ -150,7 +150,7 @@ def _plain(value: Any) -> Any:
 
 
 def _unknown(overrides: Sequence[str], config_dir: Path) -> list[str]:
-    """A line for each override without such a setting, group or choice; Hydra itself names only the first."""
+    """One message for each override of an unknown setting, group or choice; Hydra names only the first."""
     names = list(settings(Config()))
     choices: dict[str, list[str]] = {}
     for path in sorted(config_dir.glob("*/*.yaml")):
@@ -160,12 +160,12 @@ def _unknown(overrides: Sequence[str], config_dir: Path) -> list[str]:
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
         if not key:
-            problems.append(f"{override!r}: names no setting; write SETTING=VALUE")
+            problems.append(f"{override!r}: no setting named; write SETTING=VALUE")
         elif key in choices:
             if value not in choices[key] and not value.startswith("["):
                 problems.append(f"{key}={value}: no such choice; choose one of {', '.join(choices[key])}")
         elif any(name.startswith(f"{key}.") for name in names):
-            problems.append(f"{key}: a section, not a setting; override its settings one by one: {key}.NAME=VALUE")
+            problems.append(f"{key}: a section, not a setting; override its settings: {key}.NAME=VALUE")
         elif key not in names and not key.startswith("hydra"):
             near = difflib.get_close_matches(key, [*names, *choices], n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "unipool_jax/config/schema.py lists all settings"
@@ -174,10 +174,10 @@ def _unknown(overrides: Sequence[str], config_dir: Path) -> list[str]:
 
 
 def _summary(error: Exception) -> str:
-    """Hydra's message on one line, without its search path and links."""
+    """Hydra's message on one line, without search path and links."""
     text = str(error).partition("\nConfig search path:")[0].partition("\nSee https:")[0]
     text, _, rest = text.partition("\n    full_key: ")
     where = f"{rest.splitlines()[0]}: " if rest else ""
     if isinstance(error, OverrideParseException):
-        where = f"{error.override}: cannot be read as SETTING=VALUE; a value with special characters needs quotes: "
+        where = f"{error.override}: cannot be parsed as SETTING=VALUE; a value with special characters needs quotes: "
     return where + " ".join(text.split())

@@ -1,9 +1,8 @@
 """When a run with UniPool-lock freezes, fades and locks, and which configurations allow one (spec F.1, F.2, F.10).
 
-Of the published rejections (spec F.10) those about the framework of the published code have nothing to reject here:
-pipeline stages, several validation sets, layers without experts, fp16 and fp8, legacy matmuls, capacity and padding,
-delayed weight gradients, graph capture, overlapped reductions. Expert parallelism is allowed, as the lock re-indexes
-the bank wherever its experts live.
+The published code also rejects features of its framework that do not exist here (spec F.10): pipeline stages, several
+validation sets, layers without experts, fp16 and fp8, legacy matmuls, capacity and padding, delayed weight gradients,
+graph capture, overlapped reductions. Expert parallelism is allowed here: the lock re-indexes a sharded bank too.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from unipool_jax.config.schema import Config
 
 
 class LockSchedule(NamedTuple):
-    """Boundaries in completed optimiser steps."""
+    """Boundaries of the phases, in completed optimizer steps."""
 
     freeze: int
-    """The partition is decided at the evaluation after this step, and its fade begins."""
+    """The partition is fixed at the evaluation after this step, and the fade begins."""
     lock: int
-    """At the evaluation after this step experts become private."""
+    """Experts become private at the evaluation after this step."""
     warmup: int
     """Steps over which the entropy coefficient rises."""
 
     def fade(self, step: int) -> float:
-        """How far experts outside the partition are faded in the update after `step` steps: 0 is not at all, 1 wholly.
+        """How far experts outside the partition are faded in the update after `step` steps: 0 not at all, 1 fully.
 
-        `0.5 (1 - cos(pi x))` with x the share of the fade that is over; exactly 0 and 1 at its ends, and 0 outside.
+        `0.5 (1 - cos(pi x))`, x the elapsed fraction of the fade: exactly 0 and 1 at its ends, and 0 outside.
         """
         if not self.freeze <= step <= self.lock:
             return 0.0
@@ -37,7 +36,7 @@ class LockSchedule(NamedTuple):
 
 
 def make_schedule(config: Config) -> LockSchedule:
-    """Boundaries of a run: fractions of train.steps, rounded half to even, unless steps are given."""
+    """The schedule of a run. Fractions of train.steps are rounded half to even; steps override fractions."""
     lock, steps = config.lock, config.train.steps
 
     def resolve(given: int | None, fraction: float) -> int:
@@ -49,12 +48,12 @@ def make_schedule(config: Config) -> LockSchedule:
 
 
 def problems(config: Config) -> Iterator[str]:
-    """What keeps a run from being locked as configured, one message for each; nothing without a lock."""
+    """One message for each reason why a run cannot be locked as configured; none without a lock."""
     if config.lock.ownership == "none":
         for name in ("lock_step", "anneal_steps", "entropy_warmup_steps"):
             value = getattr(config.lock, name)
             if value is not None:
-                yield f"lock.{name}={value}: nothing is locked; choose method=unipool_lock, or remove it"
+                yield f"lock.{name}={value}: unused with lock.ownership=none; choose method=unipool_lock, or remove it"
         return
     yield from _model_problems(config)
     yield from _schedule_problems(config)
@@ -64,35 +63,35 @@ def _model_problems(config: Config) -> Iterator[str]:
     layers, total, top_k = config.model.num_layers, config.total_experts, config.moe.top_k
     why = f"lock.ownership={config.lock.ownership}"
     if config.pool.groups != 1:
-        yield f"pool.groups={config.pool.groups}: {why} starts from one pool for all layers; set pool.groups=1"
+        yield f"pool.groups={config.pool.groups}: {why} starts with one pool for all layers; set pool.groups=1"
     if config.moe.router != "norm":
         yield f"moe.router={config.moe.router}: {why} fades the scores of NormRouter; set moe.router=norm"
     if config.loss.balance != "pool":
-        yield f"loss.balance={config.loss.balance}: {why} is balanced by the pool loss alone; set loss.balance=pool"
+        yield f"loss.balance={config.loss.balance}: {why} needs the pool loss; set loss.balance=pool"
     if config.mesh.expert_placement != "contiguous":
         yield (
-            f"mesh.expert_placement={config.mesh.expert_placement}: with {why} the owner of an expert decides where it "
-            "lives; set mesh.expert_placement=contiguous"
+            f"mesh.expert_placement={config.mesh.expert_placement}: with {why} experts are placed by their owners; set "
+            "mesh.expert_placement=contiguous"
         )
     if layers < 2:
-        yield f"model.num_layers={layers}: {why} divides the pool among layers; use at least 2"
+        yield f"model.num_layers={layers}: {why} divides the pool among layers; set at least 2"
     elif total % layers or total < layers:
         lower = total // layers * layers
         nearest = " or ".join(str(n) for n in (lower, lower + layers) if n)
         yield (
-            f"pool of {total} experts: {why} gives every one of model.num_layers={layers} layers as many; set "
+            f"pool of {total} experts: {why} divides it equally among model.num_layers={layers} layers; set "
             f"pool.experts to a multiple of {layers}, for example {nearest}"
         )
     else:
         private = total // layers
         if top_k > private:
             yield (
-                f"moe.top_k={top_k}: {why} leaves {private} experts to a layer ({total} among {layers}); choose at "
-                f"most {private}, or more experts"
+                f"moe.top_k={top_k}: {why} leaves each layer {private} experts ({total} among {layers}); set at "
+                f"most {private}, or add experts"
             )
         if config.lock.entropy_target > private:
             yield (
-                f"lock.entropy_target={config.lock.entropy_target:g}: a layer will own {private} experts; choose at "
+                f"lock.entropy_target={config.lock.entropy_target:g}: each layer will own {private} experts; set at "
                 f"most {private}"
             )
         if config.pool.groups == 1:
@@ -114,7 +113,7 @@ def _schedule_problems(config: Config) -> Iterator[str]:
         yield _resolves("anneal", anneal, "must be at least 1", "set lock.anneal_steps")
     elif anneal >= schedule.lock:
         yield _resolves(
-            "anneal", anneal, f"the fade must be shorter than the way to the lock, {schedule.lock}", "lower one of them"
+            "anneal", anneal, f"the fade must begin after step 0 and end at step {schedule.lock}", "shorten it"
         )
     elif not 1 <= schedule.warmup <= schedule.freeze:
         yield _resolves(
@@ -125,7 +124,7 @@ def _schedule_problems(config: Config) -> Iterator[str]:
         )
     elif every == 0:
         yield (
-            f"train.eval_every=0: experts are assigned at an evaluation; set train.eval_every to a divisor of "
+            f"train.eval_every=0: experts are assigned during an evaluation; set train.eval_every to a divisor of "
             f"{math.gcd(schedule.freeze, schedule.lock)}"
         )
     elif schedule.freeze % every or schedule.lock % every:

@@ -1,4 +1,4 @@
-"""Whether a configuration divides over a device mesh: arithmetic on sizes, without devices or arrays."""
+"""Whether a configuration divides over a device mesh. Needs no devices and no arrays."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from collections.abc import Iterator
 from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
-"""Mesh axes, slowest first: neighbouring devices share a tensor group."""
+"""Mesh axes, outermost first: devices of a tensor group are adjacent."""
 
 
 def resolve_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """Sizes of `AXES` on this many devices, with -1 replaced by what the other axes leave.
+    """Sizes of `AXES` on this many devices; -1 is replaced by the devices that the other axes leave.
 
     Raises:
-      ConfigError: if there are too few devices, or an axis of size -1 does not come out whole.
+      ConfigError: too few devices, or the other axes do not divide them.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     shown = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if known > num_devices or (free and num_devices % known):
-        raise ConfigError([f"{shown}: does not fit the {num_devices} devices there are; choose other sizes"])
+        raise ConfigError([f"{shown}: does not fit {num_devices} available devices; choose other sizes"])
     if free:
         sizes[free[0]] = num_devices // known
     return tuple(sizes.values())
 
 
 def problems(config: Config) -> Iterator[str]:
-    """What does not divide over the mesh, one message for each; an axis of size -1 is not looked at."""
+    """One message for each size that does not divide over the mesh; axes of size -1 are not checked."""
     sizes = {axis: max(getattr(config.mesh, axis), 1) for axis in AXES}
     shown = {axis: f"mesh.{axis}={size}" for axis, size in sizes.items()}
     free = [axis for axis in AXES if getattr(config.mesh, axis) == -1]
     for axis in AXES:
         if getattr(config.mesh, axis) == 0:
-            yield f"mesh.{axis}=0: must be at least 1, or -1 for the rest of the devices"
+            yield f"mesh.{axis}=0: must be at least 1, or -1 for the remaining devices"
     if len(free) > 1:
-        yield f"{' and '.join(f'mesh.{axis}=-1' for axis in free)}: only one axis can take the rest of the devices"
+        yield f"{' and '.join(f'mesh.{axis}=-1' for axis in free)}: only one axis can take the remaining devices"
     model, ways = config.model, sizes["data"] * sizes["fsdp"] * sizes["expert"]
     over = " x ".join(shown[axis] for axis in ("data", "fsdp", "expert") if sizes[axis] > 1)
     for name in ("microbatch_size", "eval_batch_size"):

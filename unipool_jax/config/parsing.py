@@ -1,4 +1,4 @@
-"""From nested plain mappings to a typed `Config`, with every unknown key and every wrong type reported at once."""
+"""Parse nested plain mappings into a typed `Config`, reporting all unknown keys and wrong types at once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from unipool_jax.config.schema import Config, ConfigError
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> Config:
-    """Build a `Config` from nested plain mappings; missing keys take their defaults.
+    """The `Config` of nested plain mappings; missing keys take their defaults.
 
     Raises:
-      ConfigError: with every unknown key and every value of the wrong type.
+      ConfigError: unknown keys and values of the wrong type, all of them.
     """
     problems: list[str] = []
     config = _parse(Config, mapping, "", problems)
@@ -28,7 +28,7 @@ _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 
 
 def _parse(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """`value` as a `kind`, or None with an entry in `problems`."""
+    """`value` as a `kind`; None, with a message appended to `problems`, where it is not one."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _parse_section(kind, value, path, problems)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -51,7 +51,7 @@ def _parse(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     elif kind is int and isinstance(value, float) and value.is_integer():
         problems.append(f"{path}={value!r}: expected a whole number; write {path}={int(value)}")
     elif kind is str and isinstance(value, int | float):
-        problems.append(f"{path}={value!r}: expected text; put it in two pairs of quotes: \"{path}='{value}'\"")
+        problems.append(f"{path}={value!r}: expected text; quote it twice: \"{path}='{value}'\"")
     else:
         given = "null" if value is None else repr(value)
         problems.append(f"{path}={given}: expected {_KIND_NAMES[kind]}")
@@ -66,6 +66,6 @@ def _parse_section(kind: Any, value: Any, path: str, problems: list[str]) -> Any
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in hints:
-            problems.append(f"{prefix}{key}: no such setting; known here: {', '.join(sorted(hints))}")
+            problems.append(f"{prefix}{key}: no such setting; choose one of {', '.join(sorted(hints))}")
     found = {key: _parse(hints[key], value[key], prefix + key, problems) for key in hints if key in value}
     return None if problems else kind(**found)

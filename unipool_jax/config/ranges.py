@@ -1,15 +1,15 @@
-"""Allowed values of every number in the configuration, each by itself."""
+"""Allowed range of every number in the configuration."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 MAX_EXPERTS = 16_384
-"""Experts in all pools; the published models have 384 at most."""
+"""Experts in all pools together; the published models have at most 384."""
 
 
 class Range(NamedTuple):
-    """Allowed values of a number; `open_low` and `open_high` leave out the bound itself."""
+    """An interval; `open_low` and `open_high` exclude the bounds."""
 
     low: float
     high: float
@@ -28,7 +28,7 @@ class Range(NamedTuple):
 
 _COEFFICIENT = Range(0, 1000)
 _AXIS = Range(-1, 1_048_576)
-_EPSILON = Range(1e-30, 1)  # below 1e-38 a float32 is zero, and nothing would guard the division
+_EPSILON = Range(1e-30, 1)  # float32 underflows to 0 near 1e-38, and the division would be unprotected
 
 RANGES = {
     "model.num_layers": Range(1, 1024),
@@ -96,4 +96,4 @@ RANGES = {
     "distributed.timeout_seconds": Range(5, 86_400),
     "distributed.start_timeout_seconds": Range(5, 86_400),
 }
-"""Allowed values of every number in the schema."""
+"""Range of every number in the schema, by its dotted name."""

@@ -1,10 +1,10 @@
 """Which configurations can be run.
 
-`validate` knows every constraint and reports all that are broken at once, before any array exists. Each message names
-the setting with its value, says what is allowed and what to do.
+`validate` checks every constraint and reports all violations at once, before any array is allocated. Each message names
+the setting and its value, what is allowed, and what to do.
 
-Values of the wrong type are reported alone, then every number outside its range together with every broken relation
-between settings whose own values are sound.
+Wrong types are reported alone. Otherwise the report lists every number outside its range, and every violated rule whose
+own settings are in range.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from unipool_jax.config.ranges import MAX_EXPERTS, RANGES
 from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
 
 TOKENIZER_SIZES = {"bytes": 257, "demo": 8192, "gpt2": 50257}
-"""Vocabulary of the tokenizers known by name; that of a tokenizer.json is compared when it is loaded."""
+"""Vocabulary sizes of the built-in tokenizers; that of a tokenizer.json is checked when it is loaded."""
 
 MAX_ROWS = 2**31 - 1
-"""Rows of one expert batch: they are indexed with int32."""
+"""Rows of one batch of expert inputs, because they are indexed with int32."""
 
 MAX_NAME = 200
-"""Characters in the name of a folder; file systems allow 255 bytes."""
+"""Characters in a folder's name; file systems allow 255 bytes."""
 
 
 class _Rule(NamedTuple):
@@ -41,7 +41,7 @@ _RULES: list[_Rule] = []
 
 
 def _rule(*reads: str, about_data: bool = False) -> Callable[[Callable[[Config], Iterator[str]]], Any]:
-    """Register a relation between the settings `reads`; it is asked only when each of them is sound by itself."""
+    """Register a rule on the settings `reads`; it runs only when each of them is in range."""
 
     def register(find: Callable[[Config], Iterator[str]]) -> Callable[[Config], Iterator[str]]:
         _RULES.append(_Rule(frozenset(reads), find, about_data))
@@ -51,10 +51,10 @@ def _rule(*reads: str, about_data: bool = False) -> Callable[[Callable[[Config],
 
 
 def validate(config: Config) -> None:
-    """Refuse a configuration that cannot be run.
+    """Reject a configuration that cannot be run.
 
     Raises:
-      ConfigError: with every problem that `problems` finds.
+      ConfigError: lists every problem that `problems` finds.
     """
     found = problems(config)
     if found:
@@ -62,19 +62,19 @@ def validate(config: Config) -> None:
 
 
 def problems(config: Config) -> list[str]:
-    """What keeps `config` from being run, one message for each problem; empty when nothing does.
+    """One message for each reason why `config` cannot be run; empty if it can.
 
-    With `mode=describe` and `mode=plan` no data is read, so its files and splits are not looked at.
+    `mode=describe` and `mode=plan` read no data, so files and splits are not checked there.
     """
     try:
         config = from_mapping(to_mapping(config))
     except ConfigError as error:
         return error.problems
     values = settings(config)
-    unsound = {name for name, allowed in RANGES.items() if values[name] is not None and values[name] not in allowed}
-    found = [f"{name}={values[name]}: must be {allowed}" for name, allowed in RANGES.items() if name in unsound]
+    outside = {name for name, allowed in RANGES.items() if values[name] is not None and values[name] not in allowed}
+    found = [f"{name}={values[name]}: must be {allowed}" for name, allowed in RANGES.items() if name in outside]
     for rule in _RULES:
-        if rule.reads.isdisjoint(unsound) and not (rule.about_data and config.mode != "train"):
+        if rule.reads.isdisjoint(outside) and not (rule.about_data and config.mode != "train"):
             found.extend(rule.find(config))
     return found
 
@@ -92,9 +92,8 @@ def _head_size(config: Config) -> Iterator[str]:
         )
     elif config.head_size % 2:
         yield (
-            f"model.num_heads={model.num_heads}: gives heads of {config.head_size} channels, but rotary positions "
-            f"turn pairs of channels; choose a number for which model.hidden_size={model.hidden_size} / "
-            "model.num_heads is even"
+            f"model.num_heads={model.num_heads}: gives heads of {config.head_size} channels, but rotary embeddings "
+            f"rotate pairs of channels; make model.hidden_size={model.hidden_size} / model.num_heads even"
         )
 
 
@@ -122,18 +121,18 @@ def _experts(config: Config) -> Iterator[str]:
     total, groups, top_k = config.total_experts, config.pool.groups, config.moe.top_k
     source = _experts_source(config)
     if total > MAX_EXPERTS:
-        yield f"{source}: gives {total} experts in all, at most {MAX_EXPERTS} are supported; choose fewer"
+        yield f"{source}: gives {total} experts in all; at most {MAX_EXPERTS} are supported"
     elif total < groups or total % groups:
         lower = total // groups * groups
         nearest = " or ".join(str(n) for n in (lower, lower + groups) if n)
         yield (
-            f"{source}: gives {total} experts in all, which do not fill pool.groups={groups} pools equally; "
+            f"{source}: gives {total} experts in all, which do not divide equally among pool.groups={groups} pools; "
             f"set pool.experts to a multiple of {groups}, for example {nearest}"
         )
     elif top_k > total // groups:
         yield (
             f"moe.top_k={top_k}: a layer chooses from a pool of {total // groups} experts ({source}, "
-            f"pool.groups={groups}); choose at most {total // groups}, or give the pools more experts"
+            f"pool.groups={groups}); set at most {total // groups}, or add experts"
         )
 
 
@@ -143,11 +142,11 @@ def _dense(config: Config) -> Iterator[str]:
         return
     layers, why = config.model.num_layers, "moe.router=none is the dense model"
     if config.pool.groups != layers:
-        yield f"pool.groups={config.pool.groups}: {why}, without sharing; set pool.groups={layers} or choose a router"
+        yield f"pool.groups={config.pool.groups}: {why}, which shares none; set pool.groups={layers} or choose a router"
     if config.total_experts != layers or config.moe.experts_per_layer != 1:
         yield (
             f"{_experts_source(config)}: {why}, with one block per layer; set moe.experts_per_layer=1 and leave "
-            "pool.fraction and pool.experts alone, or choose a router"
+            "pool.fraction and pool.experts at their defaults, or choose a router"
         )
     if config.moe.top_k != 1:
         yield f"moe.top_k={config.moe.top_k}: {why}, with nothing to choose; set moe.top_k=1 or choose a router"
@@ -164,11 +163,11 @@ def _expert_bias(config: Config) -> Iterator[str]:
         return
     if router not in ("sigmoid", "none"):
         yield (
-            f"loss.balance=expert_bias: works with moe.router=sigmoid only, not {router}; "
+            f"loss.balance=expert_bias: needs moe.router=sigmoid, not {router}; "
             "set moe.router=sigmoid, or loss.balance=switch or pool"
         )
     if not loss.expert_bias_rate:
-        yield "loss.expert_bias_rate=0.0: balances nothing; give a positive rate or set loss.balance=none"
+        yield "loss.expert_bias_rate=0.0: balances nothing; set a positive rate or loss.balance=none"
 
 
 @_rule("loss.switch_coefficient", "loss.switch_group_sequences", "train.microbatch_size")
@@ -177,7 +176,7 @@ def _switch(config: Config) -> Iterator[str]:
     if loss.balance != "switch":
         return
     if not loss.switch_coefficient:
-        yield "loss.switch_coefficient=0.0: balances nothing; give a positive weight or set loss.balance=none"
+        yield "loss.switch_coefficient=0.0: balances nothing; set a positive weight or loss.balance=none"
     if microbatch % loss.switch_group_sequences:
         yield (
             f"loss.switch_group_sequences={loss.switch_group_sequences}: must divide "
@@ -189,11 +188,11 @@ def _switch(config: Config) -> Iterator[str]:
 def _pool_loss(config: Config) -> Iterator[str]:
     loss = config.loss
     if loss.balance == "pool" and not loss.pool_coefficient:
-        yield "loss.pool_coefficient=0.0: balances nothing; give a positive weight or set loss.balance=none"
+        yield "loss.pool_coefficient=0.0: balances nothing; set a positive weight or loss.balance=none"
     if loss.balance != "pool" and loss.pool_statistics == "previous":
         yield (
-            f"loss.pool_statistics=previous: belongs to loss.balance=pool, not {loss.balance}; "
-            "leave loss.pool_statistics=current"
+            f"loss.pool_statistics=previous: needs loss.balance=pool, not {loss.balance}; "
+            "set loss.pool_statistics=current"
         )
 
 
@@ -228,8 +227,8 @@ def _rows(config: Config) -> Iterator[str]:
         sequences = getattr(config.train, name)
         if sequences * length * top_k > MAX_ROWS:
             yield (
-                f"train.{name}={sequences}: with data.sequence_length={length} and moe.top_k={top_k} this is more "
-                f"than {MAX_ROWS} rows for the experts at once; choose at most {MAX_ROWS // (length * top_k)}"
+                f"train.{name}={sequences}: with data.sequence_length={length} and moe.top_k={top_k} the experts get "
+                f"more than {MAX_ROWS} rows at once; set at most {MAX_ROWS // (length * top_k)}"
             )
 
 
@@ -249,8 +248,8 @@ def _tokenizer(config: Config) -> Iterator[str]:
     tokenizer = config.data.tokenizer
     if tokenizer not in TOKENIZER_SIZES and not _is_file(tokenizer):
         yield (
-            f"data.tokenizer={tokenizer!r}: neither one of {', '.join(TOKENIZER_SIZES)} nor the path of an existing "
-            "tokenizer.json; choose one of these"
+            f"data.tokenizer={tokenizer!r}: must be one of {', '.join(TOKENIZER_SIZES)} or the path of an existing "
+            "tokenizer.json file"
         )
 
 
@@ -260,7 +259,7 @@ def _split(config: Config) -> Iterator[str]:
     if len(split) != 3 or any(not 0 <= weight <= 1_000_000 for weight in split) or not split[0]:
         yield (
             f"data.split={list(split)}: must be three weights from 0 to 1000000 for train, valid and test, "
-            "the first above 0; for example data.split=[969,30,1]"
+            "the first positive; for example data.split=[969,30,1]"
         )
 
 
@@ -271,11 +270,11 @@ def _sources(config: Config) -> Iterator[str]:
         paths: tuple[str, ...] = getattr(data, name)
         if paths and data.source != source:
             yield (
-                f"data.{name}={list(paths)}: not read with data.source={data.source}; "
+                f"data.{name}={list(paths)}: unused with data.source={data.source}; "
                 f"choose data={choice} (data.source={source}) or remove them"
             )
         if not paths and data.source == source:
-            yield f"data.{name}=[]: data.source={source} needs at least one; give data.{name}=[PATH,...]"
+            yield f"data.{name}=[]: data.source={source} needs at least one; set data.{name}=[PATH,...]"
     if data.source == "files":
         for path in data.files:
             if not _is_file(path):
@@ -284,8 +283,8 @@ def _sources(config: Config) -> Iterator[str]:
         for path in data.stores:
             if not (_is_dir(path) or (_is_file(f"{path}.bin") and _is_file(f"{path}.idx"))):
                 yield (
-                    f"data.stores: {path!r} is neither a folder nor a prefix with {path}.bin and {path}.idx beside "
-                    "each other; correct the path, or make a store with `python -m unipool_jax.data`"
+                    f"data.stores: {path!r} is neither a folder nor the prefix of {path}.bin and {path}.idx; "
+                    "correct the path, or build a store with `python -m unipool_jax.data`"
                 )
 
 
@@ -310,7 +309,7 @@ def _topology(config: Config) -> Iterator[str]:
     name = config.mesh.topology
     if name is None:
         if config.mode == "plan":
-            yield "mesh.topology=null: mode=plan needs devices to plan for; choose mesh=v5p_64 or set mesh.topology"
+            yield "mesh.topology=null: mode=plan needs devices to plan for; set mesh.topology, or choose mesh=v5p_64"
         return
     try:
         devices = parse_topology(name).num_devices
@@ -330,9 +329,9 @@ def _processes(config: Config) -> Iterator[str]:
     parts = {"num_processes": found.num_processes, "process_id": found.process_id}
     missing = [f"distributed.{name}" for name, value in parts.items() if value is None]
     if found.coordinator is None and len(missing) < 2:
-        yield "distributed.coordinator=null: set it to HOST:PORT of process 0, or leave the other two alone"
+        yield "distributed.coordinator=null: set it to HOST:PORT of process 0, or remove num_processes and process_id"
     elif found.coordinator is not None and missing:
-        yield f"distributed.coordinator={found.coordinator}: needs {' and '.join(missing)} too"
+        yield f"distributed.coordinator={found.coordinator}: also set {' and '.join(missing)}"
     elif found.num_processes is not None and found.process_id is not None and found.process_id >= found.num_processes:
         yield (
             f"distributed.process_id={found.process_id}: must be below distributed.num_processes={found.num_processes}"
@@ -346,7 +345,7 @@ def _run_folder(config: Config) -> Iterator[str]:
     elif _is_file(config.run.dir):
         yield f"run.dir={config.run.dir!r}: is a file; give the path of a folder"
     if config.run.name == "latest":
-        yield "run.name='latest': eval.py run=latest means the newest run; choose another name"
+        yield "run.name='latest': reserved, as run=latest means the newest run; choose another name"
     for name, value in (
         ("run.name", config.run.name),
         ("scale_name", config.scale_name),
@@ -354,13 +353,13 @@ def _run_folder(config: Config) -> Iterator[str]:
     ):
         if value is not None and not _is_name(value):
             yield (
-                f"{name}={value!r}: is part of a folder's name; use at most {MAX_NAME} letters, digits, '.', '_', "
+                f"{name}={value!r}: names a folder; use at most {MAX_NAME} letters, digits, '.', '_', "
                 "'-', '+', '=' or ',', not beginning with '.'"
             )
 
 
 def _experts_source(config: Config) -> str:
-    """The settings that fix the number of experts, as they stand."""
+    """The settings that determine the number of experts, with their values."""
     if config.pool.experts is not None:
         return f"pool.experts={config.pool.experts}"
     parts = f"moe.experts_per_layer={config.moe.experts_per_layer} x model.num_layers={config.model.num_layers}"
@@ -368,7 +367,7 @@ def _experts_source(config: Config) -> str:
 
 
 def _divisors(number: int) -> str:
-    """Divisors as text; only the small and the large ones of a number with many."""
+    """The divisors of `number` as text; the smallest and the largest of a number with many."""
     found = [n for n in range(1, number + 1) if number % n == 0]
     shown = [str(n) for n in found]
     return ", ".join(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-5:]])
@@ -383,7 +382,7 @@ def _is_name(text: str) -> bool:
 
 
 def _is_path(text: str) -> bool:
-    """Whether the operating system could take `text` as a path; it refuses NUL with a ValueError."""
+    """Whether `text` can be a path: the operating system rejects NUL with a ValueError."""
     return bool(text.strip()) and "\0" not in text
 
 
@@ -396,7 +395,7 @@ def _is_dir(path: str) -> bool:
 
 
 def _safe(ask: Callable[[], bool]) -> bool:
-    """False for a path too long or without permission, which is as good as absent."""
+    """`ask()`; False for a path that is too long or not permitted, which counts as absent."""
     try:
         return ask()
     except (OSError, ValueError):

@@ -1,11 +1,11 @@
 """Typed schema of the whole configuration.
 
-The dataclasses below are the only place where a setting, its type, its default and its meaning are written down.
-The files in `configs/` hold choices (a scale, a method, a data source), never defaults. Defaults are the published
-182M recipe (arXiv 2605.06665).
+The dataclasses below are the only place that defines a setting: its type, default and meaning. `configs/` holds
+choices (a scale, a method, a data source), never defaults. The defaults are the published 182M recipe
+(arXiv 2605.06665). The text under each field is its `--help`.
 
-`parsing.from_mapping` makes a `Config` of a composed plain mapping and reports every unknown key and wrong type at
-once; `rules.validate` then reports every impossible combination, before any array exists.
+`parsing.from_mapping` builds a `Config` from a plain mapping and checks keys and types; `rules.validate` checks values
+and combinations. Both report all problems at once, before any array is allocated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DType = Literal["float32", "bfloat16"]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message lists every problem, one a line."""
+    """A configuration that cannot be run. The message lists every problem, one per line."""
 
     def __init__(self, problems: list[str]):
         self.problems = list(problems)
@@ -29,28 +29,28 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The LLaMA-style backbone."""
+    """The LLaMA-style transformer."""
 
     num_layers: int = 12
-    """Transformer layers L; every layer holds one attention and one feed-forward (or mixture) block."""
+    """Transformer layers L, each an attention block and a feed-forward or mixture-of-experts block."""
     hidden_size: int = 768
     """Model width D."""
     num_heads: int = 12
-    """Query heads; each has hidden_size / num_heads channels."""
+    """Query heads H; must divide model.hidden_size. Each has hidden_size / num_heads channels, an even number."""
     num_kv_heads: int = 4
-    """Key and value heads (grouped-query attention); must divide num_heads."""
+    """Key and value heads (grouped-query attention); must divide model.num_heads."""
     ffn_size: int = 3072
-    """Width F of one expert, or of the dense feed-forward block."""
+    """Hidden width F of one expert, or of the dense feed-forward block."""
     vocab_size: int = 51200
-    """Rows of the embedding and of the output head, padding included. Pad rows are ordinary parameters."""
+    """Rows V of the embedding and of the output head, at least the tokenizer's vocabulary; padding rows are trained."""
     rope_base: float = 1_000_000.0
-    """Base of the rotary position frequencies."""
+    """Base (theta) of the rotary position frequencies."""
     norm_epsilon: float = 1e-5
-    """Added to the mean square inside RMSNorm."""
+    """Epsilon added to the mean square in RMSNorm."""
     init_std: float = 0.01
-    """Standard deviation of the initial weights; the two output projections of a layer use init_std / sqrt(2 L)."""
+    """Standard deviation of the initial weights; the output projections of both blocks use init_std / sqrt(2 L)."""
     compute_dtype: DType = "bfloat16"
-    """Dtype of activations and of weights at use. Parameters and optimiser state are always float32."""
+    """Dtype of activations and matrix products. Parameters and optimizer state are always float32."""
     remat: Literal["none", "moe", "full"] = "moe"
     """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer. With several
     pools over mesh.fsdp `moe` recomputes nothing, and `full` only with a pool for each layer."""
@@ -58,96 +58,98 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """How a layer chooses experts."""
+    """Experts and how a layer routes tokens to them."""
 
     router: Literal["none", "softmax", "sigmoid", "norm"] = "norm"
-    """`norm` is NormRouter; `none` is the dense model (one expert per layer, no router)."""
+    """Score function of the router. `norm` is NormRouter; `none` is the dense model: one block per layer, no router."""
     experts_per_layer: int = 8
-    """Expert budget per layer: the whole model holds experts_per_layer x num_layers experts before any reduction."""
+    """Expert budget per layer: pool.fraction=1 gives the model experts_per_layer x num_layers experts."""
     top_k: int = 1
-    """Experts each token visits in each layer."""
+    """Experts k that each token is routed to in each layer."""
     router_dtype: DType = "float32"
-    """Dtype of the router from its logits on; `bfloat16` reproduces the official runs."""
+    """Dtype of router logits, scores and gates; `bfloat16` reproduces the published runs."""
     score_constant: Literal["monte_carlo", "one"] = "monte_carlo"
-    """NormRouter's fixed constant c: the published Monte Carlo estimate, or 1."""
+    """NormRouter's constant scale c: its published Monte Carlo estimate, or 1."""
     score_epsilon: float = 1e-8
-    """Added to the norm of the logits in NormRouter."""
+    """Epsilon added to the norm of the logits in NormRouter."""
 
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Which layers share which experts."""
+    """How layers share experts."""
 
     groups: int = 1
-    """Number of pools G: 1 is UniPool, num_layers is the ordinary per-layer mixture. Must divide num_layers."""
+    """Number of pools G; must divide model.num_layers. 1 is UniPool, num_layers the ordinary mixture of experts."""
     fraction: float = 1.0
-    """Share of the expert budget kept: the pools hold round(fraction x experts_per_layer x num_layers) experts."""
+    """Fraction of the expert budget: all pools hold round(fraction x experts_per_layer x num_layers) experts."""
     experts: int | None = None
-    """Experts in all pools together; overrides `fraction` when set."""
+    """Experts M in all pools together; null takes pool.fraction of the expert budget."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Balance of expert use. The language-model loss is always reported without these terms."""
+    """Load balancing. The language-model loss is always reported without these terms."""
 
     balance: Literal["none", "switch", "pool", "expert_bias"] = "pool"
-    """`switch`: per-layer Switch loss; `pool`: pool-level loss; `expert_bias`: sigmoid selection bias, no loss."""
+    """`switch`: auxiliary loss per layer; `pool`: auxiliary loss per pool; `expert_bias`: a selection bias for
+    moe.router=sigmoid, without an auxiliary loss."""
     switch_coefficient: float = 1e-2
-    """Weight of the Switch loss of each layer."""
+    """Weight of each layer's Switch loss, with loss.balance=switch."""
     switch_group_sequences: int = 16
-    """Sequences over which one Switch loss is computed; divides train.microbatch_size."""
+    """Sequences over which one Switch loss is computed; must divide train.microbatch_size."""
     pool_coefficient: float = 1e-2
-    """Weight of the pool loss (1e-2 at 182M, 2e-2 at the larger scales)."""
+    """Weight of the pool loss, with loss.balance=pool (published: 1e-2 at 182M, 2e-2 at larger scales)."""
     pool_statistics: Literal["current", "previous"] = "current"
-    """Routing fractions in the pool loss: of this very batch (exact), or of the micro-batch before (as published)."""
+    """Routing fractions in the pool loss: of the current batch (exact), or of the previous micro-batch (published)."""
     expert_bias_rate: float = 1e-3
-    """Step of the selection bias after each optimiser step."""
+    """Change of an expert's selection bias per optimizer step, with loss.balance=expert_bias."""
     z_coefficient: float = 0.0
-    """Weight of the mean squared logsumexp of the router logits of each layer; 0 is off."""
+    """Weight of each layer's router z-loss, the mean squared logsumexp of its logits; 0 turns it off."""
 
 
 @dataclass(frozen=True)
 class LockConfig:
-    """UniPool-lock: all layers share the pool at first, then every expert belongs to one layer.
+    """UniPool-lock: all layers share one pool at first; later each expert belongs to one layer.
 
-    Boundaries are fractions of train.steps, so that they scale with the run; a number of steps overrides its fraction.
+    Phases are given as fractions of train.steps, so that they scale with the run, or as a number of steps.
     """
 
     ownership: Literal["none", "learned", "random_at_lock", "random_from_start"] = "none"
-    """`learned`: assigned by expert use in the shared phase. Controls: a random partition at the same moment and with
-    the same fade, or from step 0 on. `none` is a run without a lock."""
+    """How experts are assigned to layers. `none`: no lock. `learned`: by their use in the shared phase. Controls:
+    `random_at_lock`, a random partition on the same schedule; `random_from_start`, one from step 0."""
     lock_fraction: float = 2 / 60
-    """Share of train.steps after which experts are private."""
+    """Fraction of train.steps after which experts are private."""
     anneal_fraction: float = 1 / 60
-    """Length of the fade before the lock, as a share of train.steps; the partition is frozen where it begins."""
+    """Length of the fade before the lock, as a fraction of train.steps. The partition is fixed when the fade begins."""
     entropy_warmup_fraction: float = 1 / 60
-    """Share of train.steps over which the entropy coefficient rises linearly from 0."""
+    """Fraction of train.steps over which the entropy coefficient rises linearly from 0."""
     lock_step: int | None = None
-    """Step of the lock; overrides lock_fraction."""
+    """Optimizer step of the lock; null uses lock.lock_fraction."""
     anneal_steps: int | None = None
-    """Steps of the fade; overrides anneal_fraction."""
+    """Length of the fade in optimizer steps; null uses lock.anneal_fraction."""
     entropy_warmup_steps: int | None = None
-    """Steps of the warm-up; overrides entropy_warmup_fraction."""
+    """Length of the entropy warm-up in optimizer steps; null uses lock.entropy_warmup_fraction."""
     entropy_coefficient: float = 5e-3
-    """Weight of the squared distance of a layer's score entropy (nats) from ln(entropy_target); stays on to the end. As
-    published, the entropy is that of the mean scores of one micro-batch: it depends on train.microbatch_size."""
+    """Weight of (entropy - ln(entropy_target))^2 in each layer, after the warm-up and to the end of the run. As
+    published, the entropy (nats) is that of a micro-batch's mean scores, so it depends on train.microbatch_size."""
     entropy_target: float = 8.0
-    """Number of experts that each layer is drawn towards using, from 1 to the experts a layer will own."""
+    """Effective number of experts each layer is driven to use; from 1 to the experts a layer owns after the lock."""
     coverage_threshold: float = 0.95
-    """Share of a layer's routed tokens that its own experts should have had when the partition is frozen."""
+    """Fraction of a layer's routed tokens that the experts assigned to it should cover when the partition is fixed."""
     solver: Literal["auto", "r2_exact"] = "auto"
-    """`auto` maximises the routed share, and looks for a partition with full coverage where that one has not;
-    `r2_exact` solves the published integer programs."""
+    """How the partition is found. `auto` maximizes the routed tokens it covers; where a layer misses
+    lock.coverage_threshold, it searches for a partition that reaches it. `r2_exact` solves the published integer
+    programs."""
     solver_seconds: float = 30.0
-    """Time limit of one integer program; a run stops where it is not enough."""
+    """Time limit of one integer program in seconds; a run whose solver exceeds it stops."""
     max_loss_excess: float = 0.05
-    """A validation loss (nats) this far above the one at the freeze counts towards stopping the run."""
+    """Tolerated rise of the validation loss (nats) over its value at the freeze; see lock.excess_evaluations."""
     excess_evaluations: int = 2
-    """Such evaluations in a row that stop it."""
+    """Consecutive evaluations above lock.max_loss_excess that stop the run."""
     count_lookback: int = 5
-    """Evaluations whose routing counts enter the assignment."""
+    """Number of most recent evaluations whose routing counts decide the assignment."""
     count_smoothing: float = 0.5
-    """Weight of the newest counts: an evaluation of age a weighs count_smoothing (1 - count_smoothing)^a."""
+    """Weight s of the newest routing counts; those of a evaluations ago weigh s (1 - s)^a."""
 
 
 @dataclass(frozen=True)
@@ -159,158 +161,166 @@ class OptimizerConfig:
     min_learning_rate: float = 5e-5
     """Learning rate at the last step."""
     warmup_fraction: float = 0.01
-    """Share of train.steps spent in linear warm-up from 0."""
+    """Fraction of train.steps over which the learning rate rises linearly from 0."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon added to the square root of the second moment."""
     weight_decay: float = 0.01
-    """Decoupled decay of every tensor that is a matrix (not of norm gains and router scales)."""
+    """Decoupled weight decay of all matrices; norm gains and router scales are not decayed."""
     clip_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down."""
+    """Gradients are scaled down to this global norm where theirs is larger."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, batch and rhythm of a run."""
+    """Length of a run, batch sizes, and how often it logs, evaluates and saves."""
 
     steps: int = 60_000
-    """Optimiser steps."""
+    """Optimizer steps of the run."""
     batch_size: int = 512
-    """Sequences per optimiser step, over all devices."""
+    """Sequences per optimizer step, over all devices."""
     microbatch_size: int = 16
-    """Sequences per forward and backward pass, over all devices; divides batch_size (gradient accumulation). Losses do
-    not depend on it, but with loss.pool_statistics=previous and for the entropy loss of a lock."""
+    """Sequences per forward and backward pass, over all devices; must divide train.batch_size (gradient accumulation).
+    Losses depend on it only with loss.pool_statistics=previous or the entropy loss of lock.ownership."""
     seed: int = 1234
     """Seed of the initial weights and of the data order."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between training lines in metrics.jsonl and on the terminal."""
     eval_every: int = 1000
-    """Steps between evaluations on the valid split; 0 evaluates only at the end."""
+    """Steps between evaluations on the valid split; 0 evaluates only after the last step."""
     eval_batches: int | None = 100
-    """Length of one evaluation during training: this many times train.batch_size sequences; null is the whole split."""
+    """Length of an evaluation during training, in batches of train.batch_size sequences; null is the full split."""
     eval_batch_size: int = 512
-    """Sequences per evaluation batch; results do not depend on it."""
+    """Sequences per evaluation batch, over all devices; results do not depend on it."""
     eval_slice: Literal["fixed", "moving"] = "fixed"
-    """Same text at every evaluation, or the next slice of the shuffled valid split each time (as published)."""
+    """`fixed` evaluates on the same text each time; `moving` on the next slice of the shuffled valid split, as
+    published."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; 0 saves only at the end or when interrupted."""
+    """Steps between checkpoints; 0 saves only after the last step or when interrupted."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept."""
+    """Number of most recent checkpoints that are kept."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """On a non-finite loss or gradient: stop with a report, or leave the state as it was and go on."""
+    """On a non-finite loss or gradient norm: stop with a report, or skip the update and continue."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it is cut."""
+    """Where text comes from and how it is split."""
 
     source: Literal["demo", "files", "stores"] = "demo"
-    """The embedded corpus, text files (tokenised once into cache_dir), or finished token stores."""
+    """`demo`: the corpus in the package; `files`: data.files, tokenized once into data.cache_dir; `stores`:
+    data.stores."""
     files: tuple[str, ...] = ()
-    """Text, jsonl(.gz/.zst/.xz) or parquet files, for source=files."""
+    """Text, jsonl (plain, .gz, .zst or .xz) or parquet files, with data.source=files."""
     stores: tuple[str, ...] = ()
-    """Directories made by `python -m unipool_jax.data`, or Megatron prefixes (PREFIX.bin and PREFIX.idx)."""
+    """Token stores built by `python -m unipool_jax.data`, or prefixes of Megatron pairs (PREFIX.bin and PREFIX.idx),
+    with data.source=stores."""
     tokenizer: str = "demo"
-    """`bytes`, `demo`, `gpt2`, or the path of a tokenizer.json."""
+    """`bytes`, `demo`, `gpt2`, or the path of a tokenizer.json file."""
     sequence_length: int = 1024
-    """Tokens per sequence S."""
+    """Tokens S per sequence."""
     split: tuple[int, ...] = (969, 30, 1)
-    """Weights of the train, valid and test splits, by document (files, demo and Megatron stores)."""
+    """Relative sizes of the train, valid and test splits in documents; our own stores keep the split they were built
+    with."""
     split_order: Literal["contiguous", "interleaved"] = "contiguous"
-    """Whether splits are consecutive ranges of documents or dealt round by round."""
+    """`contiguous` splits are consecutive ranges of documents; `interleaved` ones repeat the split every
+    sum(data.split) documents."""
     cache_dir: str = ".cache/tokens"
-    """Where stores made from `files` or from the embedded corpus are kept."""
+    """Folder of the token stores built from data.files or from the demo corpus."""
     num_threads: int = 2
     """Threads that read and prefetch batches."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The device mesh: sizes of its axes, whose product is the number of devices, and how experts use it."""
+    """The device mesh, whose axis sizes multiply to the number of devices, and how experts use it."""
 
     data: int = -1
-    """Batch parallelism. -1, allowed for one axis, means what the other axes leave of the devices."""
+    """Data parallelism. One axis of the mesh may be -1: the devices that the other axes leave."""
     fsdp: int = 1
-    """Batch parallelism with parameters and optimiser state sharded over model width."""
+    """Fully sharded data parallelism: parameters and optimizer state are sharded along model.hidden_size."""
     expert: int = 1
-    """Expert parallelism: batch parallelism with the experts of each pool dealt out over devices."""
+    """Expert parallelism: the batch and the experts of each pool are sharded over these devices."""
     tensor: int = 1
-    """Tensor parallelism over attention heads, expert width and vocabulary."""
+    """Tensor parallelism: attention heads, expert width and vocabulary are sharded."""
     topology: str | None = None
-    """Devices that mode=plan plans for, such as `v5p:4x4x4` or `gpu:8`; training takes those that there are."""
+    """Devices that mode=plan plans for, such as `v5p:4x4x4` or `gpu:8`; training uses the devices it finds."""
     transport: Literal["auto", "all_gather", "ragged"] = "auto"
-    """How tokens reach experts on other devices: gather all tokens of the expert group (works everywhere), or send
-    each to its expert with a ragged all-to-all (TPU and GPU); `auto` takes `ragged` where it exists."""
+    """How tokens reach experts on other devices. `all_gather`: each device gathers all tokens of its expert group (any
+    platform). `ragged`: a ragged all-to-all (TPU and GPU). `auto`: `ragged` where it exists."""
     receive_factor: float | None = None
-    """Rows a device can receive in one layer, over the mean; the size of the expert group is always enough. null: 3 at
-    first, and from every checkpoint on what the steps before it needed, and a quarter more."""
+    """Capacity factor: rows a device can receive in one layer, relative to the mean; mesh.expert always suffices. null:
+    3 at first, then, from each checkpoint on, 1.25 times what the steps before it needed."""
     overflow: Literal["stop", "drop"] = "stop"
-    """When more rows arrive: stop with a report, or go on without their experts and count them as `overflow`: in
-    metrics.jsonl those since the line before, in summary.json all of the run."""
+    """When a device would receive more rows: stop with a report, or drop the excess and count it as `overflow`, in
+    metrics.jsonl since the previous line and in summary.json over the run."""
     expert_placement: Literal["contiguous", "measured"] = "contiguous"
-    """Which experts share a device: neighbours, or, when a run is resumed, those whose loads in its last evaluation
-    even out over devices layer by layer. Checkpoints and metrics keep the order of the experts."""
+    """Which experts share a device: consecutive ones, or, each time a run resumes, the placement that best balances the
+    devices layer by layer under the loads of the last evaluation. Checkpoints and metrics keep the experts' order."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes, one per host or per device; see docs/clusters.md."""
+    """Training in several processes, one per host or per device; see docs/clusters.md."""
 
     launch: Literal["auto", "cluster", "single"] = "auto"
-    """`auto` joins other processes where a Slurm step, Open MPI or Cloud TPU hosts announce them; `cluster` always
-    asks JAX to find them (Cloud TPU slices without such an announcement); `single` is one process."""
+    """`auto` connects processes where Slurm, Open MPI or the variables of Cloud TPU hosts announce them; `cluster`
+    always asks JAX to find them (Cloud TPU slices without those variables); `single` is one process."""
     coordinator: str | None = None
-    """Address host:port of process 0; set it, num_processes and process_id where nothing announces them."""
+    """HOST:PORT of process 0. Set it with distributed.num_processes and distributed.process_id where no launcher
+    announces the processes."""
     num_processes: int | None = None
-    """Processes in all, with `coordinator`."""
+    """Number of processes, with distributed.coordinator."""
     process_id: int | None = None
-    """Number of this process from 0, with `coordinator`."""
+    """Index of this process, counted from 0, with distributed.coordinator."""
     timeout_seconds: int = 60
-    """A process not heard from for this long is taken for dead, and the others stop."""
+    """Seconds without a heartbeat after which a process counts as dead and the others stop."""
     start_timeout_seconds: int = 300
-    """How long the processes wait for each other at the start."""
+    """Seconds that processes wait for each other at the start."""
 
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Implementation of the grouped expert matmuls."""
+    """Implementation of the experts' grouped matrix products."""
 
     implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
-    """`auto` takes the best one for the platform; the choice is printed at start."""
+    """`auto` takes the fastest for the platform; the choice is printed at the start of a run."""
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What `mode=plan` does besides compiling the step as configured."""
+    """What mode=plan does besides compiling the configured step."""
 
     search: bool = False
-    """Search micro-batch, rematerialisation and mesh shape for the best modelled throughput that fits."""
+    """Search micro-batch size, rematerialization and mesh shape for the highest modelled throughput that fits in
+    memory."""
     compiled: int = 2
-    """How many of the best candidates of a search are compiled."""
+    """Number of the search's best candidates to compile."""
     figure: str = "plan.png"
-    """File of the figure of a search."""
+    """File that the search draws its figure to."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where results go."""
+    """Where a run keeps its results."""
 
     dir: str = "runs"
-    """Folder of all runs."""
+    """Folder that holds all runs."""
     name: str | None = None
-    """Folder of this run inside `dir`; null makes it from scale, method, steps and seed."""
+    """Folder of this run inside run.dir; null derives it from scale, method, steps and seed."""
     resume: Literal["auto", "never", "required"] = "auto"
-    """Go on from the newest complete checkpoint if there is one, refuse an existing run, or demand one."""
+    """`auto` resumes from the newest complete checkpoint if there is one; `never` refuses a run that exists; `required`
+    refuses to start a new one."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything `train.py` needs to know."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -326,37 +336,37 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     run: RunConfig = field(default_factory=RunConfig)
     scale_name: str = "custom"
-    """Set by the scale file; part of the default run name."""
+    """Name of the scale, set by the file in configs/scale; part of the default run name."""
     method_name: str = "custom"
-    """Set by the method file; part of the default run name."""
+    """Name of the method, set by the file in configs/method; part of the default run name."""
     mode: Literal["train", "describe", "plan"] = "train"
-    """`describe` prints the parameter report and stops; `plan` says what a step costs on the devices of mesh.topology,
-    which need not be there."""
+    """`describe` prints the parameter report; `plan` reports what a step costs on the devices of mesh.topology, which
+    need not be present."""
 
     @property
     def total_experts(self) -> int:
-        """M, the experts in all pools together."""
+        """M, the number of experts in all pools together."""
         if self.pool.experts is not None:
             return self.pool.experts
         return round(self.pool.fraction * self.moe.experts_per_layer * self.model.num_layers)
 
     @property
     def experts_per_pool(self) -> int:
-        """E, what each layer's router chooses from."""
+        """E, the number of experts each layer's router chooses from."""
         return self.total_experts // self.pool.groups
 
     @property
     def router_width(self) -> int:
-        """Logits of each layer's router: E, and with UniPool-lock M before and after the lock."""
+        """Logits of each layer's router: E; with UniPool-lock M, before and after the lock."""
         return self.experts_per_pool if self.lock.ownership == "none" else self.total_experts
 
     @property
     def locked(self) -> bool:
-        """Whether this is the structure of a model after its lock, see `after_lock`."""
+        """Whether this configures a model after its lock; see `after_lock`."""
         return self.lock.ownership != "none" and self.pool.groups == self.model.num_layers
 
     def after_lock(self) -> Config:
-        """The model that a run with a lock ends as: G = L pools of K = M / L experts behind routers of M logits."""
+        """The configuration after the lock: G = L pools of K = M / L experts behind routers of M logits."""
         return dataclasses.replace(self, pool=dataclasses.replace(self.pool, groups=self.model.num_layers))
 
     @property
@@ -376,8 +386,7 @@ class Config:
 
     @property
     def microbatch_loss(self) -> str | None:
-        """The setting, with its value, that makes a loss one of micro-batches, so that their size decides the numbers;
-        None where all losses are those of the whole batch."""
+        """The setting, with its value, that makes losses depend on train.microbatch_size; None where none does."""
         if self.loss.balance == "pool" and self.loss.pool_statistics == "previous":
             return "loss.pool_statistics=previous"
         if self.lock.ownership != "none" and self.lock.entropy_coefficient:
@@ -386,12 +395,12 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens per optimiser step."""
+        """Tokens per optimizer step."""
         return self.train.batch_size * self.data.sequence_length
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain dictionaries, ready for YAML or JSON."""
+    """The configuration as nested dictionaries of plain values."""
     return dataclasses.asdict(config)
 
 

@@ -8,7 +8,7 @@ from unipool_jax.data.errors import DataError
 
 ASSET_FOLDER = Path(__file__).parent / "assets"
 
-# sha256 of the *uncompressed* content, so that another xz version may re-compress the files.
+# sha256 of the uncompressed content, so that the files can be recompressed with another version of xz.
 SHA256 = {
     "sotu.jsonl": "f037b0d484c2063fc15adcb1f2eb956793ba838c0f2437aa7fc0b692aa6e5e3c",
     "demo_tokenizer.json": "d5af1dc108c2dc0c075b317cc9ae8b92b064ea8a6b1879d7fa3359fce4562368",
@@ -21,7 +21,7 @@ def read_asset(name: str) -> bytes:
     """The uncompressed bytes of the packaged file `name`, checked against its known sha256.
 
     Raises:
-      DataError: the file is missing, damaged or was edited.
+      DataError: the file is missing, damaged or edited.
     """
     path = ASSET_FOLDER / f"{name}.xz"
     try:

@@ -31,20 +31,20 @@ class Corpus(NamedTuple):
         return [split for split in SPLIT_NAMES if self.num_tokens(split) >= 2]
 
     def token_bytes(self, vocab_size: int) -> np.ndarray | None:
-        """UTF-8 bytes per token, int32 `[vocab_size]` with zeros for pad ids; None where no exact table exists."""
+        """UTF-8 bytes per token, int32 `[vocab_size]`, 0 for padding ids; None where no exact table exists."""
         table = self.tokenizer.token_bytes
         return None if table is None else np.pad(table.astype(np.int32), (0, vocab_size - len(table)))
 
 
 def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
-    """The tokenizer and stores of `data`; text is tokenised into `data.cache_dir` the first time.
+    """The tokenizer and stores of `data`; text is tokenized into `data.cache_dir` on first use.
 
     Args:
-      data: where text comes from.
+      data: the section of the configuration.
       vocab_size: rows of the model's embedding.
 
     Raises:
-      DataError: missing or damaged data, or a tokenizer with more ids than the model has rows.
+      DataError: missing or damaged data, or a tokenizer with more ids than the embedding has rows.
     """
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size > vocab_size:
@@ -60,13 +60,13 @@ def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
 
 
 def open_texts(data: DataConfig, files: Sequence[str], vocab_size: int) -> Corpus:
-    """Whole files as one corpus that is all `test`."""
-    whole = dataclasses.replace(data, source="files", files=tuple(files), split=(0, 0, 1), split_order="contiguous")
-    return open_corpus(whole, vocab_size)
+    """The corpus of `files`, all of it in the test split; arguments and errors as `open_corpus`."""
+    texts = dataclasses.replace(data, source="files", files=tuple(files), split=(0, 0, 1), split_order="contiguous")
+    return open_corpus(texts, vocab_size)
 
 
 def _open(path: str, tokenizer: Tokenizer, data: DataConfig) -> TokenStore:
-    """Our own stores know their split; Megatron pairs have to be told."""
+    """Open one of `data.stores`; only Megatron pairs take their split from `data`."""
     if Path(path).is_dir():
         return open_store(path, tokenizer)
     return open_store(path, tokenizer, data.split, data.split_order)

@@ -1,8 +1,8 @@
-"""The one exception that this package raises for anything a user can put right."""
+"""The exception for everything a user can correct."""
 
 
 class DataError(ValueError):
-    """Bad input, a damaged or unsuitable store, or a setting that cannot be honoured.
+    """Bad input, a damaged or unsuitable store, or an impossible setting.
 
     The message names the file (and line) or setting, what was found, and what to do.
     """

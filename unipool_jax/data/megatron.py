@@ -1,11 +1,11 @@
-"""Reads Megatron-LM `.bin`/`.idx` pairs (MMIDIDX, version 1): what a Pile user already has.
+"""Reads pairs of Megatron-LM `.bin` and `.idx` files (MMIDIDX, version 1).
 
 `.idx`: 9 bytes `MMIDIDX\\0\\0`; uint64 version; uint8 dtype code; uint64 number of sequences n;
 uint64 length m of the document index; int32 [n] sequence lengths; int64 [n] byte offsets into
 `.bin`; int64 [m] document index. All little-endian. `.bin`: the tokens of all sequences.
 
-Like Megatron's GPT datasets, sequences (not entries of the document index) are what is split and
-shuffled; the usual preprocessing writes one sequence per document.
+As in Megatron's GPT datasets, sequences (not entries of the document index) are split and shuffled;
+its preprocessing normally writes one sequence per document.
 """
 
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 def megatron_prefix(path: Path) -> Path | None:
-    """`path` without `.bin` or `.idx` if both files are there, else None."""
+    """`path` without `.bin` or `.idx` if both files exist, else None."""
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     both = (Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx"))
     return prefix if all(file.is_file() for file in both) else None
 
 
 class MegatronTokenStore(TokenStore):
-    """A Megatron pair as a token store; ids are checked against the vocabulary when read.
+    """A Megatron pair as a token store; ids are checked against the vocabulary when they are read.
 
     Raises:
-      DataError: not such a pair, damaged, or holding ids that `tokenizer` does not have.
+      DataError: not a Megatron pair, damaged, or with ids outside the vocabulary of `tokenizer`.
     """
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer, split: Sequence[float], split_order: str):
@@ -53,7 +53,7 @@ class MegatronTokenStore(TokenStore):
         self._bin = Path(f"{prefix}.bin")
         self._load_index(Path(f"{prefix}.idx"))
         self._tokens = np.memmap(self._bin, dtype=self.dtype, mode="r")
-        self.read(0, min(self.num_tokens, 1 << 16))  # finds a wrong tokenizer at once
+        self.read(0, min(self.num_tokens, 1 << 16))  # fail early if the tokenizer is the wrong one
 
     def _load_index(self, path: Path) -> None:
         size = path.stat().st_size
@@ -65,22 +65,22 @@ class MegatronTokenStore(TokenStore):
         if magic != _MAGIC or header["version"] != 1:
             raise DataError(f"{path}: starts with {magic!r} version {header['version']}; expected {_MAGIC!r} version 1")
         if int(header["code"]) not in _DTYPES:
-            raise DataError(f"{path}: dtype code {header['code']} does not stand for integers")
+            raise DataError(f"{path}: dtype code {header['code']} is not an integer type")
         count, index = int(header["sequences"]), int(header["index"])
         if size != _HEADER.itemsize + 12 * count + 8 * index:
-            raise DataError(f"{path}: {size} bytes do not fit {count} sequences; cut off?")
+            raise DataError(f"{path}: {size} bytes do not match {count} sequences; truncated?")
         if count == 0:
             raise DataError(f"{path}: holds no sequences")
         start = _HEADER.itemsize
         lengths = raw[start : start + 4 * count].view("<i4")
         pointers = raw[start + 4 * count : start + 12 * count].view("<i8")
         self.dtype = np.dtype(_DTYPES[int(header["code"])])
-        # Both stay memory-mapped: thirty shards of the Pile have 170 million documents.
+        # Both stay memory-mapped: the thirty shards of the Pile hold 170 million documents.
         self._lengths, self._pointers, self._index = lengths, pointers, path
         self.num_documents = count
         self.num_tokens = int(lengths.sum(dtype=np.int64))
         if lengths.min() < 0 or (pointers != self.document_offsets[:-1] * self.dtype.itemsize).any():
-            raise DataError(f"{path}: sequences do not follow one another without gaps")
+            raise DataError(f"{path}: sequences are not contiguous")
         stored = self._bin.stat().st_size
         if self.num_tokens == 0 or stored != self.num_tokens * self.dtype.itemsize:
             raise DataError(
@@ -90,7 +90,7 @@ class MegatronTokenStore(TokenStore):
 
     @property
     def document_offsets(self) -> np.ndarray:  # type: ignore[override]
-        """Made from the lengths whenever asked for."""
+        """Computed from the lengths on each access, so that the array is not kept in memory."""
         return np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
 
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
@@ -100,7 +100,7 @@ class MegatronTokenStore(TokenStore):
         return self._lengths[documents].astype(np.int64)
 
     def fingerprint(self) -> str:
-        """As for other stores, but of the index and the size of `.bin` only."""
+        """As for other stores, but of the index only: hashing the `.bin` would read the full corpus."""
         return json_sha256([self.tokenizer_sha256, self.split, self.split_order, file_sha256(self._index)])
 
     @property
@@ -113,7 +113,7 @@ class MegatronTokenStore(TokenStore):
             piece = self._tokens[start:stop].astype(np.int64)
             if stop > start and not 0 <= piece.min() <= piece.max() < self.vocab_size:
                 raise DataError(
-                    f"{self._bin}: tokens {start}..{stop} hold ids {piece.min()}..{piece.max()}, "
+                    f"{self._bin}: tokens {start}..{stop} have ids {piece.min()}..{piece.max()}, "
                     f"but tokenizer {self.tokenizer_name!r} has {self.vocab_size}; name the "
                     "tokenizer that wrote these files"
                 )
@@ -121,6 +121,6 @@ class MegatronTokenStore(TokenStore):
         return pieces
 
     def verify(self) -> None:
-        """Checks every id against the vocabulary (these files carry no hashes)."""
+        """Checks every id against the vocabulary; Megatron files hold no hashes."""
         for start in range(0, self.num_tokens, 1 << 24):
             self.read(start, min(start + (1 << 24), self.num_tokens))

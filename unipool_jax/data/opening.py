@@ -1,4 +1,4 @@
-"""Opens whatever holds tokens at a path: a store of this package or a Megatron pair."""
+"""Opens a token store: one built by this package, or a Megatron pair."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +21,12 @@ def open_store(
     Args:
       path: store folder, or Megatron prefix with or without `.bin` or `.idx`.
       tokenizer: must be the one the store was built with; required for Megatron files, which do
-        not say which tokenizer wrote them.
-      split, split_order: required (split) for Megatron files; elsewhere the store knows them, and
-        asking for others is an error.
+        not record it.
+      split, split_order: required (split) for Megatron files; other stores record them, and
+        other values are an error.
 
     Raises:
-      DataError: nothing to open there, a damaged or unfinished store, or a mismatch.
+      DataError: no store at `path`, a damaged or unfinished store, or a mismatch.
     """
     path = Path(path)
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -38,10 +38,10 @@ def open_store(
     if (prefix := megatron_prefix(path)) is not None:
         if loaded is None or split is None:
             raise DataError(
-                f"{path}: Megatron files say neither which tokenizer wrote them nor how they are "
-                "split; set both, for example tokenizer=gpt2 split=969,30,1"
+                f"{path}: Megatron files record neither their tokenizer nor a split; "
+                "set both, for example tokenizer=gpt2 split=969,30,1"
             )
         return MegatronTokenStore(prefix, loaded, split, split_order or "contiguous")
     if building_folder(path).is_dir() and not path.exists():
-        raise DataError(f"{path}: its build was interrupted; repeat the build to finish it")
+        raise DataError(f"{path}: this build was interrupted; repeat the same command to finish it")
     raise DataError(f"{path}: neither a token store nor the prefix of a Megatron .bin/.idx pair")

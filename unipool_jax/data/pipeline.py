@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step, row): training windows and evaluation windows.
 
-Training order is the index construction of Megatron's GPT datasets, which the reference
-experiments use, so the same stores and seed give the same batches as there.
+The training order is that of Megatron's GPT datasets, which the published experiments use: the same
+stores and seed give the same batches.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from unipool_jax.data.streams import DocumentStream, read_ranges
 class Batch(NamedTuple):
     """Next-token prediction: `targets[b, s]` follows `inputs[b, s]` in the text.
 
-    One row, as `WindowSource.__getitem__` gives it, has no leading axis B.
+    A single row, as returned by `WindowSource.__getitem__`, has no leading axis B.
     """
 
     inputs: np.ndarray  # [B, S] int32
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 class Windows(Protocol):
-    """Anything with a number of windows that can be read by index."""
+    """A sequence of windows that can be read by index."""
 
     sequence_length: int
 
@@ -49,7 +49,7 @@ def _as_stores(stores: TokenStore | Sequence[TokenStore]) -> list[TokenStore]:
         if store.tokenizer_sha256 != stores[0].tokenizer_sha256:
             raise DataError(
                 f"{store.path} was built with tokenizer {store.tokenizer_name!r}, but "
-                f"{stores[0].path} with {stores[0].tokenizer_name!r}; they cannot be mixed"
+                f"{stores[0].path} with {stores[0].tokenizer_name!r}; use stores of one tokenizer"
             )
     return stores
 
@@ -58,7 +58,7 @@ class _StoreWindows:
     """Shuffled windows of one split of one store.
 
     Args:
-      needed: how many windows will be asked for; decides the number of epochs.
+      needed: number of windows that will be used; determines the number of epochs.
 
     Raises:
       DataError: the split is too short for one window.
@@ -75,8 +75,8 @@ class _StoreWindows:
         epochs = -(-(needed * length + 1) // per_epoch)
         total = (epochs * per_epoch - 1) // length
         before_last = ((epochs - 1) * per_epoch - 1) // length
-        # A last epoch of which only a part is used is shuffled on its own, or documents of all
-        # epochs would compete for the part that is used.
+        # As Megatron does: a last epoch that is used only in part is shuffled separately, so that
+        # every document appears equally often in the epochs before it.
         from_last = needed - before_last
         separate = epochs > 1 and from_last < int(0.8 * ((per_epoch - 1) // length))
         random = np.random.RandomState(seed)
@@ -100,24 +100,24 @@ class WindowSource:
     """Random access to the training windows of one split, blended over stores.
 
     Per store: the documents of the split are shuffled and concatenated; windows of S+1 tokens
-    start every S tokens (neighbours share one token, the last incomplete one is dropped) and are
-    shuffled, both with one NumPy `RandomState(seed)`. Windows cross document borders; the end of
-    document token is an input and a target like any other. Several epochs are shuffled together,
-    except for a last epoch of which under 80% is used; so where data repeats, the order depends on
-    `num_windows`.
+    start every S tokens (adjacent windows share one token; an incomplete last one is dropped) and
+    are shuffled, both with one NumPy `RandomState(seed)`. Windows cross document boundaries; the
+    end-of-document token is an input and a target like any other. Epochs are shuffled together,
+    except for a last epoch of which less than 80% is used; so where data repeats, the order depends
+    on `num_windows`.
 
-    Stores have equal weight: window j is taken from the store that lags most behind its share
-    (ties to the first), which is store `j mod n`, its window `j // n`. With several stores each
-    plans 0.5% more windows than it needs; this matters for the number of epochs only.
+    Stores have equal weight: window j of n stores is window `j // n` of store `j mod n`. As in
+    Megatron, each of several stores plans 0.5% more windows than it needs, which affects only the
+    number of epochs.
 
-    Each store's order is made when its first window is read.
+    A store's order is computed when its first window is read.
 
     Args:
       stores: one, or several made by one tokenizer.
       split: `train`, `valid` or `test`.
       sequence_length: S, the number of predicted tokens per window.
-      num_windows: length of the source; further windows do not exist.
-      seed: of the orders.
+      num_windows: length of the source.
+      seed: of both shuffles.
 
     Raises:
       DataError: no store, mixed tokenizers, or (when read) a split without one full window.
@@ -149,7 +149,7 @@ class WindowSource:
         return self._num_windows
 
     def _store_windows(self, store: int) -> _StoreWindows:
-        with self._lock:  # loader threads ask for one store at once
+        with self._lock:  # several loader threads may need the same store
             windows = self._windows[store]
             if windows is None:
                 windows = _StoreWindows(
@@ -180,10 +180,10 @@ class WindowSource:
         return read_ranges(used, ranges).reshape(len(indices), self.sequence_length + 1)
 
     def fingerprint(self) -> str:
-        """Hash of all that decides what the windows hold.
+        """Hash of everything that determines the content of the windows.
 
-        Keep it with a checkpoint: a resumed run with another fingerprint sees other batches. Note
-        that `num_windows` is part of it, as it decides how epochs are shuffled.
+        A resumed run with another fingerprint would see other batches. `num_windows` is part of it,
+        because it determines how epochs are shuffled.
         """
         stores = [store.fingerprint() for store in self.stores]
         return json_sha256([stores, self.split, self.sequence_length, self._num_windows, self._seed])
@@ -201,13 +201,13 @@ class WindowSource:
 class EvalWindows:
     """Every token of a split, in document order, as the target of exactly one window.
 
-    Only the very first token has no context and is no target. The last window is padded with
-    weight 0. Losses summed over these windows therefore have exact denominators that do not
-    depend on the batch size, and two runs that use them are compared on identical text.
+    Only the first token of all has no context and is not a target. The last window is padded with
+    weight 0. The denominators of losses over these windows are therefore exact and independent of
+    the batch size, and runs are compared on identical text.
 
     Args:
-      stores: one, or several made by one tokenizer, read one after another.
-      max_windows: use only the first of the windows.
+      stores: one, or several made by one tokenizer, which are concatenated.
+      max_windows: use at most this many windows, from the first; None is all of them.
 
     Raises:
       DataError: fewer than two tokens in the split.
@@ -230,9 +230,9 @@ class EvalWindows:
         if targets < 1:
             documents = sum(store.num_documents for store in self.stores)
             raise DataError(
-                f"{self.stores[0].path}: split {split!r} has {self._ends[-1]} tokens, evaluation needs at least two. "
-                f"Splits are made of whole documents, and there are {documents}: give more of them (a .txt file is one "
-                "document, a line of .jsonl is one), other split weights, or evaluate another split"
+                f"{self.stores[0].path}: split {split!r} has {self._ends[-1]} tokens; evaluation needs at least two. "
+                f"Splits consist of full documents, and there are {documents}: add documents (a .txt file is one, a "
+                "line of .jsonl is one), change the split, or evaluate another one"
             )
         if max_windows is not None:
             targets = min(targets, max_windows * sequence_length)
@@ -242,7 +242,7 @@ class EvalWindows:
         return -(-self.num_targets // self.sequence_length)
 
     def _ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Tokens `start .. stop-1` of all streams as (stream, start, stop) within each."""
+        """Tokens `start .. stop-1` of the concatenated streams, as (stream, start, stop) within each stream."""
         ranges = []
         for stream, end in enumerate(self._ends):
             begin = end - self._streams[stream].num_tokens
@@ -252,7 +252,7 @@ class EvalWindows:
         return ranges
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Windows `indices` as rows; padding has weight 0 and id 0. IndexError if out of range."""
+        """Windows `indices` as rows; padding has weight 0 and id 0. Raises IndexError if out of range."""
         length = self.sequence_length
         tokens = np.zeros((len(indices), length + 1), np.int32)
         sizes = np.zeros((len(indices), 1), np.int64)
@@ -269,7 +269,7 @@ class EvalWindows:
     def target_counts(self) -> np.ndarray:
         """How often each id is a target, int64 `[vocab_size]`.
 
-        `target_counts() @ tokenizer.token_bytes` is the exact number of bytes that is predicted.
+        `target_counts() @ tokenizer.token_bytes` is the exact number of predicted bytes.
         """
         counts = np.zeros(self.stores[0].vocab_size, np.int64)
         for start in range(0, self.num_targets, 1 << 20):
@@ -280,22 +280,22 @@ class EvalWindows:
 
 
 def _rows(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
-    """`rows` of a batch, all of them for None.
+    """`rows`, or all rows of a batch for None.
 
     Raises:
-      DataError: not one row or more of such a batch, each once and in order.
+      DataError: no rows, or rows out of range, repeated or out of order.
     """
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: must be positive")
     if rows is None:
         return range(batch_size)
     if not rows or rows[0] < 0 or rows[-1] >= batch_size or any(a >= b for a, b in itertools.pairwise(rows)):
-        raise DataError(f"rows={list(rows)}: must be some of 0..{batch_size - 1}, each once and in order")
+        raise DataError(f"rows={list(rows)}: must be ascending numbers from 0 to {batch_size - 1}, without repetition")
     return rows
 
 
 def batch_at(source: Windows, step: int, batch_size: int, rows: Sequence[int] | None = None) -> Batch:
-    """These `rows` (all) of the batch of `step`: windows `step * batch_size + row`."""
+    """`rows` (default all) of the batch of `step`: windows `step * batch_size + row`."""
     return source.batch([step * batch_size + row for row in _rows(rows, batch_size)])
 
 
@@ -309,19 +309,19 @@ def training_batches(
     num_threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[Batch]:
-    """Batches of steps `start_step .. end_step-1`, loaded ahead by Grain.
+    """Batches of steps `start_step .. end_step-1`, prefetched by Grain.
 
-    What a step holds depends on nothing but the source and the step: to resume, start at another
-    step, with any number of processes.
+    The batch of a step depends only on the source and the step: to resume, start at another step,
+    with any number of processes.
 
     Args:
       batch_size: rows over all processes.
-      rows: those that this process needs, in order; None is all of them.
-      num_threads: that load batches.
-      prefetch: batches loaded ahead.
+      rows: those that this process loads, in order; None is all of them.
+      num_threads: threads that load batches.
+      prefetch: number of batches to prefetch.
 
     Raises:
-      DataError: there are no such rows, or the source has too few windows.
+      DataError: invalid rows, or a source with too few windows.
     """
     rows = _rows(rows, batch_size)
     if not 0 <= start_step <= end_step or end_step * batch_size > len(source):
@@ -335,7 +335,7 @@ def training_batches(
 
 
 def _loaded(make: Callable[[int], Batch], steps: range, num_threads: int, prefetch: int) -> Iterator[Batch]:
-    """`make(step)` for each of `steps`, in order, made ahead by Grain's threads."""
+    """`make(step)` for each of `steps`, in order, prefetched by Grain's threads."""
     import grain
 
     if not steps:
@@ -361,11 +361,11 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Windows `start .. stop-1` in order, in batches of constant shape.
 
-    Rows missing from the last batch have weight 0. All processes get the same number of batches; `rows` are those that
-    this one needs, in order, None is all of them.
+    The last batch is padded with rows of weight 0. Every process gets the same number of batches; `rows` are those that
+    this process loads, in order, None is all of them.
 
     Raises:
-      DataError: there are no such rows or no such windows.
+      DataError: invalid rows, or windows out of range.
     """
     own = _rows(rows, batch_size)
     stop = len(windows) if stop is None else stop
@@ -382,11 +382,11 @@ def evaluation_batches(
 
 
 def moving_evaluation_batches(source: Windows, evaluation: int, num_windows: int, **options: Any) -> Iterator[Batch]:
-    """Batches of evaluation number `evaluation` (from 0), each over the next `num_windows`.
+    """Batches of evaluation number `evaluation` (from 0): windows `evaluation * num_windows` and on.
 
-    This is the reference protocol: the shuffled validation stream is not rewound, so successive
-    evaluations see different text. `source` is a `WindowSource` over `valid`, long enough for all
-    evaluations; `options` are those of `evaluation_batches`.
+    The published protocol: the shuffled validation stream is not rewound, so successive evaluations
+    see different text. `source` is a `WindowSource` over `valid`, long enough for all evaluations;
+    `options` are those of `evaluation_batches`.
     """
     start = evaluation * num_windows
     return evaluation_batches(source, start=start, stop=start + num_windows, **options)

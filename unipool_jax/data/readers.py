@@ -1,8 +1,8 @@
 """Documents from text, JSON-lines and parquet files.
 
-Reading has two halves so that the slow one can run in other processes: `DocumentFile` yields raw
-records in file order, and `document_text` turns one record into checked Unicode text. Every error
-names the file and the line (or row).
+Reading has two stages, so that the slow one can run in other processes: `DocumentFile` yields raw
+records in file order, and `document_text` decodes and checks one record. Every error names the file
+and the line (or row).
 """
 
 import gzip
@@ -19,8 +19,8 @@ from unipool_jax.data.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
 
-# (line or row number counted from 1, undecoded line or, from parquet, the value of the column)
 Record = tuple[int, Any]
+"""(number of the line or row, from 1; the undecoded line, or the value of the parquet column)."""
 
 
 def file_format(path: Path) -> str:
@@ -28,21 +28,21 @@ def file_format(path: Path) -> str:
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
             return suffix
-    raise DataError(f"{path}: unknown kind of file; its name must end in {', '.join(SUFFIXES)}")
+    raise DataError(f"{path}: unknown file format; the name must end in one of {', '.join(SUFFIXES)}")
 
 
 def unit(path: Path) -> str:
-    """What a record's number counts in this file."""
+    """What the number of a record counts in this file: `row` or `line`."""
     return "row" if file_format(path) == ".parquet" else "line"
 
 
 class DocumentFile:
     """Raw records of one file, one per document, in file order.
 
-    A `.txt` file is one document. Use as a context manager and iterate once.
+    A `.txt` file is one document. Use as a context manager, and iterate once.
 
     Raises:
-      DataError: while iterating: a damaged or cut-off file, no documents, a blank line before the
+      DataError: while iterating: a damaged or truncated file, no documents, a blank line before the
         last document, a parquet file without a text column `field`.
     """
 
@@ -78,7 +78,7 @@ class DocumentFile:
                 yield number, payload
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
             raise DataError(
-                f"{self._path}, after {unit(self._path)} {number}: damaged or cut-off file ({error})"
+                f"{self._path}, after {unit(self._path)} {number}: damaged or truncated file ({error})"
             ) from error
         if number == 0:
             raise DataError(f"{self._path}, line 1: no documents in this file")
@@ -115,9 +115,9 @@ def _decompressed(path: Path, raw: IO[bytes], suffix: str) -> IO[bytes]:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of consecutive zstd frames; EOFError if the last frame is cut off.
+    """Decompressed bytes of consecutive zstd frames; EOFError if the last frame is incomplete.
 
-    The package's own stream reader ends silently where a frame is cut off.
+    The stream reader of `zstandard` ends silently inside an incomplete frame.
     """
 
     def __init__(self, path: Path, raw: IO[bytes]):
@@ -126,7 +126,7 @@ class _ZstdStream(io.RawIOBase):
         except ImportError as error:
             raise DataError(f"{path}: reading zstd needs the data extra: pip install unipool_jax[data]") from error
         self._error: type[Exception] = zstandard.ZstdError
-        # Up to the limit of the format: large corpora are often compressed with `--long`.
+        # The format's limit: large corpora are often compressed with `--long`.
         self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._raw = raw
         self._frame: Any = None
@@ -169,9 +169,7 @@ def _parquet_records(path: Path, raw: IO[bytes], field: str) -> Iterator[Record]
         table = parquet.ParquetFile(raw)
         schema = table.schema_arrow
         if field not in schema.names:
-            raise DataError(
-                f"{path}, row 1: no column {field!r}; it has {', '.join(schema.names)}: choose one with --field"
-            )
+            raise DataError(f"{path}, row 1: no column {field!r}; choose one of {', '.join(schema.names)} with --field")
         kind = schema.field(field).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(f"{path}, row 1: column {field!r} holds {kind}, not text")
@@ -182,14 +180,14 @@ def _parquet_records(path: Path, raw: IO[bytes], field: str) -> Iterator[Record]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, row {row}: not UTF-8 ({error})") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}, after row {row}: damaged or cut-off file ({error})") from error
+        raise DataError(f"{path}, after row {row}: damaged or truncated file ({error})") from error
 
 
 def document_text(path: Path, record: Record, field: str) -> str:
     """The text of one record of `path`.
 
     Raises:
-      DataError: not UTF-8, not a JSON object, no `field`, or `field` is not text.
+      DataError: not UTF-8, not a JSON object, no `field`, or a `field` that is not text.
     """
     number, payload = record
     place = f"{path}, {unit(path)} {number}"
@@ -220,7 +218,7 @@ def _json_field(place: str, line: str, field: str) -> Any:
         raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}")
     if field not in value:
         names = ", ".join(map(repr, list(value)[:8])) or "no fields"
-        raise DataError(f"{place}: no field {field!r}; it has {names}: choose one with --field")
+        raise DataError(f"{place}: no field {field!r}; it has {names}; choose one with --field")
     return value[field]
 
 

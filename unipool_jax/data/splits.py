@@ -22,19 +22,19 @@ def check_split(split: Sequence[float], order: str) -> Split:
 
     Raises:
       DataError: not three finite non-negative numbers with a positive sum, an unknown order, or
-        fractions where whole documents are dealt.
+        fractions with `order="interleaved"`.
     """
     parts = tuple(float(part) for part in split)
     if len(parts) != 3 or not np.isfinite(parts).all() or min(parts) < 0 or sum(parts) == 0:
         raise DataError(
-            f"split={tuple(split)!r}: give three non-negative numbers for train,valid,test, for example 969,30,1"
+            f"split={tuple(split)!r}: must be three non-negative numbers for train,valid,test, for example 969,30,1"
         )
     if order not in SPLIT_ORDERS:
         raise DataError(f"split_order={order!r}: choose one of {', '.join(SPLIT_ORDERS)}")
     if order == "interleaved" and any(part != int(part) for part in parts):
         raise DataError(
-            f"split={tuple(split)!r}: split_order=interleaved deals whole documents, "
-            "so the three parts must be whole numbers"
+            f"split={tuple(split)!r}: split_order=interleaved counts documents, so the three numbers must be "
+            "whole; for example 969,30,1"
         )
     return parts
 
@@ -44,15 +44,15 @@ def parse_split(text: str) -> Split:
     try:
         parts = [float(part) for part in text.split(",")]
     except ValueError:
-        raise DataError(f"split={text!r}: give three numbers, for example 969,30,1") from None
+        raise DataError(f"split={text!r}: must be three numbers, for example 969,30,1") from None
     return check_split(parts, "contiguous")
 
 
 def split_borders(num_documents: int, split: Split) -> list[int]:
-    """The four borders `b` of a contiguous split: part p holds documents `b[p] .. b[p+1]-1`.
+    """The four boundaries `b` of a contiguous split: part p holds documents `b[p] .. b[p+1]-1`.
 
-    Fractions are normalised and summed, then each border is rounded half to even, as Megatron
-    does (so 969,30,1 of D documents puts `[0, round(.969 D))` into train).
+    As in Megatron, the cumulative fractions times the number of documents D are rounded half to
+    even: 969,30,1 puts documents `[0, round(.969 D))` into train.
     """
     total = float(np.sum(split))
     sums = itertools.accumulate((part / total for part in split), initial=0.0)
@@ -62,8 +62,8 @@ def split_borders(num_documents: int, split: Split) -> list[int]:
 def split_documents(num_documents: int, split: Split, order: SplitOrder, name: SplitName) -> np.ndarray:
     """Indices of the documents of split `name`, ascending, int32.
 
-    contiguous: by document order. interleaved: rounds of `sum(split)` documents; of each round
-    the first `split[0]` documents are train, the next `split[1]` valid, the rest test.
+    contiguous: three consecutive ranges. interleaved: of every `sum(split)` consecutive documents
+    the first `split[0]` are train, the next `split[1]` valid, the rest test.
 
     Raises:
       DataError: an unknown split name.
@@ -75,6 +75,6 @@ def split_documents(num_documents: int, split: Split, order: SplitOrder, name: S
         borders = split_borders(num_documents, split)
         return np.arange(borders[part], borders[part + 1], dtype=np.int32)
     borders = np.concatenate([[0], np.cumsum(split)]).astype(np.int64).tolist()
-    place = np.arange(num_documents, dtype=np.int32) % borders[-1]
-    dealt = (place >= borders[part]) & (place < borders[part + 1])
-    return np.flatnonzero(dealt).astype(np.int32)
+    position = np.arange(num_documents, dtype=np.int32) % borders[-1]
+    in_part = (position >= borders[part]) & (position < borders[part + 1])
+    return np.flatnonzero(in_part).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What a token store looks like on disk, and the file operations that keep it whole.
+"""The layout of a token store on disk, and file operations that keep it consistent.
 
     STORE/
       manifest.json          written last; a folder without it is not a store
@@ -6,8 +6,8 @@
       tokens/                zarr3 array of uint16 or uint32, sharded, zstd, crc32c per chunk
       tokenizer.json         only for a tokenizer that is not built in
 
-While it is built the folder is called `STORE.building` and also holds `journal.json` and
-`lengths.bin`, from which an interrupted build goes on.
+During a build the folder is called `STORE.building` and also holds `journal.json` and
+`lengths.bin`, from which an interrupted build resumes.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ OFFSETS = "document_offsets.npy"
 TOKENS = "tokens"
 TOKENIZER = "tokenizer.json"
 
-# One inner chunk is what a random read decompresses; one shard is one file and the unit of resume.
+# A random read decompresses one chunk; a shard is one file, and what a resumed build repeats at most.
 CHUNK_TOKENS = 1 << 13
 SHARD_TOKENS = 1 << 24
 _CACHE_BYTES = 1 << 26
@@ -43,9 +43,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def open_array(folder: Path, dtype: np.dtype[Any], shard_tokens: int, *, write: bool) -> tensorstore.TensorStore:
-    """The `tokens` array below `folder`; with `write` it is created if it is not there.
+    """The `tokens` array in `folder`; with `write` it is created if it does not exist.
 
-    The array is created far longer than needed, as its length is known only at the end.
+    It is created far longer than needed, because its length is known only at the end.
     """
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     checksum = {"name": "crc32c"}
@@ -62,7 +62,7 @@ def open_array(folder: Path, dtype: np.dtype[Any], shard_tokens: int, *, write: 
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_tokens]}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
-        # A chunk of zeros is data too: leaving it out would look like a lost shard.
+        # Write chunks of zeros as well: a missing file would look like a lost shard.
         "store_data_equal_to_fill_value": True,
     }
     if write:
@@ -70,7 +70,7 @@ def open_array(folder: Path, dtype: np.dtype[Any], shard_tokens: int, *, write: 
         if (folder / TOKENS / "zarr.json").exists():
             del spec["metadata"]["shape"]
         return tensorstore.open(spec, open=True, create=True).result()
-    # Published stores never change, so nothing is checked again after the first read.
+    # A finished store never changes, so cached data need not be revalidated.
     spec |= {"recheck_cached_data": False, "recheck_cached_metadata": False}
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     return tensorstore.open(spec, open=True, read=True, context=context).result()
@@ -88,7 +88,7 @@ def file_sha256(path: Path) -> str:
 
 
 def json_sha256(value: Any) -> str:
-    """sha256 of a JSON value, independent of the order of its keys."""
+    """sha256 of a JSON value, in hexadecimal; independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -102,7 +102,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content`; after a crash it holds the old or the new, never a part."""
+    """Replaces the content of `path`; after a crash the file holds all of the old or all of the new."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content)

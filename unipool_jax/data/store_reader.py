@@ -20,7 +20,7 @@ from unipool_jax.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer, pars
 
 
 class TokenStore:
-    """One stream of token ids, in document order, each document closed by its `eod` token.
+    """One stream of token ids in document order; each document ends with the `eod` token.
 
     Attributes:
       path: folder, or Megatron prefix.
@@ -30,7 +30,7 @@ class TokenStore:
         `document_offsets[d] .. document_offsets[d + 1] - 1`.
       tokenizer_name, tokenizer_sha256, vocab_size, eod: of the tokenizer that wrote the ids.
       split, split_order: how documents are divided into train, valid and test.
-      text_bytes: UTF-8 bytes of all documents; None where it is not known (Megatron).
+      text_bytes: UTF-8 bytes of all documents; None where unknown (Megatron).
       manifest: everything recorded about the store; empty for Megatron.
     """
 
@@ -65,7 +65,7 @@ class TokenStore:
         """`read` for several ranges, concurrently where the storage allows it."""
         for start, stop in zip(starts, stops, strict=True):
             if not 0 <= start <= stop <= self.num_tokens:
-                raise DataError(f"{self.path}: tokens {start}..{stop} are not within its {self.num_tokens}")
+                raise DataError(f"{self.path}: tokens {start}..{stop} are out of range; it has {self.num_tokens}")
         return self._read_many(starts, stops)
 
     def _read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
@@ -86,11 +86,11 @@ class TokenStore:
         return lengths
 
     def fingerprint(self) -> str:
-        """Hash of the contents; stores with one fingerprint give the same tokens and splits."""
+        """Hash of the contents; stores with equal fingerprints have the same tokens and splits."""
         raise NotImplementedError
 
     def verify(self) -> None:
-        """Reads every byte and compares it with the recorded hashes; DataError names the file."""
+        """Compares every file with its recorded hash; raises DataError that names the file."""
         raise NotImplementedError
 
 
@@ -108,7 +108,7 @@ class ZarrTokenStore(TokenStore):
         found = (manifest.get("format"), manifest.get("version"))
         if found != (store_format.FORMAT, store_format.VERSION):
             raise DataError(
-                f"{path}: format {found[0]!r} version {found[1]!r}; this program reads "
+                f"{path}: format {found[0]!r} version {found[1]!r}; expected "
                 f"{store_format.FORMAT!r} version {store_format.VERSION}: rebuild the store"
             )
         self.manifest = manifest
@@ -119,9 +119,9 @@ class ZarrTokenStore(TokenStore):
         asked = check_split(split or self.split, split_order or self.split_order)
         if asked != self.split or (split_order or self.split_order) != self.split_order:
             raise DataError(
-                f"{path}: built with split={self.split} split_order={self.split_order}, asked for "
-                f"split={asked} split_order={split_order or self.split_order}; leave the split "
-                "out or build another store"
+                f"{path}: built with split={self.split} split_order={self.split_order}, not "
+                f"split={asked} split_order={split_order or self.split_order}; omit the split "
+                "or build another store"
             )
         self._check_files()
 
@@ -152,7 +152,7 @@ class ZarrTokenStore(TokenStore):
         try:
             self._array = store_format.open_array(self.path, self.dtype, self._shard_tokens, write=False)
             mapped = np.load(self.path / store_format.OFFSETS, mmap_mode="r", allow_pickle=False)
-            offsets = mapped.view(np.ndarray)  # same memory, without the cost of its subclass
+            offsets = mapped.view(np.ndarray)  # the same memory; indexing np.memmap itself is slow
         except (ValueError, OSError) as error:
             raise DataError(f"{self.path}: damaged store ({error}); rebuild it") from error
         if (
@@ -198,12 +198,12 @@ def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
     if store.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
             f"{store.path}: built with tokenizer {store.tokenizer_name!r} (sha256 "
-            f"{store.tokenizer_sha256[:12]}), asked for {tokenizer.name!r} (sha256 "
+            f"{store.tokenizer_sha256[:12]}), not {tokenizer.name!r} (sha256 "
             f"{tokenizer.sha256[:12]}); use that tokenizer or rebuild the store"
         )
 
 
 def building_folder(out: Path) -> Path:
-    """Where the store `out` is put together before it gets its name."""
+    """The folder in which the store `out` is built before it is renamed."""
     out = out.resolve()
     return out.with_name(out.name + ".building") if out.name else out

@@ -1,4 +1,4 @@
-"""Writes the token stream of a store shard by shard, so that an interrupted build goes on."""
+"""Writes the token stream of a store shard by shard, so that an interrupted build can resume."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _COUNTS = ("documents", "empty_documents", "text_bytes")
 
 
 class Encoded(NamedTuple):
-    """Consecutive records of one input file, tokenised."""
+    """Consecutive records of one input file, tokenized."""
 
     file: int  # index of the input file
     first: int  # index of the first record within that file
@@ -27,22 +27,21 @@ class Encoded(NamedTuple):
 
 
 def cannot_write(path: Path, error: Exception) -> DataError:
-    """The error for a full disk or missing permission; what is finished stays for a resume."""
+    """The error for a full disk or missing permission; finished shards are kept."""
     return DataError(
         f"{path}: cannot be written ({error}); free some space or choose another folder, then "
-        "repeat the command to go on from the last finished shard"
+        "repeat the command to resume after the last finished shard"
     )
 
 
 class StoreWriter:
-    """The part of a store that is on disk already, and how to add to it.
+    """Appends to a store that is being built.
 
-    After every full shard the journal records how many shards exist, which record of which input
-    file comes next, and how many tokens of that record are in the last shard. Everything after
-    that is tokenised again when a build is resumed.
+    After every full shard the journal records the shards, the next record of the inputs, and how
+    many of that record's tokens are in the last shard. A resumed build starts again from there.
 
     Args:
-      folder: the `.building` folder; created, or continued if it holds a build with this `key`.
+      folder: the `.building` folder; created, or resumed if it holds a build with this `key`.
       key: hash of inputs and settings.
       num_files: number of input files.
       dtype: of the stored tokens.
@@ -83,22 +82,22 @@ class StoreWriter:
                 f"{self.folder}: holds an interrupted build from other inputs or settings; "
                 "repeat that command to finish it, or delete the folder to start again"
             )
-        shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it is worth keeping
+        shutil.rmtree(self.folder, ignore_errors=True)  # holds no finished shard
         return None
 
     @property
     def next_record(self) -> tuple[int, int]:
-        """(file, record) from which the caller must go on appending."""
+        """(file, record) that the caller must append next."""
         file, record = self._journal["next"]
         return file, record
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in finished shards and waiting."""
+        """Tokens in finished shards and in memory."""
         return self._journal["tokens"] + self._waiting_tokens
 
     def append(self, encoded: Encoded) -> None:
-        """Adds records in input order, writing every shard that becomes full."""
+        """Adds records, in input order, and writes every shard that becomes full."""
         if self._skip and len(encoded.tokens):
             encoded = encoded._replace(tokens=encoded.tokens[self._skip :])
             self._skip = 0
@@ -138,7 +137,7 @@ class StoreWriter:
         shards.append({"bytes": path.stat().st_size, "sha256": store_format.file_sha256(path)})
 
     def _forget(self, done: int, tokens: np.ndarray) -> None:
-        """Counts the first `done` waiting records as finished; `tokens` are those still waiting."""
+        """Removes the first `done` waiting records and counts them; `tokens` are those that remain."""
         waiting: list[Encoded] = []
         for encoded in self._waiting:
             here = min(done, len(encoded.lengths))
@@ -153,20 +152,20 @@ class StoreWriter:
                 rest = encoded.lengths[here:], encoded.text_bytes[here:]
                 waiting.append(Encoded(encoded.file, encoded.first + here, *rest, tokens[:0]))
         if waiting:
-            # Only the sum over waiting entries of their tokens matters, so the first holds them.
+            # Only the total of the waiting tokens matters, so the first entry can hold all of them.
             waiting[0] = waiting[0]._replace(tokens=tokens)
         self._waiting = waiting
         self._waiting_tokens = len(tokens)
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Writes the last shard, the offsets and, last of all, the manifest.
+        """Writes the last shard, the offsets and finally the manifest.
 
         Args:
-          manifest: what the caller knows (tokenizer, split, inputs by name); the counts, sizes
-            and hashes of what was written are added.
+          manifest: the caller's part of it (tokenizer, split, input names); counts, sizes and
+            hashes are added.
 
         Raises:
-          DataError: there are no tokens at all, or the disk is full.
+          DataError: there are no tokens, or the disk is full.
         """
         num_tokens = self.num_tokens
         if num_tokens == 0:
@@ -207,7 +206,7 @@ class StoreWriter:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Gives the finished `folder` its name `out`, in one step."""
+    """Renames the finished `folder` to `out`, atomically."""
     for name in (_JOURNAL, _LENGTHS):
         (folder / name).unlink(missing_ok=True)
     os.rename(folder, out)

@@ -10,13 +10,13 @@ _BLOCK = 256
 
 
 class DocumentStream:
-    """The concatenation of documents of one store, addressed by token.
+    """The concatenation of documents of one store, indexed by token.
 
-    Only the order (4 bytes a document) and every 256th start are kept in memory, as a corpus has
-    millions of documents; lengths come from the store's memory-mapped offsets.
+    A corpus has millions of documents, so only their order (4 bytes each) and every 256th start
+    are kept in memory; lengths come from the store's memory-mapped offsets.
 
     Args:
-      documents: indices into the store's documents, in stream order; repetition is allowed.
+      documents: indices of documents of `store`, in stream order; may repeat.
     """
 
     def __init__(self, store: TokenStore, documents: np.ndarray):
@@ -24,13 +24,14 @@ class DocumentStream:
         self._documents = documents
         ends = np.cumsum(store.document_lengths(documents))
         self.num_tokens = int(ends[-1]) if len(ends) else 0
-        # Copied, or the whole of `ends` stays alive.
+        # A copy: a view would keep all of `ends` alive.
         self._block_starts = np.concatenate([[0], ends[_BLOCK - 1 :: _BLOCK]])
 
     def segments(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ranges of the store, in order, that stream tokens `start .. stop-1` are made of.
+        """The ranges of the store, in order, that make up stream tokens `start .. stop-1`.
 
-        Returns: starts and stops, int64 `[n]`; ranges that touch are joined.
+        Returns:
+          starts and stops, int64 `[n]`; adjacent ranges are merged.
         """
         first = int(np.searchsorted(self._block_starts, start, side="right")) - 1
         last = int(np.searchsorted(self._block_starts, stop, side="left"))
@@ -48,9 +49,9 @@ class DocumentStream:
 
 
 def read_ranges(streams: Sequence[DocumentStream], ranges: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Tokens of `(stream, start, stop)` ranges one after another, int32.
+    """Concatenated tokens of `(stream, start, stop)` ranges, int32 `[total length]`.
 
-    All reads from one store are issued together, so that its storage can overlap them.
+    All reads of one store are issued together, so that they can overlap.
     """
     starts: list[list[int]] = [[] for _ in streams]
     stops: list[list[int]] = [[] for _ in streams]

@@ -1,4 +1,4 @@
-"""Builds token stores from files of text; opens them (see `opening`).
+"""Builds token stores from text files; opens them (see `opening`).
 
 store = build_store(["pile/00.jsonl.zst"], "stores/00", "gpt2")
 store.read(0, 1025)
@@ -28,7 +28,7 @@ from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer, parse_tokenize
 
 __all__ = ["TokenStore", "build_store", "cached_store", "demo_corpus_path", "open_store"]
 
-# Work handed to one encoder at a time: about this many bytes of undecoded records.
+# Undecoded bytes, and records, that an encoder gets at a time.
 _BATCH_BYTES = 1 << 21
 _BATCH_RECORDS = 4096
 
@@ -52,7 +52,7 @@ def _encode(tokenizer: Tokenizer, path: Path, field: str, records: list[Record])
 
 
 class _WorkerDiedError(Exception):
-    """A worker process ended before it answered."""
+    """A worker process died before it returned a result."""
 
 
 class _Here:
@@ -71,13 +71,13 @@ class _Here:
 class _Worker:
     """A process that encodes one batch at a time.
 
-    Each has a pipe of its own, closed on this side when it starts: if the process is killed, even in the middle of an
-    answer, reading ends with EOFError. A shared queue, as in `concurrent.futures`, would wait for ever.
+    Each has its own pipe, whose other end is closed here when the process starts: if the process is killed, even while
+    it sends a result, reading ends with EOFError. A shared queue, as in `concurrent.futures`, would wait forever.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        # Spawned, not forked: this process has threads (TensorStore, maybe JAX) whose locks a fork
-        # would copy in an unknown state.
+        # Spawned, because a fork would copy the locks of this process's threads (TensorStore, maybe
+        # JAX) in an unknown state.
         context = get_context("spawn")
         self.pipe, other = context.Pipe()
         arguments = (other, tokenizer.name, tokenizer.definition)
@@ -102,7 +102,7 @@ class _Worker:
 
 
 def _work(pipe: connection.Connection, name: str, definition: bytes | None) -> None:
-    """Answer requests until the other side, or the process there, is gone."""
+    """Encodes batches until the other end of the pipe is closed or its process is gone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(name) if definition is None else parse_tokenizer(name, definition)
     with contextlib.suppress(EOFError, OSError):
@@ -110,19 +110,19 @@ def _work(pipe: connection.Connection, name: str, definition: bytes | None) -> N
             path, field, records = pipe.recv()
             try:
                 answer: _Numbers | Exception = _encode(tokenizer, path, field, records)
-            except Exception as error:  # whatever it is, it belongs to the process that asked
+            except Exception as error:  # raised in the parent process
                 answer = error
             pipe.send(answer)
 
 
 @contextlib.contextmanager
 def _encoders(tokenizer: Tokenizer, workers: int) -> Iterator[Sequence[_Here | _Worker]]:
-    """What encodes records: this process, or `workers` others."""
+    """Encoders of records: this process for `workers=1`, else that many processes."""
     if workers == 1:
         yield [_Here(tokenizer)]
         return
-    resource_tracker.ensure_running()  # would be started by the first process and reset the mask
-    # Processes inherit the signal mask: Ctrl-C reaches this process only, even while they are still importing.
+    resource_tracker.ensure_running()  # otherwise starting the first process starts it and resets the mask
+    # Workers inherit the signal mask, so that Ctrl-C reaches only this process, even while they import.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     started: list[_Worker] = []
     try:
@@ -178,7 +178,7 @@ def _append_all(
     workers: int,
     report: Callable[[int, int], None],
 ) -> None:
-    """Encodes everything the writer does not have yet, appending in input order."""
+    """Encodes the records that the writer does not have yet, and appends them in input order."""
     waiting: deque[tuple[int, int, _Here | _Worker]] = deque()
 
     def append_oldest() -> None:
@@ -192,7 +192,7 @@ def _append_all(
         batches = _batches(files, field, writer.next_record, report_bytes)
         for (file, first, records), encoder in zip(batches, itertools.cycle(encoders), strict=False):
             if len(waiting) == len(encoders):
-                append_oldest()  # in turn, so it is this encoder's
+                append_oldest()  # encoders take turns, so the oldest result is this encoder's
             encoder.start(files[file], field, records)
             waiting.append((file, first, encoder))
         while waiting:
@@ -201,7 +201,7 @@ def _append_all(
 
 @contextlib.contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A function of (bytes read, tokens so far) that moves a progress bar on stderr."""
+    """A function of (bytes read, tokens so far) that updates a progress bar on stderr."""
     if not shown:
         yield lambda position, tokens: None
         return
@@ -209,7 +209,7 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("tokenising"),
+        progress.TextColumn("tokenizing"),
         progress.BarColumn(),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
@@ -234,34 +234,34 @@ def build_store(
     shard_tokens: int = store_format.SHARD_TOKENS,
     input_hashes: Sequence[str] | None = None,
 ) -> TokenStore:
-    """Tokenises `files` in order into the store `out`; one end-of-document token per document.
+    """Tokenizes `files`, in order, into the store `out`; each document ends with one end-of-document token.
 
-    The store is put together in `OUT.building` and renamed when complete, so `out` is whole or
-    not there. An interrupted build goes on from its last finished shard when it is repeated; if
-    `out` is there already and was built from the same inputs and settings, it is opened.
+    The store is built in `OUT.building` and renamed when complete, so `out` is never incomplete. An
+    interrupted build resumes after its last finished shard when it is repeated. An `out` that was
+    built from the same inputs and settings is opened.
 
     Args:
-      split: parts for train, valid and test (any scale).
-      split_order: `contiguous` (by document order) or `interleaved` (documents dealt in rounds).
+      split: relative sizes of train, valid and test, in documents.
+      split_order: `contiguous` or `interleaved`; see `splits.split_documents`.
       field: JSON field or parquet column that holds the text.
-      workers: processes that parse and tokenise; with 1, this process does, and the tokenizers
-        package uses its own threads.
+      workers: processes that parse and tokenize; 1 uses this process and the threads of the
+        tokenizers package.
       progress: show a progress bar on stderr.
-      shard_tokens: tokens per file of the store, and most that is lost by an interruption.
-      input_hashes: content hashes that identify the inputs; default size and modification time.
+      shard_tokens: tokens per shard file, the most that an interruption can lose.
+      input_hashes: content hashes that identify the inputs; default: size and modification time.
 
     Raises:
-      DataError: bad input (names file and line), no text at all, a setting that is not allowed,
-        `out` in use for something else, or the disk is full.
+      DataError: bad input (names file and line), no text, an invalid setting, an `out` that holds
+        something else, or a full disk.
     """
     if workers < 1 or shard_tokens < 1 or shard_tokens % store_format.CHUNK_TOKENS:
         raise DataError(
-            f"workers={workers} shard_tokens={shard_tokens}: at least one worker, and a positive "
-            f"multiple of {store_format.CHUNK_TOKENS} tokens per shard"
+            f"workers={workers} shard_tokens={shard_tokens}: workers must be at least 1 and shard_tokens "
+            f"a positive multiple of {store_format.CHUNK_TOKENS}"
         )
     paths, out = [Path(file) for file in files], Path(out).resolve()
     if not out.name:
-        raise DataError(f"{out}: is no name for a store; choose a folder below it")
+        raise DataError(f"{out}: cannot be a store; choose a folder below it")
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     checked = check_split(split, split_order)
     if not paths:
@@ -292,7 +292,7 @@ def build_store(
     }
     key = store_format.json_sha256(identity)
     folder = building_folder(out)
-    if (out / store_format.MANIFEST).is_file():  # finished, maybe where nothing can be written
+    if (out / store_format.MANIFEST).is_file():  # finished; must also open in a read-only folder
         return _open_same(out, tokenizer, key, checked, split_order)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -311,8 +311,8 @@ def build_store(
             publish(folder, out)
     except _WorkerDiedError as error:
         raise DataError(
-            f"{folder}: a worker process died, perhaps for lack of memory; repeat the command with fewer than "
-            f"{workers} workers to go on from the last finished shard"
+            f"{folder}: a worker process died, perhaps out of memory; repeat the command with fewer than "
+            f"{workers} workers to resume after the last finished shard"
         ) from error
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -341,10 +341,10 @@ def cached_store(
     workers: int = 1,
     progress: bool = False,
 ) -> TokenStore:
-    """The store of `files`, built below `cache_dir` the first time it is asked for.
+    """The store of `files`, built in `cache_dir` on first use.
 
     The folder's name is a hash of the files' contents, the tokenizer and the split, so a changed
-    file gives another store and a moved one does not. Processes that ask at once build it once.
+    file gives another store and a moved one does not. Concurrent processes build it only once.
 
     Raises:
       DataError: as `build_store`.

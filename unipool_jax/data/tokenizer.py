@@ -25,12 +25,12 @@ from unipool_jax.data.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 BUILT_IN = ("bytes", "demo", "gpt2")
 
-# What published tokenizer.json files call the token that ends a document, most specific first.
+# Names of the end-of-document token in published tokenizer.json files, most specific first.
 _EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
-# Text on which the byte counts of an unknown tokenizer are checked before they are believed:
-# leading and repeated blanks, line ends, control characters, combining marks, four-byte
-# characters, an unassigned code point and a spelled-out special token.
+# Texts on which the byte counts of an unknown tokenizer are verified: leading and repeated spaces,
+# line ends, control characters, combining marks, four-byte characters, an unassigned code point
+# and a spelled-out special token.
 _PROBES = (
     "Plain words, 12345 numbers; and punctuation!",
     "  two leading blanks\tand\n\n\nline ends \r\n ",
@@ -45,13 +45,13 @@ class Tokenizer:
     """Text to ids.
 
     Attributes:
-      name: what `load_tokenizer` was given.
+      name: the argument of `load_tokenizer`.
       vocab_size: ids are `0 .. vocab_size-1`.
       eod: id of the end-of-document token.
-      sha256: hash of the definition; two tokenizers with one hash give the same ids.
-      token_bytes: `[vocab_size]` int32, how many UTF-8 bytes of text a token stands for (eod 0),
-        so that the byte count of any token sequence is a sum; None where no such table is exact
-        (for example a tokenizer that inserts a blank before each document).
+      sha256: hash of the definition; tokenizers with equal hashes give the same ids.
+      token_bytes: `[vocab_size]` int32, UTF-8 bytes of text per token (0 for eod), so that the
+        byte count of a sequence is a sum; None where no such table is exact (for example, where a
+        tokenizer inserts a space before each document).
       definition: content of the `tokenizer.json`, None for built-in tokenizers.
     """
 
@@ -93,7 +93,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class BpeTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` package, with its end-of-document token known."""
+    """A tokenizer of the `tokenizers` package, with a known end-of-document token."""
 
     def __init__(
         self,
@@ -129,14 +129,14 @@ def _token_bytes(core: tokenizers.Tokenizer, vocab_size: int, eod: int) -> np.nd
     """Byte length of every token, or None if summing them does not give the length of a text.
 
     Byte-level tokens spell one byte per character; byte-fallback tokens are `<0xNN>` or text with
-    U+2581 for a blank. The table is kept only if it is exact on `_PROBES`. A tokenizer that
-    normalises to NFC is measured against the NFC form of the text.
+    U+2581 for a space. The table is used only if it is exact on `_PROBES`. A tokenizer that
+    normalizes to NFC is compared with the NFC form of the text.
     """
     definition = json.loads(core.to_str())
     byte_level = "ByteLevel" in _component_types(definition.get("decoder"))
     added = {token["id"]: token for token in definition.get("added_tokens") or []}
     if any((t["lstrip"] or t["rstrip"]) and not t["special"] for t in added.values()):
-        return None  # such a token swallows an unknown amount of white space
+        return None  # such a token absorbs an unknown amount of white space
     lengths = np.zeros(vocab_size, np.int32)
     for token, index in core.get_vocab(with_added_tokens=True).items():
         if index in added:
@@ -151,7 +151,7 @@ def _token_bytes(core: tokenizers.Tokenizer, vocab_size: int, eod: int) -> np.nd
     nfc = _component_types(definition.get("normalizer")) == ["NFC"]
     for probe in _PROBES:
         if not byte_level:
-            probe = probe.replace("\u2581", "")  # stands for a blank there, by design
+            probe = probe.replace("\u2581", "")  # a space in such a tokenizer, by design
         text = unicodedata.normalize("NFC", probe) if nfc else probe
         ids = core.encode(probe, add_special_tokens=False).ids
         if int(lengths[ids].sum()) != len(text.encode()):
@@ -175,7 +175,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     Example: `load_tokenizer("gpt2").encode_batch(["Hello world"])` gives `[[15496, 995]]`.
 
     Raises:
-      DataError: unknown name, unreadable file, or no end-of-document token in it.
+      DataError: an unknown name, an unreadable file, or no end-of-document token.
     """
     if name in BUILT_IN:
         return _load_built_in(name)
@@ -193,7 +193,7 @@ def _load_built_in(name: str) -> Tokenizer:
         return ByteTokenizer()
     if name == "demo":
         tokenizer = parse_tokenizer(name, read_asset("demo_tokenizer.json"))
-        tokenizer.definition = None  # shipped, so a store need not carry it
+        tokenizer.definition = None  # built in, so a store need not include it
         return tokenizer
     encoder = read_asset("gpt2_encoder.json")
     merges = read_asset("gpt2_vocab.bpe")
@@ -207,10 +207,10 @@ def _load_built_in(name: str) -> Tokenizer:
 
 
 def parse_tokenizer(name: str, definition: bytes) -> Tokenizer:
-    """A tokenizer from the content of a `tokenizer.json`; `name` is used in messages.
+    """The tokenizer that the content of a `tokenizer.json` defines; `name` is used in messages.
 
     Raises:
-      DataError: the content cannot be parsed, or holds none of the known end-of-document tokens.
+      DataError: the content cannot be parsed, or has no known end-of-document token.
     """
     try:
         core = tokenizers.Tokenizer.from_str(definition.decode())

@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer; without files, the one shipped with the demo corpus.
+"""Trains a byte-level BPE tokenizer; without files, the built-in one of the demo corpus.
 
 python -m unipool_jax.data.train_tokenizer --out tokenizer.json
 python -m unipool_jax.data.train_tokenizer corpus/*.jsonl.gz --vocab-size 32768 --out my.json
@@ -24,10 +24,10 @@ DEMO_SPLIT: Split = (18.0, 1.0, 1.0)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """`tokenizer.json` of a byte-level BPE with `vocab_size` entries, `<|endoftext|>` the first.
+    """The `tokenizer.json` of a byte-level BPE with `vocab_size` entries, `<|endoftext|>` first.
 
-    The end-of-document token is an ordinary vocabulary entry that no merge produces: it is not
-    an "added token", which would be recognised inside a document's text.
+    The end-of-document token is an ordinary vocabulary entry that no merge produces. As an "added
+    token" it would be recognized inside the text of a document.
     """
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def demo_training_texts() -> list[str]:
-    """The documents of the demo corpus' training split."""
+    """The documents of the demo corpus's training split."""
     texts = list(read_texts([demo_corpus_path()]))
     return [texts[i] for i in split_documents(len(texts), DEMO_SPLIT, "interleaved", "train")]
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.vocab_size < 257:
-            raise DataError(f"--vocab-size {options.vocab_size}: at least 257 (256 bytes, 1 end)")
+            raise DataError(f"--vocab-size {options.vocab_size}: must be at least 257 (256 bytes, 1 end of document)")
         paths = [Path(file) for file in options.files]
         texts = read_texts(paths, options.field) if paths else demo_training_texts()
         options.out.write_bytes(train_tokenizer(texts, options.vocab_size))

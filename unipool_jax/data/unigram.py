@@ -1,4 +1,4 @@
-"""The loss of guessing by word frequency alone: what any trained model has to beat."""
+"""The loss of the unigram model, a baseline that any trained model has to beat."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class UnigramLoss(NamedTuple):
 
 
 def token_counts(stores: Sequence[TokenStore], split: SplitName) -> np.ndarray:
-    """How often each id occurs in a split of `stores`, int64 `[vocab_size]`."""
+    """Occurrences of each id in a split of `stores`, int64 `[vocab_size]`."""
     counts = np.zeros(stores[0].vocab_size, np.int64)
     for store in stores:
         stream = DocumentStream(store, store.split_documents(split))
@@ -43,7 +43,7 @@ def unigram_loss(
       token_bytes: `[V]`, from `Tokenizer.token_bytes`.
 
     Raises:
-      DataError: counts of different vocabularies, or nothing to evaluate.
+      DataError: counts of different vocabularies, or no target tokens.
     """
     if train_counts.shape != eval_counts.shape or eval_counts.sum() == 0:
         raise DataError(

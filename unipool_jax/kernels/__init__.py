@@ -1,1 +1,1 @@
-"""Grouped expert kernels: arrays in, arrays out. Layer 0 of the package; imports only jax and numpy."""
+"""Grouped matrix products of experts: functions of arrays. Imports only JAX and NumPy."""

@@ -1,6 +1,6 @@
-"""What follows a grouped product while it is still in registers: elementwise functions, in float32.
+"""Epilogues of grouped products: elementwise functions, in float32, of products that are still in registers.
 
-Each takes the products, then what was read beside them, and returns a tuple of outputs. All turn zeros into zeros.
+Each takes the products, then any further inputs, and returns a tuple of outputs. All map zeros to zeros.
 """
 
 import jax
@@ -20,7 +20,7 @@ def summed(first: jax.Array, second: jax.Array) -> One:
 
 
 def gated(gate: jax.Array, up: jax.Array) -> One:
-    """The hidden values of SwiGLU, `silu(gate) * up` (Shazeer 2020, arXiv:2002.05202)."""
+    """The hidden activations of SwiGLU, `silu(gate) * up` (Shazeer 2020, arXiv:2002.05202)."""
     return (jax.nn.silu(gate) * up,)
 
 

@@ -1,7 +1,7 @@
 """The plan of a grouped product: which rows of a sorted buffer belong to which expert.
 
-A plan is made once per MoE layer, for one implementation, and shared by all of that layer's grouped products,
-forward and backward.
+A plan is made once per MoE layer, for one implementation, and shared by all grouped products of that layer, forward and
+backward.
 """
 
 import math
@@ -16,11 +16,11 @@ from unipool_jax.kernels.implementations import Implementation, resolve, target_
 
 
 class Tiling(NamedTuple):
-    """How an implementation walks over the rows of a group; static, part of what a plan is compiled for.
+    """How an implementation divides the rows of a group into tiles. Static: part of the compilation key.
 
     Attributes:
-        implementation: the one that the plan is for.
-        block_rows: leading rows of every group that are handled apart from the tiles; 0 where tiles do it all.
+        implementation: the implementation that the plan is for.
+        block_rows: leading rows of every group that are processed in one batched product; 0 where tiles cover all rows.
         tile_rows: rows of a tile.
         alignment: a group's first tile starts at its first row rounded down to a multiple of this.
     """
@@ -34,18 +34,18 @@ class Tiling(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GroupPlan:
-    """Where each of E groups lies in a buffer of R rows sorted by group. A pytree of int32 arrays.
+    """The positions of E groups in a buffer of R rows sorted by group. A pytree of int32 arrays.
 
     Attributes:
-        group_sizes: `[E]` rows of each group; zero is allowed.
+        group_sizes: `[E]` rows of each group, possibly zero.
         offsets: `[E + 1]` exclusive prefix sums: group e owns rows `offsets[e]:offsets[e + 1]`. Rows from
-            `offsets[E]` on belong to no group: products write zeros there and never use what they hold.
+            `offsets[E]` on belong to no group: products write zeros there and ignore their content.
         row_group: `[R]` group of each row, E for rows of no group.
-        tile_group: `[B]` group of each tile, in the order of the rows; E for tiles of rows of no group.
+        tile_group: `[B]` group of each tile, in row order; E for tiles of rows of no group.
         tile_start: `[B]` first row of each tile.
-        num_tiles: `[]` how many of the B tiles hold rows of a group; an empty group has none.
-        num_tail_tiles: `[]` how many tiles after those cover the rows of no group.
-        tiling: the static sizes behind the tiles.
+        num_tiles: `[]` number of tiles that hold rows of a group; an empty group has none.
+        num_tail_tiles: `[]` number of tiles after those that cover the rows of no group.
+        tiling: the static sizes of the tiles.
     """
 
     group_sizes: jax.Array
@@ -59,7 +59,7 @@ class GroupPlan:
 
 
 def choose_tiling(implementation: Implementation, num_rows: int, num_groups: int) -> Tiling:
-    """Sizes of blocks and tiles for `num_rows` rows in `num_groups` groups."""
+    """The tiling for `num_rows` rows in `num_groups` groups."""
     expected = num_rows / num_groups
     if implementation == "pallas_tpu":
         tile_rows = tpu_tiles.tile_rows(target_device_kind(), expected)
@@ -71,16 +71,15 @@ def choose_tiling(implementation: Implementation, num_rows: int, num_groups: int
 
 
 def block_shape(num_rows: int, num_groups: int) -> tuple[int, int]:
-    """Rows per group handled in one batched product, and rows of the tiles that visit the rest.
+    """Rows per group of the batched product, and rows of the tiles that cover the rest.
 
-    The block holds the expected rows per group and half a standard deviation of even random routing: a larger
-    block multiplies padding, a smaller one sends every group through the tile loop. On CPU a batched product
-    of more than 48 rows passes over each matrix a second time, which pays only well beyond 48 rows. Chosen by
-    measurement with `python -m benchmarks.grouped_matmul`.
+    The block holds the expected rows per group plus half a standard deviation of uniform random routing: a larger
+    block multiplies padding, a smaller one sends every group through the tile loop. Chosen by measurement with
+    `python -m benchmarks.grouped_matmul`.
     """
     expected = num_rows / num_groups
     block = max(8, math.ceil((expected + math.sqrt(expected) / 2) / 8) * 8)
-    if block > 48:
+    if block > 48:  # on CPU a batched product of more rows reads each matrix twice, which pays only well beyond 48
         block = 48 if expected <= 72 else math.ceil(block / 16) * 16
     tile = 32 if block <= 48 else 64
     return block, max(1, min(block, tile, num_rows))
@@ -93,19 +92,18 @@ def make_group_plan(
     implementation: Implementation = "auto",
     expected_rows: int | None = None,
 ) -> GroupPlan:
-    """Plan for groups laid one after another from row 0 of a buffer.
+    """The plan for groups that are contiguous from row 0 of a buffer.
 
     Args:
         group_sizes_E: `[E]` integer array, rows of each group.
-        num_rows: R, rows of the buffer. The sizes must sum to at most R. That sum is a traced value and is
-            not checked: rows beyond the buffer are cut off, so no product reads or writes outside it.
-        implementation: what computes the products of this plan; "auto" chooses by platform.
-        expected_rows: rows that all groups have together on average, where the buffer has room for more; sizes of
-            tiles are chosen for it.
+        num_rows: R, rows of the buffer. The sizes must sum to at most R. Their sum is traced and therefore not
+            checked; rows beyond the buffer are dropped, so no product reads or writes outside it.
+        implementation: computes the products of this plan; "auto" chooses by platform.
+        expected_rows: mean number of rows in all groups together, if below R; tile sizes are chosen for it.
 
     Raises:
-        ValueError: if `group_sizes_E` is not a non-empty vector of integers, `num_rows` is negative, or the
-            implementation is unknown.
+        ValueError: `group_sizes_E` is not a non-empty integer vector, `num_rows` is negative, or the implementation
+            is unknown.
 
     Example:
         >>> plan = make_group_plan(jnp.array([2, 0, 3]), num_rows=6)
@@ -114,7 +112,7 @@ def make_group_plan(
     """
     group_sizes_E = jnp.asarray(group_sizes_E)
     if group_sizes_E.ndim != 1 or group_sizes_E.shape[0] == 0:
-        raise ValueError(f"group_sizes_E has shape {group_sizes_E.shape}; expected [E] with at least one group")
+        raise ValueError(f"group_sizes_E has shape {group_sizes_E.shape}; expected [E] with E >= 1")
     if not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
         raise ValueError(f"group_sizes_E has dtype {group_sizes_E.dtype}; expected an integer dtype")
     if num_rows < 0:
@@ -130,12 +128,12 @@ def make_group_plan(
     block, tile, alignment = tiling.block_rows, tiling.tile_rows, tiling.alignment
     first_E = starts_E // alignment * alignment + block
     tiles_E = jnp.where(ends_E > starts_E, -(-jnp.maximum(ends_E - first_E, 0) // tile), 0)
-    # The rows of no group, as one more group; where blocks do part of the work they also see to these rows.
+    # The rows of no group form one more group. With blocks it needs no tiles: `_from_blocks` zeros these rows.
     tail = -(-ends_E[-1:] // alignment) * alignment
     tail_tiles = -(-(num_rows - tail) // tile) if block == 0 else jnp.zeros_like(tail)
     tile_ends = jnp.cumsum(jnp.concatenate([tiles_E, tail_tiles]))
     if block:
-        # A tile is no larger than a block, so a group of n rows overflows into at most n // tile tiles.
+        # A tile is at most as large as a block, so a group of n rows overflows into at most n // tile tiles.
         most_tiles = num_rows // tile
     else:
         most_tiles = min(num_groups, num_rows) + 1 + (num_rows + min(num_groups, num_rows) * (alignment - 1)) // tile
@@ -156,19 +154,19 @@ def make_group_plan(
 
 
 def sort_by_group(group_ids_R: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array]:
-    """Stable order that brings the rows of each group together, and the groups' sizes.
+    """The stable permutation that sorts rows by group, and the sizes of the groups.
 
     Args:
-        group_ids_R: `[R]` integer group of each row, zero or more. Ids of `num_groups` or more mean "no group":
-            such rows come last and are counted nowhere, which is how a caller drops rows.
+        group_ids_R: `[R]` non-negative integer group of each row. Ids of `num_groups` or more mean "no group": such
+            rows are sorted last and not counted, which is how a caller drops rows.
         num_groups: E.
 
     Returns:
-        `order_R` int32, such that `group_ids_R[order_R]` ascends up to the rows of no group, ties (and those
-        rows) in their original order; and `group_sizes_E` int32.
+        `order_R` int32, such that `group_ids_R[order_R]` ascends (rows of no group keep their order), ties in their
+        original order; and `group_sizes_E` int32.
 
     Raises:
-        ValueError: if `group_ids_R` is not an integer vector or `num_groups` is not positive.
+        ValueError: `group_ids_R` is not an integer vector, or `num_groups` is not positive.
 
     Example:
         >>> order, sizes = sort_by_group(jnp.array([1, 0, 1]), num_groups=2)
@@ -184,7 +182,7 @@ def sort_by_group(group_ids_R: jax.Array, num_groups: int) -> tuple[jax.Array, j
     num_rows = group_ids_R.shape[0]
     group_ids_R = jnp.minimum(group_ids_R, num_groups).astype(jnp.int32)
     if (num_groups + 1) * num_rows <= jnp.iinfo(jnp.int32).max:
-        # Group and row in one integer: sorting a single array is several times faster on CPU than an argsort.
+        # Pack group and row into one integer: on CPU, sorting one array is several times faster than an argsort.
         row_R = jnp.arange(num_rows, dtype=jnp.int32)
         sorted_ids_R, order_R = jnp.divmod(jnp.sort(group_ids_R * num_rows + row_R), max(1, num_rows))
     else:

@@ -1,4 +1,4 @@
-"""Grouped matrix product: each row of a sorted buffer times its own expert's matrix. The public face."""
+"""Grouped matrix product: each row of a sorted buffer times the matrix of its expert."""
 
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class BackEnd(Protocol):
-    """What a module must offer to compute the products of a plan; operands have one dtype, products sum in float32."""
+    """Functions that an implementation provides. Operands share one dtype; products accumulate in float32."""
 
     def matmul(self, rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:
         """`out[r] = rows[r] @ bank[group of r]`, or with that matrix transposed; zero for rows of no group."""
@@ -35,7 +35,7 @@ class BackEnd(Protocol):
         *,
         keep_products: bool,
     ) -> tuple[jax.Array, Any]:
-        """Gated expert FFN, `[R, D]`; if asked to keep them, the products that `ffn_backward` wants, else anything."""
+        """Gated expert FFN `[R, D]`, and the residuals of `ffn_backward`, which are valid only if `keep_products`."""
 
     def ffn_backward(
         self,
@@ -65,21 +65,21 @@ def grouped_matmul(
 ) -> jax.Array:
     """`out[r] = rows[r] @ bank[group of r]`; zero for rows past the last group.
 
-    Products accumulate in float32. A float32 bank is used in the rows' dtype and its gradient stays float32; otherwise
-    the gradient is summed in float32 and rounded once to the bank's dtype. Rows past the last group are zero in the
-    output and in the row gradient and never reach the bank's gradient, whatever the buffer or the cotangent holds there
-    (NaN included). Reverse-mode derivatives only.
+    Products accumulate in float32. A float32 bank is cast to the dtype of the rows, and its gradient is float32;
+    otherwise the gradient is accumulated in float32 and rounded once to the dtype of the bank. Rows past the last group
+    are zero in the output and in the row gradient, and never contribute to the bank's gradient, even if the buffer or
+    the cotangent holds NaN there. Reverse-mode differentiation only.
 
     Args:
         rows_RK: `[R, K]` rows sorted by group.
-        bank_EKN: `[E, K, N]` one matrix per expert, of the rows' dtype or float32.
-        plan: from `make_group_plan(sizes, R)`; says which implementation computes the product.
+        bank_EKN: `[E, K, N]` one matrix per expert, in the dtype of the rows or float32.
+        plan: from `make_group_plan(sizes, R)`; names the implementation.
 
     Returns:
         `[R, N]` in the rows' dtype.
 
     Raises:
-        ValueError: on shapes or dtypes that do not fit together.
+        ValueError: shapes or dtypes that do not match.
 
     Example:
         >>> from unipool_jax.kernels.group_plan import make_group_plan
@@ -90,7 +90,7 @@ def grouped_matmul(
     check_operands({"rows_RK": rows_RK}, {"bank_EKN": bank_EKN}, plan)
     if rows_RK.shape[1] != bank_EKN.shape[1]:
         raise ValueError(
-            f"rows_RK has shape {rows_RK.shape}; expected [R, {bank_EKN.shape[1]}] to fit bank_EKN {bank_EKN.shape}"
+            f"rows_RK has shape {rows_RK.shape}; expected [R, {bank_EKN.shape[1]}] to match bank_EKN {bank_EKN.shape}"
         )
     if rows_RK.shape[0] == 0:
         return jnp.zeros((0, bank_EKN.shape[2]), rows_RK.dtype)
@@ -101,7 +101,7 @@ def grouped_matmul(
 
 
 def check_operands(rows: dict[str, jax.Array], banks: dict[str, jax.Array], plan: GroupPlan) -> None:
-    """Raise ValueError unless rows and banks, given by argument name, agree with the plan and in dtype."""
+    """Raise ValueError unless the rows and banks, keyed by argument name, match the plan in shape and each other in dtype."""
     num_rows, num_groups = plan.row_group.shape[0], plan.group_sizes.shape[0]
     ((rows_name, rows_array),) = rows.items()
     if rows_array.ndim != 2 or rows_array.shape[0] != num_rows:
@@ -125,8 +125,8 @@ def check_operands(rows: dict[str, jax.Array], banks: dict[str, jax.Array], plan
 def vary_alike(operands: Operands) -> Operands:
     """Inside `shard_map`, mark all operands as varying over every mesh axis that any of them varies over.
 
-    A custom derivative must return cotangents that vary as its operands do. Marking them outside of it lets
-    JAX insert the sum over devices for an operand that was the same on all of them, such as a replicated bank.
+    The cotangents of a `custom_vjp` must vary over the same axes as its operands. Casting the operands before the call
+    lets JAX insert the sum over devices for replicated operands, such as a bank.
     """
     leaves = jax.tree.leaves(operands)
     axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))

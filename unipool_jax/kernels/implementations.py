@@ -1,4 +1,4 @@
-"""Which implementation of the grouped products runs: the one table of platforms and names."""
+"""Choice of the implementation of the grouped products, by platform."""
 
 from typing import Literal, get_args
 
@@ -6,7 +6,7 @@ import jax
 
 Implementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
 
-# What "auto" means on each platform; a platform not named here uses "xla".
+# The meaning of "auto" on each platform; other platforms use "xla".
 PLATFORM_IMPLEMENTATION: dict[str, Implementation] = {
     "cpu": "xla",
     "tpu": "pallas_tpu",
@@ -15,37 +15,37 @@ PLATFORM_IMPLEMENTATION: dict[str, Implementation] = {
 
 
 def resolve(implementation: Implementation) -> Implementation:
-    """The implementation that `implementation` stands for on the default backend.
+    """`implementation`, with "auto" resolved for the default backend.
 
-    Code compiled ahead of time for another platform should name its implementation instead of "auto".
+    To compile ahead of time for another platform, name its implementation instead of "auto".
 
     Raises:
-        ValueError: if it is not one of `Implementation`.
+        ValueError: not one of `Implementation`.
     """
     if implementation not in get_args(Implementation):
         allowed = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"kernels.implementation is {implementation!r}; expected one of {allowed}")
+        raise ValueError(f"kernels.implementation={implementation!r}: expected one of {allowed}")
     if implementation == "auto":
         return PLATFORM_IMPLEMENTATION.get(jax.default_backend(), "xla")
     return implementation
 
 
 def platform_problem(implementation: Implementation) -> str | None:
-    """Why a model should not be run with `implementation` on this machine, if that is so."""
+    """A message if `implementation` would only be interpreted on this platform, else None."""
     platform = jax.default_backend()
     homes = {name: home for home, name in PLATFORM_IMPLEMENTATION.items() if name.startswith("pallas")}
     if homes.get(implementation, platform) == platform:
         return None
     return (
         f"kernels.implementation={implementation}: made for {homes[implementation]}; on {platform} these kernels are "
-        "only interpreted, for tests; use kernels.implementation=auto"
+        "interpreted, which is only for tests; set kernels.implementation=auto"
     )
 
 
 def target_device_kind() -> str:
-    """The kind of device that is traced for: that of the mesh in use, else the default device's.
+    """`device_kind` of the devices that are traced for: those of the mesh in use, else the default device.
 
-    Compiling ahead of time for a device that is not there, trace under `jax.set_mesh` with a mesh of such devices.
+    To compile ahead of time for absent devices, trace under `jax.set_mesh` with a mesh of them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind

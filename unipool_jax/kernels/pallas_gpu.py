@@ -1,17 +1,16 @@
-"""Grouped products as GPU kernels: Pallas on its Triton back end.
+"""Grouped products for GPU, in Pallas with its Triton back end.
 
-Two kernels do everything. A *row pass* gives each program one tile of the plan and a range of columns: it multiplies
-the tile's rows with its expert's matrix, or with two matrices at once, and an epilogue turns the float32 products into
-the outputs while they are still in registers. A *bank gradient* gives each program one piece of one expert's matrix,
-which it sums over that expert's rows alone: no two programs add to the same number, so sums need no atomics and are
-the same in every run.
+There are two kernels. In a row pass, each program handles one tile of the plan and a range of columns: it multiplies
+the tile's rows by one or two matrices of their expert, and an epilogue turns the float32 products into outputs while
+they are in registers. In the bank gradient, each program accumulates one tile of one expert's matrix over the rows of
+that expert: no two programs add to the same number, so no atomics are needed and results are deterministic.
 
-Every load and store is masked, so sizes need not fit the tiles. Rows are loaded as zero from the end of their group
-on, which keeps the rows of other experts and of no group (and NaNs in them) out of every sum.
+All loads and stores are masked, so sizes need not be multiples of the tiles. Rows past the end of a group load as zero,
+so rows of other groups or of none, and NaNs in them, enter no sum.
 
-Lowered for a GPU the kernels are compiled; on any other platform the same kernels are interpreted, which is slow but
-needs no hardware. That is decided when a program is lowered, so compiling ahead of time for a GPU needs none either.
-Interpreted, they do not run inside a `shard_map` that checks varying axes: Pallas's interpreter fails that check.
+The platform is decided when a program is lowered: for a GPU the kernels are compiled (also ahead of time, without one),
+for other platforms they are interpreted, slowly. Interpreted, they cannot run inside a `shard_map` that checks varying
+axes, because Pallas's interpreter fails that check.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,14 +40,14 @@ def bank_gradient(
 ) -> jax.Array:
     """`[E, K, N]` float32: `into` (default zero) plus each group's sum of outer products `rows[r] grad[r]^T`.
 
-    `into` is updated in place where its buffer is not needed afterwards; experts without rows are not touched.
+    The result reuses the buffer of `into` where XLA can donate it. Experts without rows are neither read nor written.
     """
     (_, depth), (_, width) = rows_RK.shape, grad_RN.shape
     num_groups = plan.group_sizes.shape[0]
     tile = bank_tile(rows_RK.dtype.itemsize, depth, width)
 
     def kernel(offsets_ref: Any, rows_ref: Any, grad_ref: Any, *into_and_out_ref: Any) -> None:
-        # Where there is an `into`, it is the same memory as the output.
+        # `into`, if given, aliases the output.
         out_ref = into_and_out_ref[-1]
         group = pl.program_id(2)
         depths = _Span(pl.program_id(1) * tile.rows, tile.rows, depth)
@@ -88,7 +87,7 @@ def ffn_forward(
     *,
     keep_products: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Gated expert FFN. Returns `[R, D]` and, if they are to be kept, the gate and up products for `ffn_backward`."""
+    """Gated expert FFN. Returns `[R, D]` and, with `keep_products`, the gate and up products for `ffn_backward`."""
     epilogue, num_outputs = (gated_and_products, 3) if keep_products else (gated, 1)
     hidden_RF, *products = _row_pass(epilogue, num_outputs, (rows_RD,), (gate_EDF, up_EDF), plan, transpose_bank=False)
     return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), tuple(products)
@@ -104,7 +103,7 @@ def ffn_backward(
     residuals: tuple[jax.Array, jax.Array],
     into: Three | None = None,
 ) -> tuple[jax.Array, Three]:
-    """Gradients of `ffn_forward`: rows in their own dtype, the three banks in float32 and added to `into`."""
+    """Gradients of `ffn_forward`: of the rows in their dtype, of the three banks in float32, added to `into`."""
     hidden_RF, gate_grad_RF, up_grad_RF = _row_pass(
         gated_backward, 3, (grad_RD,), (down_EFD,), plan, transpose_bank=True, beside=residuals
     )
@@ -130,12 +129,12 @@ def _row_pass(
     """`epilogue(products..., beside...)` for every row of a group, zero for the others.
 
     Args:
-        epilogue: a function of single numbers, applied to whole tiles, that maps zeros to zeros.
-        num_outputs: how many `[R, N]` outputs it has; they get the dtype of the rows.
+        epilogue: elementwise function of float32 tiles that maps zeros to zeros.
+        num_outputs: number of arrays `[R, N]` it returns, in the dtype of the rows.
         rows: `[R, K]`; one array per bank, or one for all of them.
         banks: `[E, K, N]` (transposed: `[E, N, K]`); one product for each.
         plan: of the R rows.
-        transpose_bank: whether rows are multiplied with the transposed matrices.
+        transpose_bank: whether rows are multiplied by the transposed matrices.
         beside: `[R, N]` further inputs of the epilogue, zero in rows of no group.
     """
     num_rows, depth = rows[0].shape
@@ -148,15 +147,15 @@ def _row_pass(
         beside_refs, out_refs = refs[: len(beside)], refs[len(beside) :]
         group, start = tile_group_ref[pl.program_id(1)], tile_start_ref[pl.program_id(1)]
         columns = _Span(pl.program_id(0) * tile.columns, tile.columns, width)
-        # A tile of rows of no group takes no step and so stores zeros. Tiles that the plan has no use for look the same
-        # but start behind the last row, where every load and store is masked.
+        # A tile of rows of no group takes no step, and so stores zeros. Unused tiles of the plan do the same but start
+        # past the last row, where all loads and stores are masked.
         in_group = group < num_groups
         end = jnp.where(in_group, offsets_ref[jnp.minimum(group + 1, num_groups)], num_rows)
-        mine = _Span(start, tile.rows, end)
+        rows_of_group = _Span(start, tile.rows, end)
 
         def add_depths(step: jax.Array, products: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             depths = _Span(step * tile.contraction, tile.contraction, depth)
-            left = [_load(ref, mine, depths) for ref in rows_refs] * (len(banks) // len(rows))
+            left = [_load(ref, rows_of_group, depths) for ref in rows_refs] * (len(banks) // len(rows))
             index = (columns, depths) if transpose_bank else (depths, columns)
             right = [_load(ref, group, *index) for ref in bank_refs]
             return tuple(
@@ -164,13 +163,13 @@ def _row_pass(
                 for product, a, b in zip(products, left, right, strict=True)
             )
 
-        # Not a select of two literals: Pallas lowers that to Triton as a select of booleans.
+        # Not `where(in_group, steps, 0)`: Pallas lowers a select of two literals to a Triton select of booleans.
         steps = in_group.astype(jnp.int32) * pl.cdiv(depth, tile.contraction)
         zeros = tuple(jnp.zeros((tile.rows, tile.columns), jnp.float32) for _ in banks)
         products = lax.fori_loop(0, steps, add_depths, zeros)
-        outputs = epilogue(*products, *(_load(ref, mine, columns).astype(jnp.float32) for ref in beside_refs))
+        outputs = epilogue(*products, *(_load(ref, rows_of_group, columns).astype(jnp.float32) for ref in beside_refs))
         for out_ref, output in zip(out_refs, outputs, strict=True):
-            _store(out_ref, output, mine, columns)
+            _store(out_ref, output, rows_of_group, columns)
 
     return _call(
         kernel,
@@ -182,7 +181,7 @@ def _row_pass(
 
 
 class _Span(NamedTuple):
-    """`size` indices along one axis, from `start` on; those from `end` on are masked."""
+    """`size` indices along one axis from `start`; those at or past `end` are masked."""
 
     start: jax.Array
     size: int
@@ -190,7 +189,7 @@ class _Span(NamedTuple):
 
 
 def _masked(ref: Any, index: Sequence[jax.Array | _Span]) -> tuple[Any, jax.Array]:
-    """The tile of `ref` at two spans and any number of scalar indices, and its mask."""
+    """The view of `ref` at two spans and any number of scalar indices, and its mask."""
     view = ref.at[tuple(pl.ds(at.start, at.size) if isinstance(at, _Span) else at for at in index)]
     first, second = (at.start + jnp.arange(at.size, dtype=jnp.int32) < at.end for at in index if isinstance(at, _Span))
     return view, first[:, None] & second[None, :]
@@ -207,13 +206,13 @@ def _store(ref: Any, tile: jax.Array, *index: jax.Array | _Span) -> None:
 
 
 def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """Product over one axis of each matrix, accumulated in float32; the precision keeps TF32 away from float32."""
+    """Product over one axis of each matrix, accumulated in float32; HIGHEST keeps float32 products out of TF32."""
     dimensions = (((contract_a,), (contract_b,)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _like(array: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
-    """An output that varies over the mesh, inside `shard_map`, as `array` does."""
+    """An output that, inside `shard_map`, varies over the same mesh axes as `array`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
 
 

@@ -1,7 +1,7 @@
-"""Grouped products for TPU, made for many experts with few rows each. The kernels are in `tpu_passes`.
+"""Grouped products for TPU, optimized for many experts with few rows each. The kernels are in `tpu_passes`.
 
-On a single device that is not a TPU they run in Pallas's TPU interpreter, slowly. To compile ahead of time for a TPU,
-trace under `jax.set_mesh` with a mesh of that TPU's devices.
+On a single device that is not a TPU, Pallas's TPU interpreter runs them, slowly. To compile ahead of time for a TPU,
+trace under `jax.set_mesh` with a mesh of its devices.
 """
 
 import jax
@@ -26,7 +26,7 @@ def bank_gradient(
 ) -> jax.Array:
     """`[E, K, N]` float32: `into` (default zero) plus each group's sum of outer products `rows[r] grad[r]^T`.
 
-    `into` is overwritten where its buffer may be reused. Experts without rows are neither read nor written.
+    The result reuses the buffer of `into` where XLA can donate it. Experts without rows are neither read nor written.
     """
     if into_EKN is None:
         shape = (plan.group_sizes.shape[0], rows_RK.shape[1], grad_RN.shape[1])
@@ -43,7 +43,7 @@ def ffn_forward(
     *,
     keep_products: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Gated expert FFN. Returns `[R, D]` and, if they are to be kept, the gate and up products for `ffn_backward`."""
+    """Gated expert FFN. Returns `[R, D]` and, with `keep_products`, the gate and up products for `ffn_backward`."""
     epilogue, outputs = (gated_and_products, 3) if keep_products else (gated, 1)
     hidden_RF, *products = row_pass(epilogue, outputs, [rows_RD], [gate_EDF, up_EDF], plan, name="expert_ffn_in")
     return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), tuple(products)
@@ -59,7 +59,7 @@ def ffn_backward(
     residuals: tuple[jax.Array, jax.Array],
     into: Three | None = None,
 ) -> tuple[jax.Array, Three]:
-    """Gradients of `ffn_forward`: rows in their own dtype, the three banks in float32 and added to `into`."""
+    """Gradients of `ffn_forward`: of the rows in their dtype, of the three banks in float32, added to `into`."""
     hidden_RF, gate_grad_RF, up_grad_RF = row_pass(
         gated_backward, 3, [grad_RD], [down_EFD], plan, beside=residuals, transpose_bank=True,
         name="expert_ffn_gate_gradient",

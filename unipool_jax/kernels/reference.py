@@ -1,8 +1,7 @@
-"""The obvious grouped product, one masked dense product per expert: the oracle of every test.
+"""The reference implementation, one masked dense product per expert: the oracle of every test.
 
-Slow (E times the FLOPs), in float32 throughout, differentiated by plain autodiff. Rows are masked with
-`where` *before* they enter a product as well as after, so neither a value nor a gradient can carry a NaN
-from one group's rows, or from rows of no group, to another's.
+Slow (E times the FLOPs), float32 throughout, differentiated by autodiff. Rows are masked with `where` before a product
+as well as after, so that NaNs in other groups' rows, or in rows of no group, reach neither values nor gradients.
 """
 
 import jax
@@ -18,12 +17,12 @@ def grouped_matmul(rows_RK: jax.Array, bank_EKN: jax.Array, plan: GroupPlan) -> 
 
     def add_expert(out_RN: jax.Array, expert: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         weight_KN, start, end = expert
-        mine_R1 = (start <= index_R1) & (index_R1 < end)
-        mine_RK = jnp.where(mine_R1, rows_RK, 0).astype(jnp.float32)
-        product_RN = jnp.matmul(mine_RK, weight_KN, precision=lax.Precision.HIGHEST)
-        return out_RN + jnp.where(mine_R1, product_RN, 0), None
+        in_group_R1 = (start <= index_R1) & (index_R1 < end)
+        group_rows_RK = jnp.where(in_group_R1, rows_RK, 0).astype(jnp.float32)
+        product_RN = jnp.matmul(group_rows_RK, weight_KN, precision=lax.Precision.HIGHEST)
+        return out_RN + jnp.where(in_group_R1, product_RN, 0), None
 
-    # zeros_like, not zeros: inside shard_map the scan must start from a value that varies as its rows do.
+    # zeros_like, not zeros: inside shard_map the carry must vary over the same mesh axes as the rows.
     out_RN = jnp.zeros_like(rows_RK, jnp.float32, shape=(rows_RK.shape[0], bank_EKN.shape[2]))
     experts = (bank_EKN.astype(jnp.float32), plan.offsets[:-1], plan.offsets[1:])
     return lax.scan(add_expert, out_RN, experts)[0].astype(rows_RK.dtype)

@@ -1,12 +1,12 @@
-"""The two TPU kernels behind the grouped products: `row_pass` and `bank_pass`.
+"""The two TPU kernels of the grouped products: `row_pass` and `bank_pass`.
 
-Both walk over the tiles of the plan, one group's rows after another, so each expert's matrix is read once per pass
-while the next one's is already on its way. Rows are read once too, a tile ahead.
+Both iterate over the plan's tiles in row order, so each expert's matrix is read once per pass, and prefetched while the
+previous one is in use. Rows are read once too, one tile ahead.
 
-Rows move between memories in blocks of 16, so a tile starts at its group's first row rounded down to a multiple of
-16, and neighbouring groups may meet inside a block. The second one takes such a block over from the tile before.
-Computing it for both groups costs less than 16 rows; writing it twice would be a race. The row pass therefore writes a
-block only when its last group is done, and keeps the unfinished block in a carry until then.
+DMAs move blocks of 16 rows, so a tile starts at its group's first row rounded down to a multiple of 16, and two groups
+may share a block. The second group copies it from the previous tile's buffer. Computing a block for both groups costs
+less than 16 rows, but writing it twice would be a race: the row pass writes a block only after its last group, and
+keeps the unfinished block in a carry until then.
 """
 
 import contextlib
@@ -27,35 +27,35 @@ from unipool_jax.kernels.tpu_tiles import LANES
 from unipool_jax.kernels.tpu_tiles import ROW_ALIGNMENT as ALIGNMENT
 
 BANK_PASS = "grouped_bank_gradient"
-# How the kernels run where there is no TPU; tests switch the race detector on here.
+# How kernels are interpreted without a TPU; tests turn on the race detector here.
 INTERPRET = pltpu.InterpretParams()
 
 
 class _Visits(NamedTuple):
-    """What the kernels must know of each tile before its data arrives: int32 vectors in scalar memory."""
+    """Per-tile metadata, prefetched into scalar memory: int32 vectors."""
 
     group: jax.Array
     """Group of the tile, E for rows of no group."""
     start: jax.Array
     """First row of the tile."""
     read: jax.Array
-    """Rows to have, in whole blocks."""
+    """Rows that the tile reads, a multiple of 16."""
     shared: jax.Array
-    """How many of them the tile before has: a block, or none."""
+    """How many of them are in the previous tile's buffer: 16 or 0."""
     write: jax.Array
-    """Rows complete once this tile is computed, in whole blocks: all but a block that the next group enters."""
+    """Rows that are final after this tile, a multiple of 16: all but a block that the next group shares."""
     offsets: jax.Array
-    """`[E + 1]` of the plan."""
+    """`[E + 1]`, the plan's offsets."""
     tiles: jax.Array
-    """`[2]`: tiles with rows of groups; the same and the tiles of rows of no group."""
+    """`[2]`: the number of tiles with rows of a group, and of all tiles."""
 
 
 def _visits(plan: GroupPlan) -> _Visits:
-    num_groups, num_rows = plan.group_sizes.shape[0], _whole_blocks(plan.row_group.shape[0])
+    num_groups, num_rows = plan.group_sizes.shape[0], _round_up_to_block(plan.row_group.shape[0])
     tile_rows, offsets = plan.tiling.tile_rows, plan.offsets
     of_group = plan.tile_group < num_groups
     end = jnp.where(of_group, offsets[jnp.minimum(plan.tile_group + 1, num_groups)], num_rows)
-    last_block = _whole_blocks(end)
+    last_block = _round_up_to_block(end)
     complete = jnp.where(of_group & (end < offsets[-1]), end // ALIGNMENT * ALIGNMENT, last_block)
     read = jnp.where(of_group, jnp.clip(last_block - plan.tile_start, 0, tile_rows), 0)
     read_before = jnp.pad((plan.tile_start + read)[:-1], (1, 0))
@@ -78,7 +78,7 @@ def _copy_rows(
     semaphore: Any,
     action: Literal["start", "wait"],
 ) -> None:
-    """Start or await the copies of a tile's rows into its slot: a block that the tile before has, the rest from HBM."""
+    """Start or await the copies of a tile's rows into its slot: a shared block from the other slot, others from HBM."""
     slot, shared, read = lax.rem(visit, 2), visits.shared[visit], visits.read[visit]
     fresh, skip = pl.multiple_of(read - shared, ALIGNMENT), pl.multiple_of(shared, ALIGNMENT)
     start = pl.multiple_of(visits.start[visit] + shared, ALIGNMENT)
@@ -97,7 +97,7 @@ def _copy_rows(
             getattr(pltpu.make_async_copy(block, target, semaphore.at[slot, 1, index]), action)()
 
 
-def _whole_blocks(rows: jax.Array | int) -> jax.Array | int:
+def _round_up_to_block(rows: jax.Array | int) -> jax.Array | int:
     return (rows + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
@@ -116,21 +116,22 @@ def row_pass(
 
     Args:
         epilogue: elementwise function of float32 tiles.
-        num_outputs: how many arrays `[R, N]` it makes; they get the dtype of the rows.
+        num_outputs: number of arrays `[R, N]` it returns, in the dtype of the rows.
         rows: `[R, K]`; one array for each bank, or one for all of them.
         banks: `[E, K, N]` each (transposed: `[E, N, K]`). A product is `rows[r] @ bank[group of r]`.
-        beside: `[R, N]` each.
+        beside: further inputs of the epilogue, `[R, N]` each.
+        name: of the kernel, in profiles and in the table of tile sizes.
     """
     num_rows, num_groups, tile_rows = rows[0].shape[0], plan.group_sizes.shape[0], plan.tiling.tile_rows
-    dtype, num_columns, num_whole = rows[0].dtype, banks[0].shape[1 if transpose_bank else 2], len(rows)
+    dtype, num_columns, num_row_arrays = rows[0].dtype, banks[0].shape[1 if transpose_bank else 2], len(rows)
     rows, banks = [_padded(array) for array in (*rows, *beside)], [_padded(bank) for bank in banks]
     padded_rows, width = rows[0].shape[0], banks[0].shape[1 if transpose_bank else 2]
-    contracted = sum(array.shape[1] for array in rows[:num_whole])
+    contracted = sum(array.shape[1] for array in rows[:num_row_arrays])
     columns = _columns(
         tpu_tiles.columns_key(name, contracted, width, dtype.name, tile_rows),
         width,
         fixed_bytes=2 * tile_rows * contracted * dtype.itemsize,
-        # Everything is held twice, once to compute with and once for the copies; the sums are float32.
+        # All buffers are double-buffered; the accumulators are float32.
         bytes_per_column=2 * dtype.itemsize * sum(bank.shape[2 if transpose_bank else 1] for bank in banks)
         + tile_rows * (2 * dtype.itemsize * (len(beside) + num_outputs) + 4 * max(len(banks), num_outputs)),
     )
@@ -142,10 +143,10 @@ def row_pass(
         outputs, (buffer, carry, semaphore, *row_buffers, row_semaphore) = _split(others, num_outputs)
         column, num_visits = pl.program_id(0), visits.tiles[1]
         column_slice = pl.ds(pl.multiple_of(column * columns, LANES), columns)
-        sources = [*inputs[:num_whole], *(source.at[:, column_slice] for source in inputs[num_whole:])]
+        sources = [*inputs[:num_row_arrays], *(source.at[:, column_slice] for source in inputs[num_row_arrays:])]
 
         def copy_out(visit: jax.Array, action: Literal["start", "wait"]) -> None:
-            """Start or await the copies of the complete rows of a visit."""
+            """Start or await the copies of a tile's final rows to HBM."""
             size = pl.multiple_of(visits.write[visit], ALIGNMENT)
             start, slot = pl.multiple_of(visits.start[visit], ALIGNMENT), lax.rem(visit, 2)
 
@@ -177,10 +178,10 @@ def row_pass(
             def _() -> None:
                 tiles = [row_buffer[slot] for row_buffer in row_buffers]
                 products = [
-                    _dot(tiles[index % num_whole], matrix[...], 1, 1 if transpose_bank else 0)
+                    _dot(tiles[index % num_row_arrays], matrix[...], 1, 1 if transpose_bank else 0)
                     for index, matrix in enumerate(matrices)
                 ]
-                values = epilogue(*products, *(tile.astype(jnp.float32) for tile in tiles[num_whole:]))
+                values = epilogue(*products, *(tile.astype(jnp.float32) for tile in tiles[num_row_arrays:]))
                 first, end = visits.offsets[group], visits.offsets[group + 1]
                 start = visits.start[visit]
                 row_T1 = start + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
@@ -189,10 +190,10 @@ def row_pass(
 
                 @pl.when(start < first)
                 def _() -> None:
-                    mine = row_T1[:ALIGNMENT] >= first
+                    of_this_group = row_T1[:ALIGNMENT] >= first
                     for index in range(num_outputs):
                         block = buffer[slot, index, :ALIGNMENT]
-                        buffer[slot, index, :ALIGNMENT] = jnp.where(mine, block, carry[index])
+                        buffer[slot, index, :ALIGNMENT] = jnp.where(of_this_group, block, carry[index])
 
                 @pl.when(visits.write[visit] < visits.read[visit])
                 def _() -> None:
@@ -208,7 +209,7 @@ def row_pass(
                 return (group, column, 0) if transpose_bank else (group, 0, column)
 
             block = (None, columns, bank.shape[2]) if transpose_bank else (None, bank.shape[1], columns)
-            # Looking ahead, the next group's matrix is fetched during all tiles of this group, not the last only.
+            # With lookahead the next group's matrix is prefetched during all tiles of this group, not only the last.
             return pl.BlockSpec(block, index, pipeline_mode=pl.Buffered(2, use_lookahead=True))
 
         _copy_rows(visits, 0, sources, row_buffers, row_semaphore, "start")
@@ -229,16 +230,18 @@ def row_pass(
             pltpu.VMEM((2, num_outputs, tile_rows, columns), dtype),
             pltpu.VMEM((num_outputs, ALIGNMENT, columns), dtype),
             pltpu.SemaphoreType.DMA((2, num_outputs)),
-            *_row_buffers([array.shape[1] for array in rows[:num_whole]] + [columns] * len(beside), tile_rows, dtype),
+            *_row_buffers(
+                [array.shape[1] for array in rows[:num_row_arrays]] + [columns] * len(beside), tile_rows, dtype
+            ),
         ],
         name=name,
-        flops=2 * num_rows * width * contracted * len(banks) // num_whole,
+        flops=2 * num_rows * width * contracted * len(banks) // num_row_arrays,
     )
     return [output[:num_rows, :num_columns] for output in outputs]
 
 
 def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
-    """`bank_gradient`. The wider axis of the gradient is cut into tiles, so the narrower rows are read repeatedly."""
+    """`bank_gradient` with `into`. Tiles divide the wider axis of the gradient: the narrower rows are read repeatedly."""
     tile_rows, shape = plan.tiling.tile_rows, into_EKN.shape
     rows_RK, grad_RN, into_EKN = _padded(rows_RK), _padded(grad_RN), _padded(into_EKN)
     _, rows_width, grad_width = into_EKN.shape
@@ -249,7 +252,7 @@ def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan:
         tpu_tiles.columns_key(BANK_PASS, narrow, width, rows_RK.dtype.name, tile_rows),
         width,
         fixed_bytes=2 * tile_rows * narrow * itemsize,
-        # The gradient before and after, each held twice, and the product.
+        # The gradient before and after, each double-buffered, and the product.
         bytes_per_column=2 * tile_rows * itemsize + 5 * narrow * 4,
     )
 
@@ -271,8 +274,8 @@ def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan:
 
             first, end = visits.offsets[group], visits.offsets[group + 1]
             row_T1 = visits.start[visit] + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
-            mine_T1 = (first <= row_T1) & (row_T1 < end)
-            rows_TK, grad_TN = (jnp.where(mine_T1, row_buffer[slot], 0) for row_buffer in row_buffers)
+            in_group_T1 = (first <= row_T1) & (row_T1 < end)
+            rows_TK, grad_TN = (jnp.where(in_group_T1, row_buffer[slot], 0) for row_buffer in row_buffers)
             product = _dot(rows_TK, grad_TN, 0, 0)
             is_first = visits.start[visit] <= first
 
@@ -324,7 +327,7 @@ def _call(
     name: str,
     flops: int,
 ) -> list[jax.Array]:
-    """Run a kernel over tiles of columns; cores that share the memory of one device take different ones."""
+    """Run a kernel over tiles of columns, which the cores of a device share."""
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     arrays: list[Any] = [*operands, *outputs]
     bytes_accessed = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
@@ -353,7 +356,7 @@ def _call(
 def _columns(key: str, width: int, *, fixed_bytes: int, bytes_per_column: int) -> int:
     with _device():
         device = pltpu.get_tpu_info()
-        # Besides its tiles a kernel needs room for values that the compiler keeps in memory; an eighth is left to it.
+        # Of the 7/8 that `_call` allows a kernel, 1/8 is left to the compiler's temporaries.
         budget = device.vmem_capacity_bytes * 3 // 4
         return tpu_tiles.columns(
             target_device_kind(), key, width, fixed_bytes, bytes_per_column, budget, device.num_cores
@@ -361,25 +364,25 @@ def _columns(key: str, width: int, *, fixed_bytes: int, bytes_per_column: int) -
 
 
 def _on_tpu() -> bool:
-    """Whether kernels are compiled for a TPU, and not interpreted."""
+    """Whether kernels are compiled for a TPU rather than interpreted."""
     return target_device_kind().startswith("TPU")
 
 
 def _device() -> contextlib.AbstractContextManager[None]:
-    """Where there is no TPU, a mesh that pretends to have one: the interpreter asks what it is to imitate."""
+    """A context in which Pallas sees a TPU: without one, an abstract device that the interpreter emulates."""
     mesh = jax.sharding.get_abstract_mesh()
     if not _on_tpu():
         if not mesh.empty:
             raise NotImplementedError(
-                f"kernels.implementation=pallas_tpu cannot be interpreted on a mesh of {target_device_kind()} devices; "
-                "use kernels.implementation=xla there"
+                f"kernels.implementation=pallas_tpu: cannot be interpreted on a mesh of {target_device_kind()} "
+                "devices; set kernels.implementation=xla"
             )
         mesh = mesh.update(abstract_device=jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu"))
     return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _row_buffers(widths: Sequence[int], tile_rows: int, dtype: jnp.dtype) -> list[Any]:
-    """Memory for two tiles of each array of rows, one to compute with and one to fill, and the copies' semaphores."""
+    """Double buffers for a tile of each array of rows, and the semaphores of their copies."""
     buffers = [pltpu.VMEM((2, tile_rows, width), dtype) for width in widths]
     return [*buffers, pltpu.SemaphoreType.DMA((2, 2, len(widths)))]
 
@@ -389,7 +392,7 @@ def _split(refs: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any
 
 
 def _padded(array: jax.Array) -> jax.Array:
-    """Rows `[R, C]` or a bank `[E, K, N]` with zeros up to whole blocks of 16 rows and 128 columns: usually itself."""
+    """Rows `[R, C]` or a bank `[E, K, N]`, zero-padded to multiples of 16 rows and 128 columns; usually unchanged."""
     granules = (ALIGNMENT, LANES) if array.ndim == 2 else (1, LANES, LANES)
     missing = [(0, -size % granule) for size, granule in zip(array.shape, granules, strict=True)]
     return jnp.pad(array, missing) if any(after for _, after in missing) else array

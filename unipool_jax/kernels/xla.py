@@ -1,13 +1,12 @@
 """Grouped products in plain XLA operations: runs on every platform, the default on CPU.
 
-Two stages, both of static shape. First the leading rows of every group are gathered into a padded block
-`[E, T, ...]` and multiplied in one batched product, which reads each matrix once, in place. Then a loop visits the
-tiles of the groups that hold more than T rows; its trip count is the number of such tiles, so even routing
-hardly enters it and one expert holding every row costs at most one more pass over the rows.
-T and the tile size come from the plan's tiling.
+Two stages, both of static shape. First, the leading T rows of every group are gathered into a padded block
+`[E, T, ...]` and multiplied in one batched product, which reads each matrix once. Then a loop visits the overflow tiles
+of groups with more than T rows. Its trip count is the number of such tiles: almost none with balanced routing, and at
+most one more pass over the rows if one expert has all of them. T and the tile size come from the plan's tiling.
 
-Every value gathered from a buffer is masked to the rows of its own group before it meets another group's
-rows in a sum, so rows of no group (and NaNs in them) reach no result.
+Gathered values are masked to the rows of their group before any sum, so rows of no group, and NaNs in them, affect no
+result.
 """
 
 import jax
@@ -27,9 +26,9 @@ def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_ba
     out_RN = _from_blocks(_batched_dot(_to_blocks(rows_RK, plan), bank, 1, contract), plan, rows_RK.dtype)
 
     def visit(tile: jax.Array, out_RN: jax.Array) -> jax.Array:
-        group, base, mine_T1 = _tile(tile, plan)
-        product_TN = _dot(_take(rows_RK, base, mine_T1), _matrix(bank, group), 1, contract)
-        return _put(out_RN, product_TN, base, mine_T1)
+        group, base, in_group_T1 = _tile(tile, plan)
+        product_TN = _dot(_take(rows_RK, base, in_group_T1), _matrix(bank, group), 1, contract)
+        return _put(out_RN, product_TN, base, in_group_T1)
 
     return lax.fori_loop(0, plan.num_tiles, visit, out_RN)
 
@@ -41,8 +40,8 @@ def bank_gradient(
     bank_EKN = _outer_products(_to_blocks(rows_RK, plan), _to_blocks(grad_RN, plan), into_EKN)
 
     def visit(tile: jax.Array, bank_EKN: jax.Array) -> jax.Array:
-        group, base, mine_T1 = _tile(tile, plan)
-        product_KN = _dot(_take(rows_RK, base, mine_T1), _take(grad_RN, base, mine_T1), 0, 0)
+        group, base, in_group_T1 = _tile(tile, plan)
+        product_KN = _dot(_take(rows_RK, base, in_group_T1), _take(grad_RN, base, in_group_T1), 0, 0)
         return _add(bank_EKN, product_KN, group)
 
     return lax.fori_loop(0, plan.num_tiles, visit, bank_EKN)
@@ -57,9 +56,9 @@ def ffn_forward(
     *,
     keep_products: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Gated expert FFN. Returns `[R, D]` and, if they are to be kept, the blocks' products for `ffn_backward`.
+    """Gated expert FFN. Returns `[R, D]` and, with `keep_products`, the products of the blocks for `ffn_backward`.
 
-    The padded layout is kept through the whole network, so rows are moved only at its narrow ends.
+    The padded layout is kept between the products, so that only `[R, D]` arrays are gathered and scattered.
     """
     dtype = rows_RD.dtype
     block_ETD = _to_blocks(rows_RD, plan)
@@ -69,12 +68,12 @@ def ffn_forward(
     out_RD = _from_blocks(_batched_dot(hidden_ETF, down_EFD, 1, 0), plan, dtype)
 
     def visit(tile: jax.Array, out_RD: jax.Array) -> jax.Array:
-        group, base, mine_T1 = _tile(tile, plan)
-        rows_TD = _take(rows_RD, base, mine_T1)
+        group, base, in_group_T1 = _tile(tile, plan)
+        rows_TD = _take(rows_RD, base, in_group_T1)
         gate_TF = _dot(rows_TD, _matrix(gate_EDF, group), 1, 0)
         up_TF = _dot(rows_TD, _matrix(up_EDF, group), 1, 0)
         hidden_TF = gated(gate_TF, up_TF)[0].astype(dtype)
-        return _put(out_RD, _dot(hidden_TF, _matrix(down_EFD, group), 1, 0), base, mine_T1)
+        return _put(out_RD, _dot(hidden_TF, _matrix(down_EFD, group), 1, 0), base, in_group_T1)
 
     products = (gate_ETF.astype(dtype), up_ETF.astype(dtype)) if keep_products else ()
     return lax.fori_loop(0, plan.num_tiles, visit, out_RD), products
@@ -90,10 +89,10 @@ def ffn_backward(
     residuals: tuple[jax.Array, jax.Array],
     into: Three | None = None,
 ) -> tuple[jax.Array, Three]:
-    """Gradients of `ffn_forward`: rows in their own dtype, the three banks in float32 and added to `into`.
+    """Gradients of `ffn_forward`: of the rows in their dtype, of the three banks in float32, added to `into`.
 
-    Overflow tiles recompute their gate and up products: storing them would take a second `[R, F]` pair of
-    buffers for the rows that even routing does not have.
+    Overflow tiles recompute their gate and up products: storing them would take another pair of `[R, F]` buffers for
+    rows that balanced routing does not have.
     """
     dtype = rows_RD.dtype
     block_ETD = _to_blocks(rows_RD, plan)
@@ -108,15 +107,15 @@ def ffn_backward(
 
     def visit(tile: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rows_grad_RD, gate_bank_EDF, up_bank_EDF, down_bank_EFD = gradients
-        group, base, mine_T1 = _tile(tile, plan)
-        rows_TD, grad_TD = _take(rows_RD, base, mine_T1), _take(grad_RD, base, mine_T1)
+        group, base, in_group_T1 = _tile(tile, plan)
+        rows_TD, grad_TD = _take(rows_RD, base, in_group_T1), _take(grad_RD, base, in_group_T1)
         gate_DF, up_DF, down_FD = (_matrix(bank, group) for bank in (gate_EDF, up_EDF, down_EFD))
         hidden_TF, gate_grad_TF, up_grad_TF = _gated_backward(
             _dot(rows_TD, gate_DF, 1, 0), _dot(rows_TD, up_DF, 1, 0), _dot(grad_TD, down_FD, 1, 1), dtype
         )
         rows_grad_TD = _dot(gate_grad_TF, gate_DF, 1, 1) + _dot(up_grad_TF, up_DF, 1, 1)
         return (
-            _put(rows_grad_RD, rows_grad_TD, base, mine_T1),
+            _put(rows_grad_RD, rows_grad_TD, base, in_group_T1),
             _add(gate_bank_EDF, _dot(rows_TD, gate_grad_TF, 0, 0), group),
             _add(up_bank_EDF, _dot(rows_TD, up_grad_TF, 0, 0), group),
             _add(down_bank_EFD, _dot(hidden_TF, grad_TD, 0, 0), group),
@@ -142,7 +141,7 @@ def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Ar
 
 
 def _batched_dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """`_dot` for each expert, the first axis of both; the contracted axes are those of the matrices."""
+    """`_dot` batched over experts, the first axis of both; the contracted axes count from the second."""
     dimensions = (((contract_a + 1,), (contract_b + 1,)), ((0,), (0,)))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -150,8 +149,8 @@ def _batched_dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -
 def _outer_products(a_ETK: jax.Array, b_ETN: jax.Array, into_EKN: jax.Array | None) -> jax.Array:
     """`into` (default zero) plus the product of each expert's two blocks over their rows, float32 `[E, K, N]`.
 
-    One expert at a time its product is added to `into` while it is in cache; a batched product would first write an
-    array of the bank's size to memory and read it back.
+    With `into`, one expert at a time, so that each product is added while it is in cache. A batched product would write
+    an array of the bank's size to memory and read it back.
     """
     if into_EKN is None:
         return _batched_dot(a_ETK, b_ETN, 0, 0)
@@ -170,7 +169,7 @@ def _to_blocks(rows_RC: jax.Array, plan: GroupPlan) -> jax.Array:
 
 
 def _from_blocks(blocks_ETC: jax.Array, plan: GroupPlan, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`[R, C]`: the inverse of `_to_blocks`, zero for rows of no group and rows beyond their group's block."""
+    """`[R, C]`: the inverse of `_to_blocks`; zero for rows of no group and for rows beyond their group's block."""
     groups, block, width = blocks_ETC.shape
     position_R = jnp.arange(plan.row_group.shape[0], dtype=jnp.int32) - jnp.take(
         plan.offsets, plan.row_group, mode="clip"
@@ -182,9 +181,9 @@ def _from_blocks(blocks_ETC: jax.Array, plan: GroupPlan, dtype: jax.typing.DType
 
 
 def _tile(tile: jax.Array, plan: GroupPlan) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """An overflow tile's group, the row it is read from, and the `[rows, 1]` mask of rows it is to handle.
+    """An overflow tile's group, the first row it reads, and the `[rows, 1]` mask of the rows that belong to it.
 
-    A tile that would stick out of the buffer is read from further up, its earlier rows masked.
+    A tile that would extend past the buffer reads from an earlier row, and masks the rows before its start.
     """
     num_rows, rows = plan.row_group.shape[0], plan.tiling.tile_rows
     group, start = plan.tile_group[tile], plan.tile_start[tile]
@@ -193,13 +192,13 @@ def _tile(tile: jax.Array, plan: GroupPlan) -> tuple[jax.Array, jax.Array, jax.A
     return group, base, (start <= row_T1) & (row_T1 < plan.offsets[group + 1])
 
 
-def _take(rows_RC: jax.Array, base: jax.Array, mine_T1: jax.Array) -> jax.Array:
-    return jnp.where(mine_T1, lax.dynamic_slice_in_dim(rows_RC, base, mine_T1.shape[0]), 0)
+def _take(rows_RC: jax.Array, base: jax.Array, in_group_T1: jax.Array) -> jax.Array:
+    return jnp.where(in_group_T1, lax.dynamic_slice_in_dim(rows_RC, base, in_group_T1.shape[0]), 0)
 
 
-def _put(rows_RC: jax.Array, tile_TC: jax.Array, base: jax.Array, mine_T1: jax.Array) -> jax.Array:
-    there_TC = lax.dynamic_slice_in_dim(rows_RC, base, mine_T1.shape[0])
-    tile_TC = jnp.where(mine_T1, tile_TC.astype(rows_RC.dtype), there_TC)
+def _put(rows_RC: jax.Array, tile_TC: jax.Array, base: jax.Array, in_group_T1: jax.Array) -> jax.Array:
+    there_TC = lax.dynamic_slice_in_dim(rows_RC, base, in_group_T1.shape[0])
+    tile_TC = jnp.where(in_group_T1, tile_TC.astype(rows_RC.dtype), there_TC)
     return lax.dynamic_update_slice_in_dim(rows_RC, tile_TC, base, 0)
 
 

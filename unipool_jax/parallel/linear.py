@@ -1,4 +1,4 @@
-"""Products with, and lookups in, weights that a mesh may split; their gradients are summed in float32."""
+"""Matrix products and embedding lookups with weights that may be sharded; gradients are reduced in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from unipool_jax.parallel.mesh import RULES, active_mesh, constrain, gathered, gathered_axes, num_shards, spec
 
 Axes = tuple[str | None, str | None]
-"""Logical axes of a matrix, see `mesh.RULES`."""
+"""Logical axes of a matrix; see `mesh.RULES`."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -21,18 +21,18 @@ def linear(
 ) -> jax.Array:
     """`inputs @ weights`, or `inputs @ weights.T`, in the dtype of the inputs.
 
-    Derived by autodiff the gradient of float32 weights that are used in bfloat16 is bfloat16: each device would round
-    its part, and the parts be added in bfloat16. Here it is float32 from the product on.
+    With autodiff, the gradient of float32 weights that are cast to bfloat16 is bfloat16: each device would round its
+    part, and the parts would be summed in bfloat16. Here the weight gradient is float32 from the product on.
 
     Args:
       inputs: `[..., C]`.
       weights: `[C, K]`, or `[K, C]` if `transposed`; float32 parameters.
       axes: logical axes of `weights`.
-      transposed: whether the output axis of `weights` is the first.
-      wide: float32 output, as logits have.
+      transposed: whether the output axis of `weights` comes first.
+      wide: whether the output is float32, as for logits.
 
     Returns:
-      `[..., K]`.
+      `[..., K]` in the dtype of `inputs`, or float32 if `wide`.
     """
     return _forward(inputs, weights, axes, transposed, wide)[0]
 
@@ -50,60 +50,60 @@ def _backward(
     axes: Axes, transposed: bool, wide: bool, saved: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     inputs, used = saved
-    to_inputs = jnp.einsum("...k,kc->...c" if transposed else "...k,ck->...c", grad, used)
+    inputs_grad = jnp.einsum("...k,kc->...c" if transposed else "...k,ck->...c", grad, used)
     pair = (grad, inputs) if transposed else (inputs, grad)
 
-    def own_part(rows_C: jax.Array, rows_K: jax.Array) -> jax.Array:
+    def local_gradient(rows_C: jax.Array, rows_K: jax.Array) -> jax.Array:
         return jnp.einsum("...c,...k->ck", rows_C, rows_K, preferred_element_type=jnp.float32)
 
     if "vocab" in axes:
-        places = [
+        specs = [
             spec("batch", *(None,) * (x.ndim - 2), name) for x, name in zip(pair, gathered_axes(axes), strict=True)
         ]
-        return to_inputs.astype(inputs.dtype), _summed(own_part, pair, places, axes)
-    # Matrices of layers are small and many: the compiler joins the sums of a layer, which saves more than bytes cost.
-    return to_inputs.astype(inputs.dtype), constrain(own_part(*pair), *axes)
+        return inputs_grad.astype(inputs.dtype), _reduced_gradient(local_gradient, pair, specs, axes)
+    # A layer has many small matrices: the compiler fuses their reductions, which saves more than scattering first.
+    return inputs_grad.astype(inputs.dtype), constrain(local_gradient(*pair), *axes)
 
 
 linear.defvjp(_forward, _backward)
 
 
-def _summed(
-    own_part: Callable[..., jax.Array], rows: Sequence[jax.Array], places: Sequence[PartitionSpec], axes: Axes
+def _reduced_gradient(
+    local_gradient: Callable[..., jax.Array], rows: Sequence[jax.Array], specs: Sequence[PartitionSpec], axes: Axes
 ) -> jax.Array:
-    """The gradient of a table over the vocabulary, from the part that each device makes of its rows of the batch.
+    """The gradient of a vocabulary table, reduced over the devices that share the batch.
 
-    Over a mesh it is scattered over the fsdp axis first, and only what a device keeps is summed over the others: left
-    to itself the compiler sums whole tables over all devices, or gathers the rows, which can be more.
+    It is reduce-scattered over the fsdp axis first, and only each device's shard is all-reduced over the other axes.
+    The compiler by itself all-reduces full tables, or gathers the rows, which can move more.
 
     Args:
-      own_part: makes the part, float32, from a device's own `rows`.
-      rows: arrays whose first axis is that of the batch.
-      places: how each is laid out over a mesh.
-      axes: those of the table, `vocab` and `embed`.
+      local_gradient: float32 gradient of the table from a device's own `rows`.
+      rows: arrays whose first axis is the batch.
+      specs: the sharding of each of `rows`.
+      axes: logical axes of the table, `vocab` and `embed`.
     """
     mesh = active_mesh()
     if mesh is None:
-        return own_part(*rows)
+        return local_gradient(*rows)
 
     def on_device(*rows: jax.Array) -> jax.Array:
-        part = jax.lax.psum_scatter(own_part(*rows), "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
+        part = jax.lax.psum_scatter(local_gradient(*rows), "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
         return jax.lax.psum(part, ("data", "expert"))
 
-    return jax.shard_map(on_device, mesh=mesh, in_specs=tuple(places), out_specs=spec(*axes))(*rows)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=tuple(specs), out_specs=spec(*axes))(*rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(table_VD: jax.Array, tokens: jax.Array, axes: Axes, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`table[tokens]` in `dtype`; gradients of a token's many places add up in float32.
+    """`table[tokens]` in `dtype`; the gradient sums over all occurrences of a token in float32.
 
-    The table is gathered whole: looking rows up in one that is split along its rows or its width moves activations.
+    The full table is gathered on every device: a lookup in a sharded table would communicate activations.
 
     Args:
       table_VD: float32 parameters.
-      tokens: rows of the table, integers of any shape.
+      tokens: row indices, integers of any shape.
       axes: logical axes of the table.
-      dtype: of the result.
+      dtype: dtype of the result.
 
     Returns:
       `[*tokens.shape, D]`.
@@ -114,7 +114,7 @@ def lookup(table_VD: jax.Array, tokens: jax.Array, axes: Axes, dtype: jax.typing
 def _lookup_forward(
     table_VD: jax.Array, tokens: jax.Array, axes: Axes, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # An array without elements remembers the number of rows.
+    # The empty slice keeps the number of rows without keeping the table.
     return lookup(table_VD, tokens, axes, dtype), (tokens, table_VD[:, :0])
 
 
@@ -123,17 +123,18 @@ def _lookup_backward(
 ) -> tuple[jax.Array, None]:
     tokens, rows = saved
     mesh = active_mesh()
-    own_rows = rows.shape[0] // (1 if mesh is None else num_shards(mesh, "vocab"))
+    local_rows = rows.shape[0] // (1 if mesh is None else num_shards(mesh, "vocab"))
 
-    def own_part(tokens: jax.Array, grad: jax.Array) -> jax.Array:
+    def local_gradient(tokens: jax.Array, grad: jax.Array) -> jax.Array:
         if mesh is not None:
-            tokens = tokens - jax.lax.axis_index(RULES["vocab"]) * own_rows
-        # Rows of other devices lie outside; a negative index would count from the end.
-        place = jnp.where((tokens >= 0) & (tokens < own_rows), tokens, own_rows)
-        zeros_VD = jnp.zeros((own_rows, grad.shape[-1]), jnp.float32)
-        return zeros_VD.at[place].add(grad.astype(jnp.float32), mode="drop")
+            tokens = tokens - jax.lax.axis_index(RULES["vocab"]) * local_rows
+        # Tokens of other vocabulary shards get the index `local_rows`, which `mode="drop"` ignores; a negative index
+        # would count from the end.
+        index = jnp.where((tokens >= 0) & (tokens < local_rows), tokens, local_rows)
+        zeros_VD = jnp.zeros((local_rows, grad.shape[-1]), jnp.float32)
+        return zeros_VD.at[index].add(grad.astype(jnp.float32), mode="drop")
 
-    return _summed(own_part, (tokens, grad), [spec("batch")] * 2, axes), None
+    return _reduced_gradient(local_gradient, (tokens, grad), [spec("batch")] * 2, axes), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -1,8 +1,7 @@
-"""The device mesh, and the one table that says which mesh axis shards which axis of the model.
+"""The device mesh, and the table that maps logical axes of arrays to mesh axes.
 
-A mesh has four axes, any of them of size 1. Sequences are dealt out over the first three; the model reads the mesh in
-use (`jax.set_mesh`) and places its activations with `constrain`. Without a mesh, or with one of a single device,
-nothing here does anything.
+A mesh has four axes, each possibly of size 1; the batch is sharded over the first three. Functions here read the mesh
+in use (`jax.set_mesh`) and have no effect without one, or with one of a single device.
 """
 
 from __future__ import annotations
@@ -34,48 +33,47 @@ gradient accumulators of a bank before they are summed."""
 
 
 GATHERED = "gathered weights"
-"""Name of gathered weights, for rematerialisation: gathering again costs less than keeping every layer's."""
+"""Checkpoint name of gathered weights: the backward pass gathers them again rather than keep those of every layer."""
 
 
 def spec(*logical: str | None) -> PartitionSpec:
-    """The partition of an array whose axes have these logical names; None is an axis that is not split."""
+    """The `PartitionSpec` of an array with these logical axes; None is an axis that is not sharded."""
     return PartitionSpec(*(None if name is None else RULES[name] for name in logical))
 
 
 def active_mesh() -> AbstractMesh | None:
-    """The mesh in use, if it is one of ours and has more than one device."""
+    """The mesh in use; None without one, for one with other axes, or for a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
 
 
 def num_shards(mesh: AbstractMesh | Mesh, logical: str) -> int:
-    """Into how many parts `mesh` splits a logical axis."""
+    """Number of shards of a logical axis over `mesh`."""
     axes = RULES[logical]
     return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
 
 
 def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
-    """`array`, laid out over the mesh in use as its logical axes say; unchanged without a mesh."""
+    """`array`, constrained to the sharding of its logical axes over the mesh in use; unchanged without a mesh."""
     mesh = active_mesh()
     return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(*logical)))
 
 
 def gathered_axes(logical: Sequence[str | None]) -> tuple[str | None, ...]:
-    """The axes of a weight once it is gathered: no longer split along model width."""
+    """The logical axes of a weight after it is gathered over fsdp: `embed` is no longer sharded."""
     return tuple(None if name == "embed" else name for name in logical)
 
 
 def gathered(weights: jax.Array, *logical: str | None) -> jax.Array:
-    """A weight as it is used: whole along the fsdp axis, and named `GATHERED` for rematerialisation."""
+    """`weights` gathered over the fsdp axis, and named `GATHERED` for rematerialization policies."""
     return checkpoint_name(constrain(weights, *gathered_axes(logical)), GATHERED)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over the first of `devices` (all there are), neighbours close to each other where the platform can.
+    """The mesh over the first of `devices` (default: all), laid out along physical links on TPU.
 
     Raises:
-      ConfigError: if there are too few devices, if several processes would not use all of theirs, or if the sizes do
-        not fit the devices' torus.
+      ConfigError: too few devices, devices of several processes left unused, or sizes that do not fit the TPU's torus.
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_sizes(config, len(devices))
@@ -87,23 +85,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform != "tpu":
-        # In the order of the processes, so that each loads consecutive rows of a batch.
+        # In process order, so that each process loads consecutive rows of the batch.
         return Mesh(np.array(used).reshape(sizes), AXES, axis_types=types)
     try:
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=used)
     except (ValueError, NotImplementedError) as error:
         kind = devices[0].device_kind
         raise ConfigError(
-            [f"{shown}: the links of {kind} cannot be laid out like this ({error}); choose others"]
+            [f"{shown}: does not fit the topology of these {kind} devices ({error}); choose other sizes"]
         ) from error
 
 
 def usable_mesh(config: Config) -> Mesh | None:
-    """The mesh of `config` over the devices there are; None for a single device.
+    """The mesh of `config` over the available devices; None for a single device.
 
     Raises:
-      ConfigError: if the sizes do not fit the devices, the model, batch or pool does not divide over them, or they have
-        no such transport.
+      ConfigError: sizes that do not fit the devices; a model, batch or pool that does not divide over them; or a
+        transport that they do not support.
     """
     mesh = make_mesh(config.mesh)
     sizes = dataclasses.replace(config.mesh, **dict(zip(AXES, mesh.devices.shape, strict=True)))
@@ -113,7 +111,7 @@ def usable_mesh(config: Config) -> Mesh | None:
     if config.mesh.transport == "ragged" and sizes.expert > 1 and not there:
         kind = "CPU" if device.platform == "cpu" else f"{mesh.size} {device.device_kind}"
         found.append(
-            f"mesh.transport=ragged: {kind} devices have no ragged all-to-all; choose all_gather, or leave it to auto"
+            f"mesh.transport=ragged: {kind} devices do not support ragged all-to-all; choose auto or all_gather"
         )
     if found:
         raise ConfigError(found)

@@ -1,7 +1,7 @@
-"""Several processes that train one model: starting them, and what they must agree on.
+"""Training in several processes: connecting them, and decisions that all of them must share.
 
-JAX's own runtime connects them, passes data between their devices, and notices when one dies. Every process runs the
-same program; only process 0 writes files and prints.
+JAX's distributed runtime connects the processes and detects when one dies. All run the same program; only process 0
+writes files and prints.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Found = TypeVar("Found")
 
 
 class PeerError(RuntimeError):
-    """Another process has failed, so this one stops too; the message says which and why."""
+    """Another process failed, so this one stops too; the message says which and why."""
 
 
 def announced_processes() -> int:
-    """How many processes the launcher says there are (Slurm step, Open MPI, Cloud TPU hosts); 1 if it says nothing.
+    """Number of processes according to the launcher (Slurm step, Open MPI, Cloud TPU hosts); 1 without one.
 
-    The hosts of a TPU slice are read from the variables, and in the order, that JAX looks for them.
+    The hosts of a TPU slice are read from the variables that JAX reads, in the same order.
     """
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", "")).split(",")
     slices, *counts = (
@@ -37,10 +37,10 @@ def announced_processes() -> int:
 
 
 def start(config: DistributedConfig) -> None:
-    """Connect to the other processes, if there are any; must come before anything asks JAX for devices.
+    """Connect to the other processes, if any. Must run before JAX initializes its devices.
 
     Raises:
-      ConfigError: if they cannot be found or reached.
+      ConfigError: the other processes cannot be found or reached.
     """
     explicit = config.coordinator is not None
     if not explicit and (config.launch == "single" or (config.launch == "auto" and announced_processes() == 1)):
@@ -60,7 +60,7 @@ def start(config: DistributedConfig) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             [
-                f"{given}: the other processes were not found: {reason}; start all of them within "
+                f"{given}: cannot connect to the other processes ({reason}); start all of them within "
                 f"distributed.start_timeout_seconds={config.start_timeout_seconds}, name process 0 with "
                 "distributed.coordinator=HOST:PORT, or set distributed.launch=single"
             ]
@@ -68,12 +68,12 @@ def start(config: DistributedConfig) -> None:
 
 
 def is_process_0() -> bool:
-    """Whether this is process 0, the one that writes."""
+    """Whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def broadcast_from_process_0(text: str) -> str:
-    """What process 0 passed, in every process."""
+    """The `text` of process 0, in every process. A collective: all processes must call it."""
     if jax.process_count() == 1:
         return text
     data = np.frombuffer(text.encode(), np.uint8)
@@ -85,16 +85,22 @@ def broadcast_from_process_0(text: str) -> str:
 
 
 def all_agree(mine: bool) -> bool:
-    """Whether every process passed True; each must call this at the same point."""
+    """Whether `mine` is True in every process. A collective: all processes must call it."""
     return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(mine)).min())
 
 
 def process_0_first(action: Callable[[], Found], expected: tuple[type[Exception], ...]) -> Found:
-    """`action()` in process 0, and once it is through also in the others; they share its files.
+    """Run `action` in process 0 and, when it has finished, in the others, which may read the files it wrote.
 
     Args:
-      action: what to do.
-      expected: what it may raise. In process 0 such an error goes on its way; the others then raise `PeerError`.
+      action: called once in every process.
+      expected: exceptions it may raise in process 0, which re-raises them.
+
+    Returns:
+      The result of this process's call.
+
+    Raises:
+      PeerError: in the other processes, if `action` raised one of `expected` in process 0.
     """
     if jax.process_count() == 1:
         return action()
@@ -112,7 +118,10 @@ def process_0_first(action: Callable[[], Found], expected: tuple[type[Exception]
 
 
 def lost_peer(error: BaseException) -> str | None:
-    """The first line of an error that a collective or the runtime raises when another process has gone; else None."""
+    """The first line of `error` if it looks as if another process was lost, else None.
+
+    JAX has no exception type for this: the text of its backends' errors is all there is.
+    """
     signs = ("gloo", "nccl", "connection", "peer", "coordination", "heartbeat", "unavailable", "deadline")
     text = str(error).strip()
     if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in text.lower() for sign in signs):
@@ -121,7 +130,7 @@ def lost_peer(error: BaseException) -> str | None:
 
 
 class Vote:
-    """A number each process casts once a step; the largest is known to all one step later, without waiting."""
+    """The maximum of a number over all processes, one step late so that no step waits for it."""
 
     def __init__(self) -> None:
         self._pending: jax.Array | None = None
@@ -131,7 +140,7 @@ class Vote:
         self._largest = jax.jit(jax.numpy.max, out_shardings=everywhere)
 
     def cast(self, number: int) -> int:
-        """Cast `number` for this step; the largest number cast for the step before, 0 at first."""
+        """Submit `number` for this step; return the largest submitted for the previous step, 0 at first."""
         decided = 0 if self._pending is None else int(jax.device_get(self._pending))
         mine = np.full(jax.local_device_count(), number, np.int32)
         self._pending = self._largest(jax.make_array_from_process_local_data(self._place, mine))
