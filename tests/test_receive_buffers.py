@@ -63,7 +63,7 @@ def test_buffers_start_at_three_and_follow_the_loads_between_checkpoints(tmp_pat
     assert found.factor == 2.5
     # Nothing measured, nothing changed.
     assert not found.resize()
-    assert found.of(tiny_config("unipool")).mesh.receive_factor == 2.5
+    assert found.configured(tiny_config("unipool")).mesh.receive_factor == 2.5
 
 
 def test_a_run_that_goes_on_does_so_with_its_buffers_on_a_mesh_like_the_first(tmp_path: Path) -> None:
@@ -103,4 +103,4 @@ def test_dropped_rows_are_counted_over_an_interruption(tmp_path: Path) -> None:
     found.add(1, measured(3.125, lost=12))
     after = buffers(tmp_path, "mesh.overflow=drop", meta=found.document())
     after.add(2, measured(3.1, lost=3))
-    assert (after.total, after.take(), after.take()) == (15, 15, 0)
+    assert (after.total, after.take_overflow(), after.take_overflow()) == (15, 15, 0)

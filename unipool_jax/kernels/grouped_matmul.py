@@ -101,7 +101,7 @@ def grouped_matmul(
 
 
 def check_operands(rows: dict[str, jax.Array], banks: dict[str, jax.Array], plan: GroupPlan) -> None:
-    """Raise ValueError unless the rows and banks, keyed by argument name, match the plan in shape and each other in dtype."""
+    """Raise ValueError unless rows and banks, keyed by argument name, match the plan in shape and agree in dtype."""
     num_rows, num_groups = plan.row_group.shape[0], plan.group_sizes.shape[0]
     ((rows_name, rows_array),) = rows.items()
     if rows_array.ndim != 2 or rows_array.shape[0] != num_rows:

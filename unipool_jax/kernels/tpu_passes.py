@@ -241,7 +241,7 @@ def row_pass(
 
 
 def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
-    """`bank_gradient` with `into`. Tiles divide the wider axis of the gradient: the narrower rows are read repeatedly."""
+    """`bank_gradient` with `into`. Tiles divide the wider axis of the gradient: narrower rows are read repeatedly."""
     tile_rows, shape = plan.tiling.tile_rows, into_EKN.shape
     rows_RK, grad_RN, into_EKN = _padded(rows_RK), _padded(grad_RN), _padded(into_EKN)
     _, rows_width, grad_width = into_EKN.shape

@@ -1,10 +1,10 @@
-"""Asynchronous checkpoints of a whole run, complete or absent, never half.
+"""Asynchronous, atomic checkpoints.
 
-Layout of one checkpoint, `checkpoints/<step>/`: one item per field of the training state (`params`, `opt_state`,
-`balance`, `step`), so that evaluation reads only the parameters, and `meta`, a JSON document with the step (which is
-also the data position: batches are a pure function of seed and step), the configuration, library versions and the
-shape and dtype of every array. Orbax writes into a temporary folder and renames it when everything is on disk; a
-process killed while saving leaves only a temporary folder behind, which the next manager removes.
+A checkpoint `checkpoints/<step>/` has one item per field of the training state (`params`, `opt_state`, `balance`,
+`step`), so that evaluation reads only the parameters, and `meta`, a JSON document with the step (which is also the data
+position: batches are a pure function of seed and step), the configuration, library versions, and the shape and dtype of
+every array. Orbax writes into a temporary folder and renames it when everything is on disk; a process that is killed
+while saving leaves only a temporary folder, which the next manager removes.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from unipool_jax.parallel.processes import all_agree, broadcast_from_process_0
 from unipool_jax.training.step import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# What a damaged checkpoint raises when it is read; anything else (out of memory, a lost device) is not its fault.
+# Raised when a damaged checkpoint is read. Other errors (out of memory, a lost device) have other causes.
 _DAMAGED = (ValueError, KeyError, FileNotFoundError)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be saved, read or used; the message says which one and what to do."""
+    """A checkpoint cannot be saved, read or used; the message says which one and what to do."""
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` found."""
+    """The result of `Checkpoints.restore`."""
 
     step: int
     items: dict[str, Any]
@@ -87,7 +87,7 @@ def _git_commit() -> str | None:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted name. Arrays without elements are left out: Orbax refuses them and they hold nothing."""
+    """Leaves by dotted name, without empty arrays, which Orbax rejects."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator=".") or "value": leaf for path, leaf in leaves}
     return {name: leaf for name, leaf in named.items() if np.prod(leaf.shape, dtype=np.int64) > 0}
@@ -116,9 +116,9 @@ class Checkpoints:
     """The checkpoints of one run folder; use as a context manager.
 
     Args:
-      directory: made if missing (not when `read_only`).
-      keep: newest checkpoints kept; older ones are deleted after a newer one is complete.
-      read_only: neither create, clean up, set aside nor delete anything (evaluation beside a running training).
+      directory: created if it does not exist (unless `read_only`).
+      keep: number of most recent checkpoints to keep; older ones are deleted after a newer one is complete.
+      read_only: create, rename and delete nothing, so that a run can be evaluated while it trains.
     """
 
     def __init__(self, directory: Path, keep: int | None = None, *, read_only: bool = False):
@@ -144,7 +144,7 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception:
-            # An error that is already on its way out says more than a second one about closing.
+            # An error that is already being raised is more useful than one from closing.
             if error is None:
                 raise
 
@@ -153,12 +153,12 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def find(self, step: int | None) -> int:
-        """`step`, or for None the newest; raises CheckpointError where there is no complete checkpoint of it."""
+        """`step`, or the newest for None; raises CheckpointError if there is no complete checkpoint of it."""
         steps = self.steps()
         if not steps:
-            raise CheckpointError(f"{self.directory}: no complete checkpoint here")
+            raise CheckpointError(f"{self.directory}: no complete checkpoint")
         if step is not None and step not in steps:
-            raise CheckpointError(f"{self.directory}: no complete checkpoint of step {step}; there are {steps}")
+            raise CheckpointError(f"{self.directory}: no complete checkpoint of step {step}; choose one of {steps}")
         return steps[-1] if step is None else step
 
     def path(self, step: int) -> Path:
@@ -166,15 +166,15 @@ class Checkpoints:
         return self.directory / str(step)
 
     def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Start saving; returns once the arrays are copied to the host, so that they may be donated.
+        """Start saving; returns when the arrays are copied to the host, after which they may be donated.
 
         Args:
-          step: completed optimiser steps.
+          step: completed optimizer steps.
           items: name -> pytree of arrays.
           meta: JSON document, from `make_meta`.
 
         Raises:
-          CheckpointError: if this save cannot start or the one before failed.
+          CheckpointError: this save cannot start, or the previous one failed.
         """
         arrays = {name: leaves for name, tree in items.items() if (leaves := flatten(tree))}
         arguments = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
@@ -185,36 +185,34 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def check(self) -> None:
-        """Raise `CheckpointError` if a save in the background has failed; costs nothing otherwise.
-
-        Not `CheckpointManager.check_for_errors`: that call takes the error away from Orbax's own finalising thread,
-        which then believes that the save succeeded and deletes the older checkpoints.
-        """
+        """Raise `CheckpointError` if a save in the background has failed; does not wait."""
+        # Not `CheckpointManager.check_for_errors`: it clears the error before Orbax's finalizing thread sees it, which
+        # then takes the save for complete and deletes the older checkpoints.
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Return when the last save is complete on disk; raises like `check`."""
+        """Wait until the last save is complete on disk; raises like `check`."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> CheckpointError:
-        # Reload: after a failed commit the manager may still list the step it failed to write.
+        # After a failed commit the manager may still list the step that it failed to write.
         self._manager.reload()
         left = self.steps()
         kept = f"the newest complete checkpoint is step {left[-1]}" if left else "there is no complete checkpoint"
         return CheckpointError(
             f"saving a checkpoint into {self.directory} failed: {type(error).__name__}: {_first_line(error)}; {kept}. "
-            "Check free space and permissions, then start the same command again to resume."
+            "Check free space and permissions, then repeat the command to resume."
         )
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON document of one checkpoint.
 
         Raises:
-          CheckpointError: if it cannot be read.
+          CheckpointError: it cannot be read.
         """
         try:
             return dict(self._document(step))
@@ -225,17 +223,16 @@ class Checkpoints:
         """Read one checkpoint.
 
         Args:
-          target: what to read, or a function from the checkpoint's document to it, where that decides the structure.
-          step: which one; None is the newest that every process can read. A newest checkpoint that turns out damaged (a
-            disk that lied about its writes) is then set aside as `<step>.damaged` with a warning, once an older one is
-            read.
+          target: what to read, or a function that returns it for the checkpoint's meta document.
+          step: which checkpoint; None is the newest that every process can read. Damaged checkpoints newer than that
+            one are renamed to `<step>.damaged`, with a warning.
 
         Raises:
-          CheckpointError: if there is none, if `step` is missing or damaged, if all are damaged, or if the arrays have
+          CheckpointError: there is no checkpoint, `step` is missing or damaged, all are damaged, or the arrays have
             other names, shapes or dtypes than `target`.
         """
         self.find(step)
-        # A shared file system may show other processes another list for a while.
+        # On a shared file system, processes may see different lists for a while.
         steps = [int(word) for word in broadcast_from_process_0(" ".join(map(str, self.steps()))).split()]
         damaged: dict[int, Exception] = {}
         for candidate in [step] if step is not None else reversed(steps):
@@ -244,11 +241,11 @@ class Checkpoints:
                 restored = self._read(candidate, target)
             except Exception as error:
                 damaged[candidate] = _damage(error)
-            # Damage may lie in the part of one process alone.
+            # The damage may be in one process's shards only.
             if all_agree(restored is not None) and restored is not None:
                 self._set_aside(damaged, candidate)
                 return restored
-            damaged.setdefault(candidate, ValueError("another process could not read its part"))
+            damaged.setdefault(candidate, ValueError("another process could not read its shards"))
         details = "\n".join(f"  - {self.path(s)}: {_first_line(error)}" for s, error in damaged.items())
         others = [s for s in steps if s not in damaged]
         advice = (
@@ -261,11 +258,11 @@ class Checkpoints:
             return handler.restore(self.path(step) / "meta")
 
     def _read(self, step: int, target: Target | Callable[[Mapping[str, Any]], Target]) -> Restored:
-        # By Orbax's handlers, not its manager: the manager ends a restore with a barrier, at which the other processes
+        # Through Orbax's handlers, because its manager ends a restore with a barrier, at which the other processes
         # would wait for one that has found damage.
         document = self._document(step)
         if not isinstance(document, dict) or not isinstance(document.get("layout"), dict):
-            raise ValueError("its meta document is empty or unreadable")
+            raise ValueError("the meta document is empty or unreadable")
         if callable(target):
             target = target(document)
         self._compare(step, document["layout"], target)
@@ -282,24 +279,24 @@ class Checkpoints:
         wanted = _layout(target)
         present = {name: layout for name, layout in stored.items() if name.split(".")[0] in target}
         problems = [
-            f"  - {name}: {present.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} in this program"
+            f"  - {name}: {present.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} expected"
             for name in sorted(present.keys() | wanted.keys())
             if present.get(name) != wanted.get(name)
         ]
         if problems:
             raise CheckpointError(
-                f"{self.path(step)} holds another model than the configuration describes:\n"
+                f"{self.path(step)} does not match the model of this configuration:\n"
                 + "\n".join(problems)
-                + "\nUse the configuration of that run (its config.yaml), or start a new run under another run.name."
+                + "\nUse that run's config.yaml, or start a new run under another run.name."
             )
 
     def _set_aside(self, damaged: Mapping[int, Exception], used: int) -> None:
         for step, error in damaged.items():
-            message = f"{self.path(step)} is damaged ({_first_line(error)}); going on from step {used}"
+            message = f"{self.path(step)} is damaged ({_first_line(error)}); resuming from step {used}"
             if not self.read_only and jax.process_index() == 0:
                 renamed = self.path(step).with_name(f"{step}.damaged")
                 self.path(step).rename(renamed)
-                message += f", the damaged one is now {renamed.name}"
+                message += f"; the damaged checkpoint was renamed to {renamed.name}"
             warnings.warn(message, stacklevel=3)
         if damaged:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
@@ -307,16 +304,16 @@ class Checkpoints:
 
 
 class Model(NamedTuple):
-    """A model to be used, not trained."""
+    """A model for evaluation."""
 
     config: Config
-    """Of the run, or of the structure after its lock."""
+    """The configuration of the run, or that after its lock."""
     params: Any
     balance: BalanceState
 
 
 def restore_model(checkpoints: Checkpoints, config: Config, step: int, mesh: Mesh | None = None) -> Model:
-    """The model of one checkpoint, without its optimiser state; raises like `restore`."""
+    """The model of one checkpoint, without its optimizer state; raises like `restore`."""
     config = structure(config, checkpoints.meta(step))
     target = state_shapes(config, mesh)
     items = checkpoints.restore({"params": target.params, "balance": target.balance}, step).items
@@ -324,7 +321,7 @@ def restore_model(checkpoints: Checkpoints, config: Config, step: int, mesh: Mes
 
 
 def _placed(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Targets with a sharding each: without one Orbax would look for the devices of the machine that saved."""
+    """Targets with a sharding each; without one, Orbax would look for the devices that saved the array."""
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
@@ -333,8 +330,8 @@ def _placed(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _damage(error: Exception) -> Exception:
-    """What an error says about a damaged checkpoint; one that has another reason is raised again."""
-    # Orbax hides what reading a part of a sharded array raises behind an exception without a class of its own.
+    """The error that shows that a checkpoint is damaged; re-raises an error with another cause."""
+    # Orbax wraps errors from reading a shard in a bare Exception.
     found = error.__cause__ if type(error) is Exception else error
     if not isinstance(found, _DAMAGED):
         raise error

@@ -23,14 +23,14 @@ from unipool_jax.training.sharding import process_rows, replicated, to_devices
 from unipool_jax.training.step import make_eval_step
 
 UNIGRAM_MAX_TOKENS = 200_000_000
-"""Train splits larger than this are not read through for the unigram model."""
+"""Train splits with more tokens get no unigram baseline, which must read all of them."""
 
 
 class EvalResult(NamedTuple):
     """Evaluation of one split."""
 
     loss: float
-    """Language-model loss, nats per token; never contains auxiliary terms."""
+    """Language-model loss, nats per token, without auxiliary losses."""
     perplexity: float
     bits_per_byte: float | None
     """None where the tokenizer has no exact byte count per token."""
@@ -39,9 +39,9 @@ class EvalResult(NamedTuple):
     bytes: int | None
     """UTF-8 bytes of the predicted tokens."""
     counts_LE: np.ndarray
-    """Choices per layer and expert, int64; of full batches only, where there are any."""
+    """Routing counts per layer and expert, int64; of batches without padding only, if there are any."""
     unfaded_counts_LE: np.ndarray | None = None
-    """The same without the fade of a lock that is under way; None in runs without one."""
+    """The same without the fade of a lock; None in runs without a lock."""
 
     def as_json(self) -> dict[str, float | int | None]:
         """The numbers, without the counts."""
@@ -49,14 +49,14 @@ class EvalResult(NamedTuple):
 
 
 class Evaluator:
-    """Evaluation of parameters on the splits of a corpus; compiles once for all of them.
+    """Evaluates parameters on splits of a corpus; compiles once for all splits.
 
     Args:
       config: model, sequence length and batch sizes.
       corpus: the text.
-      splits: those that will be evaluated.
-      limited: whether `train.eval_batches` limits a split to its first
-        `train.eval_batches x train.batch_size` sequences. That slice does not depend on `train.eval_batch_size`.
+      splits: the splits that will be evaluated.
+      limited: whether to evaluate only the first `train.eval_batches x train.batch_size` sequences of a split.
+      mesh: of the run; None for a single device.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Evaluator:
         self._max_windows: int | None = None
         if limited and config.train.eval_batches is not None:
             self._max_windows = config.train.eval_batches * config.train.batch_size
-        # One batch shape for every split, and no larger than the largest of them.
+        # One batch shape for all splits, no larger than the largest split.
         largest = max(len(self.windows(split)) for split in splits)
         if mesh is not None:
             parts = num_shards(mesh, "batch")
@@ -93,18 +93,18 @@ class Evaluator:
         }
 
     def windows(self, split: SplitName) -> EvalWindows:
-        """The text of `split` as windows; raises DataError where there is none."""
+        """The text of `split` as windows; raises DataError if it is empty."""
         return EvalWindows(self._corpus.stores, split, self._config.data.sequence_length, self._max_windows)
 
     def fixed(self, split: SplitName) -> Iterator[Batch]:
-        """Batches over the same text every time."""
+        """Batches over the same text at every evaluation."""
         return evaluation_batches(self.windows(split), **self._options)
 
     def moving(self, evaluation: int) -> Iterator[Batch]:
         """Batches over the next slice of the shuffled valid split (the published protocol).
 
         Args:
-          evaluation: how many slices were used before this one.
+          evaluation: number of slices used before this one.
         """
         config = self._config
         size = self._max_windows or len(self.windows("valid"))
@@ -119,9 +119,9 @@ class Evaluator:
         batches: Iterable[Batch],
         cancelled: Callable[[], bool] = lambda: False,
     ) -> EvalResult | None:
-        """Run over `batches`; None if `cancelled` became true on the way.
+        """The result over `batches`; None if `cancelled` returned True before the end.
 
-        Each batch comes back as sums per sequence, which are added up in float64 on the host.
+        Devices return float32 sums per sequence; the host adds them in float64.
         """
         total, pending = _Totals(self._config.data.sequence_length), None
         for batch in batches:
@@ -138,13 +138,13 @@ class Evaluator:
 
 
 class _Totals:
-    """Sums over batches, in float64 and integers."""
+    """Sums over batches, on the host, in float64 and integers."""
 
     def __init__(self, sequence_length: int) -> None:
         self._length = sequence_length
         self._loss = 0.0
         self._tokens = self._bytes = 0
-        # Padding is routed like text, so partly padded batches count only when there is nothing else.
+        # Padding is routed like text, so the counts of padded batches are used only if there are no others.
         self._counts: dict[bool, Any] = {True: 0, False: 0}
         self._unfaded: dict[bool, Any] = {True: None, False: None}
         self._full_batches = 0
@@ -171,7 +171,7 @@ class _Totals:
 
 
 def unigram_baseline(corpus: Corpus, windows: Mapping[str, EvalWindows]) -> dict[str, dict[str, float | None]] | None:
-    """Loss and bits per byte of a unigram model of the train split; None where that split is too large to read."""
+    """Loss and bits per byte of the unigram model of the train split; None if that split is too large to read."""
     if corpus.num_tokens("train") > UNIGRAM_MAX_TOKENS:
         return None
     train_counts = token_counts(corpus.stores, "train")
@@ -188,7 +188,7 @@ def print_results(
     facts: Mapping[str, str] | None = None,
     title: str | None = None,
 ) -> None:
-    """`title`, a table with one column per split and rows for the model and the unigram model, `facts` as lines."""
+    """Print `title`, a table with one column per split and rows for the model and the unigram model, and `facts`."""
     if title:
         print(title)
     table = Table()
@@ -212,4 +212,4 @@ def print_results(
     for label, fact in (facts or {}).items():
         console.print(f"{label}: {fact}", highlight=False)
     if any(r["bits_per_byte"] is None for r in results.values()):
-        console.print("bits per byte: not known, this tokenizer has no exact number of bytes per token")
+        console.print("bits per byte: unknown, as this tokenizer has no exact byte count per token")

@@ -1,4 +1,4 @@
-"""Model FLOPs per token and the peak of known devices: the two sides of model FLOPs utilisation (MFU)."""
+"""Model FLOPs per token and peak FLOP/s of devices, for model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from unipool_jax.config.chips import CHIPS
 from unipool_jax.config.schema import Config
 
 PEAK_BF16_FLOPS: dict[str, float] = {
-    # Keys are `jax.Device.device_kind` in lower case, or a part of it; the longest match counts.
+    # Keys are `jax.Device.device_kind` in lower case, or a part of it; the longest match wins.
     **{chip.device_kind.lower(): chip.flops for chip in CHIPS.values()},
     "tpu v4": 275e12,
     "tpu v5e": CHIPS["v5e"].flops,
@@ -18,16 +18,15 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "h200": 989e12,
     "b200": 2250e12,
 }
-"""Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets."""
+"""Dense bfloat16 FLOP/s of one JAX device, from vendors' data sheets."""
 
 
 def flops_per_token(config: Config) -> float:
-    """Training FLOPs of one token: forward and backward, without recomputation.
+    """Training FLOPs per token: forward and backward, without recomputation.
 
-    Convention: 6 FLOPs per weight of every matrix product the token takes part in (2 forward, 4 backward), counting
-    only the `top_k` experts it visits, and `6 L D S` for the attention scores and their use, which is half of
-    `12 L D S`: only the half below the diagonal that the causal mask keeps is model work. The embedding is a look-up.
-    Recomputed activations are not model work either, so remat lowers the MFU.
+    6 FLOPs per weight of every matrix product (2 forward, 4 backward), counting `top_k` experts per layer, plus
+    `6 L D S` for attention: half of the usual `12 L D S`, because the causal mask keeps half of the scores. The
+    embedding lookup is free. Recomputation is not model work, so remat lowers the MFU.
     """
     model = config.model
     width, head = model.hidden_size, config.head_size
@@ -41,7 +40,7 @@ def flops_per_token(config: Config) -> float:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of one device, None where it is unknown (a CPU, a new device).
+    """Peak dense bfloat16 FLOP/s of one device; None for unknown devices, such as CPUs.
 
     Args:
       device_kind: `jax.devices()[0].device_kind`, for example `TPU v5 lite` or `NVIDIA H100 80GB HBM3`.

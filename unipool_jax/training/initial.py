@@ -1,4 +1,4 @@
-"""The state that a run begins with: fresh, or that of its newest complete checkpoint."""
+"""The state a run starts with: new, or that of its newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
     """The state of the newest complete checkpoint, or a new one from `train.seed`.
 
     Raises:
-      RunError: if the checkpoint was trained on ids of another tokenizer, or there is none with `run.resume=required`.
-      CheckpointError: if it cannot be used.
-      ConfigError: if it does not fit the devices' memory.
+      RunError: the checkpoint was trained with another tokenizer, or there is none and `run.resume=required`.
+      CheckpointError: the checkpoint cannot be used.
+      ConfigError: the state exceeds the memory of the devices.
     """
     shapes = state_shapes(config, mesh)
     if problem := memory_problem(shapes, jax.local_devices()[0]):
@@ -28,13 +28,13 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
     if not checkpoints.steps():
         if config.run.resume == "required":
             raise RunError(f"run.resume=required, but {checkpoints.directory} holds no complete checkpoint")
-        places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed)), out_shardings=places)()
+        shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed)), out_shardings=shardings)()
     restored = checkpoints.restore(lambda meta: state_shapes(structure(config, meta), mesh)._asdict())
     trained_with = restored.meta["tokenizer_sha256"]
     if trained_with != corpus.tokenizer.sha256:
         raise RunError(
-            f"data.tokenizer={config.data.tokenizer}: its definition (sha256 {corpus.tokenizer.sha256[:12]}) is not "
-            f"the one this run was trained with ({str(trained_with)[:12]}); put that tokenizer back or start a new run"
+            f"data.tokenizer={config.data.tokenizer}: its definition (sha256 {corpus.tokenizer.sha256[:12]}) differs "
+            f"from the one this run was trained with ({str(trained_with)[:12]}); restore that one or start a new run"
         )
     return TrainState(**restored.items)

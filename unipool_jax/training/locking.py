@@ -1,4 +1,4 @@
-"""UniPool-lock in a run: the record beside the state, the evaluations that move it, and the re-indexing at the lock."""
+"""UniPool-lock during training: its record, the evaluations that advance it, and the re-indexing of the state."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from unipool_jax.training.step import BalanceState, TrainState, state_shapes
 
 
 def locked_state(config: Config, state: TrainState, expert_ids_LK: np.ndarray, mesh: Mesh | None = None) -> TrainState:
-    """The state of a run with one pool as that of the model after the lock; `state` is used up.
+    """The state of the model after the lock, from that of a model with one pool; `state` is donated.
 
     Args:
-      config: of the run, with its one pool.
+      config: of the run, with one pool.
       state: before the lock.
-      expert_ids_LK: the experts of each layer in ascending order.
-      mesh: on which the arrays are; each expert then lives where the mesh places its owner's share of the bank.
+      expert_ids_LK: the experts of each layer, ascending.
+      mesh: of the run; each layer's experts are then sharded as its own bank.
     """
     after, trees = config.after_lock(), {"params": state.params, "opt_state": state.opt_state}
-    # Made from the arrays before, as an array that was not computed from the others would have the step compiled twice.
+    # Computed from the previous arrays, because a newly created array would make the step compile twice.
     balance = BalanceState(
         expert_bias_GNE=jnp.swapaxes(state.balance.expert_bias_GNE, 0, 1)[..., : after.experts_per_pool],
         previous_load_GE=locked_load(state.balance.previous_load_GE, expert_ids_LK),
@@ -48,9 +48,9 @@ def locked_state(config: Config, state: TrainState, expert_ids_LK: np.ndarray, m
     if mesh is None:
         moved = locked_tree(trees, expert_ids_LK)
     else:
-        places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(after, mesh))
-        moved = locked_tree(trees, expert_ids_LK, {name: getattr(places, name) for name in trees})
-        balance = jax.device_put(balance, places.balance)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(after, mesh))
+        moved = locked_tree(trees, expert_ids_LK, {name: getattr(shardings, name) for name in trees})
+        balance = jax.device_put(balance, shardings.balance)
     return TrainState(state.step, moved["params"], moved["opt_state"], balance)
 
 
@@ -60,13 +60,13 @@ class Locking:
     Args:
       config: of the run.
       folder: of the run; ownership maps go to `lock/` inside it.
-      document: of the checkpoint that the run goes on from; None for a new run.
+      document: meta document of the checkpoint that the run resumes from; None for a new run.
       step: completed steps of that checkpoint.
       mesh: of the run.
 
     Raises:
-      LockError: if the document does not fit the configuration or the step.
-      ConfigError: if the experts of a locked layer do not divide over the mesh.
+      LockError: the document does not match the configuration or the step.
+      ConfigError: the experts of a locked layer do not divide over the mesh.
     """
 
     def __init__(
@@ -81,44 +81,47 @@ class Locking:
 
     @property
     def structure(self) -> Config:
-        """The configuration of the model as it is now."""
+        """The configuration of the current model: `after_lock()` once it is re-indexed."""
         return self._config.after_lock() if self._reindexed else self._config
 
     def start(self, state: TrainState) -> TrainState:
-        """The state to begin with: re-indexed where experts are private from the start.
+        """The state to start with, re-indexed if experts are private from the start.
 
         Raises:
-          LockError: if the partition of a restored state is not that of its record.
+          LockError: the partition in a restored state differs from that in its record.
         """
         placed, candidate = state.balance.lock, self.record.candidate
         if placed is not None:
             expected = np.full(self.record.experts, -1) if candidate is None else np.array(candidate.owner)
             if (np.asarray(jax.device_get(placed.owner_M)) != expected).any():
-                raise LockError("the partition among the arrays of the checkpoint is not the one in its lock state")
+                raise LockError(
+                    "the partition in the checkpoint's arrays differs from the one in its lock record; "
+                    "resume from another checkpoint"
+                )
         return self._install(state)
 
     def check(self, step: int) -> None:
-        """Refuse the update after `step` steps where the record does not allow it; raises LockError."""
+        """Raise LockError if the record does not allow the update after `step` steps."""
         check_step(self._config, self.record, step)
 
     def in_pool_order(self, counts_LE: np.ndarray) -> np.ndarray:
-        """Counts per layer and expert of the pool, `[L, M]`, from those of the model as it is now."""
+        """Counts per layer and expert of the pool, `[L, M]`, from those of the current model."""
         ids_LK = self.record.expert_ids
         return counts_LE if ids_LK is None or not self._reindexed else pool_counts(counts_LE, ids_LK)
 
     def document(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps keeps of the lock."""
+        """What the meta document of a checkpoint after `step` steps holds of the lock."""
         return {"lock": to_document(self._config, self.record, step)}
 
     def observe(self, step: int, result: EvalResult) -> dict[str, Any]:
-        """Draw the consequences of an evaluation, and return its metrics; `apply` puts them in place."""
+        """Advance the record by an evaluation and return its metrics; `apply` then changes the state."""
         before = self.record
         counts_LM = result.counts_LE
         unfaded_LM = counts_LM if result.unfaded_counts_LE is None else result.unfaded_counts_LE
         self.record = after = observe(self._config, before, step, result.loss, counts_LM, unfaded_LM)
-        said = json.dumps(to_document(self._config, after, step), sort_keys=True)
-        if broadcast_from_process_0(said) != said:
-            raise LockError(f"step {step}: processes disagree about the lock; are all of them the same program?")
+        document = json.dumps(to_document(self._config, after, step), sort_keys=True)
+        if broadcast_from_process_0(document) != document:
+            raise LockError(f"step {step}: processes disagree about the lock; run the same program in all of them")
         if after.stage != before.stage and is_process_0():
             partition = after.lock or after.candidate
             assert partition is not None
@@ -128,23 +131,23 @@ class Locking:
         return ownership_metrics(self._config, before, after, step, result.loss, counts_LM, unfaded_LM)
 
     def apply(self, state: TrainState) -> TrainState:
-        """The state to go on with after an evaluation.
+        """The state to continue with after an evaluation.
 
         Raises:
-          LossExcessError: if the run must stop.
+          LossExcessError: the run must stop.
         """
         if must_stop(self._config, self.record):
             lock, reference = self._config.lock, self.record.reference_loss
             raise LossExcessError(
-                f"stopped after the evaluation at step {self.record.observed}: {lock.excess_evaluations} evaluations "
-                f"in a row more than lock.max_loss_excess={lock.max_loss_excess:g} above the loss at the freeze, "
+                f"stopped after the evaluation at step {self.record.observed}: {lock.excess_evaluations} consecutive "
+                f"losses more than lock.max_loss_excess={lock.max_loss_excess:g} above the loss at the freeze, "
                 f"{reference:.4f}. Nothing was saved after it. Start a new run with a longer fade "
                 "(lock.anneal_fraction), a later lock (lock.lock_fraction), or a larger lock.max_loss_excess"
             )
         return self._install(state)
 
     def _install(self, state: TrainState) -> TrainState:
-        """Bring the arrays in line with the record."""
+        """The state in the structure, and with the partition, of the record."""
         ids_LK, candidate = self.record.expert_ids, self.record.candidate
         if ids_LK is not None and not self._reindexed:
             self._reindexed = True

@@ -1,4 +1,4 @@
-"""Training from the first step, or from the newest complete checkpoint, to the summary of the run."""
+"""The training loop, from a new state or the newest checkpoint to the summary of the run."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ from unipool_jax.training.step import TrainState, counts_before_gradient, make_t
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
 
 EXIT_NONFINITE = 3
-"""Exit code of a run that a non-finite loss or gradient stopped. A signal gives 128 + its number (130, 143)."""
+"""Exit code after a non-finite loss or gradient, or an overflow of receive buffers. A signal gives 128 + its number."""
 
 EXIT_LOSS_EXCESS = 4
-"""Exit code of a run with UniPool-lock that `lock.max_loss_excess` stopped."""
+"""Exit code of a run that `lock.max_loss_excess` stopped."""
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient was not finite and `train.nonfinite=stop`; nothing was changed or saved because of it."""
+    """A loss or gradient was not finite, with `train.nonfinite=stop`; the step was not applied."""
 
 
 def train(config: Config) -> int:
-    """Train as `config` says, going on where the run folder left off.
+    """Train the run of `config`, resuming from its newest checkpoint.
 
     Returns:
-      Exit code: 0 when the run is complete, `EXIT_NONFINITE` (also when receive buffers overflowed),
-      `EXIT_LOSS_EXCESS`, or 128 + signal number after a clean interruption.
+      Exit code: 0 if the run is complete, `EXIT_NONFINITE`, `EXIT_LOSS_EXCESS`, or 128 + signal number after a clean
+      interruption.
 
     Raises:
-      ConfigError, RunError, CheckpointError, DataError, LockError, AssignmentError: with what to do about it; earlier
-        checkpoints are intact.
-      PeerError: when process 0 raised one of these.
+      ConfigError, RunError, CheckpointError, DataError, LockError, AssignmentError: something the user can correct;
+        earlier checkpoints are intact.
+      PeerError: process 0 raised one of these.
     """
     mesh = usable_mesh(config)
     with contextlib.ExitStack() as stack:
@@ -77,7 +77,7 @@ def train(config: Config) -> int:
         summary = folder.read_summary()
         if summary is not None:
             if is_process_0():
-                print(f"{folder.path} is finished; to train again, choose another run.name or delete the folder")
+                print(f"{folder.path} is finished; to train again, set another run.name or delete the folder")
                 _print_summary(config, summary)
             return 0
         corpus = process_0_first(lambda: open_corpus(config.data, config.model.vocab_size), (DataError, OSError))
@@ -110,21 +110,21 @@ def train(config: Config) -> int:
             return EXIT_LOSS_EXCESS if isinstance(error, LossExcessError) else EXIT_NONFINITE
         except InterruptedRunError as interruption:
             run.progress.message(
-                f"{interruption}: saved step {checkpoints.steps()[-1]} in {folder.path}; the same command goes on there"
+                f"{interruption}: saved step {checkpoints.steps()[-1]} in {folder.path}; the same command resumes there"
             )
             return 128 + interruption.signum
     return 0
 
 
 class _Reported(NamedTuple):
-    """A point in training at which the throughput was looked at."""
+    """A point in training at which throughput was measured."""
 
     step: int
     seconds: float
 
 
 class _Run:
-    """What the steps of one run share; `start` is the number of steps completed before."""
+    """The loop of one run and its state between steps; `start` is the number of steps completed before."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class _Run:
         self.placement: Placement | None = None
         self.progress = Progress(config.train.steps, None if is_process_0() else io.StringIO())
         names: list[SplitName] = ["valid", "test"]
-        # Without valid text the evaluator says so before the first step, not after the last.
+        # `valid` is always included, so that a run without validation text fails before its first step.
         self.splits = [name for name in names if name == "valid" or name in corpus.splits()]
         self.evaluator = Evaluator(self.structure, corpus, self.splits, limited=True, mesh=mesh)
         self.watch = Stopwatch()
@@ -158,63 +158,67 @@ class _Run:
 
     @property
     def num_devices(self) -> int:
-        """Devices that train."""
+        """Devices of the mesh."""
         return 1 if self.mesh is None else self.mesh.size
 
     @property
     def structure(self) -> Config:
-        """The configuration of the model as it is now: a lock divides its pool."""
+        """The configuration of the current model, which a lock changes."""
         return self.config if self.lock is None else self.lock.structure
 
     def announce(self, state: TrainState) -> None:
-        """Say what is about to happen, and where every large array is."""
+        """Print the run, the mesh and the sharding of large arrays.
+
+        Raises:
+          RunError: expert weights are not sharded as the mesh says.
+        """
         config, device = self.config, jax.local_devices()[0]
         self.progress.message(
             f"{self.folder.path}: {config.scale_name} {config.method_name} on {self.num_devices} x "
             f"{device.device_kind}, {config.total_experts} experts in {config.pool.groups} pool(s), "
-            f"{config.tokens_per_step:,} tokens a step, {resolve(config.kernels.implementation)} kernels"
+            f"{config.tokens_per_step:,} tokens per step, {resolve(config.kernels.implementation)} kernels"
         )
         if counts_before_gradient(config):
             self.progress.message(
-                f"the exact pool loss over {config.num_microbatches} micro-batches costs one more forward pass a step; "
-                "train.microbatch_size=train.batch_size or loss.pool_statistics=previous avoids it"
+                f"the exact pool loss over {config.num_microbatches} micro-batches needs a second forward pass per "
+                "step; train.microbatch_size=train.batch_size or loss.pool_statistics=previous avoids it"
             )
         if self.num_devices < jax.device_count():
-            self.progress.message(f"{jax.device_count()} devices are here; mesh.data=-1 would use them all")
+            self.progress.message(f"{jax.device_count()} devices are available; mesh.data=-1 would use all of them")
         if self.mesh is not None:
             sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
             transport = transport_for(config.mesh, self.mesh.shape["expert"])
-            room = "" if transport == "local" else f" with room for {self.buffers.factor:g} times the mean"
+            capacity = "" if transport == "local" else f" with capacity factor {self.buffers.factor:g}"
             self.progress.message(
-                f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport{room}\n{report(state)}"
+                f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport{capacity}\n{report(state)}"
             )
             if misplaced := misplaced_banks(config, self.mesh, state):
                 raise RunError(
-                    f"mesh {sizes}: expert weights are not split as it says: {', '.join(misplaced)} a device"
+                    f"mesh {sizes}: expert weights are not sharded accordingly: {', '.join(misplaced)} per device"
                 )
         if self.start:
-            self.progress.message(f"going on after step {self.start}")
+            self.progress.message(f"resuming after step {self.start}")
 
     def place(self, state: TrainState) -> TrainState:
-        """Lay the experts of a resumed run out for even device loads, if that is asked for and was measured."""
+        """`state` with its experts placed by their loads in the last evaluation, if mesh.expert_placement=measured."""
         if self.config.mesh.expert_placement == "contiguous" or self.mesh is None or self.mesh.shape["expert"] == 1:
             return state
         counts_LE = newest_counts(self.folder.path / "routing", self.start)
         if counts_LE is None:
-            self.progress.message("expert placement: nothing measured yet, neighbours share a device")
+            self.progress.message("expert placement: no loads measured yet, so consecutive experts share a device")
             return state
         self.placement = measured(self.config, self.mesh, counts_LE)
         return self.placement.apply(state)
 
     def steps(self, state: TrainState) -> TrainState:
-        """Train from `start` completed steps to the last one."""
+        """Run the remaining steps."""
         settings, start = self.config.train, self.start
         compiled = start + 1
         pending: tuple[int, dict[str, jax.Array]] | None = None
         if start and self.due(start, settings.eval_every) and not self.validated:
-            # The interruption fell between the step and its evaluation.
+            # The run was interrupted between this step and its evaluation.
             state = self.validate(state, start)
-        built = self.buffers.of(self.structure)
+        built = self.buffers.configured(self.structure)
         train_step = make_train_step(built, self.mesh)
         for step, batch in enumerate(self.batches(), start + 1):
             placed = self.on_devices(batch)
@@ -222,7 +226,8 @@ class _Run:
                 self.lock.check(step - 1)
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, placed)
-            # A non-finite update was never applied, so looking one step late loses nothing and keeps the device busy.
+            # Read the metrics one step late, so that the device never waits for the host. A non-finite update is not
+            # applied, so nothing is lost.
             if pending is not None:
                 self.report(*pending)
             pending = step, metrics
@@ -236,32 +241,32 @@ class _Run:
                 self.report(*pending)
                 pending = None
                 if first:
-                    # Compilation is over: from here on time is throughput.
+                    # Exclude compilation from throughput.
                     self.watch.start()
                     self.mark = _Reported(step, self.watch.seconds)
             if evaluate and not self.stop.requested():
                 state = self.validate(state, step)
             if save or self.stop.requested():
                 state = self.save(state, step)
-            self.leave_if_asked()
-            if (wanted := self.buffers.of(self.structure)) != built and not last:
-                # A lock, or buffers of another size: another program from here on.
+            self.raise_if_interrupted()
+            if (wanted := self.buffers.configured(self.structure)) != built and not last:
+                # A lock or another capacity factor changes shapes: compile again.
                 built, compiled, self.mark = wanted, step + 1, None
                 train_step = make_train_step(built, self.mesh)
         return state
 
     def due(self, step: int, every: int) -> bool:
-        """Whether something done every `every` steps (0: never) is done after `step`."""
+        """Whether `step` is a multiple of `every` (0: never)."""
         return every > 0 and step % every == 0
 
     def on_devices(self, batch: Batch) -> Batch:
-        """This process's rows of a training batch, on their devices."""
+        """The global training batch on devices, from the rows that this process loaded."""
         if self.mesh is None:
             return jax.device_put(batch)
         return to_devices(self.mesh, batch, self.config.train.batch_size)
 
     def batches(self) -> Iterator[Batch]:
-        """This process's rows of the training batches that are left."""
+        """This process's rows of the remaining training batches."""
         config = self.config
         num_windows = config.train.steps * config.train.batch_size
         length, seed = config.data.sequence_length, config.train.seed
@@ -276,7 +281,11 @@ class _Run:
         )
 
     def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Look at one step: stop or note it if it was not finite, and write its metrics if it is time to."""
+        """Check one step, and write its metrics every `train.log_every` steps.
+
+        Raises:
+          NonFiniteError, OverflowedError: the settings say to stop.
+        """
         if not jax.device_get(metrics["finite"]):
             self.report_nonfinite(step, metrics)
         self.buffers.add(step, metrics)
@@ -293,7 +302,7 @@ class _Run:
         values |= {"tokens_per_second": self.rate, "mfu": mfu}
         if "router_scale_L" in host:
             values["router_scale"] = host["router_scale_L"]
-        values |= self.loads(host) | {"overflow": self.buffers.take()}
+        values |= self.loads(host) | {"overflow": self.buffers.take_overflow()}
         self.writer.write("train", step, values)
         left = None
         if self.rate is not None:
@@ -301,7 +310,7 @@ class _Run:
         self.progress.step(step, loss, float(host["learning_rate"]), self.rate, left)
 
     def loads(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """How even the use of experts is, and of devices where experts are dealt out over them."""
+        """Load balance of experts and, with expert parallelism, of devices."""
         config, counts_LE = self.config, metrics["counts_LE"]
         values = load_metrics(self.in_pool_order(counts_LE), config.pool.groups)
         if self.mesh is not None and self.mesh.shape["expert"] > 1:
@@ -310,13 +319,13 @@ class _Run:
         return values
 
     def in_pool_order(self, counts_LE: np.ndarray) -> np.ndarray:
-        """Counts of the model as it is now, over the experts of each layer's pool in their own order."""
+        """Counts of the current model in the experts' original order, over each layer's pool."""
         if self.placement is not None:
             return self.placement.counts(counts_LE)
         return counts_LE if self.lock is None else self.lock.in_pool_order(counts_LE)
 
     def measure_rate(self, step: int) -> None:
-        """Update the tokens per second since the last look."""
+        """Update the tokens per second since the previous measurement."""
         if self.mark is None or step <= self.mark.step:
             return
         now = _Reported(step, self.watch.seconds)
@@ -325,7 +334,7 @@ class _Run:
         self.mark = now
 
     def report_nonfinite(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Write what was not finite; raise `NonFiniteError` unless such steps are skipped."""
+        """Write the losses and the gradient norm; raise `NonFiniteError` unless such steps are skipped."""
         names = [name for name in metrics if name.startswith("loss/")] + ["grad_norm"]
         found = {name: float(jax.device_get(metrics[name])) for name in names}
         shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
@@ -337,19 +346,19 @@ class _Run:
             return
         self.checkpoints.wait()
         saved = self.checkpoints.steps()
-        good = f"{self.checkpoints.path(saved[-1])}" if saved else "none yet"
+        newest = f"{self.checkpoints.path(saved[-1])}" if saved else "none yet"
         raise NonFiniteError(
-            f"stopped at step {step}, its loss or gradient is not finite: {shown}\n"
-            f"The step was not applied and nothing was saved after it. Last good checkpoint: {good}\n"
-            "Use train.nonfinite=skip to leave such steps out (the same command goes on from that checkpoint), or "
+            f"stopped at step {step}: its loss or gradient is not finite: {shown}\n"
+            f"The step was not applied and nothing was saved after it. Newest checkpoint: {newest}\n"
+            "Set train.nonfinite=skip to skip such steps (the same command resumes from that checkpoint), or "
             "start a new run with a lower optimizer.learning_rate."
         )
 
     def validate(self, state: TrainState, step: int) -> TrainState:
-        """Evaluate on the valid split and write the result; leaves no trace if a signal arrives on the way.
+        """Evaluate on the valid split and write the result; writes nothing if a signal interrupts it.
 
         Returns:
-          The state to go on with: an evaluation can freeze or lock the ownership of experts.
+          The state to continue with: an evaluation can fix or lock the ownership of experts.
         """
         config = self.config
         self.watch.stop()
@@ -360,7 +369,7 @@ class _Run:
         found = self.evaluator.evaluate(state.params, state.balance, batches, self.stop.requested)
         self.valid = None if found is None else found._replace(counts_LE=self.in_pool_order(found.counts_LE))
         owned = {} if self.lock is None or self.valid is None else self.lock.observe(step, self.valid)
-        # A run that was killed between its last checkpoint and its summary has the line already.
+        # A run killed between its last checkpoint and its summary has already written this line.
         if self.valid is not None and not (step == self.start and self.validated):
             counts, groups = self.valid.counts_LE, config.pool.groups
             routing = {} if config.moe.router == "none" else routing_diagnostics(counts, groups)
@@ -381,10 +390,10 @@ class _Run:
         return state
 
     def save(self, state: TrainState, step: int) -> TrainState:
-        """Start saving a checkpoint; everything written about earlier steps is on disk before it.
+        """Start saving a checkpoint, after the metrics of all earlier steps are on disk.
 
         Returns:
-          The state to go on with.
+          The state to continue with.
         """
         self.watch.stop()
         self.writer.sync()
@@ -397,18 +406,18 @@ class _Run:
         if self.placement is not None:
             state = self.placement.apply(state)
         if self.buffers.resize():
-            self.progress.message(f"receive buffers: room for {self.buffers.factor:g} times the mean from here on")
+            self.progress.message(f"receive buffers: new capacity factor {self.buffers.factor:g}")
         self.watch.start()
         return state
 
-    def leave_if_asked(self) -> None:
-        """Raise `InterruptedRunError`, with the last checkpoint complete on disk, if a signal has arrived."""
+    def raise_if_interrupted(self) -> None:
+        """Raise `InterruptedRunError` after a signal, when the last checkpoint is complete on disk."""
         if self.stop.signum is not None:
             self.checkpoints.wait()
             raise InterruptedRunError(self.stop.signum)
 
     def finish(self, state: TrainState) -> dict[str, Any]:
-        """Evaluate the final model and write the summary of the run."""
+        """Evaluate the final model, and write and return the summary of the run."""
         self.watch.stop()
         self.checkpoints.wait()
         if self.valid is None:
@@ -417,7 +426,7 @@ class _Run:
         if "test" in self.splits:
             batches = self.evaluator.fixed("test")
             results["test"] = self.evaluator.evaluate(state.params, state.balance, batches, self.stop.requested)
-        self.leave_if_asked()
+        self.raise_if_interrupted()
         found = {name: result for name, result in results.items() if result is not None}
         windows = {str(name): self.evaluator.windows(name) for name in self.splits}
         loads = load_metrics(found["valid"].counts_LE, self.config.pool.groups)
@@ -444,8 +453,8 @@ def _print_summary(config: Config, summary: dict[str, Any]) -> None:
         "experts in use": f"{summary['experts_used']} of {summary['experts_total']}",
         "busiest expert over mean load": f"{summary['busiest_over_mean']:.2f}",
     }
-    # A summary of an earlier version counted none.
+    # Summaries of earlier versions have no such count.
     if dropped := summary.get("overflow"):
-        facts["rows without their expert (mesh.overflow=drop)"] = f"{dropped:,}"
+        facts["rows dropped (mesh.overflow=drop)"] = f"{dropped:,}"
     title = f"{config.scale_name} {config.method_name} after {summary['step']} steps, {summary['tokens']:,} tokens"
     print_results(summary["results"], summary["unigram"], facts, title)

@@ -1,4 +1,4 @@
-"""Metrics: what routing counts say, where numbers are written, and the progress line."""
+"""Metrics derived from routing counts, the files they are written to, and the progress line."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ _SET_SIZES = (1, 2, 3, 5, 8, 10, 16, 20, 32, 48, 64)
 
 
 def pool_counts(counts_LE: np.ndarray, groups: int) -> np.ndarray:
-    """Choices per pool and expert, int64 `[G, E]`: the sum over the L/G adjacent layers that share a pool."""
+    """Routing counts per pool and expert, int64 `[G, E]`: the sum over the L/G adjacent layers that share a pool."""
     return pool_layers(counts_LE, groups).sum(axis=1)
 
 
 def pool_layers(counts_LE: np.ndarray, groups: int) -> np.ndarray:
-    """Choices per pool, layer of the pool and expert, int64 `[G, L/G, E]`."""
+    """Routing counts per pool, layer of the pool and expert, int64 `[G, L/G, E]`."""
     layers, experts = counts_LE.shape
     return counts_LE.astype(np.int64).reshape(groups, layers // groups, experts)
 
 
 def _busiest_over_mean(counts: np.ndarray) -> np.ndarray:
-    """Load of the busiest expert over the mean load along the last axis; 0 where nothing was routed."""
+    """Maximum over mean along the last axis; 0 where the mean is 0."""
     mean = counts.mean(axis=-1)
     return np.divide(counts.max(axis=-1), mean, out=np.zeros_like(mean), where=mean > 0)
 
 
 def load_metrics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
-    """How evenly experts are used.
+    """Load balance of experts.
 
     Args:
-      counts_LE: choices per layer and expert of the layer's pool, integers `[L, E]`.
-      groups: pools G; layer l draws from pool `l // (L/G)`.
+      counts_LE: routing counts per layer and expert of the layer's pool, integers `[L, E]`.
+      groups: number of pools G; layer l uses pool `l // (L/G)`.
 
     Returns:
-      `load/layer` and `load/pool`: busiest expert over mean, per layer and per pool (1 is perfect balance);
-      `load/busiest_over_mean`: the same over the experts of all pools; `experts/dead`: experts that no layer chose;
-      `experts/used`: the others.
+      `load/layer` and `load/pool`: maximum over mean load per layer and per pool (1 is perfect balance);
+      `load/busiest_over_mean`: the same over the experts of all pools; `experts/dead`: number of experts that no token
+      was routed to; `experts/used`: number of the others.
     """
     counts_GE = pool_counts(counts_LE, groups)
     dead = int((counts_GE == 0).sum())
@@ -61,27 +61,29 @@ def load_metrics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
 
 
 def device_loads(counts_LE: np.ndarray, devices: int) -> list[float]:
-    """Per layer, choices of the busiest of `devices` over their mean, when neighbouring experts share a device.
+    """Per layer, maximum over mean load of `devices`, each of which holds consecutive experts.
 
-    Every layer waits for its busiest device: the mean of these numbers is what expert parallelism costs in compute.
+    A layer waits for its busiest device, so the mean of these numbers is the compute overhead of expert parallelism.
     """
     loads_LP = counts_LE.astype(np.int64).reshape(len(counts_LE), devices, -1).sum(axis=2)
     return _busiest_over_mean(loads_LP).tolist()
 
 
 def routing_diagnostics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
-    """How layers share experts, computed at each evaluation.
+    """How layers share experts. Sets of experts of layers in different pools are disjoint.
 
-    Experts of different pools are different experts, so sets of layers in different pools are disjoint.
+    Args:
+      counts_LE: routing counts per layer and expert of the layer's pool, integers `[L, E]`.
+      groups: number of pools G.
 
     Returns:
-      `routing/top16_coverage` `[L]`: share of a layer's choices on its 16 most used experts;
-      `routing/entropy_bits` `[L]`: entropy of a layer's choices;
+      `routing/top16_coverage` `[L]`: fraction of a layer's tokens on its 16 most used experts;
+      `routing/entropy_bits` `[L]`: entropy of a layer's counts;
       `routing/jaccard`: mean Jaccard index of the top-16 sets over ordered pairs of different layers (None for one
-      layer); for K in 1 .. 64 and at most E: `routing/union_size_K` experts in the union of the layers' top-K sets,
-      `routing/pool_coverage_K` its share of all experts, `routing/saturation_K` its share of the largest possible
-      union, and `routing/token_coverage_K` the share of all choices on the layer's own top-K (mean over choices),
-      with `_mean`, `_min`, `_median`, `_max` over layers. Equally used experts rank by id.
+      layer); for K in 1 .. 64 up to E: `routing/union_size_K`, experts in the union of the layers' top-K sets,
+      `routing/pool_coverage_K`, its fraction of all experts, `routing/saturation_K`, its fraction of the largest
+      possible union, and `routing/token_coverage_K`, the fraction of all tokens on their layer's top-K experts, with
+      `_mean`, `_min`, `_median`, `_max` over layers. Ties rank by id.
     """
     counts_LE = counts_LE.astype(np.int64)
     layers, experts = counts_LE.shape
@@ -120,12 +122,12 @@ def routing_diagnostics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinity where that overflows."""
+    """exp(loss); infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def plain_json(value: Any) -> Any:
-    """A JSON value: arrays as lists, NaN and infinity as null (JSON has neither)."""
+    """`value` for JSON: arrays become lists, NaN and infinity null."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -136,14 +138,14 @@ def plain_json(value: Any) -> Any:
 
 
 class MetricsWriter:
-    """`metrics.jsonl` (one JSON object a line: kind, step, values) and TensorBoard events of one run folder.
+    """Writes `metrics.jsonl` (one JSON object per line: kind, step, values) and TensorBoard events.
 
-    On resume every line of a later step is dropped, and with it a last line torn by a kill, so that the file is what
-    an uninterrupted run would have written. `kinds_at_resume` tells which lines of `resume_step` were there.
+    On resume, lines of later steps and an incomplete last line are dropped, so that the file equals that of an
+    uninterrupted run. `kinds_at_resume` holds the kinds of the remaining lines of `resume_step`.
 
     Args:
       folder: the run folder.
-      resume_step: completed steps of the state that training goes on from; 0 for a new run.
+      resume_step: completed steps of the state that training resumes from; 0 for a new run.
       tensorboard: also write event files.
       writes: whether this process writes; in the others every method does nothing.
     """
@@ -157,7 +159,7 @@ class MetricsWriter:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1) if tensorboard else None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line and one TensorBoard scalar per number; lists become one scalar per element."""
+        """Append a line, and a TensorBoard scalar for each number and each element of a list."""
         line = {"kind": kind, "step": step} | plain_json(values)
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
@@ -172,21 +174,21 @@ class MetricsWriter:
                     self._events.add_scalar(f"{kind}/{name}", number, step)
 
     def sync(self) -> None:
-        """Return when everything written so far is on disk; called before a checkpoint that relies on it."""
+        """Flush everything written so far to disk; a checkpoint must not be newer than the metrics on disk."""
         if self.path != Path(os.devnull):
             os.fsync(self._stream.fileno())
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
-        """Write out what is buffered and close the files."""
+        """Flush and close the files."""
         self._stream.close()
         if self._events is not None:
             self._events.close()
 
 
 def _drop_later_lines(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep only the complete lines of `path` up to `step`, and return what they say."""
+    """Keep only the complete lines of `path` up to `step`, and return their content."""
     if not path.exists():
         return []
     kept, records = [], []
@@ -208,31 +210,30 @@ def _drop_later_lines(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 class Stopwatch:
-    """Seconds spent training, without compilation, evaluation and saving."""
+    """Measures the seconds of training, without compilation, evaluation and saving."""
 
     def __init__(self) -> None:
         self._total = 0.0
         self._started: float | None = None
 
     def start(self) -> None:
-        """Go on counting; no effect while counting."""
+        """Start or resume; no effect while running."""
         if self._started is None:
             self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """Stop counting."""
+        """Pause."""
         self._total, self._started = self.seconds, None
 
     @property
     def seconds(self) -> float:
-        """Seconds counted so far."""
+        """Seconds measured so far."""
         return self._total + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
 
 def format_seconds(seconds: float) -> str:
     """`75` as `1:15`, `3700` as `1:01:40`, days as `2d 03:00:00`."""
-    whole = max(0, round(seconds))
-    days, rest = divmod(whole, 86_400)
+    days, rest = divmod(max(0, round(seconds)), 86_400)
     hours, rest = divmod(rest, 3600)
     minutes, rest = divmod(rest, 60)
     if days:
@@ -241,7 +242,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """One line that rewrites itself on a terminal; plain lines elsewhere."""
+    """A progress line that is rewritten in place on a terminal; one line per step elsewhere."""
 
     def __init__(self, steps: int, stream: TextIO | None = None):
         self._steps = steps
@@ -256,8 +257,8 @@ class Progress:
           step: completed steps.
           loss: language-model loss, nats.
           learning_rate: of this step.
-          rate: tokens per second, None while unknown.
-          left: seconds left, None while unknown.
+          rate: tokens per second; None while unknown.
+          left: remaining seconds; None while unknown.
         """
         text = f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  lr {learning_rate:.2e}"
         if rate is not None:
@@ -272,7 +273,7 @@ class Progress:
         self._stream.flush()
 
     def message(self, text: str) -> None:
-        """A line of its own that stays."""
+        """Print a line that stays."""
         self._stream.write(("\n" if self._open_line else "") + text + "\n")
         self._stream.flush()
         self._open_line = False

@@ -1,7 +1,7 @@
 """AdamW with global-norm clipping, linear warm-up and cosine decay.
 
-The clipping formula, the shape of the schedule and the tensors that decay are those of the published recipe
-(arXiv 2605.06665); Optax supplies the moments.
+The clipping formula, the schedule and the choice of decayed tensors are those of the published recipe
+(arXiv 2605.06665); AdamW itself is Optax's.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import optax
 from unipool_jax.config.schema import OptimizerConfig
 
 GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale"})
-"""Parameter names of RMSNorm gains and router scales: vectors and scalars per layer, whatever they are stacked over."""
+"""Parameter names of RMSNorm gains and router scales."""
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """Steps of linear warm-up in a run of `steps` steps: at least one, unless warm-up is switched off."""
+    """Steps of linear warm-up in a run of `steps` steps: at least one, unless warmup_fraction is 0."""
     if config.warmup_fraction == 0:
         return 0
     return max(1, round(config.warmup_fraction * steps))
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the number of completed steps.
+    """The learning rate as a function of completed steps.
 
-    Linear from 0 to the peak over the warm-up, then half a cosine down to the minimum at `steps`, and the minimum
-    after that. The first update of a run with warm-up therefore has learning rate 0 (its moments still update).
+    Linear from 0 to the peak during warm-up, then half a cosine down to the minimum at `steps`, constant afterwards.
+    With warm-up, the first update therefore has learning rate 0 (the moments still update).
 
     Returns:
       A function from t (int, or int32 scalar array) to the learning rate (float32 scalar).
@@ -54,10 +54,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale all gradients by max_norm / (norm + 1e-6) where that is below 1, computed in float32.
+    """Scale gradients by `min(1, max_norm / (norm + 1e-6))`, with the global norm computed in float32.
 
-    Unlike `optax.clip_by_global_norm` it has the small constant of the published recipe. A shared expert bank is one
-    tensor and enters the norm once.
+    The published recipe has the 1e-6, which `optax.clip_by_global_norm` lacks. A shared bank is one tensor and enters
+    the norm once.
     """
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
@@ -70,9 +70,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for every parameter that decays, False for norm gains and router scales.
+    """True for parameters with weight decay, False for norm gains and router scales.
 
-    Layers are stacked along leading axes, so the number of dimensions cannot tell a matrix from a gain; names can.
+    Decided by name, because layers are stacked along leading axes and a stacked gain has as many axes as a matrix.
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
@@ -85,7 +85,7 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping, then AdamW: `p <- p - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p)`.
 
-    `update` needs the parameters as its third argument. State and moments are float32.
+    `update` needs the parameters as its third argument. Moments are float32.
     """
     return optax.chain(
         clip_by_global_norm(config.clip_norm),

@@ -1,4 +1,4 @@
-"""How the ownership of experts is shown: numbers of one evaluation, and the map of layers and experts (spec F.11)."""
+"""Metrics and a figure of which layer owns which expert (spec F.11)."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def ownership_metrics(
 ) -> dict[str, Any]:
     """Metrics of the lock at the evaluation after `step` steps.
 
-    `lock/stage` (0 shared, 1 fading, 2 locked), `lock/final_locked`, `lock/sum_k` (experts within reach, summed over
-    layers), `lock/union_size` (their union), `lock/layer_k` `[L]`, `lock/ownership_violations` (experts of a partition
-    without exactly one owner), `lock/dead_in_mask` (within reach of a layer and not used by it),
+    `lock/stage` (0 shared, 1 fading, 2 locked), `lock/final_locked`, `lock/sum_k` (experts visible to a layer, summed
+    over layers), `lock/union_size` (their union), `lock/layer_k` `[L]`, `lock/ownership_violations` (experts of a
+    partition without exactly one owner), `lock/dead_in_mask` (visible to a layer and not used by it),
     `lock/off_mask_routes`, `lock/routed_effective_k_{min,mean,max}` (exp of the entropy of a layer's counts),
-    `lock/layer_coverage` `[L]` (share of the counts on own experts; null without a partition),
-    `lock/natural_candidate_coverage_min` (the least of them without fading), `lock/effective_candidate_coverage_min`
-    (with it), `lock/assignment` (its status), `lock/fade` and `lock/entropy_coefficient` of the last update,
-    `lock/next_*` of the next one, `lock/entropy_target`, `lock/installed_*` (stage, sum_k and union_size that this
-    evaluation put in place), `lock/reference_loss`, `lock/loss_excess`, `lock/excess_in_a_row`.
+    `lock/layer_coverage` `[L]` (fraction of the counts on own experts; null without a partition),
+    `lock/natural_candidate_coverage_min` (its minimum without fading), `lock/effective_candidate_coverage_min`
+    (with fading), `lock/assignment` (its status), `lock/fade` and `lock/entropy_coefficient` of the last update,
+    `lock/next_*` of the next one, `lock/entropy_target`, `lock/installed_*` (stage, sum_k and union_size after this
+    evaluation), `lock/reference_loss`, `lock/loss_excess`, `lock/excess_in_a_row`.
 
     Args:
       config: of the run.
       before: record at the time of the evaluation.
-      after: what `observe` made of it.
+      after: the record that `observe` returned.
       step: completed steps.
       loss: validation loss, nats.
-      counts_LM: choices per layer and expert of the pool.
+      counts_LM: routing counts per layer and expert of the pool.
       unfaded_LM: the same without fading.
     """
     layers = config.model.num_layers
@@ -91,22 +91,22 @@ def ownership_metrics(
 
 
 def _reach(record: LockRecord) -> np.ndarray:
-    """Which experts each layer can be routed to, bool `[L, M]`: all of them before the lock."""
+    """Which experts each layer can route to, bool `[L, M]`: all of them before the lock."""
     if record.lock is None:
         return np.ones((record.layers, record.experts), bool)
     return np.array(record.lock.owner) == np.arange(record.layers)[:, None]
 
 
 def draw_ownership_map(path: Path, title: str, counts_LM: np.ndarray, partition: Partition) -> None:
-    """A picture of who owns what: one row per layer, experts in the order of their owners, coloured by routed share.
+    """Draw the ownership map: one row per layer, experts sorted by owner, colour is the fraction of routed tokens.
 
     Args:
-      path: of the PNG file; its folder is made.
-      title: above the picture.
-      counts_LM: choices per layer and expert of the pool, without fading.
-      partition: whose parts are outlined.
+      path: of the PNG file; its folder is created.
+      title: of the figure.
+      counts_LM: routing counts per layer and expert of the pool, without fading.
+      partition: outlined in the figure.
     """
-    # Only runs with a lock draw, and importing takes half a second.
+    # Imported here because only runs with a lock draw, and the import takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

@@ -1,4 +1,4 @@
-"""A state whose experts are laid out for even device loads, while files and metrics keep the order of the experts."""
+"""Places experts on devices so that loads are balanced; checkpoints and metrics keep the experts' order."""
 
 from __future__ import annotations
 
@@ -19,42 +19,44 @@ from unipool_jax.training.metrics import pool_layers
 from unipool_jax.training.sharding import parameter_spec
 from unipool_jax.training.step import TrainState
 
-_WHOLE_AXIS = {"router": 2, "expert_bias_GNE": 2, "previous_load_GE": 1}
-"""Axis of the experts in arrays that are whole along it, by the last part of their names; a bank's is dealt out."""
+_EXPERT_AXIS = {"router": 2, "expert_bias_GNE": 2, "previous_load_GE": 1}
+"""Axis of the experts, by the last part of an array's name, in arrays that are not sharded along it (banks are)."""
 
 
 class Placement:
-    """One order of the experts of each pool, for all layers.
+    """A permutation of the experts of each pool.
 
-    Exchanging experts together with their router rows changes no value of the model; only ties between router scores,
-    and the order in which squares are added to the norm, can differ. Experts go from device to device one at a time,
-    array by array, so a device never holds more than one array of its part of the bank besides its state.
+    Permuting experts together with their router rows does not change the function of the model; only ties between
+    router scores, and the order of summation in the gradient norm, can differ. Experts move one at a time, array by
+    array, so a device needs memory for one more array of its shard of the bank.
 
     Args:
-      orders_GE: the expert at each place of each pool.
+      config: of the run.
+      mesh: of the run.
+      orders_GE: the expert at each position of each pool.
     """
 
     def __init__(self, config: Config, mesh: Mesh, orders_GE: np.ndarray):
-        self._places_GE = np.argsort(orders_GE, axis=1)
+        self._positions_GE = np.argsort(orders_GE, axis=1)
         self._apply = _exchange(config, mesh, orders_GE)
-        self._undo = _exchange(config, mesh, self._places_GE)
+        self._undo = _exchange(config, mesh, self._positions_GE)
 
     def apply(self, state: TrainState) -> TrainState:
-        """A state in the order of the experts, laid out over devices; `state` is used up."""
+        """A state in the experts' order, with its experts permuted; `state` is donated."""
         return self._apply(state)
 
     def undo(self, state: TrainState) -> TrainState:
-        """The inverse of `apply`."""
+        """The inverse of `apply`; `state` is donated."""
         return self._undo(state)
 
     def counts(self, counts_LE: np.ndarray) -> np.ndarray:
-        """Counts per layer and place, in the order of the experts."""
-        places_LE = np.repeat(self._places_GE, len(counts_LE) // len(self._places_GE), axis=0)
-        return np.take_along_axis(counts_LE, places_LE, axis=1)
+        """Counts per layer and position, `[L, E]`, in the experts' order."""
+        positions_LE = np.repeat(self._positions_GE, len(counts_LE) // len(self._places_GE), axis=0)
+        return np.take_along_axis(counts_LE, positions_LE, axis=1)
 
 
 def _exchange(config: Config, mesh: Mesh, orders_GE: np.ndarray) -> Callable[[TrainState], TrainState]:
-    """The function that brings the experts of a state into another order."""
+    """The function that permutes the experts of a state."""
     rounds_G = [exchange_rounds(order_E, mesh.shape["expert"]) for order_E in orders_GE]
 
     def between_devices(own_GE: jax.Array) -> jax.Array:
@@ -62,36 +64,36 @@ def _exchange(config: Config, mesh: Mesh, orders_GE: np.ndarray) -> Callable[[Tr
         for pool, rounds in enumerate(rounds_G):
             for to_P, sent_P, kept_P in rounds:
                 expert = jax.lax.dynamic_index_in_dim(own_GE[pool], jnp.array(sent_P)[me], keepdims=False)
-                arrived = jax.lax.ppermute(expert, "expert", list(enumerate(to_P)))
-                moved_GE = moved_GE.at[pool, jnp.array(kept_P)[me]].set(arrived)
+                received = jax.lax.ppermute(expert, "expert", list(enumerate(to_P)))
+                moved_GE = moved_GE.at[pool, jnp.array(kept_P)[me]].set(received)
         return moved_GE
 
     @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
     def moved(leaf: jax.Array, name: str) -> jax.Array:
         last = name.rpartition(".")[2]
         if last in BANK_AXES:
-            places = spec(None, *BANK_AXES[last])
-            return jax.shard_map(between_devices, mesh=mesh, in_specs=places, out_specs=places)(leaf)
-        axis = _WHOLE_AXIS[last]
+            specs = spec(None, *BANK_AXES[last])
+            return jax.shard_map(between_devices, mesh=mesh, in_specs=specs, out_specs=specs)(leaf)
+        axis = _EXPERT_AXIS[last]
         order = orders_GE.reshape(len(orders_GE), *(1,) * (axis - 1), -1, *(1,) * (leaf.ndim - axis - 1))
-        place = NamedSharding(mesh, parameter_spec(name, leaf.ndim, config))
-        return jax.lax.with_sharding_constraint(jnp.take_along_axis(leaf, order, axis=axis), place)
+        sharding = NamedSharding(mesh, parameter_spec(name, leaf.ndim, config))
+        return jax.lax.with_sharding_constraint(jnp.take_along_axis(leaf, order, axis=axis), sharding)
 
     def move(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         last = name.rpartition(".")[2]
-        return moved(leaf, name) if last in BANK_AXES or last in _WHOLE_AXIS else leaf
+        return moved(leaf, name) if last in BANK_AXES or last in _EXPERT_AXIS else leaf
 
     return lambda state: jax.tree_util.tree_map_with_path(move, state)
 
 
 def newest_counts(routing: Path, step: int) -> np.ndarray | None:
-    """Choices per layer and expert of the last evaluation up to `step`, int64 `[L, E]`; None if there was none."""
+    """Routing counts per layer and expert of the last evaluation up to `step`, int64 `[L, E]`; None without one."""
     steps = [int(path.stem) for path in routing.glob("*.npy") if path.stem.isdigit() and int(path.stem) <= step]
     return np.load(routing / f"{max(steps)}.npy", allow_pickle=False) if steps else None
 
 
 def measured(config: Config, mesh: Mesh, counts_LE: np.ndarray) -> Placement:
-    """The placement for the measured loads, pool by pool."""
+    """The placement that balances the loads `counts_LE`, pool by pool."""
     pools_GNE = pool_layers(counts_LE, config.pool.groups)
     return Placement(config, mesh, np.stack([measured_placement(c, mesh.shape["expert"]) for c in pools_GNE]))

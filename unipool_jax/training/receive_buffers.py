@@ -1,4 +1,4 @@
-"""Receive buffers of the expert transport: how many rows arrive, how large they are, and rows that found no place."""
+"""Receive buffers of the expert transport: their capacity, the rows they receive, and the rows that overflow."""
 
 from __future__ import annotations
 
@@ -20,32 +20,35 @@ from unipool_jax.moe.transport import UNMEASURED_FACTOR
 from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0
 
 FILE = "receive_buffers.json"
-"""In the run folder: the size in use, and the size of the expert group it was measured for."""
+"""In the run folder: the capacity factor in use, and the size of the expert group it was measured for."""
 
 _HEADROOM = 1.25
 _STEP = 0.25
+"""Factors are rounded up to a multiple of this."""
 
 
 class OverflowedError(RuntimeError):
-    """More rows arrived at a device than it can hold and `mesh.overflow=stop`; nothing was changed or saved."""
+    """A device received more rows than its buffer holds, with `mesh.overflow=stop`; the step was not applied."""
 
 
 def fitted_factor(busiest: float, devices: int) -> float:
-    """Size for loads of up to `busiest` times the mean: a quarter more, and up to the next quarter; at most `devices`,
-    which has room for all rows of an expert group."""
+    """Capacity factor for loads of up to `busiest` times the mean, with headroom.
+
+    At most `devices`, the size of the expert group, with which a buffer holds all of the group's rows.
+    """
     return min(max(math.ceil(busiest * _HEADROOM / _STEP) * _STEP, _HEADROOM), float(devices))
 
 
 class ReceiveBuffers:
-    """Buffers of the size that `mesh.receive_factor` gives, or, where that is null, that measured loads ask for.
+    """The capacity factor of a run: `mesh.receive_factor` or, where that is null, one fitted to measured loads.
 
-    Their size changes no value: rows are computed with in the same order whatever room is behind them.
+    Capacity changes no result unless rows overflow: received rows are processed in the same order.
 
     Args:
       config: of the run.
       mesh: None for a single device, where nothing overflows.
       folder: of the run.
-      meta: document of the checkpoint that the run goes on from; None for a new run.
+      meta: meta document of the checkpoint that the run resumes from; None for a new run.
     """
 
     def __init__(self, config: Config, mesh: Mesh | None, folder: Path, meta: Mapping[str, Any] | None):
@@ -54,66 +57,65 @@ class ReceiveBuffers:
         self._mean_rows = rows_per_device(config, mesh)
         self._measured = config.mesh.receive_factor is None and self._devices > 1
         self.factor = config.mesh.receive_factor or self._read() or UNMEASURED_FACTOR
-        """Rows that a device can receive in one layer, over the mean."""
-        self._busiest = 0.0
+        """Rows that a device can receive in one layer, relative to the mean."""
+        self._busiest_load = 0.0
         before = (meta or {}).get("overflow", {"total": 0, "unwritten": 0})
         self.total: int = before["total"]
-        """Rows without a place since the beginning of the run."""
+        """Rows that overflowed since the beginning of the run."""
         self._unwritten: int = before["unwritten"]
 
-    def of(self, config: Config) -> Config:
-        """`config` with buffers of the size in use."""
+    def configured(self, config: Config) -> Config:
+        """`config` with the capacity factor in use."""
         return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, receive_factor=self.factor))
 
     def loads(self, metrics: Mapping[str, Any]) -> np.ndarray:
-        """Rows of the busiest device of any micro-batch of a step over the mean, `[L]`."""
+        """Rows received by the busiest device in any micro-batch of a step, relative to the mean, `[L]`."""
         return np.asarray(jax.device_get(metrics["arrived_L"])) / self._mean_rows
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Look at every step, not only those that get a line of metrics. Where one device has all experts none is lost.
+        """Record the loads and overflow of a step; call for every step, not only those that are logged.
 
         Raises:
-          OverflowedError: if rows found no place and `mesh.overflow=stop`.
+          OverflowedError: rows overflowed and `mesh.overflow=stop`.
         """
         if self._devices == 1:
             return
-        self._busiest = max(self._busiest, float(self.loads(metrics).max()))
+        self._busiest_load = max(self._busiest_load, float(self.loads(metrics).max()))
         rows = int(jax.device_get(metrics["overflow"]))
         if rows and self._config.mesh.overflow == "stop":
-            too_small, self.factor = self.factor, fitted_factor(self._busiest, self._devices)
+            previous, self.factor = self.factor, fitted_factor(self._busiest_load, self._devices)
             self._write()
-            raise self._error(step, rows, too_small)
+            raise self._error(step, rows, previous)
         self.total += rows
         self._unwritten += rows
 
     def resize(self) -> bool:
-        """At a checkpoint: follow what was measured since the one before; what goes on here begins with that.
-
-        Compiling the step again takes a while, so buffers shrink only where that frees a quarter of them.
+        """Fit the factor to the loads since the previous checkpoint, and save it. Call at every checkpoint.
 
         Returns:
-          Whether the size is another now.
+          Whether the factor changed.
         """
         if not self._measured:
             return False
-        wanted, before = fitted_factor(self._busiest, self._devices), self.factor
-        if self._busiest and (wanted > before or wanted <= 0.75 * min(before, self._devices)):
+        wanted, before = fitted_factor(self._busiest_load, self._devices), self.factor
+        # The step must be recompiled, so buffers shrink only if that frees at least a quarter.
+        if self._busiest_load and (wanted > before or wanted <= 0.75 * min(before, self._devices)):
             self.factor = wanted
-        self._busiest = 0.0
+        self._busiest_load = 0.0
         self._write()
         return self.factor != before
 
-    def take(self) -> int:
-        """Rows without a place since the last call, for a line of metrics."""
+    def take_overflow(self) -> int:
+        """Rows that overflowed since the last call."""
         rows, self._unwritten = self._unwritten, 0
         return rows
 
     def document(self) -> dict[str, Any]:
-        """For a checkpoint's document: what the argument `meta` is read for."""
+        """What a checkpoint's meta document must hold to restore the counts."""
         return {"overflow": {"total": self.total, "unwritten": self._unwritten}}
 
     def _read(self) -> float | None:
-        """The size that process 0 finds for an expert group like this one."""
+        """The saved factor, if it was measured for an expert group of this size. Process 0 reads the file."""
         if not self._measured:
             return None
         text = broadcast_from_process_0(
@@ -128,15 +130,15 @@ class ReceiveBuffers:
         text = json.dumps({"expert_devices": self._devices, "receive_factor": self.factor})
         write_atomically(self._path, f"{text}\n".encode())
 
-    def _error(self, step: int, rows: int, too_small: float) -> OverflowedError:
+    def _error(self, step: int, rows: int, previous: float) -> OverflowedError:
         remedy = (
-            f"The same command goes on from the last checkpoint with buffers of {self.factor:g} times the mean"
+            f"The same command resumes from the last checkpoint with buffers of {self.factor:g} times the mean"
             if self._measured
-            else f"Go on from the last checkpoint with mesh.receive_factor={self.factor:g}, or null to have it measured"
+            else f"Resume from the last checkpoint with mesh.receive_factor={self.factor:g}, or null to fit it to loads"
         )
         return OverflowedError(
-            f"stopped at step {step}: {rows} rows found no place in a receive buffer; the busiest device got "
-            f"{self._busiest:.2f} times the mean, {too_small:g} times fit\n"
-            f"The step was not applied. {remedy}; mesh.expert_placement=measured evens loads out, mesh.overflow=drop "
-            "leaves such rows out"
+            f"stopped at step {step}: {rows} rows overflowed the receive buffers; the busiest device received "
+            f"{self._busiest_load:.2f} times the mean, its buffer holds {previous:g} times\n"
+            f"The step was not applied. {remedy}. mesh.expert_placement=measured balances loads; mesh.overflow=drop "
+            "drops such rows"
         )

@@ -1,4 +1,4 @@
-"""The folder of one run: its name, its lock, and whether this configuration may go on in it.
+"""The folder of one run: its name, its lock, and whether a configuration may resume it.
 
 runs/<name>/config.yaml  metrics.jsonl  summary.json  tensorboard/  routing/  checkpoints/<step>/
 """
@@ -37,16 +37,16 @@ class RunError(RuntimeError):
 
 
 def run_name(config: Config) -> str:
-    """`run.name`, or a name made from scale, method, steps and seed."""
+    """`run.name`, or a name derived from scale, method, steps and seed."""
     if config.run.name is not None:
         return config.run.name
     return f"{config.scale_name}-{config.method_name}-{config.train.steps}steps-seed{config.train.seed}"
 
 
 def frozen_differences(stored: Config, wanted: Config) -> list[str]:
-    """Settings that differ and may not change within a run: they decide which numbers it computes.
+    """Settings that differ although they determine the numbers that a run computes.
 
-    `train.microbatch_size` is one of them only where a loss is one of micro-batches; elsewhere it may follow the mesh.
+    `train.microbatch_size` is one of them only where losses depend on it; otherwise it may change with the mesh.
     """
     free = _MAY_CHANGE_EXACTLY
     if stored.microbatch_loss is None and wanted.microbatch_loss is None:
@@ -55,14 +55,14 @@ def frozen_differences(stored: Config, wanted: Config) -> list[str]:
 
 
 class RunFolder:
-    """An open run folder, locked for this process until closed or until the process dies, however it dies.
+    """An open run folder, locked until it is closed or the process ends in any way.
 
     Args:
       config: of the run.
-      writes: False in every process but the one that writes; there nothing is checked, made or locked.
+      writes: whether this process writes; otherwise nothing is checked, created or locked.
 
     Raises:
-      RunError: if another process trains into it, `run.resume` forbids what is found, or the folder belongs to a run
+      RunError: another process trains in this folder, `run.resume` forbids what is there, or the folder holds a run
         with other settings.
     """
 
@@ -71,17 +71,17 @@ class RunFolder:
         self._lock: TextIO | None = None
         if not writes:
             return
-        # Without a checkpoint there is nothing to protect: a first attempt that failed early may be repeated.
+        # Without a checkpoint there is nothing to protect, so an attempt that failed early can be repeated.
         existing = holds_checkpoint(self.path)
         if existing and not (self.path / CONFIG).exists():
             raise RunError(
-                f"{self.path} holds checkpoints but no {CONFIG}, so nothing says what they are of; put it back, delete "
-                "the folder or choose another run.name"
+                f"{self.path} holds checkpoints but no {CONFIG}, which says how to read them; restore that file, "
+                "delete the folder, or choose another run.name"
             )
         if existing and config.run.resume == "never":
             raise RunError(
-                f"run.resume=never, but {self.path} holds a run; choose another run.name, delete the folder, or use "
-                "run.resume=auto to go on"
+                f"run.resume=never, but {self.path} holds a run; choose another run.name, delete the folder, or set "
+                "run.resume=auto to resume"
             )
         if not existing and config.run.resume == "required":
             raise RunError(f"run.resume=required, but {self.path} holds no checkpoint; check run.dir and run.name")
@@ -104,7 +104,7 @@ class RunFolder:
             owner = stream.read().strip() or "unknown"
             stream.close()
             raise RunError(
-                f"{self.path}: process {owner} is training into this folder; stop it or choose another run.name"
+                f"{self.path}: process {owner} is training in this folder; stop it or choose another run.name"
             ) from None
         stream.truncate(0)
         stream.write(str(os.getpid()))
@@ -117,12 +117,12 @@ class RunFolder:
         if changed:
             before, now = settings(stored), settings(config)
             reason = stored.microbatch_loss or config.microbatch_loss
-            why = {"train.microbatch_size": f" (it decides the numbers with {reason})"}
+            why = {"train.microbatch_size": f" (losses depend on it with {reason})"}
             lines = [f"  - {name}: {before[name]!r} there, {now[name]!r} now{why.get(name, '')}" for name in changed]
             raise RunError(
                 f"{self.path} holds a run with other settings:\n"
                 + "\n".join(lines)
-                + "\nRepeat them as they were to go on, or start a new run under another run.name."
+                + "\nUse the settings of that run to resume it, or start a new run under another run.name."
             )
 
     @property
@@ -131,12 +131,12 @@ class RunFolder:
         return self.path / CHECKPOINTS
 
     def read_summary(self) -> dict[str, Any] | None:
-        """What `write_summary` wrote; None before the run has finished."""
+        """The summary of a finished run; None for a run that is not finished."""
         path = self.path / SUMMARY
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Mark the run as finished, with its results."""
+        """Write the results, which marks the run as finished."""
         write_atomically(self.path / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
 
     def close(self) -> None:
@@ -157,12 +157,10 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def find_run(wanted: str) -> Path:
-    """The run folder `wanted`; where its last part is `latest`, the run beside it that was saved to last.
-
-    `latest` alone looks into `runs`.
+    """The run folder `wanted`. `FOLDER/latest` is the run in FOLDER with the newest checkpoint, `latest` that in `runs`.
 
     Raises:
-      RunError: if there is no such run.
+      RunError: there is no such run.
     """
     path = Path(wanted)
     if path.name != "latest" or path.exists():
@@ -172,5 +170,5 @@ def find_run(wanted: str) -> Path:
     parent = path.parent if path.parent != Path() else Path("runs")
     found = [folder for folder in sorted(parent.glob("*")) if holds_checkpoint(folder)]
     if not found:
-        raise RunError(f"run={wanted}: no run with a checkpoint in {parent}/; train one first: python train.py")
+        raise RunError(f"run={wanted}: no run with a checkpoint in {parent}/; train one first with python train.py")
     return max(found, key=lambda folder: (folder / CHECKPOINTS).stat().st_mtime)

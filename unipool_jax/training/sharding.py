@@ -1,4 +1,4 @@
-"""Where every array of a run lives: shardings of parameters, optimiser state and batches, and the report of them."""
+"""Shardings of parameters, optimizer state and batches, and a report of them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "mixture.router": (None, "embed"),
     **{f"bank.{name}": axes for name, axes in BANK_AXES.items()},
 }
-"""Logical axes of every matrix among the parameters, by the end of its name; axes it is stacked over come before
-these and are never split. Norm gains and router scales are whole on every device."""
+"""Logical axes of every matrix, by the end of its name; leading axes that it is stacked over are not sharded. Norm
+gains and router scales are replicated."""
 
 _REPORTED_BYTES = 1 << 20
 
 
 def parameter_spec(name: str, ndim: int, config: Config) -> PartitionSpec:
-    """Partition of the parameter, or moment of a parameter, with this dotted name."""
+    """`PartitionSpec` of the parameter, or moment of a parameter, with this dotted name."""
     parts = name.split(".")
     axes = PARAMETER_AXES.get(".".join(parts[-2:])) or PARAMETER_AXES.get(parts[-1], ())
     if config.moe.router == "none":
-        # The one block of a dense layer is not dealt out.
+        # A dense layer has one block, which cannot be sharded over the expert axis.
         axes = tuple(None if axis == "experts" else axis for axis in axes)
     return spec(*(None,) * (ndim - len(axes)), *axes)
 
 
 def state_shardings(config: Config, mesh: Mesh, state: Any) -> Any:
-    """A sharding for every array of a training state (or of its shapes): matrices as `PARAMETER_AXES`, others whole."""
+    """A sharding for every array of a training state, or of its shapes: by `PARAMETER_AXES`, else replicated."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -51,20 +51,20 @@ def state_shardings(config: Config, mesh: Mesh, state: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the axes that share it."""
+    """The sharding of a batch along its rows."""
     return NamedSharding(mesh, spec("batch"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def process_rows(mesh: Mesh, batch_size: int, devices: Iterable[jax.Device] | None = None) -> list[int]:
-    """The rows of a batch that `devices` (those of this process) hold, in order.
+    """The rows of a batch that `devices` (default: those of this process) hold, ascending.
 
-    Rarely one run of them: a mesh follows the links of a torus, where the devices of a host are neighbours in two
-    dimensions. Processes that share a tensor group hold the same rows.
+    They need not be consecutive: a mesh follows the links of a torus, in which the devices of a host are adjacent in
+    two dimensions. Processes that share a tensor group hold the same rows.
     """
     places = batch_sharding(mesh).devices_indices_map((batch_size,))
     wanted = mesh.local_devices if devices is None else devices
@@ -72,7 +72,7 @@ def process_rows(mesh: Mesh, batch_size: int, devices: Iterable[jax.Device] | No
 
 
 def to_devices(mesh: Mesh, local: Any, batch_size: int) -> Any:
-    """A batch on its devices, from the rows that this process loaded: those of `process_rows`, in that order."""
+    """The global batch, from the rows `process_rows` that this process loaded, in that order."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:])), local
@@ -96,7 +96,7 @@ class Placed(NamedTuple):
 
 
 def placement(state: Any) -> list[Placed]:
-    """Every array of a state (or of its shapes with shardings) with its partition and bytes per device."""
+    """The sharding and bytes per device of every array of a state, or of its shapes with shardings."""
     found = []
     for name, leaf in _named(state):
         own = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
@@ -107,13 +107,13 @@ def placement(state: Any) -> list[Placed]:
 
 
 def report(state: Any) -> str:
-    """The large parameters, their partition and bytes per device, and the bytes of moments and of the whole state."""
+    """A text: sharding and bytes per device of the large parameters, bytes of the moments and of the full state."""
     lines = placement(state)
     large = [line for line in lines if line.name.startswith("params.") and line.bytes_per_device >= _REPORTED_BYTES]
     width = max((len(line.name) for line in large), default=0)
     text = [
         f"  {line.name:{width}}  {line.dtype}{list(line.shape)}  over ({line.partition})  "
-        f"{line.bytes_per_device / 2**20:,.1f} MiB a device"
+        f"{line.bytes_per_device / 2**20:,.1f} MiB per device"
         for line in large
     ]
     total = sum(line.bytes_per_device for line in lines)
@@ -121,27 +121,26 @@ def report(state: Any) -> str:
     return "\n".join(
         [
             *text,
-            f"  two optimiser moments of each parameter, where it lies: {moments / 2**20:,.1f} MiB a device",
-            f"  parameters and optimiser state: {total / 2**20:,.1f} MiB a device",
+            f"  optimizer moments, sharded like their parameters: {moments / 2**20:,.1f} MiB per device",
+            f"  parameters and optimizer state: {total / 2**20:,.1f} MiB per device",
         ]
     )
 
 
 def memory_problem(state: Any, device: jax.Device) -> str | None:
-    """Why a state (or its shapes, with shardings) does not fit a device that says what memory it has, if that is so."""
+    """A message if a state, or its shapes with shardings, exceeds the memory that `device` reports, else None."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     needed = sum(line.bytes_per_device for line in placement(state))
     if limit is None or needed <= limit:
         return None
     return (
-        f"mesh: parameters and optimiser state take {needed / 2**30:.1f} GiB on each device, and {device.device_kind} "
+        f"mesh: parameters and optimizer state take {needed / 2**30:.1f} GiB per device, but {device.device_kind} "
         f"has {limit / 2**30:.1f} GiB; raise mesh.fsdp or mesh.expert (mode=plan shows what fits)"
     )
 
 
 def misplaced_banks(config: Config, mesh: Mesh, state: Any) -> list[str]:
-    """Expert weights, and moments of them, of which a device holds another part than `PARAMETER_AXES` gives it: each
-    with the shape of what it holds and of what it should."""
+    """Expert weights and moments that are not sharded by `PARAMETER_AXES`, with actual and expected shard shapes."""
     found = []
     for name, leaf in _named(state):
         if ".bank." in name:

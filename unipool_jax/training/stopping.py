@@ -1,4 +1,4 @@
-"""Asking a run to stop: signals, in one process or in any of several."""
+"""Stopping a run by a signal to its process, or to any of its processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unipool_jax.parallel.processes import Vote
 
 
 class InterruptedRunError(RuntimeError):
-    """A signal asked to stop; the state is saved."""
+    """A signal stopped the run; its state is saved."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -22,9 +22,9 @@ class InterruptedRunError(RuntimeError):
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or SIGINT; the second one ends the process at once.
+    """Records the first SIGTERM or SIGINT; the second one ends the process immediately.
 
-    Where several processes train, a signal to any of them stops all, after the same step: see `agree`.
+    With several processes, a signal to any of them stops all after the same step; see `agree`.
     """
 
     def __init__(self) -> None:
@@ -34,15 +34,15 @@ class StopRequest:
 
     @property
     def signum(self) -> int | None:
-        """The signal to stop for; None while there is none."""
+        """The signal that stops the run; None if there is none."""
         return self._received if self._vote is None else self._agreed
 
     def requested(self) -> bool:
-        """Whether to stop."""
+        """Whether the run must stop."""
         return self.signum is not None
 
     def agree(self) -> None:
-        """Tell the other processes of a signal and hear of theirs; every process calls this once a step."""
+        """Share signals with the other processes; every process must call this once per step."""
         if self._vote is not None:
             self._agreed = self._vote.cast(self._received or 0) or None
 
@@ -55,8 +55,8 @@ class StopRequest:
             self._received = signum
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
-            # os.write, as print may be in the middle of its own buffer when a signal arrives.
-            os.write(2, b"\nstopping after this step and saving; once more ends it at once\n")
+            # os.write, because the signal may interrupt print, which is not reentrant.
+            os.write(2, b"\nstopping after this step and saving; a second signal ends the process immediately\n")
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
