@@ -150,7 +150,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path,
     with Checkpoints(tmp_path, read_only=True) as reader, pytest.raises(CheckpointError, match=r"2.*\n.*step 1"):
         reader.restore(target(), step=2)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        with pytest.warns(UserWarning, match=r"damaged.*going on from step 1"):
+        with pytest.warns(UserWarning, match=r"damaged.*resuming from step 1"):
             restored = checkpoints.restore(target())
         assert restored.step == 1
         assert_equal(restored.items, items(make_state(1)))
@@ -176,7 +176,7 @@ def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
             checkpoints.restore(target(width=32))
         assert checkpoints.steps() == [1, 2]
     message = str(error.value)
-    assert "params.layers.weight: float32[64, 1024] in the checkpoint, float32[32, 1024] in this program" in message
+    assert "params.layers.weight: float32[64, 1024] in the checkpoint, float32[32, 1024] expected" in message
     assert "run.name" in message
 
 
@@ -187,7 +187,7 @@ def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no complete checkpoint"):
             checkpoints.restore(target())
         save(checkpoints, 4)
-        with pytest.raises(CheckpointError, match=r"step 3; there are \[4\]"):
+        with pytest.raises(CheckpointError, match=r"step 3; choose one of \[4\]"):
             checkpoints.restore(target(), step=3)
 
 

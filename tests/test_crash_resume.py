@@ -85,7 +85,7 @@ def _survives(runner: Runner, tmp_path: Path, kills: int, steps: int) -> None:
 
     runner.start(killed_arguments, killed.parent / "log")
     assert runner.wait() == 0, (killed.parent / "log").read_text()
-    assert (killed.parent / "log").read_text().count("going on after step") > kills // 2
+    assert (killed.parent / "log").read_text().count("resuming after step") > kills // 2
     config = compose_config(whole_arguments)
     assert_same(final_state(config, whole), final_state(config, killed))
     assert _metrics(whole) == _metrics(killed)

@@ -59,7 +59,7 @@ def test_one_store_per_file(text, tmp_path, capsys):
         (["{text}", "--out", "{out}", "--field", "body"], "a.jsonl, line 1: no field 'body'"),
         (["{text}", "--out", "{out}", "--workers", "0"], "workers=0"),
         (["nothing.jsonl", "--out", "{out}"], "nothing.jsonl: no such file"),
-        (["nothing.csv", "--out", "{out}"], "nothing.csv: unknown kind of file"),
+        (["nothing.csv", "--out", "{out}"], "nothing.csv: unknown file format"),
         (["--verify", "{out}"], "neither a token store"),
     ],
 )

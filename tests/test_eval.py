@@ -146,7 +146,7 @@ def test_without_exact_bytes_there_are_no_bits_per_byte(
     assert (result.bits_per_byte, result.bytes) == (None, None)
     assert json.loads(json.dumps(result.as_json()))["bits_per_byte"] is None
     print_results({"valid": result.as_json()})
-    assert "bits per byte: not known" in capsys.readouterr().out
+    assert "bits per byte: unknown" in capsys.readouterr().out
 
 
 def test_counts_leave_padded_batches_out_where_possible(model: tuple[Config, Corpus, TrainState]) -> None:
@@ -250,7 +250,7 @@ def test_what_cannot_be_evaluated_is_refused(
         evaluate_command([f"run={tmp_path}"])
     with pytest.raises(RunError, match="not a checkpoint"):
         evaluate_command([f"checkpoint={run[1]}"])
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7; there are \[10, 20\]"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7; choose one of \[10, 20\]"):
         evaluate_command([f"run={run[1]}", "step=7"])
     with pytest.raises(DataError, match=r"nothing\.txt"):
         evaluate_command([f"run={run[1]}", "data.files=[nothing.txt]"])

@@ -224,7 +224,7 @@ def test_a_checkpoint_without_its_evaluation_is_refused(uninterrupted: Config, t
     state = jax.tree.map(np.asarray, loop.initial_state(config, checkpoints_until(config, FREEZE), corpus_of(config)))
     lock = loop.open_lock(config, folder_of(config), document, FREEZE)
     assert lock is not None
-    with pytest.raises(LockError, match="among the arrays"):
+    with pytest.raises(LockError, match="differs from the one in its lock record"):
         lock.start(state._replace(balance=state.balance._replace(lock=state.balance.lock._replace(
             owner_M=np.full(4, -1)))))  # fmt: skip
     without = {**document, "lock": None}

@@ -145,7 +145,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
 
     monkeypatch.undo()
     assert loop.train(config) == 0
-    assert f"going on after step {at}" in capfd.readouterr().out
+    assert f"resuming after step {at}" in capfd.readouterr().out
     assert_same(final_state(config, uninterrupted[1]), final_state(config, folder_of(config)))
     # The evaluation that the signal at step 8 put off is made up for, in its place.
     assert lines(folder_of(config)) == lines(uninterrupted[1])

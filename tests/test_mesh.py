@@ -244,8 +244,8 @@ def test_banks_and_moments_are_dealt_out() -> None:
     total = sum(line.bytes_per_device for line in lines.values())
     moments = sum(line.bytes_per_device for name, line in lines.items() if name.startswith("opt_state."))
     said = report(shapes)
-    assert f"parameters and optimiser state: {total / 2**20:,.1f} MiB a device" in said
-    assert f"two optimiser moments of each parameter, where it lies: {moments / 2**20:,.1f} MiB a device" in said
+    assert f"parameters and optimizer state: {total / 2**20:,.1f} MiB per device" in said
+    assert f"optimizer moments, sharded like their parameters: {moments / 2**20:,.1f} MiB per device" in said
 
 
 @pytest.mark.parametrize("method", ["unipool", "vanilla", "dense"])
@@ -291,7 +291,9 @@ def test_banks_that_are_not_split_as_the_mesh_says_are_named(method: str) -> Non
 
 def test_a_transport_that_the_devices_do_not_have_is_refused() -> None:
     config = configure("unipool", "mesh.data=1", "mesh.expert=8", "mesh.transport=ragged")
-    with pytest.raises(ConfigError, match=r"mesh.transport=ragged: CPU devices have no .* choose all_gather"):
+    with pytest.raises(
+        ConfigError, match=r"mesh.transport=ragged: CPU devices do not support .* choose auto or all_gather"
+    ):
         usable_mesh(config)
     alone = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=8, expert=1))
     assert usable_mesh(alone) is not None

@@ -100,7 +100,7 @@ def test_a_run_goes_on_on_another_mesh(
     capsys.readouterr()
     assert loop.train(moved) == 0
     said = capsys.readouterr().out
-    assert "going on after step 5" in said
+    assert "resuming after step 5" in said
     assert ("mesh data 2 x fsdp 1 x expert 4 x tensor 1, 1 process(es), all_gather transport" in said) == (
         second is EXPERTS_4
     )
@@ -138,7 +138,7 @@ def test_micro_batches_may_change_where_losses_are_those_of_the_whole_batch(
         return
     with pytest.raises(RunError) as error:
         RunFolder(after)
-    assert f"train.microbatch_size: 4 there, 8 now (it decides the numbers with {reason})" in str(error.value)
+    assert f"train.microbatch_size: 4 there, 8 now (losses depend on it with {reason})" in str(error.value)
 
 
 def test_measured_placement_changes_no_value(
@@ -161,10 +161,10 @@ def test_overflow_stops_the_run_and_says_what_to_do(
     assert loop.train(tight) == loop.EXIT_NONFINITE
     said = capsys.readouterr().err
     assert "stopped at step 1" in said
-    assert "1 times fit" in said
+    assert "its buffer holds 1 times" in said
     assert "mesh.expert_placement=measured" in said
     assert not lines(tight, "train")
-    # The same run goes on with more room: the step that overflowed was not applied.
+    # The same run resumes with more capacity: the step that overflowed was not applied.
     assert loop.train(configure("run.name=tight", *EXPERTS_4)) == 0
     assert_close(configure("run.name=tight"), single_device)
 
@@ -178,11 +178,11 @@ def test_buffers_are_measured_and_an_overflow_is_overcome_by_the_same_command(
     monkeypatch.setattr(receive_buffers, "UNMEASURED_FACTOR", 1.0)
     measured = configure("run.name=measured", *EXPERTS_4)
     assert loop.train(measured) == loop.EXIT_NONFINITE
-    assert "The same command goes on from the last checkpoint with buffers of" in capsys.readouterr().err
+    assert "The same command resumes from the last checkpoint with buffers of" in capsys.readouterr().err
     kept = json.loads((folder_of(measured) / receive_buffers.FILE).read_text())["receive_factor"]
     assert loop.train(measured) == 0
     assert_close(measured, single_device)
-    assert f"all_gather transport with room for {kept:g} times the mean" in capsys.readouterr().out
+    assert f"all_gather transport with capacity factor {kept:g}" in capsys.readouterr().out
     received = [line["load/received"] for line in lines(measured, "train")]
     devices = [line["load/device"] for line in lines(measured, "train")]
     assert np.all(np.array(received) >= np.array(devices) - 1e-6)
@@ -219,7 +219,7 @@ def test_dropped_rows_are_reported_whatever_the_steps_between_lines(
     assert written == {4: sum(dropped[:4]), 8: sum(dropped[4:])}
     summary = json.loads((folder_of(dropping) / "summary.json").read_text())
     assert summary["overflow"] == sum(dropped)
-    assert f"rows without their expert (mesh.overflow=drop): {sum(dropped):,}" in capsys.readouterr().out
+    assert f"rows dropped (mesh.overflow=drop): {sum(dropped):,}" in capsys.readouterr().out
 
 
 def test_what_does_not_divide_over_the_devices_there_are_is_refused(configure: Callable[..., Config]) -> None:

@@ -111,7 +111,7 @@ def pallas_product(*operands: Any) -> jax.Array:
 
 
 def test_a_mesh_without_tpus_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"pallas_tpu cannot be interpreted on a mesh of cpu devices; use"):
+    with pytest.raises(NotImplementedError, match=r"pallas_tpu: cannot be interpreted on a mesh of cpu devices; set"):
         test_grouped_matmul.test_inside_shard_map("pallas_tpu")
 
 

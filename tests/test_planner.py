@@ -99,7 +99,7 @@ def test_all_named_presets_are_there() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("mesh.topology=v9:2x2", "no such kind of device as 'v9'; begin with one of v5e, v5p, v6e, tpu7x, gpu"),
+        ("mesh.topology=v9:2x2", "unknown kind of device 'v9'; choose one of v5e, v5p, v6e, tpu7x, gpu"),
         ("mesh.topology=v5p:4x4", "v5p devices have 3 dimensions, not 2; write v5p:4x4x4"),
         ("mesh.topology=v5e:4xfour", "sizes must be whole numbers joined by 'x'; for example v5e:4x4"),
         ("mesh.topology=v5e:16x16", "mesh.expert=16 mesh.tensor=1 must multiply to its 256 devices; change a size"),
@@ -133,7 +133,7 @@ def test_training_does_not_look_at_the_topology_s_devices() -> None:
 def test_topologies_that_cannot_be_had() -> None:
     with pytest.raises(ConfigError, match=r"mesh.topology=v5e:3x5: the TPU compiler does not know it"):
         compilation.devices_of("v5e:3x5")
-    with pytest.raises(ConfigError, match=r"the links of TPU v5 cannot be laid out like this"):
+    with pytest.raises(ConfigError, match=r"does not fit the topology of these TPU v5 devices"):
         compilation.topology_mesh(compose_config(["mesh.topology=v5p:4x4x4", "mesh.fsdp=8", "mesh.expert=8"]))
 
 

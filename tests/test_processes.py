@@ -115,13 +115,13 @@ def test_two_processes_lose_one_four_get_a_signal_and_one_finishes(
     wait_for_step(run, 24)
     os.kill(children[3], signal.SIGTERM)
     assert runner.wait_for_several() == [128 + signal.SIGTERM] * 4, texts(logs)
-    assert "going on after step" in logs[0].read_text()
+    assert "resuming after step" in logs[0].read_text()
     saved = last_saved(run)
     assert saved == train_lines(run)[-1]["step"]
 
     _, logs = start(runner, tmp_path, 1)
     assert runner.wait() == 0, texts(logs)
-    assert f"going on after step {saved}" in logs[0].read_text()
+    assert f"resuming after step {saved}" in logs[0].read_text()
     assert_same_training(run, tmp_path, uninterrupted)
 
 

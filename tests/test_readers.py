@@ -107,17 +107,17 @@ def test_cut_off_and_foreign_files_are_refused(tmp_path, suffix):
     whole = path.read_bytes()
     for size in (len(whole) - 3, len(whole) // 3):
         path.write_bytes(whole[:size])
-        with pytest.raises(DataError, match=rf"a{suffix}, after (line|row) \d+: damaged or cut-off"):
+        with pytest.raises(DataError, match=rf"a{suffix}, after (line|row) \d+: damaged or truncated"):
             list(read_texts([path]))
     path.write_bytes(b"this is not compressed" * 10)
-    with pytest.raises(DataError, match=rf"a{suffix}, after (line|row) 0: damaged or cut-off"):
+    with pytest.raises(DataError, match=rf"a{suffix}, after (line|row) 0: damaged or truncated"):
         list(read_texts([path]))
 
 
 def test_parquet_defects(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(Table.from_pydict({"body": ["a"], "n": [1]}), path)
-    with pytest.raises(DataError, match=r"a\.parquet, row 1: no column 'text'; it has body, n"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 1: no column 'text'; choose one of body, n"):
         list(read_texts([path]))
     with pytest.raises(DataError, match=r"column 'n' holds int64, not text"):
         list(read_texts([path], "n"))
@@ -146,7 +146,7 @@ def test_missing_extra_is_named(tmp_path, monkeypatch, suffix, package):
 
 
 def test_unknown_suffix_and_missing_file(tmp_path):
-    with pytest.raises(DataError, match=r"a\.csv: unknown kind of file"):
+    with pytest.raises(DataError, match=r"a\.csv: unknown file format"):
         list(read_texts([tmp_path / "a.csv"]))
     with pytest.raises(DataError, match=r"gone\.jsonl: cannot open"):
         list(read_texts([tmp_path / "gone.jsonl"]))

@@ -85,16 +85,18 @@ def test_a_size_that_was_set_stays(tmp_path: Path) -> None:
 
 def test_after_an_overflow_the_same_command_has_room(tmp_path: Path) -> None:
     found = buffers(tmp_path)
-    with pytest.raises(OverflowedError, match=r"step 7: 12 rows .* 3\.12 times the mean, 3 times fit") as error:
+    with pytest.raises(
+        OverflowedError, match=r"step 7: 12 rows .* 3\.12 times the mean, its buffer holds 3 times"
+    ) as error:
         found.add(7, measured(3.125, lost=12))
-    assert "The same command goes on from the last checkpoint with buffers of 4 times the mean" in str(error.value)
+    assert "The same command resumes from the last checkpoint with buffers of 4 times the mean" in str(error.value)
     assert buffers(tmp_path).factor == 4
     assert json.loads((tmp_path / FILE).read_text()) == {"expert_devices": 4, "receive_factor": 4.0}
 
 
 def test_where_the_size_was_set_the_message_says_what_to_set(tmp_path: Path) -> None:
     found = buffers(tmp_path, "mesh.receive_factor=1")
-    with pytest.raises(OverflowedError, match=r"mesh\.receive_factor=2\.5, or null to have it measured"):
+    with pytest.raises(OverflowedError, match=r"mesh\.receive_factor=2\.5, or null to fit it to loads"):
         found.add(7, measured(2.0, lost=12))
 
 

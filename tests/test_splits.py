@@ -47,7 +47,7 @@ def test_bad_splits_are_refused(text):
 
 
 def test_other_refusals():
-    with pytest.raises(DataError, match="whole numbers"):
+    with pytest.raises(DataError, match="must be whole"):
         check_split((96.9, 3, 0.1), "interleaved")
     with pytest.raises(DataError, match="split_order='sorted'"):
         check_split((1, 1, 1), "sorted")

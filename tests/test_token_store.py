@@ -55,7 +55,7 @@ def test_random_reads(corpus, tmp_path):
     for (start, stop), piece in zip(ends, store.read_many(*ends.T), strict=True):
         np.testing.assert_array_equal(piece, everything[start:stop])
     for start, stop in ((-1, 3), (4, 3), (0, store.num_tokens + 1)):
-        with pytest.raises(DataError, match="are not within"):
+        with pytest.raises(DataError, match="are out of range"):
             store.read(start, stop)
 
 
@@ -148,7 +148,7 @@ def test_no_text_is_an_error(tmp_path):
         build([tmp_path / "gone.jsonl"], tmp_path / "out")
     with pytest.raises(DataError, match="workers=0"):
         build([tmp_path / "a.jsonl"], tmp_path / "out", workers=0)
-    with pytest.raises(DataError, match="no name for a store"):
+    with pytest.raises(DataError, match="cannot be a store"):
         build([tmp_path / "a.jsonl"], "/")
     assert not (tmp_path / "out").exists()
 
@@ -176,11 +176,11 @@ def test_output_named_relative_to_the_working_folder(corpus, tmp_path, monkeypat
 def test_wrong_tokenizer_and_split_are_refused(corpus, tmp_path):
     build(corpus[0], tmp_path / "out")
     assert open_store(tmp_path / "out", "bytes", (969, 30, 1), "contiguous").eod == 256
-    with pytest.raises(DataError, match=r"built with tokenizer 'bytes'.*asked for 'gpt2'"):
+    with pytest.raises(DataError, match=r"built with tokenizer 'bytes'.*not 'gpt2'"):
         open_store(tmp_path / "out", "gpt2")
-    with pytest.raises(DataError, match="asked for split"):
+    with pytest.raises(DataError, match="built with split=.*, not split="):
         open_store(tmp_path / "out", split=(1, 1, 1))
-    with pytest.raises(DataError, match="asked for split"):
+    with pytest.raises(DataError, match="built with split=.*, not split="):
         open_store(tmp_path / "out", split_order="interleaved")
 
 
@@ -199,7 +199,7 @@ def _edit_manifest(folder, **changes):
         (lambda f: (f / "tokens/zarr.json").write_text("{"), "damaged store"),
         (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
         (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json: expected a JSON object"),
-        (lambda f: _edit_manifest(f, version=99), "version 99; this program reads"),
+        (lambda f: _edit_manifest(f, version=99), "version 99; expected"),
         (lambda f: _edit_manifest(f, format="other"), "format 'other'"),
         (lambda f: _edit_manifest(f, tokens=5), "manifest and contents disagree"),
         (lambda f: _edit_manifest(f, dtype="uint32"), "damaged store"),

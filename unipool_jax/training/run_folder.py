@@ -157,7 +157,7 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def find_run(wanted: str) -> Path:
-    """The run folder `wanted`. `FOLDER/latest` is the run in FOLDER with the newest checkpoint, `latest` that in `runs`.
+    """The run folder `wanted`; `FOLDER/latest` is the run in FOLDER with the newest checkpoint (`latest`: in `runs`).
 
     Raises:
       RunError: there is no such run.
