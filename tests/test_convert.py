@@ -141,7 +141,7 @@ def test_experts_that_changed_on_the_way_are_refused(tmp_path: Path) -> None:
     needle = weights.params["pools"]["bank"]["down"][0, 5].tobytes()
     changed[changed.index(needle)] ^= 1
     path.write_bytes(changed)
-    with pytest.raises(ConversionError, match="other weights than the source has in pool 0 expert 5; nothing was kept"):
+    with pytest.raises(ConversionError, match="weights differ from the source in pool 0 expert 5; nothing was kept"):
         read_file(path, "twin", config)
 
 

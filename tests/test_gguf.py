@@ -121,8 +121,8 @@ def test_an_output_head_may_be_the_embedding(tmp_path: Path) -> None:
         ),
         (lambda fields, tensors: tensors.update({"blk.0.attn_q.bias": np.zeros(16, np.float32)}), "unknown tensors"),
         (lambda fields, tensors: tensors.update({"output_norm.weight": np.zeros(8, np.float32)}), "has shape"),
-        (without("llama.block_count"), "no field 'llama.block_count'"),
-        (lambda fields, tensors: fields.update({"llama.rope.dimension_count": 2}), "rotation of a part of the head"),
+        (without("llama.block_count"), "field 'llama.block_count' is missing"),
+        (lambda fields, tensors: fields.update({"llama.rope.dimension_count": 2}), "partial rotary embeddings"),
     ],
     ids=["no embedding", "no matrix", "a bias", "shape", "no field", "part of the head"],
 )

@@ -178,9 +178,9 @@ def test_wrong_tokenizer_and_split_are_refused(corpus, tmp_path):
     assert open_store(tmp_path / "out", "bytes", (969, 30, 1), "contiguous").eod == 256
     with pytest.raises(DataError, match=r"built with tokenizer 'bytes'.*not 'gpt2'"):
         open_store(tmp_path / "out", "gpt2")
-    with pytest.raises(DataError, match="built with split=.*, not split="):
+    with pytest.raises(DataError, match=r"built with split=.*, not split="):
         open_store(tmp_path / "out", split=(1, 1, 1))
-    with pytest.raises(DataError, match="built with split=.*, not split="):
+    with pytest.raises(DataError, match=r"built with split=.*, not split="):
         open_store(tmp_path / "out", split_order="interleaved")
 
 

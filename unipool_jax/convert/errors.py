@@ -2,4 +2,4 @@
 
 
 class ConversionError(RuntimeError):
-    """Weights that cannot be converted as asked; the message names the tensors and what to do."""
+    """The requested conversion is impossible; the message names the tensors and what to do."""

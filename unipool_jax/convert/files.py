@@ -1,4 +1,4 @@
-"""Weights to and from safetensors files: whole, checked expert by expert, or not at all."""
+"""Reads and writes weights as safetensors files, verified expert by expert."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _SHOWN = 12
 def write_file(path: Path, layout_name: LayoutName, config: Config, weights: Weights) -> int:
     """Write all weights as float32.
 
-    The file is written under a temporary name, read back, compared with `weights` expert by expert and only then
-    given its name. Its metadata hold the configuration and the hash of every expert.
+    The file is written under a temporary name, read back, compared with `weights` expert by expert, and only then
+    renamed. Its metadata holds the configuration and the hash of every expert.
 
     Returns:
       The number of experts.
 
     Raises:
-      ConversionError: if `path` exists, or what was read back is not what was written.
+      ConversionError: `path` exists, or reading back gives other weights.
     """
     if path.exists():
-        raise ConversionError(f"{path}: exists already; choose another name or delete it")
+        raise ConversionError(f"{path}: already exists; choose another name or delete it")
     layout = make_layout(layout_name, config, weights)
     wanted = expert_hashes(weights)
     metadata = {
@@ -61,7 +61,7 @@ def write_file(path: Path, layout_name: LayoutName, config: Config, weights: Wei
 
 
 def to_tensors(layout: Layout) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, float32, from the weights that `layout` was made for."""
+    """The tensors of a file by name, float32, from the weights that `layout` views."""
     arrays = {name: np.empty(tensor.shape, np.float32) for name, tensor in layout.tensors.items()}
     for name, tensor in layout.tensors.items():
         for part in tensor.parts:
@@ -70,11 +70,11 @@ def to_tensors(layout: Layout) -> dict[str, np.ndarray]:
 
 
 def read_file(path: Path, layout_name: LayoutName, config: Config) -> Weights:
-    """Read the weights of the model that `config` describes; float32, bfloat16 and float16 become float32.
+    """The weights of the model of `config`, converted from float32, bfloat16 or float16 to float32.
 
     Raises:
-      ConversionError: for a file that is not safetensors, holds too few or too many tensors or other shapes or dtypes
-        than the model, pools that are not shared, or experts that are not those its metadata promise.
+      ConversionError: the file is not safetensors, has missing or unknown tensors, other shapes or dtypes, layers that
+        do not share their pool, or experts whose hashes differ from its metadata.
     """
     weights = empty_weights(config)
     layout = make_layout(layout_name, config, weights)
@@ -84,7 +84,7 @@ def read_file(path: Path, layout_name: LayoutName, config: Config) -> Weights:
         if problems:
             more = [f"  - and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise ConversionError(
-                f"{path} does not hold the {layout_name} weights of this configuration "
+                f"{path} does not match the {layout_name} layout of this configuration "
                 f"({config.scale_name} {config.method_name}, {config.total_experts} experts):\n"
                 + "\n".join([f"  - {problem}" for problem in problems[:_SHOWN]] + more)
             )
@@ -102,17 +102,17 @@ def read_file(path: Path, layout_name: LayoutName, config: Config) -> Weights:
         for copy, original in layout.copies.items():
             if copy in names and file.get_tensor(copy).tobytes() != file.get_tensor(original).tobytes():
                 raise ConversionError(
-                    f"{path}: {copy} differs from {original}, but the configuration shares one pool between these "
-                    "layers; check pool.groups"
+                    f"{path}: {copy} differs from {original}, but these layers share one pool in the configuration; "
+                    "check pool.groups"
                 )
         metadata = file.metadata() or {}
     check_same_experts(hashes, expert_hashes(weights), str(path))
     if "experts" in metadata:
-        check_same_experts(_promised(metadata["experts"]), hashes, str(path))
+        check_same_experts(_parse_hashes(metadata["experts"]), hashes, str(path))
     return weights
 
 
-def _promised(text: str) -> ExpertHashes:
+def _parse_hashes(text: str) -> ExpertHashes:
     hashes = {}
     for key, value in json.loads(text).items():
         pool, _, expert = key.partition(".")
@@ -121,7 +121,7 @@ def _promised(text: str) -> ExpertHashes:
 
 
 def read_description(path: Path) -> tuple[LayoutName | None, Config | None]:
-    """Layout and configuration that `write_file` noted in the file; None for files of others."""
+    """The layout and configuration that `write_file` stored in the file; None for files from elsewhere."""
     with _open(path) as file:
         metadata = file.metadata() or {}
     layout = metadata.get("layout")
@@ -133,12 +133,12 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, "np")
     except (OSError, SafetensorError) as error:
-        advice = " (a .pt file holds pickled objects: unipool_jax/convert/layouts.py shows how to re-save it)"
+        advice = " (a .pt file holds pickled objects; unipool_jax/convert/layouts.py shows how to re-save it)"
         raise ConversionError(f"{path}: not a readable safetensors file: {error}{advice}") from error
 
 
 def _problems(file: safe_open, names: set[str], layout: Layout) -> list[str]:
-    """What is missing, surplus or of another shape or dtype, by name."""
+    """One message for each tensor that is missing, unknown, or of another shape or dtype."""
     problems = [f"{name}: missing" for name in layout.tensors if name not in names]
     known = layout.tensors.keys() | layout.copies.keys()
     problems += [f"{name}: not part of this model" for name in sorted(names - known)]

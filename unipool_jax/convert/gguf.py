@@ -1,4 +1,4 @@
-"""LLaMA-style models in GGUF files as our dense model. Needs the `gguf` package, which knows the quantised formats."""
+"""Reads LLaMA-style models from GGUF files as dense models. Dequantization needs the `gguf` package."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from unipool_jax.convert.weights import Weights, empty_weights
 
 
 def read_gguf(path: Path) -> tuple[Config, Weights, bytes]:
-    """Configuration, weights (float32) and tokenizer.json of a GGUF file of the `llama` architecture.
+    """The configuration, weights (float32) and tokenizer.json of a GGUF file of the `llama` architecture.
 
     Raises:
-      ConversionError: without the `gguf` package, for another architecture or tokenizer, and for missing, surplus or
-        misshapen tensors.
+      ConversionError: the `gguf` package is missing; an unsupported architecture or tokenizer; or tensors that are
+        missing, unknown or of another shape.
     """
     try:
         import gguf
@@ -32,7 +32,7 @@ def read_gguf(path: Path) -> tuple[Config, Weights, bytes]:
         raise ConversionError(f"{path}: not a readable GGUF file: {error}") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields.get("general.architecture") != "llama":
-        raise ConversionError(f"{path}: architecture {fields.get('general.architecture')}; only llama is known")
+        raise ConversionError(f"{path}: architecture {fields.get('general.architecture')}; only llama is supported")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise ConversionError(f"{path}: missing tensors ['token_embd.weight']")
@@ -40,7 +40,7 @@ def read_gguf(path: Path) -> tuple[Config, Weights, bytes]:
         config = _config(fields, vocab_size=int(tensors["token_embd.weight"].shape[1]))
         tokenizer = _tokenizer(fields)
     except KeyError as error:
-        raise ConversionError(f"{path}: no field {error}, which describes the model") from error
+        raise ConversionError(f"{path}: field {error} is missing, which describes the model") from error
     weights = empty_weights(config)
     layout = _layout(config, weights)
     tied = "output.weight" not in tensors
@@ -65,7 +65,7 @@ def _config(fields: dict[str, Any], vocab_size: int) -> Config:
     if fields.get("llama.rope.scaling.type", "none") != "none" or (
         int(fields.get("llama.rope.dimension_count", head_size)) != head_size
     ):
-        raise ConversionError("llama.rope: scaled positions, or rotation of a part of the head, are not known here")
+        raise ConversionError("llama.rope: scaled positions and partial rotary embeddings are not supported")
     model = ModelConfig(
         num_layers=layers,
         hidden_size=int(fields["llama.embedding_length"]),
@@ -74,7 +74,7 @@ def _config(fields: dict[str, Any], vocab_size: int) -> Config:
         ffn_size=int(fields["llama.feed_forward_length"]),
         vocab_size=vocab_size,
         rope_base=float(fields.get("llama.rope.freq_base", 10_000.0)),
-        # Stored as float32: the shortest decimal is what was meant.
+        # Stored as float32; its shortest decimal is the intended value.
         norm_epsilon=float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
     )
     return Config(
@@ -92,32 +92,32 @@ def _layout(config: Config, weights: Weights) -> Layout:
     params, model = weights.params, config.model
     layers, bank = params["pools"]["layers"], params["pools"]["bank"]
 
-    def whole(array: np.ndarray) -> FileTensor:
+    def unchanged(array: np.ndarray) -> FileTensor:
         return FileTensor(array.shape, [Part(lambda t: t, array)])
 
     def linear(array: np.ndarray) -> FileTensor:
         return FileTensor(array.shape[::-1], [Part(lambda t: t.T, array)])
 
     def rotary(array: np.ndarray, heads: int) -> FileTensor:
-        """GGUF turns channel 2 i with 2 i + 1, we turn i with i + C/2: the same pairs, numbered in another order."""
+        """GGUF rotates channel 2 i with 2 i + 1, we rotate i with i + C/2: the same pairs in another order."""
         width, half = array.shape[0], config.head_size // 2
         view: View = lambda t: t.reshape(heads, half, 2, width).transpose(3, 0, 2, 1)  # noqa: E731
         return FileTensor(array.shape[::-1], [Part(view, array.reshape(width, heads, 2, half))])
 
     tensors = {
-        "token_embd.weight": whole(params["embedding"]),
-        "output_norm.weight": whole(params["final_norm"]),
-        "output.weight": whole(params["output"]),
+        "token_embd.weight": unchanged(params["embedding"]),
+        "output_norm.weight": unchanged(params["final_norm"]),
+        "output.weight": unchanged(params["output"]),
     }
     for layer in range(model.num_layers):
         name, attention = f"blk.{layer}", {key: value[layer, 0] for key, value in layers["attention"].items()}
         tensors |= {
-            f"{name}.attn_norm.weight": whole(layers["attention_norm"][layer, 0]),
+            f"{name}.attn_norm.weight": unchanged(layers["attention_norm"][layer, 0]),
             f"{name}.attn_q.weight": rotary(attention["query"], model.num_heads),
             f"{name}.attn_k.weight": rotary(attention["key"], model.num_kv_heads),
             f"{name}.attn_v.weight": linear(attention["value"]),
             f"{name}.attn_output.weight": linear(attention["output"]),
-            f"{name}.ffn_norm.weight": whole(layers["ffn_norm"][layer, 0]),
+            f"{name}.ffn_norm.weight": unchanged(layers["ffn_norm"][layer, 0]),
             f"{name}.ffn_gate.weight": linear(bank["gate"][layer, 0]),
             f"{name}.ffn_up.weight": linear(bank["up"][layer, 0]),
             f"{name}.ffn_down.weight": linear(bank["down"][layer, 0]),
@@ -129,14 +129,14 @@ _SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [],
     "smollm": [{"type": "Digits", "individual_digits": True}],
 }
-"""What cuts the text before the byte-level splitter, by `tokenizer.ggml.pre`."""
+"""Pre-tokenizers before the byte-level one, by `tokenizer.ggml.pre`."""
 
 
 def _tokenizer(fields: dict[str, Any]) -> bytes:
-    """A tokenizer.json with the vocabulary and merges of the file."""
+    """The tokenizer.json with the vocabulary and merges of the file."""
     kind, before = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or before not in _SPLITS:
-        raise ConversionError(f"tokenizer {kind} ({before}): only gpt2 with one of {', '.join(_SPLITS)} is known")
+        raise ConversionError(f"tokenizer {kind} ({before}): only gpt2 with one of {', '.join(_SPLITS)} is supported")
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     control = 3
     special = [

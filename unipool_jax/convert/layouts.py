@@ -1,13 +1,13 @@
-"""Layouts of weight files, each written down once, as a table that serves both directions.
+"""Layouts of weight files, each defined once, by a table for both directions.
 
-A tensor of a file is made of parts. A part is a pair of NumPy views of one shape, one of the file's tensor and one of
-our arrays: writing a file copies from right to left, reading one from left to right, so the two cannot disagree.
+A tensor of a file consists of parts. A part is a pair of NumPy views of one shape, one of the file's tensor and one of
+our arrays. Writing copies from ours to the file's, reading from the file's to ours, so the two cannot disagree.
 
 `twin` is the state_dict of `benchmarks/pytorch_baseline`. `megatron` is the model state of the published PyTorch code
-(a Megatron-LM fork, Transformer Engine layers with grouped expert matmuls, no model parallelism, as its launch scripts
-set it up). A shared pool is registered there under every layer that uses it; in a file it stands under the first one,
-and repetitions under the others are accepted when they are equal to it. Its `.pt` files hold pickled Python objects,
-which this package never opens. Re-save one in the environment that made it, from a source you trust:
+(a Megatron-LM fork: Transformer Engine layers with grouped expert matmuls, without model parallelism, as in its launch
+scripts). That code registers a shared pool under every layer that uses it; a file has it under the first of them, and
+equal copies under the others are accepted. Its `.pt` files hold pickled Python objects, which this package never opens.
+Re-save one in the environment that wrote it, from a source you trust:
 
     import torch
     from safetensors.torch import save_file
@@ -38,14 +38,14 @@ View = Callable[[np.ndarray], np.ndarray]
 
 
 class Part(NamedTuple):
-    """A piece of a file's tensor and where it is in our arrays."""
+    """Part of a file's tensor, and the same values in our arrays."""
 
     view: View
-    """File's tensor -> the piece, as a view."""
+    """File's tensor -> the part, as a view."""
     ours: np.ndarray
-    """The same values, as a view of our weights."""
+    """The part as a view of our weights."""
     expert: tuple[int, int] | None = None
-    """(pool, expert) that the piece belongs to."""
+    """(pool, expert) that the part belongs to, if any."""
 
 
 class FileTensor(NamedTuple):
@@ -60,16 +60,16 @@ class Layout(NamedTuple):
 
     tensors: dict[str, FileTensor]
     copies: dict[str, str]
-    """Names that may repeat another tensor: repetition -> the tensor that it must be equal to."""
+    """Optional tensors that repeat another one: name -> the tensor that it must equal."""
 
 
 def make_layout(name: LayoutName, config: Config, weights: Weights) -> Layout:
-    """The table of one layout; its views read and write `weights`."""
+    """The table of one layout; its parts are views of `weights`."""
     return {"twin": _twin, "megatron": _megatron}[name](config, weights)
 
 
-def _whole(array: np.ndarray, shape: tuple[int, ...] | None = None) -> FileTensor:
-    """A tensor that is one array, under another shape if one is given."""
+def _unchanged(array: np.ndarray, shape: tuple[int, ...] | None = None) -> FileTensor:
+    """A tensor that equals one of our arrays, reshaped to `shape` if given."""
     return FileTensor(array.shape if shape is None else shape, [Part(lambda t: t.reshape(array.shape), array)])
 
 
@@ -103,15 +103,15 @@ def _twin(config: Config, weights: Weights) -> Layout:
     query_end = model.num_heads * config.head_size
     key_end = query_end + model.num_kv_heads * config.head_size
     tensors = {
-        "embedding.weight": _whole(params["embedding"]),
-        "norm.weight": _whole(params["final_norm"]),
-        "output.weight": _whole(params["output"]),
+        "embedding.weight": _unchanged(params["embedding"]),
+        "norm.weight": _unchanged(params["final_norm"]),
+        "output.weight": _unchanged(params["output"]),
     }
     for layer in range(model.num_layers):
         at, name = (*divmod(layer, config.layers_per_pool), ...), f"layers.{layer}"
         attention = layers["attention"]
         tensors |= {
-            f"{name}.attention_norm.weight": _whole(layers["attention_norm"][at]),
+            f"{name}.attention_norm.weight": _unchanged(layers["attention_norm"][at]),
             f"{name}.attention.qkv.weight": FileTensor(
                 (2 * key_end - query_end, model.hidden_size),
                 [
@@ -121,7 +121,7 @@ def _twin(config: Config, weights: Weights) -> Layout:
                 ],
             ),
             f"{name}.attention.out.weight": _transposed(attention["output"][at]),
-            f"{name}.ffn_norm.weight": _whole(layers["ffn_norm"][at]),
+            f"{name}.ffn_norm.weight": _unchanged(layers["ffn_norm"][at]),
         }
         if config.moe.router == "none":
             gate_DF, up_DF, down_FD = (bank[key][layer, 0] for key in ("gate", "up", "down"))
@@ -151,9 +151,9 @@ def _megatron(config: Config, weights: Weights) -> Layout:
     per_group = model.num_heads // kv_heads
     qkv_shape = (kv_heads, per_group + 2, size, width)
     tensors = {
-        "embedding.word_embeddings.weight": _whole(params["embedding"]),
-        "decoder.final_layernorm.weight": _whole(params["final_norm"]),
-        "output_layer.weight": _whole(params["output"]),
+        "embedding.word_embeddings.weight": _unchanged(params["embedding"]),
+        "decoder.final_layernorm.weight": _unchanged(params["final_norm"]),
+        "output_layer.weight": _unchanged(params["output"]),
     }
     copies: dict[str, str] = {}
     for layer in range(model.num_layers):
@@ -162,7 +162,7 @@ def _megatron(config: Config, weights: Weights) -> Layout:
         attention = {key: value[at] for key, value in layers["attention"].items()}
         # Rows run over key-value groups; each holds its queries, then its key, then its value.
         tensors |= {
-            f"{name}.self_attention.linear_qkv.layer_norm_weight": _whole(layers["attention_norm"][at]),
+            f"{name}.self_attention.linear_qkv.layer_norm_weight": _unchanged(layers["attention_norm"][at]),
             f"{name}.self_attention.linear_qkv.weight": FileTensor(
                 (kv_heads * (per_group + 2) * size, width),
                 [
@@ -178,11 +178,11 @@ def _megatron(config: Config, weights: Weights) -> Layout:
         }
         if config.moe.router == "none":
             gate_DF, up_DF, down_FD = (bank[key][layer, 0] for key in ("gate", "up", "down"))
-            tensors[f"{name}.mlp.linear_fc1.layer_norm_weight"] = _whole(layers["ffn_norm"][at])
+            tensors[f"{name}.mlp.linear_fc1.layer_norm_weight"] = _unchanged(layers["ffn_norm"][at])
             tensors[f"{name}.mlp.linear_fc1.weight"] = _gate_up(gate_DF, up_DF, (layer, 0))
             tensors[f"{name}.mlp.linear_fc2.weight"] = _transposed(down_FD, (layer, 0))
             continue
-        tensors[f"{name}.pre_mlp_layernorm.weight"] = _whole(layers["ffn_norm"][at])
+        tensors[f"{name}.pre_mlp_layernorm.weight"] = _unchanged(layers["ffn_norm"][at])
         tensors |= _router(config, weights, layer, f"{name}.mlp.router", scale="norm_scale", scale_shape=(1,))
         first = f"decoder.layers.{pool * config.layers_per_pool}"
         for e in range(config.experts_per_pool):
@@ -198,12 +198,12 @@ def _megatron(config: Config, weights: Weights) -> Layout:
 def _router(
     config: Config, weights: Weights, layer: int, name: str, *, scale: str, scale_shape: tuple[int, ...]
 ) -> dict[str, FileTensor]:
-    """Router weight, NormRouter's scale and the selection bias of one layer, as far as the model has them."""
+    """Router weight, and NormRouter's scale and the selection bias if the model has them, of one layer."""
     at = (*divmod(layer, config.layers_per_pool), ...)
     mixture = weights.params["pools"]["layers"]["mixture"]
-    tensors = {f"{name}.weight": _whole(mixture["router"][at])}
+    tensors = {f"{name}.weight": _unchanged(mixture["router"][at])}
     if config.moe.router == "norm":
-        tensors[f"{name}.{scale}"] = _whole(mixture["scale"][at], scale_shape)
+        tensors[f"{name}.{scale}"] = _unchanged(mixture["scale"][at], scale_shape)
     if config.loss.balance == "expert_bias":
-        tensors[f"{name}.expert_bias"] = _whole(weights.expert_bias_GNE[at])
+        tensors[f"{name}.expert_bias"] = _unchanged(weights.expert_bias_GNE[at])
     return tensors

@@ -1,4 +1,4 @@
-"""Weights from a run's checkpoint, and a new run folder that starts from given weights."""
+"""Reads weights from a run's checkpoint; writes a run folder that starts from given weights."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from unipool_jax.training.step import TrainState, init_balance
 
 
 def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
-    """Configuration and weights of one checkpoint.
+    """The configuration and weights of one checkpoint.
 
     Args:
       run: folder of a run, or `latest`.
       step: which checkpoint; None is the newest.
 
     Raises:
-      RunError, CheckpointError: if there is no such checkpoint or it cannot be read.
-      ConversionError: if its experts are divided among layers, or being so.
+      RunError, CheckpointError: no such checkpoint, or it cannot be read.
+      ConversionError: the checkpoint holds a partition of UniPool-lock.
     """
     with Checkpoints(find_run(run) / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(step)
@@ -45,38 +45,38 @@ def _restore(checkpoints: Checkpoints, config: Config, step: int) -> Weights:
     model = restore_model(checkpoints, config, step)
     if model.config.locked or (model.balance.lock is not None and bool((model.balance.lock.owner_M >= 0).any())):
         raise ConversionError(
-            f"{checkpoints.path(step)}: holds a partition of its experts among layers (UniPool-lock), and no other "
-            "layout has a place for it; convert a checkpoint from before the freeze"
+            f"{checkpoints.path(step)}: its experts are partitioned among layers (UniPool-lock), which no other "
+            "layout can represent; convert a checkpoint from before the freeze"
         )
     return as_numpy(model.params, model.balance.expert_bias_GNE)
 
 
 def as_numpy(params: Any, expert_bias_GNE: Any) -> Weights:
-    """`Weights` from a parameter tree and a selection bias on any device."""
+    """`Weights` from a parameter tree and a selection bias, copied from any device."""
     return Weights(jax.tree.map(np.array, jax.device_get(params)), np.array(expert_bias_GNE))
 
 
 def write_run(folder: Path, config: Config, weights: Weights, tokenizer_json: bytes | None = None) -> int:
-    """Make a run folder with a checkpoint of step 0: `weights`, and an optimiser that has seen nothing yet.
+    """Write a run folder with a checkpoint of step 0: `weights` and a new optimizer state.
 
-    `eval.py run=FOLDER` evaluates it; `train.py` with the settings of `config` and this `run.dir` and `run.name` goes
-    on from it. The folder is made under a temporary name, read back, compared with `weights` expert by expert and only
-    then given its name.
+    `eval.py run=FOLDER` evaluates it; `train.py` with the settings of `config` and this `run.dir` and `run.name`
+    resumes from it. The folder is written under a temporary name, read back, compared with `weights` expert by expert,
+    and only then renamed.
 
     Args:
-      folder: to be made.
+      folder: must not exist.
       config: of the model; its run.dir and run.name are replaced by those of `folder`.
       weights: of the model.
-      tokenizer_json: a tokenizer to keep in the folder and use; None leaves data.tokenizer as it is.
+      tokenizer_json: a tokenizer to store in the folder and use; None keeps data.tokenizer.
 
     Returns:
       The number of experts.
 
     Raises:
-      ConversionError: if `folder` exists, or what was read back is not what was written.
+      ConversionError: `folder` exists, or reading back gives other weights.
     """
     if folder.exists():
-        raise ConversionError(f"{folder}: exists already; choose another name or delete it")
+        raise ConversionError(f"{folder}: already exists; choose another name or delete it")
     place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name)
     config = dataclasses.replace(config, run=place)
     if tokenizer_json is None:

@@ -1,16 +1,17 @@
-"""From one architecture to another without changing what the model computes.
+"""Converts one architecture to another that computes the same function.
 
-An expert of a pool that many layers share must be out of reach of the layers that did not have it. A router has no bias
-on its logits, so whether that is possible depends on how it turns logits into scores:
+In a shared pool, a layer must not route to experts that it did not have before. Router logits have no bias, so whether
+that is possible depends on the score function:
 
-- NormRouter: a row of zeros gives a logit of 0, which leaves the norm alone and scores 0, so it never comes before a
-  positive score. The constant c depends on the number of experts; the learnable scale takes up the difference. Two rows
-  w and -w make a constant gate: one of their logits is positive, and that over the norm is 1/sqrt(2) for every token.
-- Sigmoid with a selection bias: a low bias keeps an expert from being chosen, and gates do not contain the bias.
-- Softmax: every expert takes part in the denominator, and no finite row takes it out. It cannot be exact.
+- NormRouter: a row of zeros gives logit 0, which does not change the norm, and score 0, which ranks below any positive
+  score. The learnable scale compensates for the constant c, which depends on the number of experts. Two rows w and -w
+  give a constant gate: one of their logits is positive, and divided by the norm it is 1/sqrt(2) for every token.
+- Sigmoid with a selection bias: a low bias keeps an expert from being selected, and gates do not include the bias.
+- Softmax: every expert is in the denominator, and no finite row removes it. An exact conversion is impossible.
 
-NormRouter's rows of zeros stay zeros in training: neither a gate nor the pool loss has a gradient to them, so layers
-would never come to share. `noise` makes such rows small random ones: every expert can be reached, and equality is lost.
+NormRouter's rows of zeros stay zero in training, because neither gates nor the pool loss have a gradient to them, so
+layers would never share experts. `noise` replaces them by small random rows: layers can reach every expert, but the
+function changes.
 """
 
 from __future__ import annotations
@@ -28,30 +29,30 @@ from unipool_jax.moe.routing import norm_constant
 
 
 def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0) -> Weights:
-    """Weights of the model `target` that computes what `weights` compute.
+    """Weights of the model `target` that compute the same function as `weights`.
+
+    Three conversions, selected by the configurations:
+
+    - dense to mixture: the experts of a layer are copies of its feed-forward block (sparse upcycling, arXiv
+      2212.05055). Into shared pools, with NormRouter and two or more experts per layer, or with a selection bias and
+      one: each layer routes to copies of its own block;
+    - mixture to fewer pools (`target.pool.groups` divides `config.pool.groups`): adjacent pools are merged;
+    - mixture to more pools: the reverse, for routers that reach only their own part of the pool.
+
+    Logits agree to float32 rounding, and bit for bit where all factors are powers of two.
 
     Args:
       config: of the source.
       weights: of the source.
-      target: of the new model, with the same backbone.
-      noise: standard deviation, from a fixed seed, of NormRouter's rows that would be zeros. With 0 the new model
-        computes the same function; above it nearly the same, and training can reach every expert of a shared pool.
-
-    Three conversions, told apart by the configurations:
-
-    - dense to mixture: every expert of a layer starts as a copy of its feed-forward block (sparse upcycling, arXiv
-      2212.05055). Into pools that layers share with NormRouter and two or more experts per layer, or with a selection
-      bias and one: each layer chooses copies of its own block;
-    - mixture to fewer pools (`target.pool.groups` divides `config.pool.groups`): adjacent pools become one;
-    - mixture to more pools: the reverse, for routers that reach only their own share of the pool.
-
-    Logits agree to float32 rounding; where all factors are powers of two, bit for bit.
+      target: of the new model, with the same `model` settings.
+      noise: standard deviation, from a fixed seed, of NormRouter's rows that would be zero. With 0 the function is the
+        same; otherwise it is nearly the same, and training can reach every expert of a shared pool.
 
     Raises:
-      ConversionError: if the backbones differ, or no weights of `target` compute the same function.
+      ConversionError: the `model` settings differ, or no weights of `target` compute the same function.
     """
     if config.model != target.model:
-        raise ConversionError("model: the backbones differ; repeat the model settings of the source")
+        raise ConversionError("model: these settings differ from those of the source; use the same")
     new = empty_weights(target)
     backbone = ("embedding", "output", "final_norm")
     for name in backbone:
@@ -65,7 +66,7 @@ def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0
         _regroup(config, weights, target, new)
     if noise:
         if target.moe.router != "norm":
-            raise ConversionError(f"noise={noise}: only NormRouter (moe.router=norm) has rows of zeros that need it")
+            raise ConversionError(f"noise={noise}: needs moe.router=norm; set noise=0 for other routers")
         rows = _mixture(new)["router"]
         random = np.random.default_rng(0).normal(0, noise, rows.shape).astype(np.float32)
         np.copyto(rows, random, where=~rows.any(axis=-1, keepdims=True))
@@ -83,7 +84,7 @@ def _bias_by_layer(weights: Weights) -> np.ndarray:
 
 
 def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
-    """Copies of each layer's block, behind a router whose gates add up to 1 / the factor on the outputs."""
+    """Copies of each layer's block, with outputs scaled by 1 / the sum of a token's gates."""
     layers, groups, experts = target.model.num_layers, target.pool.groups, target.experts_per_pool
     router, top_k = target.moe.router, target.moe.top_k
     old, bank = weights.params["pools"]["bank"], new.params["pools"]["bank"]
@@ -97,7 +98,7 @@ def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
         for name in bank:
             bank[name][...] = old[name]
         chosen_score = 1 / experts if router == "softmax" else 0.5
-        # Sigmoid gates of several experts are normalised; all others are the scores as they are.
+        # Sigmoid gates of several experts are normalized to sum to 1; all other gates are the scores.
         gates = 1.0 if router == "sigmoid" and top_k > 1 else top_k * chosen_score
     elif router == "sigmoid" and target.loss.balance == "expert_bias" and top_k == 1 and groups * experts == layers:
         for name in bank:
@@ -107,23 +108,23 @@ def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
         gates = 0.5
     else:
         raise ConversionError(
-            f"pool.groups={groups}: a layer can be held to its own block of a shared pool only by a selection bias; "
+            f"pool.groups={groups}: with this router a layer would route to the blocks of other layers; "
             "use NormRouter (method=unipool), or method=vanilla_aux_free (router sigmoid, loss.balance=expert_bias) "
-            "with moe.top_k=1 and moe.experts_per_layer=1, or keep pool.groups=model.num_layers"
+            "with moe.top_k=1 and moe.experts_per_layer=1, or set pool.groups=model.num_layers"
         )
     bank["down"] *= np.float32(1 / gates)
 
 
 def _norm_from_dense(old: dict[str, Any], target: Config, new: Weights) -> None:
-    """Each layer owns an equal run of its pool, copies of its block, and chooses between two of them with gate 1."""
+    """Each layer gets an equal range of its pool, all copies of its block, and routes to two of them with gate 1."""
     layers, experts, sharing = target.model.num_layers, target.experts_per_pool, target.layers_per_pool
     own = experts // sharing
     if own < 2:
         raise ConversionError(
-            f"{experts} experts for {sharing} layers of a pool: a constant gate of NormRouter takes two experts a "
-            "layer; use moe.experts_per_layer=2 or more"
+            f"{experts} experts for {sharing} layers of a pool: a constant gate of NormRouter needs two experts per "
+            "layer; set moe.experts_per_layer=2 or more"
         )
-    # Experts beyond the last run are copies of the blocks of the first layers.
+    # Experts past the last range are copies of the blocks of the first layers.
     layer_of_GE = np.arange(target.pool.groups)[:, None] * sharing + np.arange(experts) // own % sharing
     for name, array in new.params["pools"]["bank"].items():
         array[...] = old[name].reshape(layers, *array.shape[2:])[layer_of_GE]
@@ -138,7 +139,7 @@ def _norm_from_dense(old: dict[str, Any], target: Config, new: Weights) -> None:
 def _regroup(config: Config, weights: Weights, target: Config, new: Weights) -> None:
     """Merge adjacent pools, or split pools among the layers that use them."""
     old_groups, new_groups = config.pool.groups, target.pool.groups
-    # Losses do not change what a model computes; a selection bias does.
+    # Losses do not change the function of a model; a selection bias does.
     biased = target.loss.balance == "expert_bias"
     same = (
         config.moe.router == target.moe.router
@@ -148,21 +149,21 @@ def _regroup(config: Config, weights: Weights, target: Config, new: Weights) -> 
     )
     if not same or max(old_groups, new_groups) % min(old_groups, new_groups):
         raise ConversionError(
-            f"{config.total_experts} experts in {old_groups} pools to {target.total_experts} in {new_groups}: router, "
-            "moe.top_k, loss.balance=expert_bias and the number of experts must stay, and one number of pools divide "
-            "the other"
+            f"{config.total_experts} experts in {old_groups} pools to {target.total_experts} in {new_groups}: "
+            "moe.router, moe.top_k, loss.balance=expert_bias and the number of experts must be equal, and one number "
+            "of pools must divide the other"
         )
     if old_groups != new_groups and config.moe.router != "norm" and not biased:
         raise ConversionError(
-            f"moe.router={config.moe.router}: every expert takes part in the scores of every other, so pools cannot be "
-            "merged or split without changing the model; this works with NormRouter and with loss.balance=expert_bias"
+            f"moe.router={config.moe.router}: the score of an expert depends on all experts, so pools cannot be merged "
+            "or split without changing the model; use NormRouter or loss.balance=expert_bias"
         )
     for name, array in new.params["pools"]["bank"].items():
         array[...] = weights.params["pools"]["bank"][name].reshape(array.shape)
     ours, theirs = _mixture(new), _mixture(weights)
     few, many = config.experts_per_pool, target.experts_per_pool
     for layer in range(config.model.num_layers):
-        # Experts are numbered through all pools; each layer sees one run of them before, and one after.
+        # Experts are numbered across all pools; each layer sees one range of them before and one after.
         old_start = layer // config.layers_per_pool * few
         new_start = layer // target.layers_per_pool * many
         start, stop = max(old_start, new_start), min(old_start + few, new_start + many)
@@ -172,8 +173,8 @@ def _regroup(config: Config, weights: Weights, target: Config, new: Weights) -> 
         unreached = not biased or bool((np.delete(bias_E, seen) + 0.5 < bias_E[seen].min()).all())
         if outside.any() or not unreached:
             raise ConversionError(
-                f"layer {layer} may choose experts outside its share of the pool; only pools that were merged from "
-                "such shares and not trained since can be split without changing the model"
+                f"layer {layer} can route to experts outside its part of the pool; only pools that were merged from "
+                "such parts, and not trained since, can be split without changing the model"
             )
         ours["router"][layer] = 0
         ours["router"][layer, to] = theirs["router"][layer, seen]
@@ -182,7 +183,7 @@ def _regroup(config: Config, weights: Weights, target: Config, new: Weights) -> 
             _bias_by_layer(new)[layer, to] = bias_E[seen]
         if "scale" in ours:
             if theirs["scale"][layer] < 0:
-                raise ConversionError(f"layer {layer}: a negative router scale puts experts without a score first")
+                raise ConversionError(f"layer {layer}: a negative router scale ranks experts of score 0 first")
             ours["scale"][layer] = theirs["scale"][layer] * _constant(config) / _constant(target)
 
 

@@ -1,4 +1,4 @@
-"""Weights as NumPy arrays on the host, in the structure of our parameter tree, and what identifies each expert."""
+"""Weights as NumPy arrays in the structure of our parameter tree, and a hash of each expert."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ExpertHashes = dict[tuple[int, int], str]
 
 
 class Weights(NamedTuple):
-    """What a model computes with; optimiser state is not part of it."""
+    """The weights of a model, without optimizer state."""
 
     params: dict[str, Any]
-    """Our parameter tree with float32 leaves: per-layer ones `[G, L/G, ...]`, the bank `[G, E, ...]`."""
+    """The parameter tree with float32 leaves: of layers `[G, L/G, ...]`, of the bank `[G, E, ...]`."""
     expert_bias_GNE: np.ndarray
-    """Selection bias, float32; zeros unless loss.balance is `expert_bias`."""
+    """Selection bias, float32; zeros unless loss.balance=expert_bias."""
 
 
 def empty_weights(config: Config) -> Weights:
-    """Weights of the model that `config` describes, uninitialised."""
+    """Uninitialized weights of the model of `config`."""
     state = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), state.params)
     return Weights(params, np.zeros(state.balance.expert_bias_GNE.shape, np.float32))
@@ -59,9 +59,9 @@ def check_same_experts(wanted: ExpertHashes, found: ExpertHashes, what: str) -> 
       ConversionError: if their number or any of them differs.
     """
     if len(wanted) != len(found):
-        raise ConversionError(f"{what}: {len(found)} experts where there should be {len(wanted)}; nothing was kept")
+        raise ConversionError(f"{what}: {len(found)} experts, expected {len(wanted)}; nothing was kept")
     different = [key for key in wanted if wanted[key] != found.get(key)]
     if different:
         names = ", ".join(f"pool {pool} expert {expert}" for pool, expert in different[:8])
         more = f" and {len(different) - 8} more" if len(different) > 8 else ""
-        raise ConversionError(f"{what}: other weights than the source has in {names}{more}; nothing was kept")
+        raise ConversionError(f"{what}: weights differ from the source in {names}{more}; nothing was kept")

@@ -1,4 +1,4 @@
-"""Collectives and kernels of a compiled module, read from its text, each with how often a step runs it."""
+"""Parses the text of a compiled module: its collectives and kernels, and how often a step runs each."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ class Collective(NamedTuple):
 
     kind: str
     shapes: tuple[str, ...]
-    """Result, as XLA writes it: `bf16[12,1536,6144]`."""
+    """Result shapes as XLA writes them: `bf16[12,1536,6144]`."""
     axes: tuple[str, ...]
-    """Mesh axes whose devices take part."""
+    """Mesh axes that it communicates over."""
     devices: int
+    """Devices of a group."""
     times: int
-    """How often a step runs it."""
+    """Executions per step."""
     sent_bytes: float
-    """Bytes that a device sends each time: of a gather its part to every other device, of a reduction what a ring
-    algorithm sends, of a ragged all-to-all the rows of an even distribution."""
+    """Bytes a device sends per execution: for a gather its shard to every other device, for a reduction those of a ring
+    algorithm, for a ragged all-to-all those of balanced routing."""
     source: str
-    """Name of the operation in the program that was traced, where the compiler kept it."""
+    """`op_name` of the traced operation; empty where the compiler dropped it."""
 
     @property
     def total_bytes(self) -> float:
@@ -51,22 +52,22 @@ class Instruction(NamedTuple):
 
 
 class Module(NamedTuple):
-    """Computations by name, and how often a step runs each."""
+    """Computations by name, and executions of each per step."""
 
     computations: dict[str, list[Instruction]]
     runs: Counter[str]
 
     def instructions(self) -> Iterator[tuple[Instruction, str, int]]:
-        """Every instruction that runs, its computation and how often it runs."""
+        """Every executed instruction, its computation, and its executions per step."""
         for name, times in self.runs.items():
             for instruction in self.computations[name]:
                 yield instruction, name, times
 
 
 def parse(text: str) -> Module:
-    """Read a compiled module; the body of a loop counts as often as the loop's condition says.
+    """Parse a compiled module; executions inside a loop are multiplied by its trip count.
 
-    Loops are those of scans: a counter from 0 is compared with a constant. One without such a constant counts once.
+    Loops come from scans: a counter from 0 is compared with a constant. A loop without such a constant counts once.
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", ""
@@ -90,7 +91,7 @@ def parse(text: str) -> Module:
 
 
 def _called(instruction: Instruction, computations: dict[str, list[Instruction]]) -> Iterator[tuple[str, int]]:
-    """Computations that an instruction runs, and how often; those that only say how to add two numbers left out."""
+    """Computations that an instruction calls, and how often; without the combiners of reductions."""
     if instruction.opcode == "while":
         condition, body = (re.search(rf"{part}=%?([\w.\-]+)", instruction.rest) for part in ("condition", "body"))
         assert condition is not None
@@ -100,7 +101,7 @@ def _called(instruction: Instruction, computations: dict[str, list[Instruction]]
         for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest):
             yield name, 1
     elif instruction.opcode in ("conditional", "custom-call"):
-        # On chips with cores for it (7x) a collective is a computation that such a core is called with.
+        # On 7x chips, collectives are computations that a custom call runs on a separate core.
         for names in re.findall(r"(?:branch|called)_computations=\{([^}]*)\}", instruction.rest):
             yield from ((name.strip(" %"), 1) for name in names.split(","))
         for name in re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest):
@@ -126,14 +127,14 @@ def array_bytes(type_text: str) -> list[int]:
 
 
 def collectives(module: Module, axis_names: tuple[str, ...], axis_sizes: tuple[int, ...]) -> list[Collective]:
-    """The collectives of a module that was compiled for a mesh of these axes, those among one device left out."""
+    """The collectives of a module that was compiled for a mesh of these axes, without those of a single device."""
     found = []
     chains: set[str] = set()
     for instruction, computation, times in module.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in _KINDS:
             continue
-        # A collective that goes on behind several fusions stands in each of them.
+        # A collective that overlaps several fusions appears in each of them, with one chain id.
         if chain := re.search(r'chain_id="(\d+)"', instruction.rest):
             if chain[1] in chains:
                 continue
@@ -148,7 +149,7 @@ def collectives(module: Module, axis_names: tuple[str, ...], axis_sizes: tuple[i
             arrays = [max(arrays)]
         size, others = float(sum(arrays)), (len(group) - 1) / len(group)
         if kind == "all-reduce":
-            # The compiler fuses a reduction with the slice taken from it into a reduce-scatter.
+            # The TPU compiler fuses an all-reduce and the slice of its result into this computation, a reduce-scatter.
             scattered = computation.startswith("all-reduce-scatter")
             kind = "reduce-scatter" if scattered else kind
             sent = size * others * (1 if scattered else 2)
@@ -167,7 +168,7 @@ def collectives(module: Module, axis_names: tuple[str, ...], axis_sizes: tuple[i
 
 
 def kernels(module: Module) -> Counter[str]:
-    """How often a step runs each hand-written kernel, by name."""
+    """Executions per step of each Pallas kernel, by name."""
     found: Counter[str] = Counter()
     for instruction, _, times in module.instructions():
         if instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
@@ -176,7 +177,7 @@ def kernels(module: Module) -> Counter[str]:
 
 
 def _first_group(rest: str, num_devices: int) -> NDArray[np.int64]:
-    """Devices of the first group, in any of the forms in which XLA writes groups."""
+    """Devices of the first group, from any of XLA's notations of groups."""
     everyone = np.arange(num_devices)
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return np.array([int(device) for device in listed[1].split(",")])

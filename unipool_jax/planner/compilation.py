@@ -1,6 +1,6 @@
-"""The real training and evaluation steps, compiled for the devices of a topology on a machine that has none of them.
+"""Compiles the training and evaluation steps ahead of time for a TPU topology, on a machine without TPUs.
 
-`libtpu` holds the whole TPU compiler. What it refuses, such as a step that does not fit, would fail on the devices too.
+`libtpu` contains the TPU compiler. A step that it rejects, for example for lack of memory, would fail on TPUs too.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ class Program(NamedTuple):
     argument_bytes: int
     """Training state and batch; the state is updated in place."""
     temporary_bytes: int
-    """Everything a step holds besides: gathered weights, gradients, activations."""
+    """All other memory of a step: gathered weights, gradients, activations."""
     code_bytes: int
     text: str
     """The compiled module, in XLA's textual form."""
     seconds: float
-    """That compiling took."""
+    """Compilation time."""
 
 
 class Evaluation(NamedTuple):
     """A compiled evaluation step."""
 
     temporary_bytes: int
-    """Of one device, besides the training state, which stays where it is."""
+    """Of one device, in addition to the training state, which stays in memory."""
     seconds: float
-    """That compiling took."""
+    """Compilation time."""
 
 
 class MemoryExceededError(Exception):
-    """The compiler found no room for the step; the message is its own first line."""
+    """The compiler ran out of device memory for the step; the message is the first line of its error."""
 
 
 def prepare() -> None:
-    """Keep JAX from looking for accelerators. Call before anything is computed; training needs another process."""
-    # The compiler asks no cloud server about the TPU it would run on, and lets other processes compile too.
+    """Restrict JAX to the CPU. Call before JAX initializes its devices; this process cannot train afterwards."""
+    # Do not query the cloud's metadata server for a TPU, and allow several processes to compile.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_threefry_partitionable", True)
@@ -67,7 +67,7 @@ def devices_of(topology: str) -> tuple[jax.Device, ...]:
     """The devices of a TPU topology such as `v5p:4x4x4`.
 
     Raises:
-      ConfigError: without libtpu, or where the compiler knows no such topology.
+      ConfigError: libtpu is missing, or its compiler does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -95,24 +95,24 @@ def topology_mesh(config: Config) -> Mesh:
 
 
 def for_tpu(config: Config) -> Config:
-    """`config` with the kernels that `auto` stands for on a TPU: planning, the default backend is another."""
+    """`config` with kernels resolved for TPU: while planning, the default backend is the CPU."""
     if config.kernels.implementation != "auto":
         return config
     return dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, implementation="pallas_tpu"))
 
 
 def compile_step(config: Config, mesh: Mesh) -> Program:
-    """Compile the training step of `config` for a mesh of TPUs that are not there.
+    """Compile the training step of `config` for a mesh of absent TPUs.
 
     Raises:
-      MemoryExceededError: where the compiler finds that memory does not suffice.
+      MemoryExceededError: the step does not fit in device memory.
     """
     config, start = for_tpu(config), time.monotonic()
-    # Traced under the mesh, for kernels, tiles and transports are chosen by its devices.
+    # Trace under the mesh, because its devices determine kernels, tiles and transports.
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         step: Any = make_train_step(config, mesh)
         lowered = step.lower(state_shapes(config, mesh), _batch(config, config.train.batch_size, mesh))
-        # `Compiled.as_text` fails on modules with ragged all-to-alls; what the compiler itself writes is complete.
+        # `Compiled.as_text` fails on modules with ragged all-to-alls; the compiler's own dump is complete.
         memory = _memory(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
         text = texts[-1].read_text()
@@ -126,7 +126,7 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
 
 
 def compile_evaluation(config: Config, mesh: Mesh) -> Evaluation:
-    """Compile the evaluation step of `config` likewise.
+    """Compile the evaluation step of `config` for a mesh of absent TPUs.
 
     Raises:
       MemoryExceededError: as `compile_step`.
@@ -142,14 +142,14 @@ def compile_evaluation(config: Config, mesh: Mesh) -> Evaluation:
 
 
 def _batch(config: Config, sequences: int, mesh: Mesh) -> Batch:
-    """Shapes of a batch over the mesh."""
+    """Shapes and shardings of a batch."""
     shape, rows = (sequences, config.data.sequence_length), batch_sharding(mesh)
     arrays: Any = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (jnp.int32, jnp.int32, jnp.float32))
     return Batch(*arrays)
 
 
 def _memory(lowered: Any, options: dict[str, Any]) -> Any:
-    """The compiler's account of a program's memory."""
+    """The compiler's memory analysis of a program."""
     try:
         return lowered.compile(compiler_options=options).memory_analysis()
     except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""What bounds the expert kernels of one device: arithmetic and memory traffic by the rows that an expert gets."""
+"""What bounds the expert kernels of one device: compute and memory traffic by rows per expert."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class ExpertKernels(NamedTuple):
 
     chip: Chip
     rows: float
-    """Of an expert, on average."""
+    """Mean rows of an expert."""
     tile_rows: int | None
-    """Of a tile of the TPU kernels; None on other chips, whose tiles are not counted."""
+    """Rows of a tile of the TPU kernels; None on other chips, whose tiles are not modelled."""
     padding: float
-    """Rows computed over rows there are: the last tile of an expert is not full."""
+    """Computed rows over real rows: the last tile of an expert is not full."""
     intensity: float
-    """FLOPs, without those of padding, for each byte to or from high-bandwidth memory."""
+    """FLOPs, without padding, per byte to or from high-bandwidth memory."""
 
     @property
     def memory_share(self) -> float:
-        """Share of the chip's peak at which its memory can feed the kernels, at most 1."""
+        """Fraction of the chip's peak that memory bandwidth allows, at most 1."""
         return min(1.0, self.intensity * self.chip.hbm_bandwidth / self.chip.flops)
 
     @property
     def peak_share(self) -> float:
-        """Share of the chip's peak that both memory and padding leave: no schedule of these tiles does better."""
+        """Fraction of the chip's peak that memory bandwidth and padding allow, for any schedule of these tiles."""
         return min(self.memory_share, 1 / self.padding)
 
 

@@ -9,20 +9,20 @@ from jax.sharding import Mesh
 from unipool_jax.config.chips import Chip, Topology
 
 EFFICIENCY = 0.9
-"""Share of a link's published bandwidth that messages reach. Assumed."""
+"""Fraction of a link's published bandwidth that messages reach. Assumed."""
 HOP_SECONDS = 1e-6
-"""Latency of a hop. Assumed."""
+"""Latency of a hop, seconds. Assumed."""
 
 
 class Span(NamedTuple):
-    """What a group of devices covers of a torus: chips along each dimension, and whether they close into a ring."""
+    """The extent of a group of devices on a torus: chips along each dimension, and whether they form a ring."""
 
     devices: int
     extents: tuple[tuple[int, bool], ...]
 
 
 def span(mesh: Mesh | None, topology: Topology, axes: tuple[str, ...], sizes: dict[str, int]) -> Span:
-    """Where one group of these mesh axes lies; without a mesh of torus devices, behind a switch."""
+    """The extent of one group of these mesh axes; without a mesh, devices are behind a switch."""
     devices = 1
     for axis in axes:
         devices *= sizes[axis]
@@ -39,7 +39,7 @@ def span(mesh: Mesh | None, topology: Topology, axes: tuple[str, ...], sizes: di
 
 
 def seconds(kind: str, sent_bytes: float, place: Span, chip: Chip) -> float:
-    """Time of one collective in which every device sends this many bytes (see `collectives.Collective`).
+    """Seconds of one collective in which every device sends this many bytes (see `collectives.Collective`).
 
     Gathers and reductions use all links of the group at once, two for a dimension that is a ring and one for a line.
     In an all-to-all a message crosses a quarter of a ring, so a dimension of e chips passes `bytes x e / 4` over two

@@ -1,4 +1,4 @@
-"""The report of `mode=plan`: what one step costs each device of a mesh that need not be there."""
+"""The report of `mode=plan`: what a step costs each device of a mesh that need not be present."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from unipool_jax.training.sharding import placement
 from unipool_jax.training.step import state_shapes
 
 _GIB = 2**30
-_PEAK = "with gathered weights and gradients, at their peak; they share buffers, so no split of them exists"
+_PEAK = "peak, with gathered weights and gradients, which share buffers"
 
 
 class Plan(NamedTuple):
-    """A configuration on its devices."""
+    """The cost of a configuration on its devices; bytes are those of one device."""
 
     config: Config
     topology: Topology
@@ -41,15 +41,15 @@ class Plan(NamedTuple):
     parameter_bytes: int
     optimiser_bytes: int
     temporary_bytes: int
-    """Of the training step: as compiled; counted for devices that nothing is compiled for."""
+    """Of the training step: as compiled, or counted for devices without an ahead-of-time compiler."""
     evaluation_bytes: int
-    """Of the evaluation step, likewise; parameters and optimiser stay on the device meanwhile."""
+    """Temporaries of the evaluation step; parameters and optimizer state stay on the device."""
     collectives: tuple[Collective, ...] | None
-    """Of the compiled step."""
+    """Of the compiled step; None if nothing was compiled."""
     kernels: Counter[str]
     estimate: Estimate
     compile_seconds: tuple[float, float] | None
-    """That the training and the evaluation step took."""
+    """Of the training and the evaluation step."""
 
     @property
     def total_bytes(self) -> int:
@@ -71,7 +71,7 @@ def make_plan(config: Config) -> Plan:
     """Compile the steps of `config` for the devices of `mesh.topology` and model the time of training.
 
     Raises:
-      ConfigError: where the topology or the mesh cannot be had, or a step does not fit.
+      ConfigError: the topology or mesh is impossible, or a step does not fit in memory.
     """
     assert config.mesh.topology is not None
     prepare()
@@ -86,7 +86,7 @@ def make_plan(config: Config) -> Plan:
         raise ConfigError(
             [
                 f"mesh.topology={config.mesh.topology}: the step does not fit ({error}); lower train.microbatch_size, "
-                "set model.remat=full, or split the state over more devices with mesh.fsdp or mesh.expert"
+                "set model.remat=full, or shard the state over more devices with mesh.fsdp or mesh.expert"
             ]
         ) from error
     try:
@@ -99,10 +99,10 @@ def make_plan(config: Config) -> Plan:
 
 
 def count_step(config: Config) -> Counts:
-    """What a step of `config` does and holds on each device of `mesh.topology`: counted, without their compiler.
+    """The work, messages and memory of a step on each device of `mesh.topology`, counted without compiling.
 
     Raises:
-      ConfigError: where the mesh does not fit the number of devices.
+      ConfigError: the mesh does not fit the number of devices.
     """
     assert config.mesh.topology is not None
     topology = parse_topology(config.mesh.topology)
@@ -114,7 +114,7 @@ def _axis_sizes(config: Config, topology: Topology) -> dict[str, int]:
 
 
 def from_programs(config: Config, topology: Topology, mesh: Mesh, program: Program, evaluation: Evaluation) -> Plan:
-    """The plan of steps that are compiled."""
+    """The plan of compiled steps."""
     sizes = {name: int(size) for name, size in mesh.shape.items()}
     module = collectives_of.parse(program.text)
     found = tuple(collectives_of.collectives(module, tuple(mesh.axis_names), mesh.devices.shape))
@@ -135,14 +135,14 @@ def from_programs(config: Config, topology: Topology, mesh: Mesh, program: Progr
 
 
 def state_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Parameters and optimiser of one device."""
+    """Bytes of parameters and of all other state on one device."""
     lines = placement(state_shapes(config, mesh))
     parameters = sum(line.bytes_per_device for line in lines if line.name.startswith("params."))
     return parameters, sum(line.bytes_per_device for line in lines) - parameters
 
 
 def _counted(config: Config, topology: Topology, sizes: dict[str, int]) -> Plan:
-    """A plan from counts alone, for devices whose compiler needs them there."""
+    """A plan from counts alone, for devices that cannot be compiled for ahead of time."""
     found = estimate(config, sizes, topology, None)
     counts = found.counts
     state, temporary = counts.state_bytes, counts.temporary_bytes
@@ -159,30 +159,30 @@ def text(plan: Plan) -> str:
     lines = [
         f"{config.scale_name} {config.method_name} on {config.mesh.topology}: {plan.topology.num_devices} devices "
         f"({chip.device_kind}), {axes}; {how}",
-        f"  {config.train.batch_size} x {config.data.sequence_length} tokens a step in {config.num_microbatches} "
+        f"  {config.train.batch_size} x {config.data.sequence_length} tokens per step in {config.num_microbatches} "
         f"micro-batch(es), remat {config.model.remat}{_without_effect(plan)}",
         "",
-        "memory of a device",
+        "memory per device",
         f"  parameters                   {plan.parameter_bytes / _GIB:8.2f} GiB",
-        f"  optimiser                    {plan.optimiser_bytes / _GIB:8.2f} GiB",
+        f"  optimizer state              {plan.optimiser_bytes / _GIB:8.2f} GiB",
         f"  activations and temporaries  {plan.temporary_bytes / _GIB:8.2f} GiB   {_PEAK}",
-        f"  training, together           {plan.total_bytes / _GIB:8.2f} GiB {_room(plan, plan.total_bytes)}",
+        f"  training, total              {plan.total_bytes / _GIB:8.2f} GiB {_room(plan, plan.total_bytes)}",
         f"  evaluation, with the state   {plan.evaluation_total_bytes / _GIB:8.2f} GiB "
         f"{_room(plan, plan.evaluation_total_bytes)}; train.eval_batch_size={config.train.eval_batch_size}",
         *_compile_seconds(plan),
         "",
         "kernels: " + (", ".join(f"{name} x {n}" for name, n in sorted(plan.kernels.items())) or "counted only"),
         "",
-        "collectives of a device in a step",
+        "collectives per device and step",
         *(f"  {line}" for line in _collective_lines(plan)),
         "",
         f"modelled step: {1e3 * found.seconds:.1f} ms",
         *(f"  {part.name:42}{1e3 * part.seconds:9.2f} ms   {part.bound}" for part in _longest(found)),
         "",
-        f"FLOPs of a device: {found.model_flops / 1e12:.2f} T of the model, "
+        f"FLOPs per device: {found.model_flops / 1e12:.2f} T of the model, "
         f"{sum(work.flops for work in found.counts.work) / 1e12:.2f} T executed with recomputation and padding",
-        f"model FLOPs utilisation: {found.utilisation:.1%} "
-        f"({found.utilisation_with_hidden_links:.1%} if all collectives hid behind computation)",
+        f"model FLOPs utilization: {found.utilisation:.1%} "
+        f"({found.utilisation_with_hidden_links:.1%} if all collectives overlapped with compute)",
         "bound by: " + ", ".join(f"{name} {1e3 * time:.0f} ms" for name, time in found.seconds_by_bound().items()),
         json.dumps(summary(plan)),
     ]
@@ -195,7 +195,7 @@ def _room(plan: Plan, needed: int) -> str:
 
 
 def _without_effect(plan: Plan) -> str:
-    """What a setting of rematerialisation that the mesh overrules comes to."""
+    """A note if the mesh overrides `model.remat`."""
     effective = recomputed(plan.config, plan.sizes)
     if effective == plan.config.model.remat:
         return ""
@@ -214,7 +214,7 @@ def _longest(found: Estimate) -> list[Any]:
 
 
 def _collective_lines(plan: Plan) -> list[str]:
-    """One line for each kind, axis and operation, largest first; small ones together."""
+    """One line per collective, largest first; those below 0.5% of the bytes in one line."""
     if plan.collectives is None:
         rows = [(m.name, m.kind, m.axes, m.times, m.total_bytes) for m in plan.estimate.counts.messages]
     else:
@@ -229,7 +229,7 @@ def _collective_lines(plan: Plan) -> list[str]:
     rest = sum(row[4] for row in rows) - sum(row[4] for row in large)
     if len(rows) > len(large):
         lines.append(f"{len(rows) - len(large)} smaller ones{rest / 1e6:46.1f} MB")
-    return [*lines, f"{'together':60}{total / 1e6:12.1f} MB"]
+    return [*lines, f"{'total':60}{total / 1e6:12.1f} MB"]
 
 
 def _shown(collective: Collective) -> str:
@@ -238,12 +238,12 @@ def _shown(collective: Collective) -> str:
 
 
 def collective_bytes(items: Sequence[Collective] | None, plan: Plan) -> float:
-    """Bytes that a device sends in a step."""
+    """Bytes that a device sends per step."""
     return sum(item.total_bytes for item in (plan.estimate.counts.messages if items is None else items))
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """The plan's numbers, for JSON."""
+    """The numbers of the plan, for JSON."""
     found = plan.estimate
     items = plan.estimate.counts.messages if plan.collectives is None else plan.collectives
     by_axis: dict[str, float] = {}

@@ -1,8 +1,8 @@
-"""Modelled time of a step: each operation by its slower resource, and every collective in full.
+"""Roofline model of a step: the time of each operation on its slower resource, plus that of every collective.
 
-Kernels overlap their arithmetic with their own memory traffic, so an operation takes the longer of the two. Operations
-follow one another, and a layer waits for its tokens and its weights, so collectives are added: none is taken to hide
-behind computation, although the compiler starts many of them early. `docs/planner.md` has the formulas and limits.
+A kernel overlaps compute with its own memory traffic, so an operation takes the longer of the two. Operations run one
+after another. Collectives are added in full, as if none overlapped with compute, although the compiler starts many of
+them early. `docs/planner.md` has the formulas and their limits.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from unipool_jax.planner.work import Counts, Message, count
 from unipool_jax.training.flops import flops_per_token
 
 MATRIX_EFFICIENCY = 0.9
-"""Share of the matrix units' peak that a product reaches. Assumed; schedules of our kernels fill 0.64 to 0.94."""
+"""Fraction of the matrix units' peak that a product reaches. Assumed; schedules of our kernels fill 0.64 to 0.94."""
 HBM_EFFICIENCY = 0.9
-"""Share of the memory's published bandwidth. Assumed."""
+"""Fraction of the published memory bandwidth. Assumed."""
 
 
 class Part(NamedTuple):
-    """Time of one kind of work, and what bounds it."""
+    """The time of one kind of work, and the resource that bounds it."""
 
     name: str
     seconds: float
@@ -35,23 +35,23 @@ class Part(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A step of one device as modelled."""
+    """The modelled step of one device."""
 
     parts: tuple[Part, ...]
     counts: Counts
     model_flops: float
-    """Of one device's share of the step, without recomputation."""
+    """Of one device, without recomputation."""
     peak_flops: float
     tokens_per_step: int
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Time of a step."""
         return sum(part.seconds for part in self.parts)
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs over what the device could do in that time (MFU)."""
+        """Model FLOPs utilization (MFU)."""
         return self.model_flops / (self.seconds * self.peak_flops)
 
     @property
@@ -61,12 +61,12 @@ class Estimate(NamedTuple):
 
     @property
     def utilisation_with_hidden_links(self) -> float:
-        """MFU if every collective hid behind computation."""
+        """MFU if every collective overlapped with compute."""
         computing = sum(part.seconds for part in self.parts if part.bound != "links")
         return self.model_flops / (max(computing, self.seconds - computing) * self.peak_flops)
 
     def seconds_by_bound(self) -> dict[str, float]:
-        """Time by what bounds it."""
+        """Time by the resource that bounds it."""
         return {
             bound: sum(part.seconds for part in self.parts if part.bound == bound)
             for bound in ("matrix unit", "memory", "links")
@@ -83,11 +83,11 @@ def estimate(
     """Model the time of a step.
 
     Args:
-      config: what is trained.
+      config: of the run.
       sizes: of the mesh axes.
       topology: the devices.
-      mesh: of these devices, which says where on the torus an axis lies; None behind a switch.
-      compiled: collectives of the compiled step; without them those that `work.count` expects.
+      mesh: of these devices, which determines where an axis lies on the torus; None for devices behind a switch.
+      compiled: collectives of the compiled step; None uses those that `work.count` expects.
     """
     counts, chip = count(config, sizes, topology), topology.chip
     parts = []

@@ -1,6 +1,6 @@
-"""Search of micro-batch, rematerialisation and mesh shape for the best modelled throughput that fits.
+"""Searches micro-batch size, rematerialization and mesh shape for the highest modelled throughput that fits in memory.
 
-The model of `roofline` orders all candidates in seconds; only the best are compiled, which settles whether they fit.
+The model of `roofline` ranks all candidates within seconds; only the best are compiled, which decides whether they fit.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from unipool_jax.planner.roofline import Estimate, estimate
 from unipool_jax.planner.work import recomputed
 
 MARGIN = 1.3
-"""Estimated temporaries may exceed the room by this factor: only compiling tells, and estimates are rough."""
+"""Candidates whose estimated temporaries exceed memory by up to this factor are kept, because estimates are rough."""
 SHOWN = 12
 _REMAT: tuple[Literal["none", "moe", "full"], ...] = ("none", "moe", "full")
 
 
 class Candidate(NamedTuple):
-    """One way to run the step, as modelled."""
+    """One configuration of the search and its modelled step."""
 
     config: Config
     mesh: Mesh | None
@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
 
     @property
     def gigabytes(self) -> float:
-        """Estimated memory of a device."""
+        """Estimated memory of a device, GB."""
         counts = self.estimate.counts
         return (counts.state_bytes + max(counts.temporary_bytes, counts.evaluation_bytes)) / 1e9
 
@@ -61,10 +61,10 @@ def mesh_shapes(devices: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def candidates(config: Config) -> tuple[list[Candidate], Counter[str]]:
-    """Every candidate that validates, fits the torus and, by estimate, perhaps the memory; fastest first.
+    """All candidates that are valid, fit the torus and, by estimate, may fit in memory.
 
     Returns:
-      The candidates, and for each reason how many mesh shapes were left out for it.
+      The candidates, fastest first, and the number of mesh shapes excluded for each reason.
     """
     assert config.mesh.topology is not None
     topology = parse_topology(config.mesh.topology)
@@ -79,12 +79,12 @@ def candidates(config: Config) -> tuple[list[Candidate], Counter[str]]:
 
 
 def _of_shape(config: Config, shape: tuple[int, ...], topology: Topology) -> tuple[list[Candidate], str]:
-    """The candidates with this mesh, and the last reason for which one was left out."""
+    """The candidates with this mesh, and the last reason for which one was excluded."""
     sizes: dict[str, Any] = dict(zip(AXES, shape, strict=True))
     ways = shape[0] * shape[1] * shape[2]
     if config.train.batch_size % ways:
         return [], f"train.batch_size={config.train.batch_size} is no multiple of data x fsdp x expert"
-    # Results do not depend on the evaluation batch, so it follows the shape.
+    # Results do not depend on the evaluation batch size, so it is adapted to the mesh.
     evaluated = max(config.train.eval_batch_size // ways, 1) * ways
     per_way = config.train.batch_size // ways
     found, reason, mesh = [], "", None
@@ -120,7 +120,7 @@ def _perhaps_fits(candidate: Candidate, topology: Topology) -> bool:
 
 
 def frontier(found: list[Candidate]) -> list[Candidate]:
-    """Candidates that none both faster and smaller beats; fastest first."""
+    """The Pareto frontier of time and estimated memory, fastest first."""
     best: list[Candidate] = []
     for candidate in found:
         if not best or candidate.gigabytes < best[-1].gigabytes:
@@ -129,7 +129,7 @@ def frontier(found: list[Candidate]) -> list[Candidate]:
 
 
 def command(config: Config) -> str:
-    """The command line that trains `config`: its scale and method, and every setting in which it differs from them."""
+    """The command that trains `config`: its scale and method, and every setting that differs from them."""
     chosen = {"scale": config.scale_name, "method": config.method_name}
     groups = [f"{group}={name}" for group, name in chosen.items() if (CONFIG_DIR / group / f"{name}.yaml").is_file()]
     trained = dataclasses.replace(config, mode="train", plan=PlanConfig())
@@ -137,10 +137,10 @@ def command(config: Config) -> str:
 
 
 def search(config: Config) -> str:
-    """Search, compile the best, draw the figure `plan.figure`; a report whose last line is JSON.
+    """Search, compile the best candidates and draw `plan.figure`; returns a report whose last line is JSON.
 
     Raises:
-      ConfigError: where no candidate fits.
+      ConfigError: no candidate fits.
     """
     prepare()
     found, left_out = candidates(config)
@@ -157,7 +157,7 @@ def search(config: Config) -> str:
             program = compile_step(candidate.config, candidate.mesh)
             evaluation = compile_evaluation(candidate.config, candidate.mesh)
         except MemoryExceededError:
-            notes.append(f"  {_name(candidate)}: does not fit, says the compiler")
+            notes.append(f"  {_name(candidate)}: does not fit")
             continue
         plan = from_programs(candidate.config, topology, candidate.mesh, program, evaluation)
         notes.append(
@@ -172,9 +172,9 @@ def search(config: Config) -> str:
     if winning is None:
         raise ConfigError(
             [
-                f"mesh.topology={config.mesh.topology}: none of {len(found)} candidates was found to fit "
+                f"mesh.topology={config.mesh.topology}: none of {len(found)} candidates is known to fit "
                 f"({compiled} compiled); raise plan.compiled={config.plan.compiled}, lower train.eval_batch_size="
-                f"{config.train.eval_batch_size}, or take more devices"
+                f"{config.train.eval_batch_size}, or use more devices"
             ]
         )
     line = command(winning.config)
@@ -184,7 +184,7 @@ def search(config: Config) -> str:
         f"{len(found)} candidates on {config.mesh.topology}; the frontier of modelled time and estimated memory:",
         f"  {'':46}{'GB':>8}{'ms':>9}{'MFU':>8}  longest part",
         *(_row(candidate) for candidate in frontier(found)[:SHOWN]),
-        *(f"left out: {number} mesh shapes, for {reason}" for reason, number in left_out.most_common()),
+        *(f"excluded: {number} mesh shapes, {reason}" for reason, number in left_out.most_common()),
         "",
         f"compiled ({compiled} of the fastest):",
         *notes,
@@ -212,7 +212,7 @@ def _row(candidate: Candidate) -> str:
 
 
 def draw(found: list[Candidate], winner: Candidate, topology: Topology, path: str) -> None:
-    """Throughput over memory of every candidate, the frontier joined, the winner marked; a PNG."""
+    """Draw throughput over memory of all candidates as a PNG, with the frontier as a line and the winner marked."""
     import matplotlib
 
     matplotlib.use("Agg")

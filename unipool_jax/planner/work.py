@@ -1,6 +1,6 @@
-"""Arithmetic, memory traffic and collectives of a training step on one device, counted from the configuration.
+"""FLOPs, memory traffic and collectives of a training step on one device, counted from the configuration.
 
-Counts follow what the compiler makes of this program on a TPU: rows of `docs/planner.md` say where each comes from.
+Counts follow what the TPU compiler makes of this program; `docs/planner.md` explains each of them.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from unipool_jax.training.step import counts_before_gradient
 QUERY_BLOCKS = 4
 """Blocks of queries in `causal_attention`; block i sees the keys of the first i."""
 SEEN = (QUERY_BLOCKS + 1) / (2 * QUERY_BLOCKS)
-"""Share of all scores that they compute."""
+"""Fraction of all scores that they compute."""
 NARROW, WIDE = 2, 4
-"""Bytes of a bfloat16 and of a float32."""
+"""Bytes of a bfloat16 and of a float32 number."""
 
 
 class Work(NamedTuple):
-    """One kind of operation: its parts of a step run one after the other."""
+    """All operations of one kind in a step."""
 
     name: str
     flops: float
-    """Executed, those of recomputation and of padding included."""
+    """Executed, including recomputation and padding."""
     unpadded_flops: float
     bytes: float
-    """To and from high-bandwidth memory."""
+    """Traffic to and from high-bandwidth memory."""
 
 
 class Message(NamedTuple):
-    """One kind of collective."""
+    """All collectives of one kind in a step."""
 
     name: str
     kind: str
     axes: tuple[str, ...]
     times: int
     sent_bytes: float
-    """As `collectives.Collective`, each time."""
+    """Bytes a device sends per execution, as in `collectives.Collective`."""
 
     @property
     def total_bytes(self) -> float:
@@ -54,23 +54,23 @@ class Message(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Everything a step does, and what it holds."""
+    """The work, messages and memory of a step."""
 
     work: tuple[Work, ...]
     messages: tuple[Message, ...]
     state_bytes: float
     """Parameters and both moments."""
     temporary_bytes: float
-    """An estimate, for choosing what to compile."""
+    """An estimate, to choose what to compile."""
     evaluation_bytes: float
-    """Of an evaluation step, besides the state; an estimate as well."""
+    """Temporaries of an evaluation step, an estimate."""
     bank_traffic_bytes: float
-    """Part of the memory traffic that reads experts and adds to their gradient."""
+    """Memory traffic that reads experts and accumulates their gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """What counting needs to know, per device and micro-batch."""
+    """Sizes per device and micro-batch."""
 
     config: Config
     sizes: dict[str, int]
@@ -87,14 +87,14 @@ class _Sizes:
 
     @property
     def received(self) -> float:
-        """Rows of the buffer that experts work on."""
+        """Rows of the buffer that the experts process."""
         if self.sizes["expert"] == 1 or self.config.moe.router == "none":
             return self.rows
         return capacity(int(self.rows), self.sizes["expert"], self.config.mesh.receive_factor)
 
     @property
     def transport(self) -> Transport:
-        """How tokens come to their experts."""
+        """How tokens reach their experts."""
         chip, devices = self.topology.chip, self.topology.num_devices
         platform = "tpu" if chip.torus_axes else "gpu"
         return chosen_transport(self.config.mesh, self.sizes["expert"], platform, chip.device_kind, devices)
@@ -125,7 +125,10 @@ def recomputed(config: Config, sizes: dict[str, int]) -> Literal["none", "moe", 
 
 
 def _passes(at: _Sizes) -> tuple[int, int]:
-    """Forward passes of a step over a layer without, and over its mixture block: counting, forward, recomputed."""
+    """Forward passes per micro-batch of a layer without its mixture block, and of that block.
+
+    One for the forward pass, one for counting tokens before the gradient, one for rematerialization.
+    """
     counting = int(counts_before_gradient(at.config))
     remat = recomputed(at.config, at.sizes)
     layer = 1 + counting + (remat == "full")
@@ -147,7 +150,7 @@ def count(config: Config, sizes: dict[str, int], topology: Topology) -> Counts:
 
 
 def _parameters(config: Config, sizes: dict[str, int]) -> tuple[float, float]:
-    """Parameters on one device outside and inside the pools; vectors are left out."""
+    """Parameters per device outside and inside the pools, without vectors."""
     model = config.model
     experts = 1 if config.moe.router == "none" else sizes["expert"]
     matrices = 2 * model.vocab_size * model.hidden_size
@@ -169,8 +172,8 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     flops = 2 * n * weights
     work.append(Work("projections", flops * (forward + 2), flops * (forward + 2), moved * (forward + 2)))
 
-    # Forward the compiler makes the scores twice, for their maximum and for their exponentials, which it keeps in
-    # float32 for the product with the values; backward it makes them again, and takes four more products.
+    # Forward, the compiler computes the scores twice, for their maximum and for their exponentials, which it keeps in
+    # float32 for the product with the values. Backward, it computes them again, and four more products.
     scores = n * config.data.sequence_length * SEEN * model.num_heads / tensor
     product = 2 * scores * config.head_size
     unit = at.topology.chip.matrix_unit
@@ -192,7 +195,7 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
         flops = 2 * n * width * experts
         moved = n * (width * NARROW + 4 * experts * WIDE)
         work.append(Work("router", flops * (mixture + 2), flops * (mixture + 2), moved * (mixture + 2)))
-        # Rows are sorted, sent, received and put back; receive buffers are cleared first.
+        # Rows are sorted, sent, received and combined; receive buffers are cleared first.
         buffer = at.received if at.sizes["expert"] > 1 else 0
         moved = NARROW * width * (8 * at.rows + 2 * buffer)
         work.append(Work("dispatch", 0.0, 0.0, moved * (mixture + 1)))
@@ -201,13 +204,13 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
 
 
 def _expert_work(at: _Sizes, passes: int) -> tuple[Work, Work]:
-    """Forward kernels, and backward ones with the gradient of the bank; of one layer."""
+    """Forward kernels of one layer, and backward kernels including the gradient of the bank."""
     config, rows, tensor = at.config, at.rows, at.sizes["tensor"]
     width, hidden = config.model.hidden_size, config.model.ffn_size / tensor
     flops = 2 * rows * 3 * width * hidden
     padded = _tile_padding(at)
     bank = at.bank * NARROW
-    # Rows of no group are written too, as zeros.
+    # Rows of no group are also written, as zeros.
     out = at.received * NARROW
     read = rows * NARROW
     forward = bank + read * (width + hidden) + out * (3 * hidden + width)
@@ -220,7 +223,7 @@ def _expert_work(at: _Sizes, passes: int) -> tuple[Work, Work]:
 
 
 def _tile_padding(at: _Sizes) -> float:
-    """Rows computed over rows there are: groups are cut into tiles, the last one of each is not full."""
+    """Computed rows over real rows: groups are divided into tiles, of which the last is not full."""
     config = at.config
     if config.moe.router == "none" or at.topology.chip.torus_axes == 0:
         return 1.0
@@ -229,9 +232,9 @@ def _tile_padding(at: _Sizes) -> float:
 
 
 def expected_tile_rows(group: float, tile: int) -> float:
-    """Mean rows of the tiles of a group of `group` rows on average, under even random routing.
+    """Mean number of tile rows for a group with a mean of `group` rows, under uniform random routing.
 
-    A tile starts at the block of 16 rows that its group starts in, 7.5 rows before it on average.
+    The first tile starts at the block of 16 rows in which its group starts, on average 7.5 rows earlier.
     """
     spread = math.sqrt(group)
     sizes = group + spread * np.linspace(-4, 4, 401)
@@ -246,7 +249,7 @@ def _ends(at: _Sizes) -> tuple[Work, ...]:
     model, vocabulary = config.model, config.model.vocab_size / at.sizes["tensor"]
     logits, table = n * vocabulary, model.vocab_size * model.hidden_size
     flops = 6 * n * model.hidden_size * vocabulary * micro
-    # Logits are written and read twice in float32; backward their gradient is made and used twice in bfloat16.
+    # Logits are written and read twice in float32; backward, their gradient is computed and used twice in bfloat16.
     moved = logits * (3 * WIDE + WIDE + 3 * NARROW) + 3 * NARROW * vocabulary * model.hidden_size
     return (
         Work("output head and loss", flops, flops, moved * micro),
@@ -267,8 +270,8 @@ def _messages(at: _Sizes) -> list[Message]:
     forward, mixture = _passes(at)
     shared = config.pool.groups == 1 and config.moe.router != "none"
     fsdp = _other(sizes, "fsdp")
-    copies = ("data", "fsdp", "expert") if config.moe.router == "none" else ("data",)
-    # A pool of its own for every layer is gathered forward and again backward, for every micro-batch.
+    replicas = ("data", "fsdp", "expert") if config.moe.router == "none" else ("data",)
+    # Per-layer pools are gathered in the forward and again in the backward pass of every micro-batch.
     gathers = 1 if shared else config.pool.groups * micro * (2 + counting)
     sums = 1 if shared else config.pool.groups * micro
     dense = at.attention_weights / sizes["tensor"] * NARROW
@@ -282,24 +285,24 @@ def _messages(at: _Sizes) -> list[Message]:
         Message(
             "experts, gradient summed",
             "all-reduce",
-            copies,
+            replicas,
             sums,
-            2 * WIDE * at.bank / sizes["fsdp"] * _other(sizes, *copies),
+            2 * WIDE * at.bank / sizes["fsdp"] * _other(sizes, *replicas),
         ),
         Message(
             "layers, gathered", "all-gather", ("fsdp",), layers * micro * (again + counting), (dense + routers) * fsdp
         ),
         *_reduced("layers", layers * micro, layers * micro, (dense + routers) / NARROW, sizes),
         Message("tables, gathered", "all-gather", ("fsdp",), micro, tables * fsdp),
-        # The compiler takes sums of gradients that add up over micro-batches out of their loop, where no other loop is
-        # in between.
+        # The compiler hoists reductions of gradients that accumulate over micro-batches out of their loop, unless
+        # another loop lies in between.
         *_reduced("tables", micro, 1, tables / NARROW, sizes),
     ]
     if config.moe.router != "none" and at.transport == "ragged":
         rows = at.rows * model.hidden_size * NARROW * _other(sizes, "expert")
         found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * layers * micro * (mixture + 1), rows))
     elif config.moe.router != "none" and at.transport == "all_gather":
-        # Every token goes to every device; what their experts make of it is summed, which nothing needs recomputed.
+        # Every device gets all tokens, and the outputs of their experts are summed. The sum is not recomputed.
         tokens = at.tokens * model.hidden_size * (sizes["expert"] - 1)
         outputs = tokens * (NARROW if config.moe.top_k == 1 else WIDE)
         found += [
@@ -316,7 +319,7 @@ def _messages(at: _Sizes) -> list[Message]:
 
 
 def _reduced(name: str, scattered: int, summed: int, weights: float, sizes: dict[str, int]) -> list[Message]:
-    """The float32 gradient of a matrix: scattered over fsdp, and the parts summed over the other devices; how often."""
+    """Messages of a float32 matrix gradient: reduce-scattered over fsdp, the shards all-reduced over other devices."""
     part, others = WIDE * weights / sizes["fsdp"], ("data", "expert")
     return [
         Message(
@@ -331,7 +334,7 @@ def _reduced(name: str, scattered: int, summed: int, weights: float, sizes: dict
 
 
 def _other(sizes: dict[str, int], *axes: str) -> float:
-    """Share of a group's devices that are not this one."""
+    """(n - 1) / n for the n devices of a group: the fraction that are other devices."""
     devices = math.prod(sizes[axis] for axis in axes)
     return (devices - 1) / devices
 
@@ -341,8 +344,8 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     shared = config.pool.groups == 1 and config.moe.router != "none"
     pools = 1 if shared else config.pool.groups
     _, bank_parameters = _parameters(config, sizes)
-    # The gathered bank and its float32 gradient, whole along fsdp; of per-layer pools one at a time, and the gradient
-    # of all, split.
+    # The gathered bank and its float32 gradient, not sharded over fsdp; of per-layer pools one at a time, plus the
+    # sharded gradient of all.
     gathered = (NARROW + WIDE) * at.bank * (pools if sizes["fsdp"] == 1 else 1)
     gradient = WIDE * (bank_parameters if not shared and sizes["fsdp"] > 1 else 0)
     dense = WIDE * parameters * (1 if config.num_microbatches == 1 else 2)
@@ -360,7 +363,7 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
 
 
 def _evaluation(at: _Sizes) -> float:
-    """Weights as they are used, and what the layer at work holds; receive buffers have room for every row."""
+    """Gathered bfloat16 weights and the temporaries of one layer; receive buffers hold every row."""
     config, sizes, model = at.config, at.sizes, at.config.model
     batches = dataclasses.replace(config.train, microbatch_size=config.train.eval_batch_size)
     mesh = dataclasses.replace(config.mesh, receive_factor=math.inf)
