@@ -1,1 +1,1 @@
-"""What people look at: routing analyses of one checkpoint, comparisons of runs, figures and reports."""
+"""Analyses of the routing of a checkpoint, comparisons of runs, figures and reports."""

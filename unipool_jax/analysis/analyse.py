@@ -1,4 +1,4 @@
-"""All analyses of one checkpoint on one text, as values; figures and report are made of them."""
+"""All analyses of a checkpoint on a text, as values that figures and report are made from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is known about one checkpoint. L layers, G pools of E experts, M = G E, k experts per token and layer."""
+    """Analyses of a checkpoint. L layers, G pools of E experts, M = G E, k experts per token and layer."""
 
     config: Config
     tokens: int
@@ -31,15 +31,15 @@ class Analysis:
     loss: float
     """Language-model loss, nats per token."""
     counts_LE: np.ndarray
-    """Choices per layer and expert of the layer's pool, int64; of text only, never of padding."""
+    """Routing counts per layer and expert of the layer's pool, int64, without padding."""
     unique_U: np.ndarray
-    """Tokens that meet 0, 1, 2, ... different experts, int64."""
+    """Number of tokens that visit 0, 1, 2, ... distinct experts, int64."""
     common_LL: np.ndarray
-    """Share of choices that two layers have in common, float64."""
+    """Fraction of choices that two layers have in common, float64."""
     batch_load: tuple[float, float] | None
-    """`DeviceLoad.critical_path` and `.whole_model` averaged over single batches; None without a whole batch."""
+    """Means of `DeviceLoad.critical_path` and `.whole_model` over full batches; None if there are none."""
     cosine_GEE: np.ndarray
-    """Cosine between experts of one pool."""
+    """Cosine between the experts of each pool."""
     devices: int
     """Size of the expert-parallel group that device load is computed for."""
     probe: Probe | None
@@ -47,41 +47,41 @@ class Analysis:
 
     @property
     def usage_map(self) -> np.ndarray:
-        """Choices per layer and expert of all pools, int64 `[L, M]`."""
+        """Routing counts per layer and expert of all pools, int64 `[L, M]`."""
         return usage.usage_map(self.counts_LE, self.config.pool.groups)
 
     @property
     def load(self) -> usage.DeviceLoad:
-        """Load of devices over the whole text."""
+        """Device load over the full text."""
         return usage.device_load(self.counts_LE, self.devices)
 
     @property
     def diagnostics(self) -> dict[str, Any]:
-        """Figures of spec H.4."""
+        """Routing diagnostics (spec H.4)."""
         return routing_diagnostics(self.counts_LE, self.config.pool.groups)
 
     @property
     def expected_common(self) -> np.ndarray:
-        """Share of choices that two layers would have in common if they chose independently, `[L, L]`."""
+        """Expected `common_LL` if layers choose independently, `[L, L]`."""
         tokens = int(self.unique_U.sum())
         expected_LL = usage.chance_same_expert(self.counts_LE, self.config.pool.groups, tokens)
         return expected_LL / (tokens * self.config.moe.top_k)
 
     @property
     def unique_mean(self) -> float:
-        """Different experts of a token, mean."""
+        """Mean number of distinct experts of a token."""
         return float(np.arange(len(self.unique_U)) @ self.unique_U / self.unique_U.sum())
 
     @property
     def unique_chance(self) -> float:
-        """The same by chance."""
+        """Expected `unique_mean` for uniform independent routing."""
         config = self.config
         return usage.chance_unique(
             config.model.num_layers, config.pool.groups, config.experts_per_pool, config.moe.top_k
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as one JSON document."""
+        """All results as a JSON document."""
         config, counts_LM = self.config, self.usage_map
         layers, load = config.model.num_layers, self.load
         pairs = self.cosine_GEE[:, *np.triu_indices(self.cosine_GEE.shape[1], 1)]
@@ -174,9 +174,9 @@ def analyse(
       config: the model.
       params: its parameters.
       balance: its balance state.
-      batches: gives the same batches each time, all of one shape.
-      devices: size of the expert-parallel group for device load; divides the experts of a pool.
-      draws: random draws of the randomisation probe; 0 leaves the probe out.
+      batches: returns the same batches at each call, all of one shape.
+      devices: size of the expert-parallel group for device load; must divide the experts of a pool.
+      draws: random draws of the randomization probe; 0 skips the probe.
       seed: of the probe.
     """
     groups, experts, top_k = config.pool.groups, config.experts_per_pool, config.moe.top_k

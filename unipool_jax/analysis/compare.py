@@ -1,6 +1,6 @@
-"""Runs side by side: groups of runs that differ in nothing but the seed, and differences paired by seed.
+"""Comparison of runs: groups of runs that differ only in their seed, and differences paired by seed.
 
-A pair is two runs of different groups with one seed: they read the same batches and are evaluated on the same text.
+A pair is two runs of different groups with the same seed, and therefore the same batches and evaluation text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unipool_jax.config.schema import Config, settings
 from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, frozen_differences
 
 LATE = 0.6
-"""Late training is what comes after this share of the steps (spec J15: the late gap is steadier than the final one)."""
+"""Late training begins after this fraction of the steps (spec J15: the late gap is steadier than the final one)."""
 
 _SLICE = (
     "data.source",
@@ -39,7 +39,7 @@ _SLICE = (
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as far as its files tell."""
+    """A finished run, from its files."""
 
     folder: Path
     config: Config
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Of weights and batches."""
+        """Seed of weights and batches."""
         return self.config.train.seed
 
     @property
@@ -59,7 +59,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ only in their seed."""
 
     name: str
     runs: dict[int, Run]
@@ -71,7 +71,7 @@ class Group:
         return next(iter(self.runs.values())).config
 
     def series(self, kind: str, name: str, seeds: Sequence[int] | None = None) -> Series | None:
-        """One number of the metrics files over the steps at which all runs (of these seeds) have it."""
+        """A metric over the steps at which all runs (of these seeds) have it; None if there are none."""
         wanted = list(self.runs) if seeds is None else seeds
         found = [series_of(self.runs[seed].history, kind, name) for seed in wanted]
         lines = [dict(zip(s.x.tolist(), s.y[0].tolist(), strict=True)) for s in found if s is not None]
@@ -89,11 +89,11 @@ class Row:
     loss: Difference
     """Mean final validation loss over seeds, with its standard error."""
     baseline: Group | None
-    """What it is paired with, see `counterpart`; None for a baseline itself."""
+    """The group it is paired with (see `counterpart`); None for a baseline."""
     difference: Difference | None
-    """Paired difference of the final validation loss to the baseline; None for a baseline and without a pair."""
+    """Paired difference of the final validation loss to the baseline; None for a baseline and without pairs."""
     late: Difference | None
-    """The same, averaged over the evaluations of late training first."""
+    """The same for the mean loss of the evaluations of late training."""
     pairs: int
     """Seeds in common with the baseline."""
 
@@ -102,20 +102,20 @@ def load_run(folder: str) -> Run:
     """Read a run folder; its checkpoints are not needed.
 
     Raises:
-      RunError: if it is none, or if the run has not finished.
+      RunError: no such run, or it has not finished.
     """
     path = find_run(folder)
     if not (path / SUMMARY).exists():
-        raise RunError(f"{path}: no {SUMMARY}, so the run has not finished; let it finish, or leave it out")
+        raise RunError(f"{path}: no {SUMMARY}, so the run has not finished; finish it, or omit it")
     summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
     return Run(path, load_config(path / CONFIG), summary, read_history(path))
 
 
 def check_slices(runs: Sequence[Run]) -> None:
-    """Refuse runs that were not evaluated on the same text.
+    """Reject runs that were not evaluated on the same text.
 
     Raises:
-      RunError: with the settings that differ and their values.
+      RunError: lists the settings that differ, with their values.
     """
     first, problems = runs[0], []
     for run in runs[1:]:
@@ -132,11 +132,11 @@ def check_slices(runs: Sequence[Run]) -> None:
             )
     if problems:
         lines = "\n".join(problems)
-        raise RunError(f"runs evaluated on different text cannot be compared:\n{lines}\nCompare them apart.")
+        raise RunError(f"runs evaluated on different text cannot be compared:\n{lines}\nCompare them separately.")
 
 
 def _slice(config: Config) -> dict[str, Any]:
-    """The settings that decide which validation text is read."""
+    """The settings that determine the validation text."""
     values, train = settings(config), config.train
     found = {name: values[name] for name in _SLICE}
     found["train.eval_batches x train.batch_size"] = (
@@ -148,10 +148,10 @@ def _slice(config: Config) -> dict[str, Any]:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs by their settings, in the order given.
+    """Runs grouped by their settings, in the given order.
 
     Raises:
-      RunError: if two runs have the same settings and seed.
+      RunError: two runs have the same settings and seed.
     """
     found: list[dict[int, Run]] = []
     for run in runs:
@@ -160,7 +160,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
                 if run.seed in members:
                     raise RunError(
                         f"{members[run.seed].folder} and {run.folder}: same settings and train.seed={run.seed}; "
-                        "leave one of them out"
+                        "omit one of them"
                     )
                 members[run.seed] = run
                 break
@@ -172,9 +172,9 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def _name(config: Config, configs: Sequence[Config]) -> str:
-    """Method and the settings that are unusual among the groups of this method; with the scale if there are several.
+    """The method, with the settings that are unusual among its groups, and with the scale if there are several.
 
-    The usual value of a setting is the one that most groups have; where no value is ahead, each group shows its own.
+    The usual value of a setting is that of most groups; without a single most common value, each group shows its own.
     """
     name = config.method_name
     if len({other.scale_name for other in configs}) > 1:
@@ -196,20 +196,20 @@ def _short(value: Any) -> str:
 
 
 def common_name(groups: Sequence[Group]) -> str:
-    """The words that the names of all these groups have."""
+    """The words that the names of all groups share."""
     first, *rest = (group.name.split() for group in groups)
     return " ".join(word for word in first if all(word in words for words in rest))
 
 
 def mean_and_error(values: Sequence[float]) -> Difference:
-    """Mean and standard error over seeds, `s / sqrt(n)` with `s` from n - 1; no error for a single value."""
+    """Mean and standard error `s / sqrt(n)`, with the sample standard deviation s; no error for a single value."""
     count = len(values)
     mean = float(np.mean(values))
     return Difference(mean, float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None)
 
 
 def paired_series(group: Group, baseline: Group, kind: str = "valid", name: str = "loss") -> Series | None:
-    """A number of `group` minus that of `baseline`, seed by seed, at the steps at which both have it."""
+    """A metric of `group` minus that of `baseline`, per seed, at the steps at which both have it; None without any."""
     seeds = [seed for seed in group.runs if seed in baseline.runs]
     ours, theirs = group.series(kind, name, seeds), baseline.series(kind, name, seeds)
     if not seeds or ours is None or theirs is None:
@@ -219,9 +219,9 @@ def paired_series(group: Group, baseline: Group, kind: str = "valid", name: str 
 
 
 def counterpart(group: Group, groups: Sequence[Group], baseline: Group) -> Group:
-    """The baseline of `group`: of the baseline's method, the group of its scale and granularity, or at least its scale.
+    """The group of the baseline's method with the scale and granularity of `group`, or at least its scale.
 
-    So a comparison may hold several scales, and fine and coarse experts, each beside its own ordinary mixture.
+    A comparison can thus hold several scales, and fine and coarse experts, each with its own baseline.
     """
     kin = [other for other in groups if other.config.method_name == baseline.config.method_name]
     wanted = group.config
@@ -239,7 +239,7 @@ def counterpart(group: Group, groups: Sequence[Group], baseline: Group) -> Group
 
 
 def compare(groups: Sequence[Group], baseline: Group) -> list[Row]:
-    """The table: every group, paired with its `counterpart` where they share seeds."""
+    """One row per group, paired with its `counterpart` if they share seeds."""
     rows = []
     for group in groups:
         loss = mean_and_error([run.loss for run in group.runs.values()])
@@ -259,7 +259,7 @@ def compare(groups: Sequence[Group], baseline: Group) -> list[Row]:
 
 
 def families(groups: Sequence[Group], free: set[str]) -> list[list[Group]]:
-    """Groups that differ in the settings `free` alone."""
+    """Sets of groups that differ only in the settings `free`."""
     found: list[list[Group]] = []
     for group in groups:
         for members in found:

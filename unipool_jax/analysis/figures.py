@@ -44,7 +44,7 @@ class Series(NamedTuple):
 
 
 def png(draw: Draw, *, dark: bool = False) -> bytes:
-    """The figure that `draw` makes, as a PNG file, in the light or the dark theme."""
+    """The figure that `draw` returns, as the bytes of a PNG file, in the light or the dark theme."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -53,7 +53,7 @@ def png(draw: Draw, *, dark: bool = False) -> bytes:
     theme: dict[str, Any] = dict.fromkeys(names, ink) | (_DARK if dark else _LIGHT)
     theme |= {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False}
     theme |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "lines.markersize": 4.5}
-    # The defaults first: a page must not depend on what its maker has in matplotlibrc.
+    # Start from the defaults, so that figures do not depend on the user's matplotlibrc.
     settings: Any = dict(matplotlib.rcParamsDefault) | theme | {"backend": "agg"}
     with matplotlib.rc_context(settings):
         figure = draw()
@@ -64,7 +64,7 @@ def png(draw: Draw, *, dark: bool = False) -> bytes:
 
 
 def data_uri(image: bytes) -> str:
-    """A PNG file as a `data:` address, for a page that needs no other file."""
+    """A PNG file as a `data:` URI, to embed in a page."""
     return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
 
 
@@ -208,7 +208,7 @@ def coverage_figure(
 
 
 def unique_figure(counts_U: np.ndarray, mean: float, chance: float) -> Figure:
-    """How many different experts a token meets on its way through the model, beside chance (spec H.2)."""
+    """Distribution of the number of distinct experts of a token, with its mean and chance level (spec H.2)."""
     most = len(counts_U) - 1
     figure = _figure(2.7)
     axes = figure.subplots()
@@ -426,7 +426,7 @@ def _lines(axes: Axes, groups: Mapping[str, Series]) -> None:
 
 
 def _clip(axes: Axes, series: Iterable[Series], share: float) -> None:
-    """Let this share of the values, the largest, leave the plot at its top."""
+    """Limit the y axis so that this fraction of the values, the largest, lies above the plot."""
     values = np.concatenate([y.reshape(-1) for _, y in series])
     values = values[np.isfinite(values)]
     bottom, top = float(values.min()), float(np.quantile(values, 1 - share))

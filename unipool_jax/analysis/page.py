@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no scripts, no other files, no network; light or dark as the reader's system is."""
+"""A self-contained HTML page, without scripts, other files or network; follows the system's light or dark theme."""
 
 from __future__ import annotations
 
@@ -46,26 +46,29 @@ class Part(NamedTuple):
 
     title: str
     words: Sequence[str]
-    """Paragraphs: what the figure shows, in plain words."""
+    """Paragraphs that explain the figure."""
     figure: tuple[str, Draw] | None = None
-    """Name of the figure's file, without suffix, and how to draw it."""
+    """Name of the figure's file, without suffix, and the function that draws it."""
     alt: str = ""
-    """What the figure is, for those who cannot see it."""
+    """Alternative text of the figure."""
     table: Table | None = None
 
 
 def write_page(
     folder: Path, title: str, subtitle: str, facts: Mapping[str, str], parts: Sequence[Part], command: str
 ) -> Path:
-    """Write each figure as `NAME.png` (light) and the page as `report.html`, figures embedded; the page's path.
+    """Write each figure as `NAME.png` (light theme) and the page, with embedded figures, as `report.html`.
 
     Args:
-      folder: made if missing.
+      folder: created if it does not exist.
       title: heading.
-      subtitle: what was looked at.
-      facts: numbers to show at the top, by what they are.
+      subtitle: what the page is about.
+      facts: numbers at the top, by label.
       parts: sections.
-      command: the command that makes the page again.
+      command: the command that recreates the page.
+
+    Returns:
+      The path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tiles = "".join(f"<li><b>{_text(value)}</b><span>{_text(name)}</span></li>" for name, value in facts.items())

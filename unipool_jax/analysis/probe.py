@@ -1,12 +1,11 @@
-"""Routing-randomisation probe: how much worse is a model when one layer sends tokens to experts at random?
+"""Routing-randomization probe: how much worse is a model when one layer routes tokens to random experts?
 
-For each layer of the deep half separately, the choice of that layer is replaced by k experts drawn evenly, without
-replacement, for each token; all other layers stay as they are (spec H.1, J20, J21; arXiv 2605.06665, table 1). A small
-loss means that the learned choice of the layer hardly mattered.
+For each layer of the deep half separately, the router's choice is replaced by k experts drawn uniformly without
+replacement for each token; all other layers are unchanged (spec H.1, J20, J21; arXiv 2605.06665, table 1). A small
+increase in loss means that the learned routing of that layer hardly mattered.
 
-What is measured is up to the caller: `probe` takes any `Measure`, which gives sums and weights of items (windows of
-text, questions of a task). Differences are paired item by item, so their standard errors do not contain what all
-settings share.
+`probe` takes any `Measure`, which returns sums and weights of items (windows of text, questions of a task). Differences
+are paired item by item, so that their standard errors exclude the variance that all conditions share.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.step import BalanceState
 
 MATCHED = 8
-"""Candidates of the matched variant: as many as a layer of the published ordinary mixture has (spec H.1)."""
+"""Candidates of the matched variant: the experts per layer of the published vanilla mixture (spec H.1)."""
 
 CandidateSet = Literal["full_pool", "top_8"]
 GateRule = Literal["learned", "own"]
 
 
 class Intervention(NamedTuple):
-    """Random choices in one layer."""
+    """Random routing in one layer."""
 
     layer: int
     candidates_E: np.ndarray
-    """Experts of the layer's pool that are drawn from, bool."""
+    """Experts of the layer's pool to draw from, bool."""
     gates: GateRule
     """Gates of the drawn experts: those of the experts they replace, slot by slot, or their own scores."""
     draw: int = 0
-    """Number of the random draw."""
+    """Index of the random draw."""
 
 
 class Items(NamedTuple):
@@ -53,16 +52,16 @@ class Items(NamedTuple):
 
 
 Measure = Callable[[Intervention | None], Items]
-"""Measures the model as it is (None) or under an intervention; always the same items in the same order."""
+"""Measures the model without (None) or with an intervention; always the same items in the same order."""
 
 
 class Difference(NamedTuple):
     """A paired difference of two measurements."""
 
     mean: float
-    """Weighted mean over items: intervention minus model as it is."""
+    """Weighted mean over items: with intervention minus without."""
     standard_error: float | None
-    """Over items; None for a single one."""
+    """Over items; None for a single item."""
 
 
 class Condition(NamedTuple):
@@ -73,14 +72,14 @@ class Condition(NamedTuple):
     by_layer: list[Difference]
     """In the order of `Probe.layers`, averaged over draws."""
     average: Difference
-    """Over layers; its error takes into account that layers were measured on the same items."""
+    """Over layers; its standard error accounts for layers being measured on the same items."""
 
 
 class Probe(NamedTuple):
     """Results of the probe."""
 
     learned: float
-    """The measurement of the model as it is."""
+    """The measurement without intervention."""
     layers: list[int]
     """Probed layers, counted from 0."""
     draws: int
@@ -93,7 +92,7 @@ def deep_half(layers: int) -> list[int]:
 
 
 def paired_difference(sums_I: np.ndarray, base: Items) -> Difference:
-    """Weighted mean of `sums - base.sums` with the standard error of a ratio of sums over items (linearised)."""
+    """Weighted mean of `sums - base.sums`, with the linearized standard error of a ratio of sums over items."""
     difference_I, weights_I = sums_I - base.sums_I, base.weights_I
     mean = float(difference_I.sum() / weights_I.sum())
     count = len(difference_I)
@@ -105,12 +104,12 @@ def paired_difference(sums_I: np.ndarray, base: Items) -> Difference:
 
 
 def candidate_sets(counts_E: np.ndarray, top_k: int) -> dict[CandidateSet, np.ndarray]:
-    """Experts to draw from, bool `[E]`: all of the pool and, where that is less, the 8 that the layer uses most.
+    """Experts to draw from, bool `[E]`: all of the pool and, if the pool is larger, the 8 that the layer uses most.
 
-    Equally used experts rank by id. A layer that has to choose more than 8 experts has no matched variant.
+    Ties rank by id. With top_k above 8 there is no matched variant.
 
     Args:
-      counts_E: choices of the layer on held-out text.
+      counts_E: routing counts of the layer on held-out text.
       top_k: experts to draw.
     """
     sets: dict[CandidateSet, np.ndarray] = {"full_pool": np.ones(len(counts_E), bool)}
@@ -120,13 +119,13 @@ def candidate_sets(counts_E: np.ndarray, top_k: int) -> dict[CandidateSet, np.nd
 
 
 def probe(measure: Measure, counts_LE: np.ndarray, top_k: int, layers: Sequence[int], draws: int = 1) -> Probe:
-    """Randomise each of `layers` on its own, with every set of candidates and rule for gates.
+    """Randomize each of `layers` separately, for every set of candidates and every rule for gates.
 
     Args:
-      measure: what to measure; called once without intervention and once per layer, condition and draw.
-      counts_LE: choices per layer and expert on held-out text, for the matched variant.
+      measure: called once without intervention and once per layer, condition and draw.
+      counts_LE: routing counts per layer and expert on held-out text, for the matched variant.
       top_k: experts per token.
-      layers: layers to randomise, one at a time; see `deep_half`.
+      layers: layers to randomize, one at a time; see `deep_half`.
       draws: random draws to average over.
     """
     base = measure(None)
@@ -146,15 +145,16 @@ def probe(measure: Measure, counts_LE: np.ndarray, top_k: int, layers: Sequence[
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def random_choices(key: jax.Array, items_B: jax.Array, candidates_E: jax.Array, length: int, top_k: int) -> jax.Array:
-    """`top_k` different candidates for each position, int32 `[B length, k]`, every ordered choice equally likely.
+    """`top_k` distinct candidates for each position, int32 `[B length, k]`, all ordered choices equally likely.
 
-    The draw of an item depends on `key` and its number alone, not on the batch it is in.
+    The draw of an item depends only on `key` and the item's index, not on its batch.
 
     Args:
       key: of the layer and the draw.
-      items_B: number of each item (window) among all.
+      items_B: index of each item (window).
       candidates_E: experts to draw from, bool; at least `top_k`.
       length: S, positions of an item.
+      top_k: experts to draw.
     """
 
     def of_item(item: jax.Array) -> jax.Array:
@@ -165,7 +165,7 @@ def random_choices(key: jax.Array, items_B: jax.Array, candidates_E: jax.Array, 
 
 
 def forced_choices(config: Config, intervention: Intervention, seed: int, items_B: np.ndarray, batch: Batch) -> Forced:
-    """The choices that `intervention` forces on a batch whose rows are the items of these numbers, int32."""
+    """The experts that `intervention` forces on a batch, whose rows are the items with these indices, int32."""
     layers, length, top_k = config.model.num_layers, batch.inputs.shape[1], config.moe.top_k
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), intervention.draw), intervention.layer)
     drawn_NK = random_choices(key, jnp.asarray(items_B), jnp.asarray(intervention.candidates_E), length, top_k)
@@ -187,9 +187,9 @@ def language_model_loss(
       config: the model.
       params: its parameters.
       balance: its balance state.
-      batches: gives the same batches each time, all of one shape.
-      seed: of the random choices.
-      step: from `make_observed_step`, if the caller has one already.
+      batches: returns the same batches at each call, all of one shape.
+      seed: of the random experts.
+      step: from `make_observed_step`, if the caller already has one.
     """
     observed_step = step or make_observed_step(config)
 
@@ -207,7 +207,7 @@ def language_model_loss(
 
 
 def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Batches with the numbers of their rows, int32."""
+    """Batches with the indices of their rows, int32."""
     first = 0
     for batch in batches:
         yield np.arange(first, first + len(batch.inputs), dtype=np.int32), batch

@@ -1,4 +1,4 @@
-"""What the analyses of one checkpoint say, in plain words beside the figures."""
+"""The report of a checkpoint's analyses: explanations, figures and tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SETS = (1, 2, 3, 5, 8, 10, 16, 20, 32, 48, 64)
 
 
 def facts(analysis: Analysis) -> dict[str, str]:
-    """The numbers at the top of the page."""
+    """The numbers at the top of the page, by label."""
     config, counts_LM = analysis.config, analysis.usage_map
     dead = len(usage.dead_experts(counts_LM))
     busiest = float(usage.total_shares(counts_LM).max()) * config.total_experts
@@ -30,11 +30,11 @@ def facts(analysis: Analysis) -> dict[str, str]:
         "loss on this text (nats per token)": f"{analysis.loss:.4f}",
         "experts in use": f"{config.total_experts - dead} of {config.total_experts}",
         "busiest expert over mean load": f"{busiest:.2f}",
-        f"different experts of a token over {config.model.num_layers} layers": f"{analysis.unique_mean:.2f}",
+        f"distinct experts of a token over {config.model.num_layers} layers": f"{analysis.unique_mean:.2f}",
     }
     if analysis.probe is not None:
         added = analysis.probe.conditions[0].average.mean
-        found["added loss when a deep layer chooses at random"] = f"{added:+.4f}"
+        found["added loss when a deep layer routes at random"] = f"{added:+.4f}"
     return found
 
 
@@ -74,11 +74,10 @@ def _usage(analysis: Analysis) -> Part:
     order = np.argsort(-total_M, kind="stable")
     tenth = max(1, round(experts / 10))
     words = [
-        "Each row of the heat map is a layer, each column an expert; bright means that the layer sends many of its "
-        "tokens there. The bars above add up all layers; the dashed line is what every expert would get if all were "
-        "used alike.",
-        f"The busiest expert, number {order[0]}, takes {_percent(total_M[order[0]])} of all choices, "
-        f"{total_M[order[0]] * experts:.1f} times an even share. The busiest {tenth} of {experts} take "
+        "Each row of the heat map is a layer, each column an expert; bright means that the layer routes many of its "
+        "tokens there. The bars above sum over all layers; the dashed line is uniform use.",
+        f"The busiest expert, number {order[0]}, gets {_percent(total_M[order[0]])} of all tokens, "
+        f"{total_M[order[0]] * experts:.1f} times the mean. The busiest {tenth} of {experts} get "
         f"{_percent(float(total_M[order[:tenth]].sum()))}.",
     ]
     if dead:
@@ -87,9 +86,7 @@ def _usage(analysis: Analysis) -> Part:
     else:
         words.append("Every expert is used by some layer.")
     if config.pool.groups > 1:
-        words.append(
-            f"Layers can reach only the {config.experts_per_pool} experts of their own pool, hence the blocks."
-        )
+        words.append(f"Layers can use only the {config.experts_per_pool} experts of their own pool, hence the blocks.")
     draw = partial(figures.usage_figure, counts_LM, config.pool.groups)
     return Part("Who uses which experts", words, ("usage", draw), "Heat map of expert use by layer under a bar chart.")
 
@@ -101,10 +98,10 @@ def _ownership(analysis: Analysis) -> Part:
     owned = int((share_M[used] > 0.5).sum())
     even = 1 / analysis.config.layers_per_pool
     words = [
-        "Here the question is turned round: of the tokens that an expert gets, which layer sent them? Experts are "
-        "sorted by their main layer, so a bright staircase means that layers have divided the pool among themselves, "
-        "and even columns mean that experts really serve all depths.",
-        f"On average the main layer of an expert sends {_percent(float(share_M[used].mean()))} of its tokens (even "
+        "Which layers do the tokens of an expert come from? Experts are sorted by the layer that uses them most, so a "
+        "bright staircase means that layers have divided the pool among themselves, and uniform columns mean that "
+        "experts serve all depths.",
+        f"On average the main layer of an expert sends {_percent(float(share_M[used].mean()))} of its tokens (uniform "
         f"sharing: {_percent(even)}), and {owned} of {int(used.sum())} used experts get more than half from one layer.",
     ]
     draw = partial(figures.ownership_figure, counts_LM)
@@ -119,10 +116,10 @@ def _co_use(analysis: Analysis) -> Part:
     mean, chance = float(observed[pairs].mean()), float(expected[pairs].mean())
     best = np.unravel_index(np.argmax(np.where(pairs, observed - expected, -1.0)), observed.shape)
     words = [
-        "How often does a token visit the same expert in two layers? Left: counted. Right: what it would be if the two "
-        "layers chose independently but kept their favourites.",
-        f"Over all pairs of layers that share a pool, {100 * mean:.2f}% of choices are common; with independent "
-        f"layers it would be {100 * chance:.2f}%. Layers {min(best)} and {max(best)} stand out most: "
+        "How often does a token visit the same expert in two layers? Left: observed. Right: expected if the two layers "
+        "routed independently, each with its own expert frequencies.",
+        f"Over all pairs of layers that share a pool, {100 * mean:.2f}% of choices are common, against an expected "
+        f"{100 * chance:.2f}%. Layers {min(best)} and {max(best)} differ most: "
         f"{_percent(float(observed[best]))} instead of {_percent(float(expected[best]))}.",
     ]
     draw = partial(figures.co_use_figure, observed, expected)
@@ -138,18 +135,18 @@ def _sets(analysis: Analysis) -> Part:
     top = min(8, sizes[-1])
     jaccard = found["routing/jaccard"]
     words = [
-        "Take the K busiest experts of every layer. Left: how many different experts that makes in all; at the dashed "
-        "line no two layers would have a favourite in common. Right: the share of tokens that these favourites serve.",
-        f"With K = {top}, the layers' favourites are {found[f'routing/union_size_{top}']} different experts and serve "
-        f"{_percent(found[f'routing/token_coverage_{top}'])} of all choices.",
+        "Take the K busiest experts of every layer. Left: how many distinct experts they are; at the dashed line no "
+        "two layers have one in common. Right: the fraction of tokens that these experts process.",
+        f"With K = {top}, the busiest experts of all layers are {found[f'routing/union_size_{top}']} distinct experts, "
+        f"which process {_percent(found[f'routing/token_coverage_{top}'])} of all tokens.",
     ]
     if jaccard is not None:
         words.append(
-            f"The favourites of two layers ({min(16, config.experts_per_pool)} each) overlap with a Jaccard index of "
-            f"{jaccard:.2f} on average: 0 is no overlap, 1 the same set."
+            f"The {min(16, config.experts_per_pool)} busiest experts of two layers overlap with a mean Jaccard index "
+            f"of {jaccard:.2f}: 0 is no overlap, 1 the same set."
         )
     draw = partial(figures.coverage_figure, sizes, union, most, tokens)
-    alt = "Experts in the union of the layers' favourites, and share of choices on them, against K."
+    alt = "Experts in the union of the layers' busiest experts, and fraction of tokens on them, against K."
     return Part("Favourites", words, ("favourites", draw), alt)
 
 
@@ -159,29 +156,29 @@ def _layers(analysis: Analysis) -> Part:
     load, devices = analysis.load, analysis.devices
     narrow = int(entropy_L.argmin())
     words = [
-        f"Entropy counts in bits how widely a layer spreads its tokens: {np.log2(experts):.2f} bits is all {experts} "
-        f"experts alike, each bit less halves the number of experts in effective use. Layer {narrow} is the narrowest "
-        f"with {entropy_L[narrow]:.2f} bits, about {2 ** entropy_L[narrow]:.0f} experts.",
+        f"Entropy measures how widely a layer spreads its tokens: {np.log2(experts):.2f} bits is uniform use of all "
+        f"{experts} experts; each bit less halves the effective number of experts. Layer {narrow} has the lowest, "
+        f"{entropy_L[narrow]:.2f} bits, about {2 ** entropy_L[narrow]:.0f} experts.",
     ]
     if devices > 1:
         words.append(
-            f"If the experts of a pool are dealt out over {devices} devices, the busiest device of a layer gets "
-            f"{load.by_layer_L.mean():.2f} times the mean on average and {load.by_layer_L.max():.2f} times in the "
-            "worst layer. As each layer waits for its slowest device, the expert part of a pass takes "
-            f"{load.critical_path:.2f} times as long as with even load."
+            f"If the experts of a pool are sharded over {devices} devices, the busiest device of a layer gets "
+            f"{load.by_layer_L.mean():.2f} times the mean load on average, and {load.by_layer_L.max():.2f} times in "
+            "the worst layer. As each layer waits for its busiest device, the expert part of a pass takes "
+            f"{load.critical_path:.2f} times as long as with balanced load."
         )
         if analysis.config.layers_per_pool > 1 and load.critical_path > 1.1 * load.whole_model:
             words.append(
-                f"With all layers added up the busiest device has only {load.whole_model:.2f} times the mean: balance "
+                f"Summed over all layers the busiest device has only {load.whole_model:.2f} times the mean: balance "
                 "over the pool is not balance in each layer."
             )
         if analysis.batch_load is not None:
             words.append(
-                f"These are averages over the whole text; within single batches the factors are "
+                f"These are averages over the full text; within single batches the factors are "
                 f"{analysis.batch_load[0]:.2f} and {analysis.batch_load[1]:.2f}."
             )
     else:
-        words.append("On one device there is no load to balance; expert_parallel=4, say, shows that of four.")
+        words.append("A single device has no load to balance; expert_parallel=4, for example, shows that of four.")
     draw = partial(figures.layers_figure, entropy_L, coverage_L, load.by_layer_L, experts, devices)
     return Part("Layer by layer", words, ("layers", draw), "Entropy, coverage and device load of each layer.")
 
@@ -190,25 +187,25 @@ def _unique(analysis: Analysis) -> Part:
     config = analysis.config
     mean, chance, layers = analysis.unique_mean, analysis.unique_chance, config.model.num_layers
     words = [
-        f"On its way through {layers} layers a token meets {mean:.2f} different experts, {mean / layers:.1%} of the "
-        f"number of layers. If every layer chose evenly and independently it would be {chance:.2f}.",
+        f"On its way through {layers} layers a token visits {mean:.2f} distinct experts, {mean / layers:.1%} of the "
+        f"number of layers. Uniform independent routing would give {chance:.2f}.",
     ]
     if config.layers_per_pool == 1:
-        words.append("With experts of their own, layers cannot meet an expert twice: both are the same by definition.")
+        words.append("Layers with private experts cannot share one: both numbers are equal by definition.")
     elif mean < chance - 0.005:
         words.append(
-            "Fewer than by chance: tokens come back to experts they know, because layers prefer the same experts, or "
-            "because layers choose alike for the same token (see above)."
+            "Fewer than by chance: tokens return to the same experts, because layers prefer the same experts, or "
+            "because layers route the same token alike (see above)."
         )
     elif mean > chance + 0.005:
         words.append("More than by chance: layers have divided the pool rather than sharing it token by token.")
     else:
-        words.append("That is the chance level: nothing here shows that tokens come back to experts on purpose.")
-    title = "Different experts of one token"
+        words.append("That is the chance level: no sign that tokens return to the same experts.")
+    title = "Distinct experts of one token"
     if config.layers_per_pool == 1:
         return Part(title, words)
     draw = partial(figures.unique_figure, analysis.unique_U, mean, chance)
-    return Part(title, words, ("unique", draw), "Distribution of different experts per token.")
+    return Part(title, words, ("unique", draw), "Distribution of distinct experts per token.")
 
 
 def _similarity(analysis: Analysis) -> Part:
@@ -218,9 +215,9 @@ def _similarity(analysis: Analysis) -> Part:
     pairs = cosine[:, above]
     pool, first, second = np.unravel_index(np.argmax(np.where(above, cosine, -2.0)), cosine.shape)
     words = [
-        "Are some experts copies of each other? Each expert is written as one long vector (gate, up and down weights); "
-        "the cosine is 1 for copies and near 0 for weights that have nothing to do with each other. Experts that "
-        "compute the same function with their hidden units in another order are not found this way.",
+        "Are some experts copies of each other? Each expert is one vector (gate, up and down weights); the cosine is 1 "
+        "for copies and near 0 for unrelated weights. Experts that compute the same function with permuted hidden "
+        "units are not found this way.",
         f"The mean over all pairs is {pairs.mean():.4f}; the closest are experts {pool * experts + first} and "
         f"{pool * experts + second} with {cosine[pool, first, second]:.4f}.",
     ]
@@ -232,30 +229,30 @@ def _probe(probe: Probe, config: Config) -> Part:
     first = probe.conditions[0]
     error = first.average.standard_error
     words = [
-        "Does it matter which expert a token visits? One layer of the deep half at a time picks its experts at random "
-        "for every token; the bars are the loss that this adds, with one standard error over windows of text. Large "
-        "bars mean that the learned choice carries information; bars near zero mean that any expert would have done.",
+        "Does it matter which expert a token visits? One layer of the deep half at a time routes every token at "
+        "random; the bars are the loss that this adds, with one standard error over windows of text. Large bars mean that the "
+        "learned routing carries information; bars near zero mean that any expert would do.",
     ]
     if error is None:
         verdict = ""
     elif first.average.mean > 3 * error:
-        verdict = ", clearly more than its error: the learned choice matters"
+        verdict = ", more than three standard errors: the learned routing matters"
     else:
-        verdict = ", within three standard errors of nothing: no sign that the learned choice matters"
+        verdict = ", within three standard errors of zero: no sign that the learned routing matters"
     words.append(
-        f"Random experts from the whole pool, with the gates of the learned choice, add {_signed(first.average)} nats "
+        f"Random experts from the full pool, with the gates of the learned routing, add {_signed(first.average)} nats "
         f"per token to the loss of {probe.learned:.4f}, on average over layers {probe.layers[0]} to "
         f"{probe.layers[-1]}{verdict}."
     )
     if len(probe.conditions) > 2:
         words.append(
-            "Drawing only from the layer's own 8 busiest experts makes the test comparable with an ordinary mixture of "
-            "8 experts per layer."
+            "Drawing only from the layer's 8 busiest experts makes the test comparable with a mixture of 8 experts per "
+            "layer."
         )
     if config.moe.router == "norm":
         words.append(
-            "With gates of their own, random experts whose score is zero contribute nothing, so these bars also "
-            "contain the loss of switching the layer off for such tokens."
+            "With their own gates, random experts with score zero contribute nothing, so these bars include the loss "
+            "of skipping the layer for such tokens."
         )
     rows = [[_name(c), *(_signed(value) for value in c.by_layer), _signed(c.average)] for c in probe.conditions]
     table = Table(["added loss (nats per token)", *(f"layer {layer}" for layer in probe.layers), "average"], rows)
@@ -264,7 +261,7 @@ def _probe(probe: Probe, config: Config) -> Part:
 
 
 def _name(condition: Condition) -> str:
-    candidates = {"full_pool": "whole pool", "top_8": "8 busiest"}[condition.candidates]
+    candidates = {"full_pool": "full pool", "top_8": "8 busiest"}[condition.candidates]
     return f"{candidates}, {condition.gates} gates"
 
 
@@ -273,12 +270,12 @@ def _task_probe(found: TaskProbe) -> Part:
     names = [f"{task} ({found.metrics[task]})" for task in found.by_task]
     asked = ", ".join(f"{number:,} of {task}" for task, number in found.questions.items())
     words = [
-        "The same random choices while the model answers multiple-choice questions. The first row is its accuracy as "
-        "it is; the others are what random choices add to it, in percentage points with one standard error over "
-        "questions, averaged over the layers of the deep half, each randomised alone.",
-        f"Questions: {asked}. The 8 busiest experts are those on the text that this page is about.",
+        "The same random routing while the model answers multiple-choice questions. The first row is its accuracy "
+        "without intervention; the others are what random routing adds to it, in percentage points with one standard "
+        "error over questions, averaged over the layers of the deep half, each randomized separately.",
+        f"Questions: {asked}. The 8 busiest experts are those on the text of this page.",
     ]
-    rows = [["as it is", *(f"{100 * probe.learned:.2f}" for probe in probes)]]
+    rows = [["no intervention", *(f"{100 * probe.learned:.2f}" for probe in probes)]]
     for same in zip(*(probe.conditions for probe in probes), strict=True):
         rows.append([_name(same[0]), *(_points(condition.average) for condition in same)])
     table = Table(["accuracy (percent)", *names, "mean"], rows)
@@ -291,19 +288,19 @@ def _points(value: Difference) -> str:
 
 
 def _training(history: Sequence[Mapping[str, Any]]) -> list[Part]:
-    """Loss and load over time, as far as the run has written them."""
+    """Loss and load over steps, where the run has written them."""
     found = []
     losses = {"train": series_of(history, "train", "loss/lm"), "valid": series_of(history, "valid", "loss")}
     curves = {name: series for name, series in losses.items() if series is not None}
     if curves:
-        words = ["Language-model loss over time; the first steps leave the picture at the top."]
+        words = ["Language-model loss over steps; that of the first steps exceeds the plot."]
         draw = partial(figures.curves_figure, curves, "loss (nats per token)", low=0.05)
         found.append(Part("Training", words, ("loss", draw), "Loss over steps."))
     busiest = series_of(history, "train", "load/busiest_over_mean")
     if busiest is not None and float(busiest.y.max()) > 1:
         words = [
-            "Load of the busiest expert over the mean, all layers that use it added up, batch by batch. 1 is perfect "
-            f"balance; it ends at {busiest.y[0, -1]:.2f}, after at most {busiest.y.max():.2f}."
+            "Load of the busiest expert over the mean load, summed over the layers that share the pool, per batch. 1 "
+            f"is perfect balance; it ends at {busiest.y[0, -1]:.2f}, with a maximum of {busiest.y.max():.2f}."
         ]
         draw = partial(figures.curves_figure, {"train": busiest}, "busiest expert over mean load")
         found.append(Part("Balance over time", words, ("load", draw), "Load of the busiest expert over steps."))

@@ -1,7 +1,7 @@
-"""The routing-randomisation probe on multiple-choice tasks (spec H.1; arXiv 2605.06665, table I.6).
+"""The routing-randomization probe on multiple-choice tasks (spec H.1; arXiv 2605.06665, table I.6).
 
-What `probe` does to the loss on text, on the accuracy of questions: the model is asked every question as it is and
-under each intervention, and the differences are paired question by question. Like `harness`, this needs lm-eval.
+`probe` with accuracy instead of loss: the model answers every question without and with each intervention, and
+differences are paired by question. Importing this module needs lm-eval.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from unipool_jax.evaluation.scoring import LanguageModel, ScoreBatch, Scores, en
 
 
 class TaskMeasure(NamedTuple):
-    """How well a task is solved."""
+    """The accuracy of a task."""
 
     name: str
     accuracy: Measure
     """From 0 to 1; items are questions."""
     metric: str
-    """Which accuracy: `acc_norm` where the task reports it, otherwise `acc` (spec J19)."""
+    """`acc_norm` if the task reports it, otherwise `acc` (spec J19)."""
     questions: int
 
 
@@ -45,7 +45,7 @@ class TaskProbe(NamedTuple):
     """Results of the probe on several tasks."""
 
     by_task: dict[str, Probe]
-    """Of accuracies from 0 to 1, by name of the task."""
+    """Accuracies from 0 to 1, by task."""
     metrics: dict[str, str]
     """See `TaskMeasure.metric`."""
     questions: dict[str, int]
@@ -54,7 +54,7 @@ class TaskProbe(NamedTuple):
 
 
 def forced_scores(model: LanguageModel, intervention: Intervention | None, seed: int) -> ScoreBatch:
-    """Log-likelihoods under an intervention; whether greedy is not asked and always False."""
+    """Log-likelihoods under an intervention; `greedy_W` is always False."""
     step = make_observed_step(model.config)
 
     def score_batch(numbers_B: np.ndarray, batch: Batch) -> Scores:
@@ -71,17 +71,15 @@ def task_measure(model: LanguageModel, task: Any, limit: int | None = None, seed
     Args:
       model: a model with routers.
       task: a multiple-choice task of lm-eval, from `harness.load_tasks`.
-      limit: questions at most, the first ones.
-      seed: of the random choices.
+      limit: maximum number of questions, from the first; None is all.
+      seed: of the random experts.
 
     Raises:
-      ConfigError: for tasks of another kind.
+      ConfigError: not a multiple-choice task.
     """
     name = str(getattr(task, "task_name", None) or getattr(task, "name", task))
     if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice":
-        raise ConfigError(
-            [f"tasks={name}: the probe asks multiple-choice questions only; name such tasks, tasks=[...]"]
-        )
+        raise ConfigError([f"tasks={name}: the probe needs multiple-choice tasks; name such tasks with tasks=[...]"])
     task.build_all_requests(limit=limit, rank=0, world_size=1)
     by_question: dict[int, list[Any]] = {}
     for request in task.instances:
@@ -93,7 +91,7 @@ def task_measure(model: LanguageModel, task: Any, limit: int | None = None, seed
     request_W = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
     def results(log_likelihood_R: np.ndarray) -> list[dict[str, float]]:
-        """What the task makes of the log-likelihoods of all requests, question by question."""
+        """The task's metrics of each question, from the log-likelihoods of all requests."""
         answers = iter(log_likelihood_R)
         return [task.process_results(q[0].doc, [(float(next(answers)), False) for _ in q]) for q in questions]
 
@@ -113,7 +111,7 @@ def probe_tasks(measures: Sequence[TaskMeasure], counts_LE: np.ndarray, top_k: i
 
     Args:
       measures: of the tasks, from `task_measure`.
-      counts_LE: choices per layer and expert on held-out text, not on the tasks; for the matched variant.
+      counts_LE: routing counts per layer and expert on held-out text (not the tasks), for the matched variant.
       top_k: experts per token.
       draws: random draws to average over.
     """

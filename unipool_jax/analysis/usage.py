@@ -1,10 +1,10 @@
-"""Who uses which experts: NumPy functions of routing counts, of single choices, and of expert weights.
+"""Which layers use which experts: NumPy functions of routing counts, of routed tokens, and of expert weights.
 
-`training.metrics.routing_diagnostics` has the figures that need counts alone and are written at each evaluation
-(coverage, entropy, Jaccard, unions); here are the maps, and what needs the choices of single tokens.
+`training.metrics.routing_diagnostics` has the metrics that need only counts and are written at each evaluation
+(coverage, entropy, Jaccard, unions). Here are the maps, and what needs the experts of single tokens.
 
-Experts of different pools are different experts. `counts_LE` and `experts_LNK` hold indices within the layer's pool;
-`_LM` has one column for each of the M = G E experts, pool after pool.
+`counts_LE` and `experts_LNK` index experts within the layer's pool; `_LM` has one column for each of the M = G E
+experts, ordered by pool.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 
 
 def pool_offsets(layers: int, groups: int, experts: int) -> np.ndarray:
-    """Number of the first expert of each layer's pool among all M, int64 `[L]`."""
+    """Index of the first expert of each layer's pool among all M, int64 `[L]`."""
     return np.arange(layers) // (layers // groups) * experts
 
 
 def expert_counts(experts_LNK: np.ndarray, num_experts: int) -> np.ndarray:
-    """Choices per layer and expert, int64 `[L, E]`."""
+    """Routing counts per layer and expert, int64 `[L, E]`, from the experts of each token."""
     return np.stack([np.bincount(e.reshape(-1), minlength=num_experts) for e in experts_LNK]).astype(np.int64)
 
 
 def usage_map(counts_LE: np.ndarray, groups: int) -> np.ndarray:
-    """Choices per layer and expert of all pools, int64 `[L, M]`; zero where a layer cannot reach an expert."""
+    """Routing counts per layer and expert of all pools, int64 `[L, M]`; 0 for experts of other pools."""
     layers, experts = counts_LE.shape
     map_LM = np.zeros((layers, groups * experts), np.int64)
     columns_LE = pool_offsets(layers, groups, experts)[:, None] + np.arange(experts)
@@ -34,39 +34,39 @@ def usage_map(counts_LE: np.ndarray, groups: int) -> np.ndarray:
 
 
 def row_shares(counts_LM: np.ndarray) -> np.ndarray:
-    """Share of each layer's choices per expert (spec H.3), float64; rows sum to 1, or to 0 where nothing was routed."""
+    """Fraction of each layer's tokens per expert (spec H.3), float64 `[L, M]`; rows sum to 1, or 0 without tokens."""
     return counts_LM / np.maximum(counts_LM.sum(axis=1, keepdims=True), 1)
 
 
 def total_shares(counts_LM: np.ndarray) -> np.ndarray:
-    """Share of all choices per expert (spec H.3), float64 `[M]`; even use is 1/M."""
+    """Fraction of all tokens per expert (spec H.3), float64 `[M]`; uniform use is 1/M."""
     return counts_LM.sum(axis=0) / max(counts_LM.sum(), 1)
 
 
 def column_shares(counts_LM: np.ndarray) -> np.ndarray:
-    """Share of each expert's choices that came from each layer, float64 `[L, M]`; columns sum to 1, to 0 if dead."""
+    """Fraction of each expert's tokens from each layer, float64 `[L, M]`; columns sum to 1, or 0 for dead experts."""
     return counts_LM / np.maximum(counts_LM.sum(axis=0, keepdims=True), 1)
 
 
 def owners(counts_LM: np.ndarray) -> np.ndarray:
-    """The layer that uses each expert most, int64 `[M]`; ties go to the first layer, a dead expert has owner -1."""
+    """The layer that uses each expert most, int64 `[M]`; ties go to the first layer, -1 for dead experts."""
     return np.where(counts_LM.sum(axis=0) > 0, counts_LM.argmax(axis=0), -1)
 
 
 def ownership_order(counts_LM: np.ndarray) -> np.ndarray:
-    """All experts by owner and, within an owner, by falling share of the owner; dead experts last; int64 `[M]`."""
+    """Experts sorted by owner, then by descending fraction of the owner, dead experts last, int64 `[M]`."""
     owner_M = owners(counts_LM)
     share_M = column_shares(counts_LM).max(axis=0)
     return np.lexsort((-share_M, np.where(owner_M < 0, len(counts_LM), owner_M)))
 
 
 def dead_experts(counts_LM: np.ndarray) -> list[int]:
-    """Experts that no layer chose (spec H.4)."""
+    """Experts without tokens from any layer (spec H.4)."""
     return np.flatnonzero(counts_LM.sum(axis=0) == 0).tolist()
 
 
 def unique_experts(experts_LNK: np.ndarray, groups: int, num_experts: int) -> np.ndarray:
-    """How many different experts each token meets over its L layers (spec H.2), int64 `[N]`."""
+    """Number of distinct experts that each token visits over the L layers (spec H.2), int64 `[N]`."""
     layers = len(experts_LNK)
     global_LNK = experts_LNK + pool_offsets(layers, groups, num_experts)[:, None, None]
     sorted_NL = np.sort(np.swapaxes(global_LNK, 0, 1).reshape(experts_LNK.shape[1], -1), axis=1)
@@ -74,19 +74,19 @@ def unique_experts(experts_LNK: np.ndarray, groups: int, num_experts: int) -> np
 
 
 def chance_unique(layers: int, groups: int, num_experts: int, top_k: int) -> float:
-    """Expected number of different experts of a token if each layer drew k of its pool's E evenly and independently.
+    """Expected number of distinct experts of a token if each layer draws k of its pool's E uniformly, independently.
 
-    An expert is missed by one layer with probability 1 - k/E, so `G E (1 - (1 - k/E)^(L/G))`; with one pool and k = 1
-    this is `M (1 - (1 - 1/M)^L)` (spec I.7).
+    A layer misses an expert with probability 1 - k/E, so the number is `G E (1 - (1 - k/E)^(L/G))`; with one pool and
+    k = 1, `M (1 - (1 - 1/M)^L)` (spec I.7).
     """
     missed = (1 - top_k / num_experts) ** (layers // groups)
     return groups * num_experts * (1 - missed)
 
 
 def same_expert(experts_LNK: np.ndarray, groups: int) -> np.ndarray:
-    """Choices that two layers have in common, summed over tokens, int64 `[L, L]`; the diagonal is `N k`.
+    """Number of experts that two layers choose in common, summed over tokens, int64 `[L, L]`; the diagonal is `N k`.
 
-    Layers of different pools have nothing in common.
+    0 for layers of different pools.
     """
     layers = len(experts_LNK)
     size = layers // groups
@@ -99,10 +99,9 @@ def same_expert(experts_LNK: np.ndarray, groups: int) -> np.ndarray:
 
 
 def chance_same_expert(counts_LE: np.ndarray, groups: int, tokens: int) -> np.ndarray:
-    """What `same_expert` would be if layers chose independently, each with its own expert shares; float64 `[L, L]`.
+    """Expected `same_expert` if layers choose independently with their own expert fractions, float64 `[L, L]`.
 
-    `tokens * sum_e p_i(e) p_j(e)` with `p_i(e) = counts[i, e] / tokens`; the diagonal, where there is nothing to
-    compare, is that of `same_expert`.
+    `tokens * sum_e p_i(e) p_j(e)` with `p_i(e) = counts[i, e] / tokens`; the diagonal is that of `same_expert`.
     """
     layers = len(counts_LE)
     expected_LL = counts_LE.astype(np.float64) @ counts_LE.T / max(tokens, 1)
@@ -115,9 +114,9 @@ def chance_same_expert(counts_LE: np.ndarray, groups: int, tokens: int) -> np.nd
 def expert_similarity(gate_GEDF: np.ndarray, up_GEDF: np.ndarray, down_GEFD: np.ndarray) -> np.ndarray:
     """Cosine between the experts of each pool, float64 `[G, E, E]`.
 
-    The vector of an expert is its three matrices (gate, up, down) one after the other. Hidden units are compared by
-    position, so only experts with a common ancestor (an upcycled model, copies) look alike: independently trained
-    ones are near 0 even if they compute the same function.
+    An expert's vector is the concatenation of its three matrices (gate, up, down). Hidden units are compared by
+    position, so only experts with a common origin (an upcycled model, copies) are similar: independently trained ones are near 0
+    even if they compute the same function.
     """
     gram_GEE: np.ndarray | float = 0.0
     for weights in (gate_GEDF, up_GEDF, down_GEFD):
@@ -129,32 +128,32 @@ def expert_similarity(gate_GEDF: np.ndarray, up_GEDF: np.ndarray, down_GEFD: np.
 
 
 class DeviceLoad(NamedTuple):
-    """Imbalance between the devices that experts are dealt out over."""
+    """Load imbalance of the devices that experts are sharded over."""
 
     by_layer_L: np.ndarray
-    """Load of the busiest device over the mean, per layer, float64 `[L]`; 1 is perfect balance, 0 no tokens."""
+    """Maximum over mean load per layer, float64 `[L]`; 1 is perfect balance, 0 no tokens."""
     critical_path: float
-    """Rows on the busiest device summed over layers, over the same with perfect balance: the factor by which imbalance
-    stretches the expert part of a forward pass, where layers wait for their slowest device."""
+    """Rows of the busiest device summed over layers, relative to perfect balance: the slowdown of the expert part of a
+    forward pass, because every layer waits for its busiest device."""
     whole_model: float
-    """Load of the busiest device over the mean, all layers added up: what balance over the whole pool looks after."""
+    """Maximum over mean load of all layers together, which a pool-level loss balances."""
 
 
 def device_load(counts_LE: np.ndarray, devices: int) -> DeviceLoad:
     """Load of the devices of an expert-parallel group: device p holds the experts `p E/P .. (p+1) E/P - 1` of a pool.
 
     Args:
-      counts_LE: choices per layer and expert.
-      devices: P, devices of the group; divides E.
+      counts_LE: routing counts per layer and expert.
+      devices: P, devices of the group; must divide E.
 
     Raises:
-      ValueError: if E experts cannot be dealt out evenly over the devices.
+      ValueError: P does not divide E.
     """
     layers, experts = counts_LE.shape
     if devices < 1 or experts % devices:
         sizes = [p for p in range(1, experts + 1) if experts % p == 0]
         raise ValueError(
-            f"{experts} experts of a pool cannot be dealt out over {devices} devices; choose one of {sizes}"
+            f"{experts} experts of a pool cannot be sharded equally over {devices} devices; choose one of {sizes}"
         )
     load_LP = counts_LE.astype(np.int64).reshape(layers, devices, -1).sum(axis=2)
     mean_L, total_P = load_LP.mean(axis=1), load_LP.sum(axis=0)

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: loss on text, zero-shot tasks, generated text."""
+"""Evaluation of a checkpoint: loss on text, zero-shot tasks, generated text."""

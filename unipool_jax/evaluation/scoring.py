@@ -1,8 +1,7 @@
-"""Log-likelihoods of texts under a model: pairs of context and continuation in, nats out. Knows no harness.
+"""Log-likelihoods, in nats, of continuations given contexts.
 
-Texts of all lengths go through few compiled programs: a sequence is padded to one of `bucket_lengths`, and the rows
-of a batch come in at most eight numbers per length. What is padded cannot reach what is scored, because attention
-looks back only and routing treats each token on its own.
+Few programs are compiled: a sequence is padded to one of `bucket_lengths`, and batches have at most eight different
+numbers of rows per length. Padding does not affect scores, because attention is causal and routing is per token.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from unipool_jax.moe.lock import score_factors
 from unipool_jax.training.step import BalanceState
 
 MAX_BATCH_TOKENS = 8192
-"""Positions of a batch at most: 1.7 GB of float32 logits for a vocabulary of 51,200."""
+"""Maximum positions per batch: 1.7 GB of float32 logits for a vocabulary of 51,200."""
 
 
 class LanguageModel(NamedTuple):
-    """A checkpoint ready to read text."""
+    """A model with its tokenizer."""
 
     config: Config
     params: Any
@@ -43,12 +42,12 @@ class LanguageModel(NamedTuple):
 
     @property
     def batch_tokens(self) -> int:
-        """Positions of a batch at most; `train.eval_batch_size` can lower it."""
+        """Maximum positions per batch; `train.eval_batch_size` can lower it."""
         return min(MAX_BATCH_TOKENS, self.config.train.eval_batch_size * self.max_length)
 
 
 class Window(NamedTuple):
-    """Tokens to score behind tokens that are only read; one token or more each."""
+    """Tokens to score after a context; at least one token each."""
 
     context: Sequence[int] | np.ndarray
     continuation: Sequence[int] | np.ndarray
@@ -58,23 +57,23 @@ class Scores(NamedTuple):
     """Scores of windows."""
 
     log_likelihood_W: np.ndarray | jax.Array
-    """Of the whole continuation given its context, nats."""
+    """Of the full continuation given its context, nats."""
     greedy_W: np.ndarray | jax.Array
     """Whether every token of the continuation is the most probable one that may be drawn, bool."""
 
 
 ScoreBatch = Callable[[np.ndarray, Batch], Scores]
-"""Scores a batch; it is also given the numbers of the windows in its rows, int32, and -1 for padding."""
+"""Scores a batch, given the window number of each row, int32, -1 for rows of padding."""
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Window]:
-    """Tokens of contexts and continuations, cut where the text of the continuation begins.
+    """Tokens of contexts and continuations.
 
-    The two are encoded as one text, since that is how training text is encoded, and cut behind the longest run of
-    tokens that the context alone begins with too; a token that spans the border counts as continuation. White space
-    at the end of a context moves to the continuation, as in lm-eval: tokenizers join a blank with the word behind it.
-    Contexts get no token in front (spec H.5); where there is no context at all, the end-of-document token takes its
-    place, which is what stands before every document in training.
+    The two are encoded as one text, as in training, and split after the longest prefix that they share with the tokens
+    of the context alone; a token that spans the boundary belongs to the continuation. As in lm-eval, white space at the
+    end of a context moves to the continuation, because tokenizers merge a space with the next word. Contexts get no
+    prefix token (spec H.5); an empty context is replaced by the end-of-document token, which precedes every document in
+    training.
 
     Returns:
       One window per pair. An empty continuation has no tokens; any other has at least one.
@@ -91,41 +90,41 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
         differs = np.flatnonzero(tokens[:shared] != first[:shared])
         cut = int(differs[0]) if len(differs) else shared
         if continuation:
-            cut = min(cut, len(tokens) - 1)  # a tokenizer that drops white space may leave the texts alike
+            cut = min(cut, len(tokens) - 1)  # a tokenizer that drops white space may encode both texts alike
         context_tokens = tokens[:cut] if cut > 0 else np.array([tokenizer.eod], np.int32)
         windows.append(Window(context_tokens, tokens[max(cut, 0) :]))
     return windows
 
 
 def bucket_lengths(longest: int) -> list[int]:
-    """Lengths that sequences are padded to: 32, 48, 64, 96, 128, ... below `longest`, and `longest`."""
+    """Padded lengths: 32, 48, 64, 96, 128, ... below `longest`, and `longest`."""
     lengths = sorted({base << shift for base in (32, 48) for shift in range(longest.bit_length())})
     return [length for length in lengths if length < longest] + [longest]
 
 
 def padded_length(length: int, longest: int) -> int:
-    """The bucket of a sequence."""
+    """The smallest of `bucket_lengths(longest)` that holds a sequence of `length`."""
     return next(bucket for bucket in bucket_lengths(longest) if bucket >= length)
 
 
 def row_count(items: int, most: int) -> int:
-    """Rows per batch for `items` sequences of one bucket: as few as need no further batch, in eighths of `most`."""
+    """Rows per batch for `items` sequences of one bucket: the fewest that need no extra batch, in eighths of `most`."""
     batches = math.ceil(items / most)
     eighth = math.ceil(most / 8)
     return min(most, math.ceil(math.ceil(items / batches) / eighth) * eighth)
 
 
 def window_batches(windows: Sequence[Window], max_length: int, batch_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
-    """All windows in padded batches, longest bucket first, so that what does not fit in memory fails at once.
+    """All windows in padded batches, longest bucket first, so that a lack of memory shows early.
 
     Args:
-      windows: with `max_length + 1` tokens or fewer.
+      windows: with at most `max_length + 1` tokens.
       max_length: longest input of the model.
-      batch_tokens: positions of a batch at most, unless one row has more.
+      batch_tokens: maximum positions per batch, unless one row has more.
 
     Yields:
-      Numbers of the windows in the rows, int32 `[B]`, -1 for rows of padding; and the batch, whose weights are 1 where
-      a token of a continuation is predicted.
+      The window number of each row, int32 `[B]`, -1 for rows of padding; and the batch, whose weights are 1 where a
+      token of a continuation is predicted.
     """
     buckets: dict[int, list[int]] = {}
     for number, (context, continuation) in enumerate(windows):
@@ -148,12 +147,12 @@ def window_batches(windows: Sequence[Window], max_length: int, batch_tokens: int
 
 
 def score_windows(model: LanguageModel, windows: Sequence[Window], score_batch: ScoreBatch | None = None) -> Scores:
-    """Scores of all windows, in their order.
+    """Scores of all windows, in order.
 
     Args:
       model: the model.
-      windows: with `model.max_length + 1` tokens or fewer.
-      score_batch: scores one batch; None is the model as it is.
+      windows: with at most `model.max_length + 1` tokens.
+      score_batch: scores one batch; default `plain_scores(model)`.
 
     Returns:
       Log-likelihoods, float64 `[W]`, and whether greedy, bool `[W]`.
@@ -169,17 +168,17 @@ def score_windows(model: LanguageModel, windows: Sequence[Window], score_batch: 
 
 
 def plain_scores(model: LanguageModel) -> ScoreBatch:
-    """Scores under the model as it is."""
+    """Scores under the model without intervention."""
     step = make_score_step(model.config, model.tokenizer.vocab_size)
     return lambda _, batch: step(model.params, model.balance, jax.device_put(batch))
 
 
 @functools.lru_cache(maxsize=4)
 def make_score_step(config: Config, vocab_size: int) -> Callable[[Any, BalanceState, Batch], Scores]:
-    """The jitted pass `(params, balance, batch) -> Scores`; one trace per shape of a batch.
+    """The jitted function `(params, balance, batch) -> Scores`; traced once per batch shape.
 
-    Probabilities are those of training: a float32 softmax over the padded vocabulary (spec A.2). Which token is most
-    probable is asked among the tokens that `model.sampling` may draw, `0 .. vocab_size-1`.
+    Probabilities are those of training: a float32 softmax over the padded vocabulary (spec A.2). The most probable
+    token is chosen among `0 .. vocab_size-1`, as in `model.sampling`.
     """
 
     @jax.jit
@@ -187,7 +186,7 @@ def make_score_step(config: Config, vocab_size: int) -> Callable[[Any, BalanceSt
         factors = score_factors(config, balance.lock)
         logits_BSV, _ = forward(config, params, batch.inputs, balance.expert_bias_GNE, factors)
         scored_BS = jnp.asarray(batch.weights) > 0
-        # Not multiplied: the loss of a masked position may be infinite.
+        # `where`, not a product: the loss of a masked position may be infinite.
         losses_BS = jnp.where(scored_BS, cross_entropy(logits_BSV, batch.targets), 0.0)
         best_BS = jnp.argmax(logits_BSV[..., :vocab_size], axis=-1)
         greedy_B = jnp.all((best_BS == batch.targets) | ~scored_BS, axis=1)

@@ -1,4 +1,4 @@
-"""Which zero-shot tasks to run: words of a command line, understood without lm-eval."""
+"""Which zero-shot tasks to run: parses the command line, without lm-eval."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class TaskRequest:
     """Tasks to run; the command line sets each field by its name."""
 
     tasks: tuple[str, ...] = ()
-    """Names of tasks; none are all of `tasks_path`."""
+    """Names of tasks; empty is all of `tasks_path`."""
     tasks_path: str | None = None
-    """Folder of local tasks (YAML files of lm-eval); None: the tasks that come with lm-eval, which read the hub."""
+    """Folder of local tasks (YAML files of lm-eval); None uses lm-eval's own tasks, which download their data."""
     limit: int | None = None
-    """Documents per task at most, the first ones; None is all."""
+    """Maximum number of documents per task, from the first; None is all."""
     num_fewshot: int | None = None
-    """Solved examples before each question; None is what the task says, which is mostly none."""
+    """Solved examples before each question; None is the task's default, mostly 0."""
 
 
 def split_words(arguments: Sequence[str]) -> tuple[TaskRequest | None, list[str]]:
@@ -82,7 +82,7 @@ def _names(text: str) -> list[str]:
 
 
 def require_harness() -> None:
-    """Raises RunError without lm-eval, which is an extra; `analysis.harness` can be imported afterwards."""
+    """Raises RunError if the optional lm-eval is missing; otherwise `evaluation.harness` can be imported."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:

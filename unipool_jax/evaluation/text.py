@@ -50,9 +50,9 @@ class EvalRequest:
     step: int | None = None
     """Which checkpoint of the run; None is the newest."""
     splits: tuple[SplitName, ...] | None = None
-    """Splits to evaluate; None is valid and test, as far as they hold text."""
+    """Splits to evaluate; None is valid and test, if they are not empty."""
     files: tuple[str, ...] = ()
-    """Text files to evaluate whole instead of splits."""
+    """Text files to evaluate instead of splits."""
     overrides: tuple[tuple[str, Any], ...] = ()
     """Settings that replace those of the checkpoint, by dotted name."""
 
@@ -118,14 +118,14 @@ def with_overrides(config: Config, overrides: Sequence[tuple[str, Any]]) -> Conf
 
 
 def evaluated_config(trained: Mapping[str, Any], overrides: Sequence[tuple[str, Any]]) -> Config:
-    """The configuration that a checkpoint is looked at with: on one device, whatever it was trained on.
+    """The configuration to evaluate a checkpoint with: that of its run on a single device, with overrides.
 
     Args:
-      trained: `config` of the checkpoint's meta data.
-      overrides: settings that replace its own, by dotted name; those of the mesh too.
+      trained: `config` of the checkpoint's meta document.
+      overrides: settings that replace its own, by dotted name; they may set a mesh.
 
     Raises:
-      ConfigError: if they do not go together, or its kernels are those of another platform.
+      ConfigError: an invalid combination, or kernels of another platform.
     """
     alone = dataclasses.replace(from_mapping(trained), mesh=MeshConfig(data=1))
     config = with_overrides(alone, overrides)
@@ -136,7 +136,7 @@ def evaluated_config(trained: Mapping[str, Any], overrides: Sequence[tuple[str, 
 
 
 def locate(request: EvalRequest) -> tuple[Path, int | None]:
-    """Folder of checkpoints and step; raises RunError where there is nothing."""
+    """The folder of checkpoints and the requested step; raises RunError if there is no such run or checkpoint."""
     if request.checkpoint is None:
         return find_run(request.run) / CHECKPOINTS, request.step
     path = Path(request.checkpoint)
@@ -185,7 +185,7 @@ def _evaluate(
         present = [split for split in corpus.splits() if split != "train"]
         splits = {split: split for split in request.splits or present}
     if not splits:
-        raise RunError(f"data.split={config.data.split}: neither valid nor test holds text; use splits=[train]")
+        raise RunError(f"data.split={config.data.split}: valid and test are empty; use splits=[train]")
     if corpus.tokenizer.sha256 != meta["tokenizer_sha256"]:
         raise RunError(
             f"data.tokenizer={config.data.tokenizer}: not the tokenizer that {checkpoints.path(step)} was trained with"
