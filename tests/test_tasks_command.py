@@ -23,7 +23,7 @@ from unipool_jax.evaluation.tasks_command import average_accuracy, print_tasks
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.entry import guarded
 from unipool_jax.training.run_folder import RunError
-from unipool_jax.training.step import init_state
+from unipool_jax.training.state import init_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 

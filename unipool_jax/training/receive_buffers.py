@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.schema import Config
 from unipool_jax.data.store_format import write_atomically
-from unipool_jax.moe.dispatch import rows_per_device
-from unipool_jax.moe.transport import UNMEASURED_FACTOR
+from unipool_jax.moe.dispatch import UNMEASURED_FACTOR, rows_per_device
 from unipool_jax.parallel.processes import is_main, told_by_main
 
 FILE = "receive_buffers.json"
@@ -67,7 +66,7 @@ class ReceiveBuffers:
 
     def loads(self, metrics: Mapping[str, Any]) -> np.ndarray:
         """Rows of the busiest device of any micro-batch of a step over the mean, `[L]`."""
-        return np.asarray(jax.device_get(metrics["arrived_L"])) / self._mean_rows
+        return np.asarray(jax.device_get(metrics["received_L"])) / self._mean_rows
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Look at every step, not only those that get a line of metrics. Where one device has all experts none is lost.
