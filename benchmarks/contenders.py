@@ -81,7 +81,8 @@ def prepare_jax(config: Config) -> Prepared:
     import jax
 
     from unipool_jax.data.pipeline import Batch
-    from unipool_jax.training.step import init_state, make_train_step
+    from unipool_jax.training.state import init_state
+    from unipool_jax.training.step import make_train_step
 
     inputs_BS, targets_BS = random_tokens(config)
     batch = jax.device_put(Batch(inputs_BS, targets_BS, np.ones(targets_BS.shape, np.float32)))

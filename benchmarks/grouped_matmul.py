@@ -141,15 +141,15 @@ def scanned_ffn(
     def autodiff(x: jax.Array, bank: Bank) -> jax.Array:
         return jax.lax.scan(lambda x, plan: (x + grouped_ffn(x, bank, plan), None), x, plans)[0]
 
-    def accumulating(x: jax.Array, master: Bank) -> jax.Array:
-        bank = jax.lax.stop_gradient(master.astype(dtype))
+    def accumulating(x: jax.Array, accumulator: Bank) -> jax.Array:
+        bank = jax.lax.stop_gradient(accumulator.astype(dtype))
 
         def layer(carry: tuple[jax.Array, Bank], plan: GroupPlan) -> tuple[tuple[jax.Array, Bank], None]:
-            x, master = carry
-            out, master = accumulating_ffn(x, bank, master, plan)
-            return (x + out, master), None
+            x, accumulator = carry
+            out, accumulator = accumulating_ffn(x, bank, accumulator, plan)
+            return (x + out, accumulator), None
 
-        return jax.lax.scan(layer, (x, master.astype(jnp.float32)), plans)[0][0]
+        return jax.lax.scan(layer, (x, accumulator.astype(jnp.float32)), plans)[0][0]
 
     weights = {"dense": one_expert, "accumulating_ffn": bank, "grouped_ffn, plain autodiff": bank}
     functions = dict(zip(weights, (dense, accumulating, autodiff), strict=True))

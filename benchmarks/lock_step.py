@@ -17,7 +17,8 @@ from benchmarks.contenders import random_tokens
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.training.step import init_state, make_train_step, state_shapes
+from unipool_jax.training.state import init_state, state_shapes
+from unipool_jax.training.step import make_train_step
 
 MODELS = {
     "vanilla": ["method=vanilla"],

@@ -17,7 +17,7 @@ from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.entry import guarded, run
-from unipool_jax.training.step import init_state
+from unipool_jax.training.state import init_state
 
 _TINY = (
     "method=unipool model.num_layers=2 model.hidden_size=16 model.num_heads=2 model.num_kv_heads=1 model.ffn_size=16 "

@@ -11,7 +11,8 @@ import pytest
 
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.kernels.implementations import Implementation
-from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
+from unipool_jax.moe.bank import Experts
+from unipool_jax.moe.mixture import dense_ffn, moe_ffn
 from unipool_jax.moe.routing import Routing, RoutingStats
 
 TOKENS, WIDTH, HIDDEN, EXPERTS = 20, 6, 5, 4
@@ -40,6 +41,13 @@ def _loop(hidden: jax.Array, bank: Bank, gates: jax.Array, experts: np.ndarray) 
     return jnp.stack(rows)
 
 
+def _output_and_accumulator(
+    hidden: jax.Array, routing: Routing, weights: Bank, accumulator: Bank
+) -> tuple[jax.Array, Bank | None]:
+    output, experts, _ = moe_ffn(hidden, routing, Experts(weights, accumulator))
+    return output, experts.accumulator
+
+
 def _compare(found: Any, expected: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
 
@@ -51,7 +59,7 @@ def test_values_and_gradients_match_the_loop(top_k: int, implementation: Impleme
 
     def dispatched(hidden: jax.Array, bank: Bank, gates: jax.Array) -> jax.Array:
         routing = Routing(jnp.asarray(experts, jnp.int32), gates, UNUSED)
-        return moe_ffn(hidden, routing, bank, implementation=implementation)[0]
+        return moe_ffn(hidden, routing, Experts(bank, None), implementation)[0]
 
     _compare(dispatched(hidden, bank, gates), _loop(hidden, bank, gates, experts))
     cotangent = jax.random.normal(jax.random.key(0), hidden.shape)
@@ -60,27 +68,29 @@ def test_values_and_gradients_match_the_loop(top_k: int, implementation: Impleme
     _compare(found, expected)
 
 
-def test_a_master_takes_the_gradient_of_the_bank_and_is_handed_on() -> None:
+def test_an_accumulator_takes_the_gradient_of_the_bank_and_is_passed_on() -> None:
     hidden, bank, gates, experts = _operands(3)
     routing = Routing(jnp.asarray(experts, jnp.int32), gates, UNUSED)
     above = jax.tree.map(jnp.ones_like, bank)
-    (_, handed_on), pullback = jax.vjp(lambda bank, master: moe_ffn(hidden, routing, bank, master)[:2], bank, bank)
-    bank_grad, master_grad = pullback((jnp.ones_like(hidden), above))
+    (_, passed_on), pullback = jax.vjp(lambda *experts: _output_and_accumulator(hidden, routing, *experts), bank, bank)
+    bank_grad, accumulated = pullback((jnp.ones_like(hidden), above))
     expected = jax.grad(lambda bank: jnp.sum(_loop(hidden, bank, gates, experts)))(bank)
-    _compare(handed_on, bank)
+    _compare(passed_on, bank)
     _compare(bank_grad, jax.tree.map(jnp.zeros_like, bank))
-    _compare(master_grad, jax.tree.map(jnp.add, above, expected))
+    _compare(accumulated, jax.tree.map(jnp.add, above, expected))
 
 
 def test_one_expert_may_take_every_token_as_the_dense_block_does() -> None:
     hidden, bank, _, experts = _operands(1, np.zeros((TOKENS, 1), np.int64))
     routing = Routing(jnp.asarray(experts, jnp.int32), jnp.ones((TOKENS, 1)), UNUSED)
-    _compare(moe_ffn(hidden, routing, bank)[0], dense_ffn(hidden, bank))
+    _compare(moe_ffn(hidden, routing, Experts(bank, None))[0], dense_ffn(hidden, bank))
 
 
 def test_the_dtype_of_the_hidden_states_is_kept() -> None:
     hidden, bank, gates, experts = _operands(1)
     routing = Routing(jnp.asarray(experts, jnp.int32), gates, UNUSED)
-    narrow, *_ = moe_ffn(hidden.astype(jnp.bfloat16), routing, bank)
+    narrow, *_ = moe_ffn(hidden.astype(jnp.bfloat16), routing, Experts(bank, None))
     assert narrow.dtype == jnp.bfloat16
-    np.testing.assert_allclose(narrow.astype(jnp.float32), moe_ffn(hidden, routing, bank)[0], rtol=0.1, atol=0.3)
+    np.testing.assert_allclose(
+        narrow.astype(jnp.float32), moe_ffn(hidden, routing, Experts(bank, None))[0], rtol=0.1, atol=0.3
+    )

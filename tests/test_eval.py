@@ -22,7 +22,7 @@ from unipool_jax.training.checkpoint import CheckpointError, Checkpoints
 from unipool_jax.training.entry import guarded
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.run_folder import RunError
-from unipool_jax.training.step import TrainState, init_state
+from unipool_jax.training.state import TrainState, init_state
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,11 @@ def test_denominators_are_every_token_and_byte_of_the_split(model: tuple[Config,
 
 def test_the_loss_is_the_mean_over_tokens(model: tuple[Config, Corpus, TrainState]) -> None:
     """Against log-probabilities summed token by token in float64, from the logits of single windows."""
-    from unipool_jax.model.transformer import Transformer
+    from unipool_jax.model.transformer import forward
 
     config, corpus, state = model
     stream, length = _stream(corpus, "valid"), config.data.sequence_length
-    apply = jax.jit(
-        lambda tokens: Transformer(config).apply({"params": state.params}, tokens, state.balance[0])[0].logits()
-    )
+    apply = jax.jit(lambda tokens: forward(config, state.params, tokens, state.balance.expert_bias_GNE)[0])
     total, count = 0.0, 0
     for start in range(0, len(stream) - 1, length):
         window = stream[start : start + length + 1]

@@ -89,10 +89,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     out.mkdir()
     export_tasks(package, out)  # an empty folder is no loss
     before = sorted(path.name for path in out.iterdir())
-    with pytest.raises(RunError, match="mine: exists already; delete it"):
+    with pytest.raises(RunError, match="mine: already exists; delete it"):
         export_tasks(package, out)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match="file: exists already"):
+    with pytest.raises(RunError, match="file: already exists"):
         export_tasks(package, tmp_path / "file")
     assert sorted(path.name for path in out.iterdir()) == before
     assert (tmp_path / "file").read_text() == "mine"

@@ -11,7 +11,7 @@ import pytest
 
 from unipool_jax.config.schema import MeshConfig
 from unipool_jax.model import head
-from unipool_jax.model.head import Head
+from unipool_jax.parallel.head import Head
 from unipool_jax.parallel.mesh import make_mesh, spec
 
 VOCABULARY, WIDTH = 40, 8

@@ -91,7 +91,7 @@ def test_the_plan_has_no_cycle() -> None:
     [
         ("import unipool_jax.model.attention", "unipool_jax.moe", {"model"}),
         ("from unipool_jax import training", "unipool_jax.moe", {"training"}),
-        ("from unipool_jax.moe.pool import x", "unipool_jax.kernels", {"moe"}),
+        ("from unipool_jax.moe.bank import x", "unipool_jax.kernels", {"moe"}),
         ("def f():\n    from unipool_jax.data import store", "unipool_jax.moe", {"data"}),
         ("from ..model import attention", "unipool_jax.moe", {"model"}),
         ("from .routing import route", "unipool_jax.moe", {"moe"}),

@@ -31,7 +31,8 @@ from unipool_jax.moe.lock import (
 )
 from unipool_jax.moe.routing import RoutingStats, norm_constant
 from unipool_jax.training.locking import locked_state
-from unipool_jax.training.step import TrainState, make_eval_step, make_train_step
+from unipool_jax.training.state import TrainState
+from unipool_jax.training.step import make_eval_step, make_train_step
 
 LAYERS, EXPERTS, PRIVATE = 4, 8, 2
 OWNER = random_assignment(np.ones((LAYERS, EXPERTS)), 5).owner_M

@@ -24,7 +24,8 @@ from unipool_jax.training import evaluate, loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints
 from unipool_jax.training.entry import guarded, run
 from unipool_jax.training.run_folder import RunError, RunFolder, find_run, run_name
-from unipool_jax.training.step import TrainState, make_eval_step, make_train_step
+from unipool_jax.training.state import TrainState
+from unipool_jax.training.step import make_eval_step, make_train_step
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from unipool_jax.training.sharding import (
     state_shardings,
     to_devices,
 )
-from unipool_jax.training.step import make_eval_step, make_train_step, state_shapes
+from unipool_jax.training.state import state_shapes
+from unipool_jax.training.step import make_eval_step, make_train_step
 
 STEPS = 20
 MESHES = {
@@ -84,7 +85,7 @@ def assert_equal(ours: Trained, single: Trained) -> None:
     for step, (mine, theirs) in enumerate(zip(ours.metrics, single.metrics, strict=True)):
         assert mine.keys() == theirs.keys()
         assert mine["counts_LE"].tolist() == theirs["counts_LE"].tolist(), f"routing differs at step {step}"
-        for name in mine.keys() - {"arrived_L"}:
+        for name in mine.keys() - {"received_L"}:
             np.testing.assert_allclose(mine[name], theirs[name], rtol=2e-5, atol=2e-6, err_msg=f"{name} {step}")
     # Adam divides by the root of the second moment, which blows the last bits of tiny gradients up.
     for mine, theirs in zip(jax.tree.leaves(ours.params), jax.tree.leaves(single.params), strict=True):
@@ -103,9 +104,9 @@ def test_the_pool_trains_as_on_one_device(mesh: str) -> None:
     ours = trained(configure("unipool"), MESHES[mesh])
     assert_equal(ours, alone("unipool"))
     for metrics in ours.metrics:
-        arrived = metrics["counts_LE"].reshape(4, MESHES[mesh][2], -1).sum(axis=2).max(axis=1)
+        received = metrics["counts_LE"].reshape(4, MESHES[mesh][2], -1).sum(axis=2).max(axis=1)
         # Devices of an fsdp group have the same experts and rows of their own.
-        assert metrics["arrived_L"].tolist() == arrived.tolist() or "fsdp" in mesh
+        assert metrics["received_L"].tolist() == received.tolist() or "fsdp" in mesh
 
 
 def test_the_size_of_buffers_changes_no_bit() -> None:

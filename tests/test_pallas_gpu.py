@@ -157,16 +157,20 @@ def abstract_ffn(experts: int, width: int, hidden: int, dtype: str) -> tuple[Cal
     """Forward and backward pass of `accumulating_ffn`, and its arguments."""
 
     def both_passes(
-        sizes: jax.Array, rows: jax.Array, bank: Bank, master: Bank, cotangents: tuple[jax.Array, Bank]
+        sizes: jax.Array, rows: jax.Array, bank: Bank, accumulator: Bank, cotangents: tuple[jax.Array, Bank]
     ) -> Any:
         plan = make_group_plan(sizes, ROWS, implementation="pallas_gpu")
-        out, pullback = jax.vjp(lambda rows, master: accumulating_ffn(rows, bank, master, plan), rows, master)
+        out, pullback = jax.vjp(
+            lambda rows, accumulator: accumulating_ffn(rows, bank, accumulator, plan), rows, accumulator
+        )
         return out, pullback(cotangents)
 
     rows = jax.ShapeDtypeStruct((ROWS, width), dtype)
     shapes = ((experts, width, hidden), (experts, width, hidden), (experts, hidden, width))
-    bank, master = (Bank(*(jax.ShapeDtypeStruct(shape, kind) for shape in shapes)) for kind in (dtype, jnp.float32))
-    return both_passes, [jax.ShapeDtypeStruct((experts,), jnp.int32), rows, bank, master, (rows, master)]
+    bank, accumulator = (
+        Bank(*(jax.ShapeDtypeStruct(shape, kind) for shape in shapes)) for kind in (dtype, jnp.float32)
+    )
+    return both_passes, [jax.ShapeDtypeStruct((experts,), jnp.int32), rows, bank, accumulator, (rows, accumulator)]
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=str)

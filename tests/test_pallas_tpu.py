@@ -231,30 +231,30 @@ def scanned_ffn_gradient(num_layers: int, *, shared: bool) -> Any:
     """Compiled for a TPU: the gradient of a bank that a scan over layers shares, carried (`shared`) or by autodiff."""
     rows, experts, width, hidden = 1024, 64, 256, 512
 
-    def loss(master: Bank, sizes_LE: jax.Array, rows_RD: jax.Array) -> jax.Array:
-        bank = master.astype(jnp.bfloat16)
+    def loss(accumulator: Bank, sizes_LE: jax.Array, rows_RD: jax.Array) -> jax.Array:
+        bank = accumulator.astype(jnp.bfloat16)
 
         def layer(carry: tuple[jax.Array, Bank], sizes_E: jax.Array) -> tuple[tuple[jax.Array, Bank], None]:
-            rows_RD, master = carry
+            rows_RD, accumulator = carry
             plan = make_group_plan(sizes_E, rows, implementation="pallas_tpu")
             if shared:
-                out_RD, master = accumulating_ffn(rows_RD, bank, master, plan)
+                out_RD, accumulator = accumulating_ffn(rows_RD, bank, accumulator, plan)
             else:
                 out_RD = grouped_ffn(rows_RD, bank, plan)
-            return (rows_RD + out_RD, master), None
+            return (rows_RD + out_RD, accumulator), None
 
-        (rows_RD, _), _ = jax.lax.scan(layer, (rows_RD, master), sizes_LE)
+        (rows_RD, _), _ = jax.lax.scan(layer, (rows_RD, accumulator), sizes_LE)
         return jnp.sum(rows_RD.astype(jnp.float32) ** 2)
 
     wide, narrow = (experts, width, hidden), (experts, hidden, width)
-    master = Bank(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (wide, wide, narrow)))
+    accumulator = Bank(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (wide, wide, narrow)))
     sizes = jax.ShapeDtypeStruct((num_layers, experts), jnp.int32)
     mesh = mesh_of("v5e:2x2")
     place = jax.sharding.NamedSharding(mesh, REPLICATED)
     with jax.set_mesh(mesh):
         arguments = jax.tree.map(
             lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-            (master, sizes, jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)),
+            (accumulator, sizes, jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)),
         )
         return jax.jit(jax.grad(loss)).lower(*arguments).compile()
 

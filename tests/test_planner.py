@@ -26,7 +26,8 @@ from unipool_jax.model.report import count_parameters
 from unipool_jax.parallel.mesh import make_mesh, spec
 from unipool_jax.planner import compilation, links, report, work
 from unipool_jax.planner.collectives import Collective, collectives, kernels, parse
-from unipool_jax.training.step import make_train_step, state_shapes
+from unipool_jax.training.state import state_shapes
+from unipool_jax.training.step import make_train_step
 
 SCALES = ("182m", "469m", "650m", "830m", "978m")
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "mesh").glob("*_*.yaml"))
@@ -408,38 +409,37 @@ def test_evaluation_that_the_compiler_refuses_is_named(monkeypatch: pytest.Monke
         report.make_plan(small("unipool"))
 
 
-def test_rematerialisation_that_a_mesh_overrules_is_said() -> None:
-    """Eight sequences a device of per-layer experts over fsdp 2: `moe` is compiled, and counted, as `none`."""
+def test_every_rematerialisation_is_counted_on_a_mesh_with_several_pools() -> None:
+    """Eight sequences a device of per-layer experts over fsdp 2."""
     seconds = {}
     for remat in ("none", "moe", "full"):
         config = compose_config(
             ["scale=182m", "method=vanilla", "mesh=gpu_8", "mode=plan", "mesh.fsdp=2", "mesh.expert=4",
              f"model.remat={remat}"]
         )  # fmt: skip
-        plan = report.make_plan(config)
-        seconds[remat] = plan.estimate.seconds
-        assert ("recomputes nothing here: mesh.fsdp=2" in report.text(plan)) is (remat == "moe")
-    assert seconds["none"] == seconds["moe"] < seconds["full"]
+        seconds[remat] = report.make_plan(config).estimate.seconds
+    assert seconds["none"] < seconds["moe"] < seconds["full"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("more", [("vanilla",), ("unipool", "pool.groups=2"), ("unipool",)])
-def test_rematerialisation_is_counted_as_it_is_traced(more: tuple[str, ...]) -> None:
-    """Products of the step over fsdp 2: there are more of them where the backward pass recomputes."""
+def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
+    """Products of the traced step over fsdp 2, where pools are gathered again, and on one device."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
-    products = {}
+    products: dict[str, tuple[int, int]] = {}
     for remat in ("none", "moe", "full"):
         config = tiny_config(*more, "moe.experts_per_layer=8", f"model.remat={remat}")
+        alone = make_train_step(config).lower(state_shapes(config), tiny_batch(config))
         rows = jax.NamedSharding(mesh, spec("batch"))
         batch = jax.tree.map(
             lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tiny_batch(config)
         )
         with jax.set_mesh(mesh):
             lowered = make_train_step(config, mesh).lower(state_shapes(config, mesh), batch)
-        products[remat] = lowered.as_text().count("dot_general")
-        effective = work.recomputed(config, {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1})
-        assert products[remat] == products[effective]
-        assert (products[remat] > products["none"]) is (effective != "none")
+        products[remat] = (lowered.as_text().count("dot_general"), alone.as_text().count("dot_general"))
+    assert products["none"][0] < products["moe"][0] < products["full"][0]
+    # The head is made in chunks on one device, so only differences compare.
+    for remat in ("moe", "full"):
+        assert products[remat][0] - products["none"][0] == products[remat][1] - products["none"][1]
 
 
 def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:

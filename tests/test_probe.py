@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tiny import tiny_batch, tiny_config, tiny_state
-from unipool_jax.analysis.observe import Forced, make_observed_step, replaced, text_positions
+from unipool_jax.analysis.observe import ForcedLayers, make_observed_step, text_positions
 from unipool_jax.analysis.probe import (
     Difference,
     Intervention,
@@ -27,10 +27,10 @@ from unipool_jax.analysis.probe import (
     random_choices,
 )
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.model.head import cross_entropy
 from unipool_jax.model.transformer import forward
-from unipool_jax.moe.routing import route
-from unipool_jax.training.step import init_balance
+from unipool_jax.moe.routing import Forced, replaced, route
+from unipool_jax.parallel.head import cross_entropy
+from unipool_jax.training.state import init_balance
 
 FORWARD = jax.jit(forward, static_argnums=0)
 ONE = "moe.score_constant=one"  # no need to estimate a constant for every number of experts
@@ -48,7 +48,7 @@ def test_nothing_forced_is_the_model_itself() -> None:
     assert np.array_equal(found, counts)
     # Forcing what the model chose anyway changes nothing, with either rule for the gates.
     for own in (False, True):
-        again = step(state.params, state.balance, batch, Forced(seen.experts_LNK, jnp.asarray(own)))
+        again = step(state.params, state.balance, batch, ForcedLayers(seen.experts_LNK, jnp.asarray(own)))
         np.testing.assert_allclose(again.loss_BS, seen.loss_BS, atol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_gates_of_forced_experts_by_hand(method: str) -> None:
     routing = route(scores, scores, router=router, top_k=2)
     chosen = np.array([[3, 0], [1, 2], [-1, -1], [0, -1], [2, 1]], np.int32)
     for own in (False, True):
-        found = replaced(routing, scores, jnp.asarray(chosen), jnp.asarray(own), config)
+        found = replaced(routing, scores, Forced(jnp.asarray(chosen), jnp.asarray(own)), config.moe.router)
         for token, slot in itertools.product(range(5), range(2)):
             expert = chosen[token, slot] if chosen[token, slot] >= 0 else int(routing.experts_NK[token, slot])
             assert int(found.experts_NK[token, slot]) == expert

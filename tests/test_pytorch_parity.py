@@ -13,7 +13,8 @@ from tiny import METHODS, tiny_batch, tiny_config
 from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
 from unipool_jax.config.schema import Config
 from unipool_jax.model.transformer import forward
-from unipool_jax.training.step import TrainState, make_train_step
+from unipool_jax.training.state import TrainState
+from unipool_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 

@@ -27,7 +27,7 @@ def buffers(folder: Path, *more: str, mesh: MeshConfig = MESH, meta: dict[str, A
 def measured(busiest: float, lost: int = 0) -> dict[str, jax.Array]:
     """Metrics of a step whose busiest device got this many times the mean in its second layer."""
     mean = rows_per_device(tiny_config("unipool"), make_mesh(MESH, jax.devices()[:8]))
-    return {"arrived_L": jnp.array([mean, round(busiest * mean)]), "overflow": jnp.array(lost)}
+    return {"received_L": jnp.array([mean, round(busiest * mean)]), "overflow": jnp.array(lost)}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.model import sampling
 from unipool_jax.model.sampling import Generated, Sampling, draw, generate, nucleus
 from unipool_jax.model.transformer import empty_cache, forward, forward_cached
-from unipool_jax.training.step import TrainState
+from unipool_jax.training.state import TrainState
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 

@@ -19,7 +19,7 @@ from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.model.transformer import forward
-from unipool_jax.moe import dispatch
+from unipool_jax.moe import mixture
 from unipool_jax.training.step import make_train_step
 
 # Even, with an expert that no layer uses, and one that takes every row: blocks, tiles and nothing at all.
@@ -43,28 +43,28 @@ def _operands(dtype: str, layers: int) -> tuple[jax.Array, Bank, jax.Array]:
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", LAYER_SIZES, ids=["full", "sparse"])
-def test_layers_that_carry_the_master_get_the_sum_of_their_gradients(
+def test_layers_that_pass_the_accumulator_on_get_the_sum_of_their_gradients(
     sizes: list[list[int]], dtype: str, implementation: Implementation
 ) -> None:
-    x_LRD, master, grad_LRD = _operands(dtype, len(sizes))
+    x_LRD, accumulator, grad_LRD = _operands(dtype, len(sizes))
 
-    def carried(x_LRD: jax.Array, master: Bank) -> jax.Array:
-        bank = master.astype(dtype)
+    def carried(x_LRD: jax.Array, accumulator: Bank) -> jax.Array:
+        bank = accumulator.astype(dtype)
 
-        def layer(master: Bank, inputs: tuple[jax.Array, jax.Array]) -> tuple[Bank, jax.Array]:
+        def layer(accumulator: Bank, inputs: tuple[jax.Array, jax.Array]) -> tuple[Bank, jax.Array]:
             x_RD, sizes_E = inputs
             plan = make_group_plan(sizes_E, x_RD.shape[0], implementation=implementation)
-            out_RD, master = accumulating_ffn(x_RD, bank, master, plan)
-            return master, out_RD
+            out_RD, accumulator = accumulating_ffn(x_RD, bank, accumulator, plan)
+            return accumulator, out_RD
 
-        return jax.lax.scan(layer, master, (x_LRD, jnp.array(sizes)))[1]
+        return jax.lax.scan(layer, accumulator, (x_LRD, jnp.array(sizes)))[1]
 
-    def layer_by_layer(x_LRD: jax.Array, master: Bank) -> jax.Array:
+    def layer_by_layer(x_LRD: jax.Array, accumulator: Bank) -> jax.Array:
         plans = [make_group_plan(jnp.array(row), SHAPE.rows, implementation=implementation) for row in sizes]
-        return jnp.stack([grouped_ffn(x_RD, master, plan) for x_RD, plan in zip(x_LRD, plans, strict=True)])
+        return jnp.stack([grouped_ffn(x_RD, accumulator, plan) for x_RD, plan in zip(x_LRD, plans, strict=True)])
 
     def run(function: Callable[..., jax.Array]) -> tuple[Any, ...]:
-        output, pullback = jax.vjp(jax.jit(function), x_LRD, master)
+        output, pullback = jax.vjp(jax.jit(function), x_LRD, accumulator)
         return output, *pullback(grad_LRD)
 
     found, expected = run(carried), run(layer_by_layer)
@@ -78,11 +78,13 @@ def test_layers_that_carry_the_master_get_the_sum_of_their_gradients(
 
 
 def test_the_gradient_that_arrives_is_added_to_and_unused_experts_pass_it_on_untouched() -> None:
-    x, master, grad = (operand[0] if isinstance(operand, jax.Array) else operand for operand in _operands("float32", 1))
+    x, accumulator, grad = (
+        operand[0] if isinstance(operand, jax.Array) else operand for operand in _operands("float32", 1)
+    )
     plan: GroupPlan = make_group_plan(jnp.array([60, 3, 0, 1]), SHAPE.rows, implementation="xla")
-    above = jax.tree.map(lambda weights: jnp.cos(1e3 * weights), master)
-    _, pullback = jax.vjp(lambda x, master: accumulating_ffn(x, master, master, plan), x, master)
-    own = pullback((grad, jax.tree.map(jnp.zeros_like, master)))[1]
+    above = jax.tree.map(lambda weights: jnp.cos(1e3 * weights), accumulator)
+    _, pullback = jax.vjp(lambda x, accumulator: accumulating_ffn(x, accumulator, accumulator, plan), x, accumulator)
+    own = pullback((grad, jax.tree.map(jnp.zeros_like, accumulator)))[1]
     total = pullback((grad, above))[1]
     for name, arriving, share, found in zip(Bank._fields, above, own, total, strict=True):
         np.testing.assert_array_equal(found[2], arriving[2], err_msg=name)
@@ -90,13 +92,13 @@ def test_the_gradient_that_arrives_is_added_to_and_unused_experts_pass_it_on_unt
         assert share[0].any(), name
 
 
-def test_errors_name_the_weights_that_do_not_fit_their_master() -> None:
-    x, master, _ = _operands("bfloat16", 1)
+def test_errors_name_the_weights_that_do_not_fit_their_accumulator() -> None:
+    x, accumulator, _ = _operands("bfloat16", 1)
     plan = make_group_plan(jnp.array([16] * 4), SHAPE.rows)
-    bank = master.astype("bfloat16")
+    bank = accumulator.astype("bfloat16")
     for wrong, message in (
-        (bank, r"master.gate_EDF is bfloat16\[4, 8, 16\]; expected float32\[4, 8, 16\]"),
-        (master._replace(up_EDF=master.up_EDF[:3]), r"master.up_EDF is float32\[3, 8, 16\]"),
+        (bank, r"accumulator.gate_EDF is bfloat16\[4, 8, 16\]; expected float32\[4, 8, 16\]"),
+        (accumulator._replace(up_EDF=accumulator.up_EDF[:3]), r"accumulator.up_EDF is float32\[3, 8, 16\]"),
     ):
         with pytest.raises(ValueError, match=message):
             accumulating_ffn(x[0], bank, wrong, plan)
@@ -113,8 +115,8 @@ def _loss(config: Config) -> Callable[[Any], jax.Array]:
     return loss
 
 
-def _plain_autodiff(rows_RD: jax.Array, bank: Bank, master: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
-    return grouped_ffn(rows_RD, master, plan), master
+def _plain_autodiff(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
+    return grouped_ffn(rows_RD, accumulator, plan), accumulator
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_gradients_are_those_of_plain_autodiff(
     config = tiny_config(method, *overrides)
     params = tiny_state(config).params
     found = jax.jit(jax.grad(_loss(config)))(params)
-    monkeypatch.setattr(dispatch, "accumulating_ffn", _plain_autodiff)
+    monkeypatch.setattr(mixture, "accumulating_ffn", _plain_autodiff)
     expected = jax.jit(jax.grad(_loss(config)))(params)
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(found["pools"]["bank"]))
     jax.tree.map(
@@ -147,7 +149,7 @@ def test_micro_batches_leave_the_step_as_plain_autodiff_has_it(monkeypatch: pyte
     config = tiny_config("unipool", "train.microbatch_size=4", "model.remat=full")
     batch = tiny_batch(config)
     found, _ = make_train_step(config)(tiny_state(config), batch)
-    monkeypatch.setattr(dispatch, "accumulating_ffn", _plain_autodiff)
+    monkeypatch.setattr(mixture, "accumulating_ffn", _plain_autodiff)
     expected, _ = make_train_step(config)(tiny_state(config), batch)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found.opt_state, expected.opt_state

@@ -16,7 +16,8 @@ from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.balance import load_fractions, pool_loss
-from unipool_jax.training.step import TrainState, make_eval_step, make_train_step
+from unipool_jax.training.state import TrainState
+from unipool_jax.training.step import make_eval_step, make_train_step
 
 
 def _copy(state: TrainState) -> TrainState:

@@ -102,7 +102,7 @@ def test_only_multiple_choice(tmp_path: Path) -> None:
         doc_to_target="word",
         metric_list=metrics("acc"),
     )
-    with pytest.raises(ConfigError, match="tasks=letters: the probe asks multiple-choice"):
+    with pytest.raises(ConfigError, match="tasks=letters: the probe needs multiple-choice"):
         task_measure(alphabet_model(), task)
 
 

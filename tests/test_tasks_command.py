@@ -23,7 +23,7 @@ from unipool_jax.evaluation.tasks_command import average_accuracy, print_tasks
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.entry import guarded
 from unipool_jax.training.run_folder import RunError
-from unipool_jax.training.step import init_state
+from unipool_jax.training.state import init_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 
@@ -142,7 +142,7 @@ def test_the_analysis_of_a_run_includes_tasks(run: Path, tasks: Path, tmp_path: 
     page = (tmp_path / "report.html").read_text()
     assert "Random choices and zero-shot tasks" in page
     assert "olmo_arc_easy (acc_norm)" in page
-    with pytest.raises(ConfigError, match="tasks=olmo_lambada: the probe asks multiple-choice"):
+    with pytest.raises(ConfigError, match="tasks=olmo_lambada: the probe needs multiple-choice"):
         analyse([str(run), f"tasks_path={tasks}"])
 
 

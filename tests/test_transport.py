@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec
 import oracles
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, grouped_ffn
-from unipool_jax.moe import transport
-from unipool_jax.moe.transport import CARRIERS, Transport, capacity
+from unipool_jax.kernels.implementations import Implementation
+from unipool_jax.moe import dispatch
+from unipool_jax.moe.dispatch import COMBINE, DISPATCH, Transport, capacity
 
 DEVICES, EXPERTS, WIDTH, HIDDEN, TOKENS = 4, 8, 6, 5, 12
 OVER_EXPERTS = PartitionSpec("expert")
@@ -83,15 +84,21 @@ def by_hand(hidden: Any, experts: Any, gates: Any, bank: Bank) -> np.ndarray:
     return output
 
 
-def carried(name: Transport, factor: float = 4.0) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A transport over four devices: `(hidden, experts, gates, bank) -> (output, rows that arrived at each device)`."""
+def mixed(
+    name: Transport, hidden: Any, experts: Any, gates: Any, bank: Bank, rows: int, implementation: Implementation
+) -> tuple[jax.Array, jax.Array]:
+    """Dispatch, products and combine on one device: its output and the rows it received."""
+    sent = DISPATCH[name](hidden, experts, EXPERTS, rows)
+    plan = make_group_plan(sent.sizes_E, sent.rows_RD.shape[0], implementation=implementation)
+    output = COMBINE[name](grouped_ffn(sent.rows_RD, bank, plan), sent, gates, hidden.dtype)
+    return output, sent.received[None]
+
+
+def transported_by(name: Transport, factor: float = 4.0) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A transport over four devices: `(hidden, experts, gates, bank) -> (output, rows received by each device)`."""
 
     def on_device(hidden: Any, experts: Any, gates: Any, bank: Bank) -> tuple[jax.Array, jax.Array]:
-        def compute(rows: jax.Array, sizes: jax.Array) -> tuple[jax.Array, None]:
-            return grouped_ffn(rows, bank, make_group_plan(sizes, rows.shape[0])), None
-
-        found = CARRIERS[name](hidden, experts, gates, compute, EXPERTS, factor)
-        return found.output_ND, found.arrived[None]
+        return mixed(name, hidden, experts, gates, bank, capacity(experts.size, DEVICES, factor), "auto")
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("expert",))
     return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=OVER_EXPERTS, out_specs=OVER_EXPERTS))
@@ -110,19 +117,16 @@ ROUTINGS = {
 def test_values_and_gradients_are_those_of_one_device(name: Transport, routing: int | str) -> None:
     top_k = routing if isinstance(routing, int) else 1
     hidden, experts, gates, bank = operands(top_k, ROUTINGS.get(str(routing)))
-    transported = carried(name)
-    output, arrived = transported(hidden, experts, gates, bank)
+    transported = transported_by(name)
+    output, received = transported(hidden, experts, gates, bank)
     np.testing.assert_allclose(output, by_hand(hidden, experts, gates, bank), rtol=2e-4, atol=2e-4)
     owners = np.asarray(experts).reshape(-1) // (EXPERTS // DEVICES)
-    assert arrived.tolist() == np.bincount(owners, minlength=DEVICES).tolist()
+    assert received.tolist() == np.bincount(owners, minlength=DEVICES).tolist()
 
     weights = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
 
     def alone(hidden: jax.Array, gates: jax.Array, bank: Bank) -> jax.Array:
-        def compute(rows: jax.Array, sizes: jax.Array) -> tuple[jax.Array, None]:
-            return grouped_ffn(rows, bank, make_group_plan(sizes, rows.shape[0], implementation="reference")), None
-
-        return jnp.sum(CARRIERS["local"](hidden, experts, gates, compute, EXPERTS, 1.0).output_ND * weights)
+        return jnp.sum(mixed("local", hidden, experts, gates, bank, experts.size, "reference")[0] * weights)
 
     def together(hidden: jax.Array, gates: jax.Array, bank: Bank) -> jax.Array:
         return jnp.sum(transported(hidden, experts, gates, bank)[0] * weights)
@@ -137,8 +141,8 @@ def test_values_and_gradients_are_those_of_one_device(name: Transport, routing: 
 def test_rows_beyond_the_buffer_are_counted_and_lost_whole(name: Transport) -> None:
     """All tokens to device 2, which can take 16: the others come back as zeros, and none twice."""
     hidden, experts, gates, bank = operands(1, ROUTINGS["one expert"])
-    output, arrived = carried(name, factor=1.0)(hidden, experts, gates, bank)
-    assert arrived.tolist() == [0, 0, DEVICES * TOKENS, 0]
+    output, received = transported_by(name, factor=1.0)(hidden, experts, gates, bank)
+    assert received.tolist() == [0, 0, DEVICES * TOKENS, 0]
     whole = by_hand(hidden, experts, gates, bank)
     lost = np.all(np.asarray(output) == 0, axis=1)
     assert lost.sum() == DEVICES * TOKENS - 16
@@ -159,12 +163,12 @@ def test_slices_agree_on_both_sides() -> None:
     sizes_PE = random.integers(0, 9, (DEVICES, EXPERTS))
 
     def on_device(sizes: jax.Array) -> tuple[Any, Any, jax.Array, jax.Array]:
-        there, back, own, arrived = transport._slices(jax.lax.all_gather(sizes[0], "expert"), 40)
-        return jax.tree.map(lambda x: x[None], (there, back, own, arrived))
+        there, back, own, received = dispatch._slices(jax.lax.all_gather(sizes[0], "expert"), 40)
+        return jax.tree.map(lambda x: x[None], (there, back, own, received))
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("expert",))
     split = jax.shard_map(on_device, mesh=mesh, in_specs=OVER_EXPERTS, out_specs=OVER_EXPERTS)
-    there, back, own, arrived = jax.tree.map(np.asarray, jax.jit(split)(jnp.asarray(sizes_PE, jnp.int32)))
+    there, back, own, received = jax.tree.map(np.asarray, jax.jit(split)(jnp.asarray(sizes_PE, jnp.int32)))
     per_device = EXPERTS // DEVICES
     for receiver in range(DEVICES):
         taken: list[tuple[int, int]] = []
@@ -181,4 +185,4 @@ def test_slices_agree_on_both_sides() -> None:
         assert np.bincount([expert for _, expert in taken], minlength=per_device).tolist() == own[receiver].tolist()
         wanted = sizes_PE[:, receiver * per_device : (receiver + 1) * per_device].sum()
         assert len(taken) == min(wanted, 40)
-        assert arrived[receiver] == wanted
+        assert received[receiver] == wanted

@@ -14,9 +14,9 @@ from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.upcycle import upcycle
 from unipool_jax.convert.weights import Weights
-from unipool_jax.model.head import cross_entropy
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.balance import load_fractions, pool_loss
+from unipool_jax.parallel.head import cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 

@@ -21,7 +21,7 @@ from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.ranges import RANGES, Range
 from unipool_jax.config.rules import problems, validate
 from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
-from unipool_jax.training.step import init_state
+from unipool_jax.training.state import init_state
 
 DEMO = compose_config([])
 COMPOSED = {method: compose_config([f"method={method}"]) for method in METHODS}

@@ -8,7 +8,7 @@ import numpy as np
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.training.step import TrainState, init_state
+from unipool_jax.training.state import TrainState, init_state
 
 METHODS = (
     "dense",

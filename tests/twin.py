@@ -19,7 +19,7 @@ from unipool_jax.convert.runs import as_numpy
 from unipool_jax.convert.weights import empty_weights
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.optimizer import GAIN_NAMES, make_optimizer
-from unipool_jax.training.step import TrainState, init_balance
+from unipool_jax.training.state import TrainState, init_balance
 
 # Threads that wait for each other cost more than they bring at these sizes.
 torch.set_num_threads(1)

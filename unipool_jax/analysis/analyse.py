@@ -15,7 +15,7 @@ from unipool_jax.analysis.probe import Probe, deep_half, language_model_loss, pr
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.metrics import load_metrics, plain_json, routing_diagnostics
-from unipool_jax.training.step import BalanceState
+from unipool_jax.training.state import BalanceState
 
 if TYPE_CHECKING:
     from unipool_jax.analysis.task_probe import TaskProbe

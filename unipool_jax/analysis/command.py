@@ -31,7 +31,7 @@ from unipool_jax.evaluation.text import evaluated_config
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.evaluate import Evaluator
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
-from unipool_jax.training.step import BalanceState
+from unipool_jax.training.state import BalanceState
 
 if TYPE_CHECKING:
     from unipool_jax.analysis.task_probe import TaskMeasure

@@ -12,7 +12,7 @@ from unipool_jax.analysis.observe import make_observed_step, text_positions
 from unipool_jax.analysis.usage import pool_offsets
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.training.step import BalanceState
+from unipool_jax.training.state import BalanceState
 
 
 def expert_tokens(

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unipool_jax.analysis.observe import Forced, ObservedStep, make_observed_step
+from unipool_jax.analysis.observe import ForcedLayers, ObservedStep, make_observed_step
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.training.step import BalanceState
+from unipool_jax.training.state import BalanceState
 
 MATCHED = 8
 """Candidates of the matched variant: the experts per layer of the published vanilla mixture (spec H.1)."""
@@ -164,13 +164,15 @@ def random_choices(key: jax.Array, items_B: jax.Array, candidates_E: jax.Array, 
     return jax.vmap(of_item)(items_B).reshape(-1, top_k)
 
 
-def forced_choices(config: Config, intervention: Intervention, seed: int, items_B: np.ndarray, batch: Batch) -> Forced:
+def forced_choices(
+    config: Config, intervention: Intervention, seed: int, items_B: np.ndarray, batch: Batch
+) -> ForcedLayers:
     """The experts that `intervention` forces on a batch, whose rows are the items with these indices, int32."""
     layers, length, top_k = config.model.num_layers, batch.inputs.shape[1], config.moe.top_k
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), intervention.draw), intervention.layer)
     drawn_NK = random_choices(key, jnp.asarray(items_B), jnp.asarray(intervention.candidates_E), length, top_k)
     experts_LNK = jnp.full((layers, *drawn_NK.shape), -1, jnp.int32).at[intervention.layer].set(drawn_NK)
-    return Forced(experts_LNK, jnp.asarray(intervention.gates == "own"))
+    return ForcedLayers(experts_LNK, jnp.asarray(intervention.gates == "own"))
 
 
 def language_model_loss(

@@ -230,8 +230,8 @@ def _probe(probe: Probe, config: Config) -> Part:
     error = first.average.standard_error
     words = [
         "Does it matter which expert a token visits? One layer of the deep half at a time routes every token at "
-        "random; the bars are the loss that this adds, with one standard error over windows of text. Large bars mean that the "
-        "learned routing carries information; bars near zero mean that any expert would do.",
+        "random; the bars are the loss that this adds, with one standard error over windows of text. Large bars mean "
+        "that the learned routing carries information; bars near zero mean that any expert would do.",
     ]
     if error is None:
         verdict = ""

@@ -115,8 +115,8 @@ def expert_similarity(gate_GEDF: np.ndarray, up_GEDF: np.ndarray, down_GEFD: np.
     """Cosine between the experts of each pool, float64 `[G, E, E]`.
 
     An expert's vector is the concatenation of its three matrices (gate, up, down). Hidden units are compared by
-    position, so only experts with a common origin (an upcycled model, copies) are similar: independently trained ones are near 0
-    even if they compute the same function.
+    position, so only experts with a common origin (an upcycled model, copies) are similar: independently trained ones
+    are near 0 even if they compute the same function.
     """
     gram_GEE: np.ndarray | float = 0.0
     for weights in (gate_GEDF, up_GEDF, down_GEFD):

@@ -52,8 +52,7 @@ class ModelConfig:
     compute_dtype: DType = "bfloat16"
     """Dtype of activations and matrix products. Parameters and optimizer state are always float32."""
     remat: Literal["none", "moe", "full"] = "moe"
-    """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer. With several
-    pools over mesh.fsdp `moe` recomputes nothing, and `full` only with a pool for each layer."""
+    """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
 from unipool_jax.training.checkpoint import Checkpoints, make_meta, restore_model
 from unipool_jax.training.optimizer import make_optimizer
 from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, find_run
-from unipool_jax.training.step import TrainState, init_balance
+from unipool_jax.training.state import TrainState, init_balance
 
 
 def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
-from unipool_jax.training.step import init_state
+from unipool_jax.training.state import init_state
 
 ExpertHashes = dict[tuple[int, int], str]
 """(pool, expert) -> hash."""

@@ -18,10 +18,10 @@ import numpy as np
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.data.tokenizer import Tokenizer
-from unipool_jax.model.head import cross_entropy
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.lock import score_factors
-from unipool_jax.training.step import BalanceState
+from unipool_jax.parallel.head import cross_entropy
+from unipool_jax.training.state import BalanceState
 
 MAX_BATCH_TOKENS = 8192
 """Maximum positions per batch: 1.7 GB of float32 logits for a vocabulary of 51,200."""

@@ -51,42 +51,42 @@ def grouped_ffn(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> jax.Array:
     return _ffn(rows_RD, bank, plan)
 
 
-def accumulating_ffn(rows_RD: jax.Array, bank: Bank, master: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
+def accumulating_ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
     """`grouped_ffn` for weights that several layers share: the backward pass adds to one gradient, in place.
 
-    Give the returned `master` to the next layer that uses the same experts. It is the `master` that came in, so
-    forward it costs nothing; backward its cotangent arrives holding the gradient of the layers above, this layer's
-    share is added to it in float32, touching only experts that have rows, and it goes on to the layer below. A scan
-    over layers that carries `master` therefore holds one gradient of the bank. Derived by autodiff from `bank` alone
-    it would make and add a gradient of full size for every layer.
+    Pass the returned accumulator to the next layer that uses the same experts. Forward it is the one that came in.
+    Backward its cotangent is the gradient of the layers above; this layer adds its share in float32, touching only
+    experts that have rows, and the sum goes to the layer below. A scan over layers that carries the accumulator holds
+    one gradient of the bank; differentiating `bank` would make and add one of full size per layer.
 
     Args:
         rows_RD: `[R, D]` rows sorted by group.
-        bank: experts in the rows' dtype, no gradient flows to them.
-        master: the float32 parameters that `bank` was made from; their values are not used.
+        bank: experts in the rows' dtype; they get no gradient.
+        accumulator: float32, shaped as `bank`; its values are not used.
         plan: from `make_group_plan(sizes, R)`.
 
     Returns:
-        `[R, D]` in the rows' dtype, and `master`.
+        `[R, D]` in the rows' dtype, and the accumulator.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit together.
     """
     _check(rows_RD, bank, plan)
-    for name, weights, wide in zip(Bank._fields, bank, master, strict=True):
-        if wide.shape != weights.shape or wide.dtype != jnp.float32:
+    for name, weights, sums in zip(Bank._fields, bank, accumulator, strict=True):
+        if sums.shape != weights.shape or sums.dtype != jnp.float32:
             raise ValueError(
-                f"master.{name} is {wide.dtype}{list(wide.shape)}; expected float32{list(weights.shape)} as bank.{name}"
+                f"accumulator.{name} is {sums.dtype}{list(sums.shape)}; "
+                f"expected float32{list(weights.shape)} as bank.{name}"
             )
     bank = jax.lax.stop_gradient(bank)
     if rows_RD.shape[0] == 0:
-        return jnp.zeros_like(rows_RD), master
-    rows_RD, bank, master, plan = vary_alike((rows_RD, bank, master, plan))
+        return jnp.zeros_like(rows_RD), accumulator
+    rows_RD, bank, accumulator, plan = vary_alike((rows_RD, bank, accumulator, plan))
     if plan.tiling.implementation == "reference":
-        # The values of `bank` with the gradient of `master`.
-        bank = jax.tree.map(lambda weights, wide: wide + jax.lax.stop_gradient(weights - wide), bank, master)
-        return reference.grouped_ffn(rows_RD, *bank.astype(rows_RD.dtype), plan), master
-    return _accumulating_ffn(rows_RD, bank, master, plan)
+        # The values of `bank` with the gradient of the accumulator.
+        bank = jax.tree.map(lambda weights, sums: sums + jax.lax.stop_gradient(weights - sums), bank, accumulator)
+        return reference.grouped_ffn(rows_RD, *bank.astype(rows_RD.dtype), plan), accumulator
+    return _accumulating_ffn(rows_RD, bank, accumulator, plan)
 
 
 def _check(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> None:
@@ -128,15 +128,15 @@ _ffn.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def _accumulating_ffn(rows_RD: jax.Array, bank: Bank, master: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
-    return _forward(rows_RD, bank, plan, keep_products=False)[0], master
+def _accumulating_ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
+    return _forward(rows_RD, bank, plan, keep_products=False)[0], accumulator
 
 
 def _accumulating_forward(
-    rows_RD: jax.Array, bank: Bank, master: Bank, plan: GroupPlan
+    rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan
 ) -> tuple[tuple[jax.Array, Bank], tuple[Any, ...]]:
     out_RD, residuals = _forward(rows_RD, bank, plan)
-    return (out_RD, master), residuals
+    return (out_RD, accumulator), residuals
 
 
 def _accumulating_backward(

@@ -81,38 +81,62 @@ def causal_attention(query_BSHC: jax.Array, key_BSHC: jax.Array, value_BSHC: jax
     return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
 
 
-class Attention(nn.Module):
-    """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`, and the cache it was given, extended.
+class AttentionWeights(NamedTuple):
+    """Parameters of one attention block, float32; head channels are the last axis but for `output`."""
 
-    Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the cache.
-    """
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    output: jax.Array
+
+
+class Attention(nn.Module):
+    """Creates `AttentionWeights`."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, hidden_BSD: jax.Array, cache: KeyValueCache | None = None, start_B: jax.Array | None = None
-    ) -> tuple[jax.Array, KeyValueCache | None]:
-        config = self.config
-        batch, length, width = hidden_BSD.shape
-        head_size = width // config.num_heads
+    def __call__(self) -> AttentionWeights:
+        config, width = self.config, self.config.hidden_size
+        keys = width // config.num_heads * config.num_kv_heads
         init = nn.initializers.normal(config.init_std)
         init_output = nn.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))
+        return AttentionWeights(
+            query=self.param("query", init, (width, width), jnp.float32),
+            key=self.param("key", init, (width, keys), jnp.float32),
+            value=self.param("value", init, (width, keys), jnp.float32),
+            output=self.param("output", init_output, (width, width), jnp.float32),
+        )
 
-        def project(name: str, num_heads: int) -> jax.Array:
-            weights_DC = self.param(name, init, (width, num_heads * head_size), jnp.float32)
-            heads_BSHC = linear(hidden_BSD, weights_DC, ("embed", "heads")).reshape(batch, length, -1, head_size)
-            return constrain(heads_BSHC, "batch", None, "heads", None)
 
-        positions = jnp.arange(length) if start_B is None else start_B[:, None] + jnp.arange(length)
-        query = rotate(project("query", config.num_heads), positions, config.rope_base)
-        key = rotate(project("key", config.num_kv_heads), positions, config.rope_base)
-        value = project("value", config.num_kv_heads)
-        if cache is None:
-            mixed_BSHC = causal_attention(query, key, value)
-        else:
-            cache = cache.write(key, value, positions)
-            seen_B1ST = jnp.arange(cache.key_BTHC.shape[1]) <= positions[:, None, :, None]
-            mixed_BSHC = jax.nn.dot_product_attention(query, *cache, mask=seen_B1ST)
-        output_DD = self.param("output", init_output, (width, width), jnp.float32)
-        return linear(mixed_BSHC.reshape(hidden_BSD.shape), output_DD, ("heads", "embed")), cache
+def attention(
+    config: ModelConfig,
+    hidden_BSD: jax.Array,
+    weights: AttentionWeights,
+    cache: KeyValueCache | None = None,
+    start_B: jax.Array | None = None,
+) -> tuple[jax.Array, KeyValueCache | None]:
+    """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`, and the cache with these positions.
+
+    Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the cache.
+    """
+    positions = jnp.arange(hidden_BSD.shape[1])
+    if start_B is not None:
+        positions = start_B[:, None] + positions
+    query = rotate(_heads(config, hidden_BSD, weights.query), positions, config.rope_base)
+    key = rotate(_heads(config, hidden_BSD, weights.key), positions, config.rope_base)
+    value = _heads(config, hidden_BSD, weights.value)
+    if cache is None:
+        mixed_BSHC = causal_attention(query, key, value)
+    else:
+        cache = cache.write(key, value, positions)
+        seen_B1ST = jnp.arange(cache.key_BTHC.shape[1]) <= positions[:, None, :, None]
+        mixed_BSHC = jax.nn.dot_product_attention(query, *cache, mask=seen_B1ST)
+    return linear(mixed_BSHC.reshape(hidden_BSD.shape), weights.output, ("heads", "embed")), cache
+
+
+def _heads(config: ModelConfig, hidden_BSD: jax.Array, weights: jax.Array) -> jax.Array:
+    """One projection, split into heads: `[B, S, H, C]`."""
+    batch, length, width = hidden_BSD.shape
+    heads_BSHC = linear(hidden_BSD, weights, ("embed", "heads")).reshape(batch, length, -1, width // config.num_heads)
+    return constrain(heads_BSHC, "batch", None, "heads", None)

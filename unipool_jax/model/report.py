@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from unipool_jax.config.schema import Config
-from unipool_jax.model.transformer import Transformer
+from unipool_jax.model.transformer import LayerInputs, Transformer
+from unipool_jax.moe.mixture import Selection
 
 
 def count_parameters(config: Config) -> dict[str, int]:
     """Parameters by kind, their `total`, and the `active` ones: those a token uses, routers and scales left out."""
-    tokens_BS = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
-    bias_GNE = jax.ShapeDtypeStruct((config.pool.groups, config.layers_per_pool, config.experts_per_pool), jnp.float32)
-    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens_BS, bias_GNE)
+    variables = jax.eval_shape(lambda: _initial_variables(config))
     counts = dict.fromkeys(("embeddings", "attention", "experts", "routers", "norms", "scales"), 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         counts[_kind([str(entry.key) for entry in path])] += math.prod(leaf.shape)
@@ -25,6 +25,12 @@ def count_parameters(config: Config) -> dict[str, int]:
     active_experts = per_expert * config.moe.top_k * config.model.num_layers
     active = counts["embeddings"] + counts["attention"] + counts["norms"] + active_experts
     return counts | {"total": total, "active": active}
+
+
+def _initial_variables(config: Config) -> Any:
+    bias_GNE = jnp.zeros((config.pool.groups, config.layers_per_pool, config.experts_per_pool), jnp.float32)
+    tokens_BS = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    return Transformer(config).init(jax.random.key(0), tokens_BS, LayerInputs(Selection(bias_GNE)))
 
 
 def _kind(path: list[str]) -> str:

@@ -1,12 +1,16 @@
-"""The language model: embedding, a scan over pools, inside it a scan over the layers that share one, logits.
+"""The language model: embedding, a scan over pools, inside it a scan over the layers that share one, output head.
 
 G = 1 pool is UniPool, G = L pools is the ordinary per-layer mixture, and a pool of one expert per layer without a
 router is the dense model: one structure for all of them.
+
+The modules below create parameters and scan; the mathematics are plain functions of arrays: `layer` here, `attention`,
+and `mixture` in `moe.mixture`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +19,14 @@ from jax.typing import ArrayLike
 
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.model.attention import Attention, KeyValueCache
-from unipool_jax.model.head import Head
-from unipool_jax.moe.dispatch import dense_ffn, moe_ffn
-from unipool_jax.moe.pool import ExpertPool, gathered_bank, gradient_master
-from unipool_jax.moe.routing import Routing, RoutingStats, norm_constant, route, scores
-from unipool_jax.parallel.linear import linear, lookup
-from unipool_jax.parallel.mesh import GATHERED, active_mesh, constrain
-
-LAYER_AXES: Any = {"params": 0, "forced_routing": 0, "observed_routing": 0}
-"""Collections that are stacked over layers. The last two are empty but in analyses, which pass choices in and out."""
+from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
+from unipool_jax.model.remat import rematerialised, without_gathered_weights
+from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
+from unipool_jax.moe.mixture import Router, RouterWeights, Selection, mixture
+from unipool_jax.moe.routing import RoutingStats
+from unipool_jax.parallel.head import Head
+from unipool_jax.parallel.linear import lookup
+from unipool_jax.parallel.mesh import constrain
 
 
 def rms_norm(hidden: jax.Array, gain_D: jax.Array, epsilon: float) -> jax.Array:
@@ -34,77 +36,71 @@ def rms_norm(hidden: jax.Array, gain_D: jax.Array, epsilon: float) -> jax.Array:
     return (normed * gain_D).astype(hidden.dtype)
 
 
-class MixtureBlock(nn.Module):
-    """Router of one layer over the bank of its pool: `[B, S, D] -> [B, S, D]`, and the layer's `RoutingStats`.
+class LayerWeights(NamedTuple):
+    """Parameters of one layer, without the experts of its pool."""
 
-    `master`, handed on unchanged, holds the parameters behind a bank that layers share: see `moe_ffn`.
+    attention_norm_D: jax.Array
+    attention: AttentionWeights
+    ffn_norm_D: jax.Array
+    router: RouterWeights | None
+    """None in the dense model."""
+
+
+class LayerInputs(NamedTuple):
+    """What a layer is given besides hidden states; arrays of all layers are stacked to `[G, L/G, ...]`."""
+
+    selection: Selection
+    cache: KeyValueCache | None = None
+    """Keys and values of the positions before; None: the tokens are all there is."""
+
+
+class LayerOutputs(NamedTuple):
+    """What a layer returns besides hidden states; arrays of all layers are stacked to `[G, L/G, ...]`."""
+
+    stats: RoutingStats
+    cache: KeyValueCache | None
+    """The cache with these tokens in it."""
+    experts_NK: jax.Array | None
+    """Experts that the tokens visited, int32, where they are to be kept."""
+
+
+def layer(
+    config: Config,
+    hidden_BSD: jax.Array,
+    weights: LayerWeights,
+    inputs: LayerInputs,
+    start_B: jax.Array | None,
+    experts: Experts,
+) -> tuple[jax.Array, Experts, LayerOutputs]:
+    """One pre-norm transformer layer.
+
+    Args:
+      config: of the model.
+      hidden_BSD: in the compute dtype.
+      weights: parameters of this layer.
+      inputs: of this layer.
+      start_B: with a cache, the position of each row's first token, int32.
+      experts: of the layer's pool.
+
+    Returns:
+      Hidden states, the experts for the next layer of the pool, and what else the layer has to tell.
     """
-
-    config: Config
-
-    @nn.compact
-    def __call__(
-        self,
-        hidden_BSD: jax.Array,
-        bank: Bank,
-        master: Bank | None,
-        expert_bias_E: jax.Array,
-        score_factor_E: jax.Array | None,
-    ) -> tuple[jax.Array, Bank | None, RoutingStats]:
-        config, moe = self.config, self.config.moe
-        batch, length, width = hidden_BSD.shape
-        hidden_ND = constrain(hidden_BSD.reshape(-1, width), "batch", None)
-        if moe.router == "none":
-            output_ND = dense_ffn(hidden_ND, bank)
-            return output_ND.reshape(hidden_BSD.shape), master, _no_routing(batch, length)
-
-        num_experts = config.router_width
-        init = nn.initializers.normal(config.model.init_std)
-        router_ED = self.param("router", init, (num_experts, width), jnp.float32)
-        logits_NE = linear(hidden_ND, router_ED, (None, "embed"), transposed=True, wide=True)
-        logits_NE = logits_NE.astype(moe.router_dtype)
-
-        scale, constant = None, 1.0
-        if moe.router == "norm":
-            scale = self.param("scale", nn.initializers.ones, (), jnp.float32)
-            if moe.score_constant == "monte_carlo":
-                constant = norm_constant(num_experts, moe.top_k)
-        scores_NE = scores(logits_NE, moe.router, scale, constant, moe.score_epsilon, config.experts_per_pool)
-        routing = route(
-            scores_NE,
-            logits_NE,
-            router=moe.router,
-            top_k=moe.top_k,
-            num_stat_groups=batch,
-            expert_bias_E=expert_bias_E if config.loss.balance == "expert_bias" else None,
-            score_factor_E=score_factor_E,
-        )
-        routing = self.routed(routing, scores_NE)
-        output_ND, master, arrived_X = moe_ffn(
-            hidden_ND, routing, bank, master, config.kernels.implementation, config.mesh
-        )
-        return output_ND.reshape(hidden_BSD.shape), master, routing.stats._replace(arrived_X=arrived_X)
-
-    def routed(self, routing: Routing, scores_NE: jax.Array) -> Routing:
-        """Where tokens go. A place for analyses to look at or replace choices: see `analysis.observe`."""
-        del scores_NE
-        return routing
-
-
-def _no_routing(batch: int, length: int) -> RoutingStats:
-    """Statistics of a layer whose one expert takes every token."""
-    return RoutingStats(
-        counts_AE=jnp.full((batch, 1), length, jnp.int32),
-        score_sum_AE=jnp.zeros((batch, 1), jnp.float32),
-        z_square_sum_A=jnp.zeros((batch,), jnp.float32),
-        arrived_X=jnp.zeros((1,), jnp.int32),
-    )
+    model = config.model
+    normed_BSD = rms_norm(hidden_BSD, weights.attention_norm_D, model.norm_epsilon)
+    attended_BSD, cache = attention(model, normed_BSD, weights.attention, inputs.cache, start_B)
+    hidden_BSD = hidden_BSD + attended_BSD
+    normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
+    block = rematerialised(config, "moe", functools.partial(mixture, config))
+    mixed = block(normed_BSD, weights.router, inputs.selection, experts)
+    hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
+    return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.experts_NK)
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer; the body of the scan over the layers of a pool."""
+    """Creates `LayerWeights` and applies `layer`: the body of the scan over the layers of a pool."""
 
     config: Config
+    keep_routing: bool
 
     @nn.compact
     def __call__(
@@ -112,76 +108,68 @@ class Layer(nn.Module):
         carry: tuple[jax.Array, Bank | None],
         bank: Bank,
         start_B: jax.Array | None,
-        expert_bias_E: jax.Array,
-        cache: KeyValueCache | None,
-        score_factor_E: jax.Array | None,
-    ) -> tuple[tuple[jax.Array, Bank | None], tuple[RoutingStats, KeyValueCache | None]]:
-        hidden_BSD, master = carry
-        model = self.config.model
-        ones, width = nn.initializers.ones, (model.hidden_size,)
-        attention_gain_D = self.param("attention_norm", ones, width, jnp.float32)
-        normed_BSD = rms_norm(hidden_BSD, attention_gain_D, model.norm_epsilon)
-        attended_BSD, cache = Attention(model, name="attention")(normed_BSD, cache, start_B)
-        hidden_BSD = hidden_BSD + attended_BSD
-        ffn_gain_D = self.param("ffn_norm", ones, width, jnp.float32)
-        normed_BSD = rms_norm(hidden_BSD, ffn_gain_D, model.norm_epsilon)
-        mixture = nn.remat(MixtureBlock, prevent_cse=False) if model.remat == "moe" else MixtureBlock
-        output_BSD, master, stats = mixture(self.config, name="mixture")(
-            normed_BSD, bank, master, expert_bias_E, score_factor_E
+        inputs: LayerInputs,
+    ) -> tuple[tuple[jax.Array, Bank | None], LayerOutputs]:
+        config, ones, width = self.config, nn.initializers.ones, (self.config.model.hidden_size,)
+        weights = LayerWeights(
+            attention_norm_D=self.param("attention_norm", ones, width, jnp.float32),
+            attention=Attention(config.model, name="attention")(),
+            ffn_norm_D=self.param("ffn_norm", ones, width, jnp.float32),
+            router=None if config.moe.router == "none" else Router(config, name="mixture")(),
         )
-        return (constrain(hidden_BSD + output_BSD, "batch", None, None), master), (stats, cache)
-
-
-def _gathers_again(config: Config) -> bool:
-    """Whether the backward pass gathers the weights of each pool again, instead of keeping them whole."""
-    mesh = active_mesh()
-    return mesh is not None and mesh.shape["fsdp"] > 1 and config.pool.groups > 1
+        hidden_BSD, accumulator = carry
+        function = rematerialised(config, "full", functools.partial(layer, config))
+        hidden_BSD, experts, outputs = function(hidden_BSD, weights, inputs, start_B, Experts(bank, accumulator))
+        if not self.keep_routing:
+            outputs = outputs._replace(experts_NK=None)
+        return (hidden_BSD, experts.accumulator), outputs
 
 
 class PoolStage(nn.Module):
-    """The N = L/G layers that share one pool; the body of the scan over pools."""
+    """The L/G layers that share one pool; the body of the scan over pools."""
 
     config: Config
+    keep_routing: bool
 
     @nn.compact
     def __call__(
-        self,
-        hidden_BSD: jax.Array,
-        start_B: jax.Array | None,
-        expert_bias_NE: jax.Array,
-        cache: KeyValueCache | None,
-        master: Bank | None,
-        score_factor_NE: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[RoutingStats, KeyValueCache | None, Bank | None]]:
+        self, hidden_BSD: jax.Array, start_B: jax.Array | None, inputs: LayerInputs, experts: Experts | None
+    ) -> tuple[jax.Array, tuple[LayerOutputs, Experts | None]]:
         config, model = self.config, self.config.model
-        bank = ExpertPool(
-            num_experts=config.experts_per_pool,
-            hidden_size=model.hidden_size,
-            ffn_size=model.ffn_size,
-            init_std=model.init_std,
-            num_layers=model.num_layers,
-            name="bank",
-        )()
-        routed, given = config.moe.router != "none", master is not None
-        if given:
-            bank = gathered_bank(bank, model.compute_dtype)
-        elif routed and (config.layers_per_pool > 1 or active_mesh() is not None):
-            # Gradients reach a shared bank through `master`, which the scan carries, so that backward one float32
-            # buffer collects them; closing over the bank would create and add a gradient of full size for every layer.
-            # On one device a bank of one layer is closed over: adding its gradient to zeros costs more than writing it.
-            master, bank = gradient_master(bank), gathered_bank(bank, model.compute_dtype)
-        recomputed = model.remat == "full" and not (_gathers_again(config) and config.layers_per_pool == 1)
+        given = experts is not None
+        if experts is None:
+            bank = ExpertPool(
+                num_experts=config.experts_per_pool,
+                hidden_size=model.hidden_size,
+                ffn_size=model.ffn_size,
+                init_std=model.init_std,
+                num_layers=model.num_layers,
+                name="bank",
+            )()
+            experts = pool_experts(config, bank)
         layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if recomputed else Layer,
-            variable_axes=LAYER_AXES,
+            Layer,
+            variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, 0, 0),
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=config.layers_per_pool,
         )
-        carry, by_layer = layers(config, name="layers")(
-            (hidden_BSD, master), bank, start_B, expert_bias_NE, cache, score_factor_NE
+        # The two halves of `experts` enter the scan apart: weights in its carry would be kept once for each layer.
+        (hidden_BSD, accumulator), outputs = layers(config, self.keep_routing, name="layers")(
+            (hidden_BSD, experts.accumulator), experts.weights, start_B, inputs
         )
-        return carry[0], (*by_layer, carry[1] if given else None)
+        return hidden_BSD, (outputs, experts._replace(accumulator=accumulator) if given else None)
+
+
+class ModelOutput(NamedTuple):
+    """What the model returns."""
+
+    head: Head
+    """What logits and losses are made of."""
+    layers: LayerOutputs
+    """Stacked to `[G, L/G, ...]`."""
+    experts: Experts | None
+    """The experts that the caller gave, for the next micro-batch."""
 
 
 class Transformer(nn.Module):
@@ -192,30 +180,24 @@ class Transformer(nn.Module):
     """
 
     config: Config
+    keep_routing: bool = False
+    """Whether `LayerOutputs.experts_NK` is returned."""
 
     @nn.compact
     def __call__(
         self,
         tokens_BS: jax.Array,
-        expert_bias_GNE: jax.Array,
-        cache: KeyValueCache | None = None,
+        inputs: LayerInputs,
         start_B: jax.Array | None = None,
-        master: Bank | None = None,
-        score_factor_GNE: jax.Array | None = None,
-    ) -> tuple[Head, RoutingStats, KeyValueCache | None, Bank | None]:
-        """The output head, routing statistics, and the cache with these tokens in it.
+        experts: Experts | None = None,
+    ) -> ModelOutput:
+        """Apply the model.
 
         Args:
           tokens_BS: token ids, int32.
-          expert_bias_GNE: selection bias, float32; used when loss.balance is `expert_bias`.
-          cache: of the positions before, `[G, L/G, B, T, H, C]`; None: the tokens are all there is.
+          inputs: of every layer, stacked.
           start_B: with a cache, the position of each row's first token, int32.
-          master: for G = 1, `[1, ...]`, what carries gradients to the bank (which then has none); see `pool`.
-          score_factor_GNE: factor on every score, float32, or None: see `route` and `moe.lock`.
-
-        Returns:
-          What logits and losses are made of, `RoutingStats` stacked to `[G, L/G, ...]`, the cache, and the masters of
-          the pools.
+          experts: for G = 1, the pool's experts, `[1, ...]`, in place of those that the parameters hold.
         """
         config, model = self.config, self.config.model
         init = nn.initializers.normal(model.init_std)
@@ -224,21 +206,15 @@ class Transformer(nn.Module):
         hidden_BSD = lookup(embedding_VD, tokens_BS, ("vocab", "embed"), model.compute_dtype)
         hidden_BSD = constrain(hidden_BSD, "batch", None, None)
 
-        stage = PoolStage
-        if _gathers_again(config):
-            # The policy also decides for what is recomputed inside, so a layer that is recomputed whole is so here.
-            whole = model.remat == "full" and config.layers_per_pool == 1
-            kept = None if whole else jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-            stage = nn.remat(PoolStage, prevent_cse=False, policy=kept)
         pools = nn.scan(
-            stage,
-            variable_axes=LAYER_AXES,
+            without_gathered_weights(config, PoolStage),
+            variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0, 0, 0),
+            in_axes=(nn.broadcast, 0, 0),
             length=config.pool.groups,
         )
-        hidden_BSD, (stats, cache, master) = pools(config, name="pools")(
-            hidden_BSD, start_B, expert_bias_GNE, cache, master, score_factor_GNE
+        hidden_BSD, (outputs, experts) = pools(config, self.keep_routing, name="pools")(
+            hidden_BSD, start_B, inputs, experts
         )
 
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
@@ -246,8 +222,23 @@ class Transformer(nn.Module):
         output_VD = self.param("output", init, table_shape, jnp.float32)
         # Groups of the Switch loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
         batch, sequences = tokens_BS.shape[0], config.loss.switch_group_sequences
-        stats = stats.grouped(batch // sequences if batch % sequences == 0 else 1)
-        return Head(hidden_BSD, output_VD), stats, cache, master
+        stats = outputs.stats.grouped(batch // sequences if batch % sequences == 0 else 1)
+        return ModelOutput(Head(hidden_BSD, output_VD), outputs._replace(stats=stats), experts)
+
+
+def apply(
+    config: Config,
+    params: Any,
+    tokens_BS: ArrayLike,
+    inputs: LayerInputs,
+    start_B: jax.Array | None = None,
+    experts: Experts | None = None,
+    keep_routing: bool = False,
+) -> ModelOutput:
+    """`Transformer` as a function of its parameters; arguments as there. With `experts` the parameters need no bank."""
+    model: Any = Transformer(config, keep_routing)
+    output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, start_B, experts)
+    return output
 
 
 def forward(
@@ -257,29 +248,9 @@ def forward(
     expert_bias_GNE: jax.Array,
     score_factor_GNE: jax.Array | None = None,
 ) -> tuple[jax.Array, RoutingStats]:
-    """`Transformer` as a function of its parameters: logits `[B, S, V]` float32 and stacked `RoutingStats`."""
-    head, stats, _ = forward_sharing(config, params, tokens_BS, expert_bias_GNE, None, score_factor_GNE)
-    return head.logits(), stats
-
-
-def forward_sharing(
-    config: Config,
-    params: Any,
-    tokens_BS: ArrayLike,
-    expert_bias_GNE: jax.Array,
-    master: Bank | None,
-    score_factor_GNE: jax.Array | None = None,
-) -> tuple[Head, RoutingStats, Bank | None]:
-    """`forward` up to its logits; a bank that is a constant gets its gradient through `master` `[1, ...]` (one pool).
-
-    Returns:
-      The output head, stacked `RoutingStats`, and `master`, for the next micro-batch; None is handed on as None.
-    """
-    output: Any = Transformer(config).apply(
-        {"params": params}, tokens_BS, expert_bias_GNE, master=master, score_factor_GNE=score_factor_GNE
-    )
-    head, stats, _, master = output
-    return head, stats, master
+    """Logits `[B, S, V]` float32 and `RoutingStats` stacked to `[G, L/G, ...]`; see `Selection` for the last two."""
+    output = apply(config, params, tokens_BS, LayerInputs(Selection(expert_bias_GNE, score_factor_GNE)))
+    return output.head.logits(), output.layers.stats
 
 
 def empty_cache(config: Config, batch_size: int, length: int) -> KeyValueCache:
@@ -299,13 +270,12 @@ def forward_cached(
     start_B: jax.Array,
     score_factor_GNE: jax.Array | None = None,
 ) -> tuple[jax.Array, KeyValueCache]:
-    """`forward` for tokens that follow on those in `cache`: the same logits, float32 `[B, S, V]`, and the new cache.
+    """`forward` for tokens that follow those in `cache`: the same logits, float32 `[B, S, V]`, and the new cache.
 
     Row b holds positions `start_B[b] .. start_B[b] + S - 1`, which must lie within the cache; the cache must hold all
     positions before them. Tokens of padding behind a row are harmless if later calls overwrite them in order.
     """
-    output: Any = Transformer(config).apply(
-        {"params": params}, tokens_BS, expert_bias_GNE, cache, start_B, score_factor_GNE=score_factor_GNE
-    )
-    head, _, cache, _ = output
-    return head.logits(), cache
+    inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE), cache)
+    output = apply(config, params, tokens_BS, inputs, start_B)
+    assert output.layers.cache is not None
+    return output.head.logits(), output.layers.cache

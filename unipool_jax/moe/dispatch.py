@@ -1,6 +1,21 @@
-"""One mixture layer: tokens to their experts and back, on one device or over a mesh."""
+"""Dispatch: rows to the device that holds their expert; combine: expert outputs back to their tokens.
+
+Three transports, each a pair of functions with one signature. They run on one device of a group that shares the experts
+of a pool, inside `shard_map` (or without a mesh, for `local`):
+
+    dispatched = DISPATCH[transport](hidden_ND, experts_NK, num_experts, rows)
+    expert_RD = products of dispatched.rows_RD with the experts of this device
+    output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, dtype)
+
+Experts never move.
+"""
 
 from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +23,123 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.chips import has_ragged
 from unipool_jax.config.schema import Config, MeshConfig
-from unipool_jax.kernels.group_plan import make_group_plan
-from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
-from unipool_jax.kernels.implementations import Implementation
-from unipool_jax.moe.pool import BANK_AXES
-from unipool_jax.moe.routing import Routing
-from unipool_jax.moe.transport import CARRIERS, Transport, capacity
-from unipool_jax.parallel.linear import linear
-from unipool_jax.parallel.mesh import active_mesh, gathered_axes, num_shards, spec
+from unipool_jax.kernels.group_plan import sort_by_group
+from unipool_jax.parallel.mesh import num_shards
+
+Transport = Literal["local", "all_gather", "ragged"]
+
+
+class Dispatched(NamedTuple):
+    """The rows of one device, sorted by expert, and how they came."""
+
+    rows_RD: jax.Array
+    """Hidden states for the experts of this device, `[R, D]`; what lies past the last group is arbitrary."""
+    sizes_E: jax.Array
+    """Rows of each expert of this device, int32."""
+    received: jax.Array
+    """Rows sent to the experts of this device, int32 scalar, also those beyond R, which are dropped."""
+    route: Any
+    """What the transport's own `combine` needs to find the way back."""
+
+
+class _Order(NamedTuple):
+    """A permutation of (token, slot) pairs into rows sorted by expert, and its inverse."""
+
+    order_R: jax.Array
+    inverse_S: jax.Array
+
+
+class _RaggedRoute(NamedTuple):
+    order: _Order
+    there: _Slices
+    back: _Slices
+
+
+def dispatch_local(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int) -> Dispatched:
+    """Sort rows by expert; every expert is on this device, and all N k rows are kept whatever `rows` says.
+
+    Args:
+      hidden_ND: tokens of this device.
+      experts_NK: chosen experts among all `num_experts`, int32.
+      num_experts: E, over all devices of the group.
+      rows: R, the rows that this device can receive: see `capacity`.
+    """
+    del rows
+    order_R, sizes_E = sort_by_group(experts_NK.reshape(-1), num_experts)
+    order = _Order(order_R, _inverse(order_R, order_R.shape[0]))
+    return Dispatched(_pick(hidden_ND, *order, experts_NK.shape[1]), sizes_E, jnp.sum(sizes_E), order)
+
+
+def combine_local(
+    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Sum over each token's k experts of gate times output, `[N, D]` in `dtype`.
+
+    Args:
+      expert_RD: outputs for `dispatched.rows_RD`, zero past the last group.
+      dispatched: what `dispatch_local` returned.
+      gates_NK: factors, float32.
+      dtype: of the result.
+    """
+    return _weighted_sum(expert_RD, dispatched.route, gates_NK, dtype)
+
+
+def dispatch_all_gather(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int) -> Dispatched:
+    """Gather the tokens of all devices and keep the rows of this device's experts. Arguments: `dispatch_local`."""
+    own = num_experts // jax.lax.axis_size("expert")
+    hidden_MD, experts_MK = (jax.lax.all_gather(x, "expert", tiled=True) for x in (hidden_ND, experts_NK))
+    expert_S = experts_MK.reshape(-1) - jax.lax.axis_index("expert") * own
+    # Slots of other devices' experts are sorted last, past the last group: their outputs are zeros.
+    order_S, sizes_E = sort_by_group(jnp.where((expert_S >= 0) & (expert_S < own), expert_S, own), own)
+    order_R = order_S[:rows]
+    order = _Order(order_R, _inverse(order_R, order_S.shape[0]))
+    kept_E = jnp.diff(jnp.minimum(jnp.cumsum(sizes_E), rows), prepend=0)
+    return Dispatched(_pick(hidden_MD, *order, experts_NK.shape[1]), kept_E, jnp.sum(sizes_E), order)
+
+
+def combine_all_gather(
+    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Sum the outputs of all devices where their tokens came from. Arguments: `combine_local`."""
+    gates_MK = jax.lax.all_gather(gates_NK, "expert", tiled=True)
+    # With one expert a token all parts but one are zero, and their sum is exact in any dtype.
+    wide = dtype if gates_NK.shape[1] == 1 else jnp.float32
+    partial_MD = _weighted_sum(expert_RD, dispatched.route, gates_MK, wide)
+    return jax.lax.psum_scatter(partial_MD, "expert", scatter_dimension=0, tiled=True).astype(dtype)
+
+
+def dispatch_ragged(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int) -> Dispatched:
+    """Send each row to its expert's device with a ragged all-to-all. Arguments: `dispatch_local`.
+
+    A slice is what one device sends to one expert, so rows are received grouped by expert, ready for the products.
+    """
+    order_R, sizes_E = sort_by_group(experts_NK.reshape(-1), num_experts)
+    order = _Order(order_R, _inverse(order_R, order_R.shape[0]))
+    sorted_RD = _pick(hidden_ND, *order, experts_NK.shape[1])
+    there, back, own_sizes_E, received = _slices(jax.lax.all_gather(sizes_E, "expert"), rows)
+    received_RD = _exchange(sorted_RD, there, back, rows)
+    return Dispatched(received_RD, own_sizes_E, received, _RaggedRoute(order, there, back))
+
+
+def combine_ragged(
+    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Send outputs back with a second ragged all-to-all and sum them per token. Arguments: `combine_local`."""
+    route: _RaggedRoute = dispatched.route
+    returned_RD = _exchange(expert_RD, route.back, route.there, route.order.order_R.shape[0])
+    return _weighted_sum(returned_RD, route.order, gates_NK, dtype)
+
+
+DISPATCH: dict[Transport, Callable[[jax.Array, jax.Array, int, int], Dispatched]] = {
+    "local": dispatch_local,
+    "all_gather": dispatch_all_gather,
+    "ragged": dispatch_ragged,
+}
+COMBINE: dict[Transport, Callable[[jax.Array, Dispatched, jax.Array, jax.typing.DTypeLike], jax.Array]] = {
+    "local": combine_local,
+    "all_gather": combine_all_gather,
+    "ragged": combine_ragged,
+}
 
 
 def transport_for(config: MeshConfig, expert_devices: int) -> Transport:
@@ -30,7 +154,7 @@ def transport_for(config: MeshConfig, expert_devices: int) -> Transport:
 def chosen_transport(
     config: MeshConfig, expert_devices: int, platform: str, device_kind: str, devices: int
 ) -> Transport:
-    """The transport on this many devices, of which `expert_devices` share experts; `auto` goes by what can be had."""
+    """The transport on this many devices, of which `expert_devices` share experts; `auto` takes `ragged` if it can."""
     if expert_devices == 1:
         return "local"
     if config.transport != "auto":
@@ -38,91 +162,129 @@ def chosen_transport(
     return "ragged" if platform != "cpu" and has_ragged(device_kind, devices) else "all_gather"
 
 
-def moe_ffn(
-    hidden_ND: jax.Array,
-    routing: Routing,
-    bank: Bank,
-    master: Bank | None = None,
-    implementation: Implementation = "auto",
-    mesh_config: MeshConfig | None = None,
-) -> tuple[jax.Array, Bank | None, jax.Array]:
-    """Sum over each token's k experts of gate times expert output, and `master` for the next layer of the pool.
-
-    The N k (token, slot) pairs are sorted by expert, pass through the grouped feed-forward, and are put back; an expert
-    with no token, or with all of them, is legal. Over a mesh, tokens and experts are dealt out over devices, tokens
-    travel (see `transport`), and expert width is split over the tensor axis.
-
-    Args:
-      hidden_ND: router input.
-      routing: experts and gates of each token.
-      bank: the experts, in the dtype of `hidden_ND`, or in float32 where there is no `master`.
-      master: where layers share the bank, and over a mesh always, what carries gradients to its float32 parameters
-        (`bank` then has none): see `accumulating_ffn` and `pool.gradient_master`.
-      implementation: see `kernels.implementations`.
-      mesh_config: transport and size of receive buffers; None is the default.
-
-    Returns:
-      `[N, D]` in the dtype of `hidden_ND`; `master`; and the rows that arrived at each device for its experts, int32,
-      one number for each part of the batch; those beyond `transport.capacity` got nothing from them.
-    """
-    config = mesh_config or MeshConfig()
-    num_experts = bank.gate_EDF.shape[0]
-    mesh = active_mesh()
-
-    def layer(
-        hidden_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array, bank: Bank, master: Bank | None
-    ) -> tuple[jax.Array, Bank | None, jax.Array]:
-        def compute(rows_RD: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, Bank | None]:
-            # A receive buffer is larger than what arrives on average, which is what this device sends out.
-            plan = make_group_plan(
-                sizes_E, rows_RD.shape[0], implementation=implementation, expected_rows=experts_NK.size
-            )
-            if master is None:
-                return grouped_ffn(rows_RD, bank, plan), None
-            return accumulating_ffn(rows_RD, bank, master, plan)
-
-        carrier = CARRIERS[transport_for(config, 1 if mesh is None else mesh.shape["expert"])]
-        carried = carrier(hidden_ND, experts_NK, gates_NK, compute, num_experts, config.receive_factor)
-        return carried.output_ND, carried.master, carried.arrived[None]
-
-    if mesh is None:
-        return layer(hidden_ND, routing.experts_NK, routing.gates_NK, bank, master)
-    if master is None:
-        raise ValueError("over a mesh the bank needs a master: see pool.gradient_master")
-
-    def on_device(
-        hidden_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array, bank: Bank, master: Bank
-    ) -> tuple[jax.Array, Bank, jax.Array]:
-        own = Bank(*(copies[0] for copies in master))
-        output_ND, carried, arrived = layer(hidden_ND, experts_NK, gates_NK, bank, own)
-        assert carried is not None
-        return jax.lax.psum(output_ND, "tensor"), Bank(*(leaf[None] for leaf in carried)), arrived
-
-    tokens = spec("batch")
-    banks = Bank._make(spec(*gathered_axes(axes)) for axes in BANK_AXES.values())
-    masters = Bank._make(spec("replica", *gathered_axes(axes)) for axes in BANK_AXES.values())
-    return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(tokens, tokens, tokens, banks, masters), out_specs=(tokens, masters, tokens)
-    )(hidden_ND, routing.experts_NK, routing.gates_NK, bank, master)
-
-
 def rows_per_device(config: Config, mesh: Mesh | None) -> int:
-    """(token, slot) pairs of a device in one layer of a micro-batch: what it sends out, and receives on average."""
+    """(token, slot) pairs of a device in one layer of a micro-batch: what it sends, and receives on average."""
     tokens = config.train.microbatch_size * config.data.sequence_length
     return tokens * config.moe.top_k // (1 if mesh is None else num_shards(mesh, "batch"))
 
 
-def overflow(config: Config, mesh: Mesh | None, arrived: jax.Array) -> jax.Array:
-    """Rows that found no place on their device, int32 scalar: what is beyond the capacity in `arrived`, any shape."""
+def overflow(config: Config, mesh: Mesh | None, received: jax.Array) -> jax.Array:
+    """Rows beyond the capacity of their device, int32 scalar, from the rows `received` in each place, any shape."""
     devices = 1 if mesh is None else mesh.shape["expert"]
     room = capacity(rows_per_device(config, mesh), devices, config.mesh.receive_factor)
-    return jnp.sum(jnp.maximum(arrived - room, 0))
+    return jnp.sum(jnp.maximum(received - room, 0))
 
 
-def dense_ffn(hidden_ND: jax.Array, bank: Bank) -> jax.Array:
-    """The feed-forward block of the dense model: a bank of one expert that every token visits, `[N, D]`."""
-    (gate_DF, gate_axes), (up_DF, up_axes), (down_FD, down_axes) = (
-        (weights[0], (axes[1], axes[2])) for weights, axes in zip(bank, BANK_AXES.values(), strict=True)
-    )
-    gated_NF = jax.nn.silu(linear(hidden_ND, gate_DF, gate_axes).astype(jnp.float32)).astype(hidden_ND.dtype)
-    return linear(gated_NF * linear(hidden_ND, up_DF, up_axes), down_FD, down_axes)
+UNMEASURED_FACTOR = 3.0
+"""Capacity factor of a receive buffer before a run has measured how many rows a device receives."""
+
+
+def capacity(rows: int, devices: int, receive_factor: float | None) -> int:
+    """Rows that a device can receive in one layer: the mean times the capacity factor, a multiple of 16, or all rows.
+
+    Args:
+      rows: N k, what each of the `devices` sends and what each receives on average.
+      receive_factor: None is `UNMEASURED_FACTOR`.
+    """
+    factor = UNMEASURED_FACTOR if receive_factor is None else receive_factor
+    return min(math.ceil(rows * min(factor, devices) / 16) * 16, rows * devices)
+
+
+class _Slices(NamedTuple):
+    """Arguments of `jax.lax.ragged_all_to_all` for one direction, int32 `[E]`, one slice per (sender, expert) pair."""
+
+    input_offsets: jax.Array
+    send_sizes: jax.Array
+    output_offsets: jax.Array
+    recv_sizes: jax.Array
+
+
+def _slices(sizes_PE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Array, jax.Array]:
+    """From what each of P devices has for each of E experts: slices there and back, own group sizes, rows for them.
+
+    Rows are received expert by expert, and for each expert device by device. What lies beyond `rows` is not sent, but
+    counted in the last value returned.
+    """
+    devices, num_experts = sizes_PE.shape
+    own, me = num_experts // devices, jax.lax.axis_index("expert")
+    # [receiver, expert of the receiver, sender]
+    wanted_QeP = sizes_PE.T.reshape(devices, own, devices)
+    ends_QeP = jnp.cumsum(wanted_QeP.reshape(devices, -1), axis=1).reshape(wanted_QeP.shape)
+    starts_QeP = ends_QeP - wanted_QeP
+    taken_QeP = jnp.minimum(ends_QeP, rows) - jnp.minimum(starts_QeP, rows)
+    place_QeP = jnp.minimum(starts_QeP, rows)
+    # Where each sender keeps its rows for each expert.
+    kept_PE = jnp.cumsum(sizes_PE, axis=1) - sizes_PE
+
+    mine_PeQ = jnp.swapaxes(taken_QeP, 0, 2)  # [sender, expert, receiver]
+    sent_E = mine_PeQ[me].T.reshape(-1)
+    arrive_E = jnp.swapaxes(place_QeP, 0, 2)[me].T.reshape(-1)
+    received_E = taken_QeP[me].T.reshape(-1)
+    received_at_E = place_QeP[me].T.reshape(-1)
+    kept_at_sender_E = jax.lax.dynamic_slice_in_dim(kept_PE, me * own, own, axis=1).reshape(-1)
+    there = _Slices(kept_PE[me], sent_E, arrive_E, received_E)
+    back = _Slices(received_at_E, received_E, kept_at_sender_E, sent_E)
+    return there, back, jnp.sum(taken_QeP[me], axis=1), jnp.sum(wanted_QeP[me])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _exchange(rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int) -> jax.Array:
+    """`[num_rows, D]` with the slices received, zero elsewhere; its gradient is the exchange in reverse."""
+    # Made from the rows, so that inside `shard_map` it varies over the mesh as they do.
+    empty_RD = jnp.broadcast_to(jnp.zeros_like(rows_RD[:1]), (num_rows, rows_RD.shape[1]))
+    return jax.lax.ragged_all_to_all(rows_RD, empty_RD, *there, axis_name="expert")
+
+
+def _exchange_forward(
+    rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int
+) -> tuple[jax.Array, tuple[_Slices, _Slices, jax.Array]]:
+    # An array without elements remembers how many rows there were.
+    return _exchange(rows_RD, there, back, num_rows), (there, back, rows_RD[:, :0])
+
+
+def _exchange_backward(
+    num_rows: int, saved: tuple[_Slices, _Slices, jax.Array], grad_RD: jax.Array
+) -> tuple[jax.Array, None, None]:
+    there, back, sent = saved
+    return _exchange(grad_RD, back, there, sent.shape[0]), None, None
+
+
+_exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+def _inverse(order_R: jax.Array, num_slots: int) -> jax.Array:
+    """Row of each slot, R for a slot without one; `order_R` holds each slot at most once."""
+    rows = jnp.arange(order_R.shape[0], dtype=order_R.dtype)
+    nowhere = jnp.full((num_slots,), order_R.shape[0], order_R.dtype)
+    return nowhere.at[order_R].set(rows, unique_indices=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _pick(rows_RD: jax.Array, order_S: jax.Array, inverse: jax.Array, copies: int) -> jax.Array:
+    """`rows[order // copies]`, zero where out of range: row r is the source of slots `r * copies ...`.
+
+    With the inverse permutation the gradient is a gather too; autodiff would scatter.
+    """
+    return jnp.take(rows_RD, order_S // copies, axis=0, mode="fill", fill_value=0)
+
+
+def _pick_forward(
+    rows_RD: jax.Array, order_S: jax.Array, inverse: jax.Array, copies: int
+) -> tuple[jax.Array, jax.Array]:
+    return _pick(rows_RD, order_S, inverse, copies), inverse
+
+
+def _pick_backward(copies: int, inverse: jax.Array, grad_SD: jax.Array) -> tuple[jax.Array, None, None]:
+    grads_RD = jnp.take(grad_SD, inverse, axis=0, mode="fill", fill_value=0)
+    if copies > 1:
+        grads_RD = jnp.sum(grads_RD.reshape(-1, copies, grads_RD.shape[1]), axis=1)
+    return grads_RD, None, None
+
+
+_pick.defvjp(_pick_forward, _pick_backward)
+
+
+def _weighted_sum(expert_RD: jax.Array, order: _Order, gates_NK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Sum over each token's slots of gate times the row computed for it, `[N, D]`, added in float32."""
+    output_NKD = _pick(expert_RD, order.inverse_S, order.order_R, 1).reshape(*gates_NK.shape, -1)
+    return jnp.sum(gates_NK[:, :, None] * output_NKD.astype(jnp.float32), axis=1).astype(dtype)

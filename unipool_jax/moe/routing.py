@@ -35,9 +35,9 @@ class RoutingStats(NamedTuple):
     z_square_sum_A: jax.Array
     """Squared logsumexp of the logits summed over the tokens of the group, float32 `[A]`; carries gradient."""
 
-    arrived_X: jax.Array
-    """Rows that arrived at each device for its experts, int32, one number for each of X parts of the batch; filled in
-    by whoever dispatches the rows."""
+    received_X: jax.Array
+    """Rows received by each device for its experts, int32, one number for each of X parts of the batch; zeros until
+    `mixture.moe_ffn` has dispatched the rows."""
     unfaded_counts_AE: jax.Array | None = None
     """`counts_AE` as they would be without score factors; None where there are none."""
 
@@ -51,7 +51,7 @@ class RoutingStats(NamedTuple):
 
         unfaded = None if self.unfaded_counts_AE is None else add(self.unfaded_counts_AE, -2)
         summed = add(self.counts_AE, -2), add(self.score_sum_AE, -2), add(self.z_square_sum_A, -1)
-        return RoutingStats(*summed, self.arrived_X, unfaded)
+        return RoutingStats(*summed, self.received_X, unfaded)
 
 
 class Routing(NamedTuple):
@@ -185,10 +185,36 @@ def route(
         z_square_sum_A=jnp.sum(
             jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1)).reshape(num_stat_groups, -1), axis=1
         ),
-        arrived_X=jnp.zeros((1,), jnp.int32),
+        received_X=jnp.zeros((1,), jnp.int32),
         unfaded_counts_AE=(None if score_factor_E is None else counts(largest(unfaded_NE)[:, :, None] == every_expert)),
     )
     return Routing(experts_NK, gates_NK, stats)
+
+
+class Forced(NamedTuple):
+    """Choices that replace a layer's own."""
+
+    experts_NK: jax.Array
+    """Experts of the layer's pool, int32 `[N, k]`; -1 keeps the choice of that token and slot."""
+    own_gates: jax.Array
+    """Bool scalar: the gates of forced experts are their own scores (True), or the gates of the experts that they
+    replace, slot by slot (False). See spec J20."""
+
+
+def replaced(routing: Routing, scores_NE: jax.Array, forced: Forced, router: Router) -> Routing:
+    """`routing` with forced choices in place of the layer's own; the statistics stay those of its own choices.
+
+    Own gates follow the rule of the router (spec J9): the score, over the sum of the chosen scores for sigmoid, k > 1.
+    While a lock fades experts out, own gates are the scores before the fade.
+    """
+    chosen_NK = jnp.where(forced.experts_NK >= 0, forced.experts_NK, routing.experts_NK)
+    # The router itself, given the scores of the chosen experts only, in their order.
+    own_NK = jnp.take_along_axis(scores_NE, chosen_NK, axis=1)
+    own = route(own_NK, own_NK, router=router, top_k=chosen_NK.shape[1])
+    rank_NK = jnp.argsort(own.experts_NK, axis=1)
+    gates_NK = jnp.take_along_axis(own.gates_NK, rank_NK, axis=1)
+    use_own_NK = (forced.experts_NK >= 0) & forced.own_gates
+    return routing._replace(experts_NK=chosen_NK, gates_NK=jnp.where(use_own_NK, gates_NK, routing.gates_NK))
 
 
 def scores(

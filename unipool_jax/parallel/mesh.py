@@ -96,6 +96,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ) from error
 
 
+def on_mesh(config: Config, mesh: Mesh | None) -> Config:
+    """`config` with the sizes of this mesh in place of those asked for, so that the model need not read the mesh."""
+    sizes = (1,) * len(AXES) if mesh is None else mesh.devices.shape
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **dict(zip(AXES, sizes, strict=True))))
+
+
 def usable_mesh(config: Config) -> Mesh | None:
     """The mesh of `config` over the available devices; None for a single device.
 
@@ -104,11 +110,11 @@ def usable_mesh(config: Config) -> Mesh | None:
         transport that they do not support.
     """
     mesh = make_mesh(config.mesh)
-    sizes = dataclasses.replace(config.mesh, **dict(zip(AXES, mesh.devices.shape, strict=True)))
-    found = list(problems(dataclasses.replace(config, mesh=sizes)))
+    sized = on_mesh(config, mesh)
+    found = list(problems(sized))
     device = mesh.devices.flat[0]
     there = device.platform != "cpu" and has_ragged(device.device_kind, mesh.size)
-    if config.mesh.transport == "ragged" and sizes.expert > 1 and not there:
+    if config.mesh.transport == "ragged" and sized.mesh.expert > 1 and not there:
         kind = "CPU" if device.platform == "cpu" else f"{mesh.size} {device.device_kind}"
         found.append(
             f"mesh.transport=ragged: {kind} devices do not support ragged all-to-all; choose auto or all_gather"

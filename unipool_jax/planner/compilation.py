@@ -24,7 +24,8 @@ from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.training.sharding import batch_sharding, replicated
-from unipool_jax.training.step import make_eval_step, make_train_step, state_shapes
+from unipool_jax.training.state import state_shapes
+from unipool_jax.training.step import make_eval_step, make_train_step
 
 
 class Program(NamedTuple):

@@ -24,9 +24,9 @@ from unipool_jax.planner.compilation import (
     topology_mesh,
 )
 from unipool_jax.planner.roofline import Estimate, estimate
-from unipool_jax.planner.work import Counts, count, recomputed
+from unipool_jax.planner.work import Counts, count
 from unipool_jax.training.sharding import placement
-from unipool_jax.training.step import state_shapes
+from unipool_jax.training.state import state_shapes
 
 _GIB = 2**30
 _PEAK = "peak, with gathered weights and gradients, which share buffers"
@@ -160,7 +160,7 @@ def text(plan: Plan) -> str:
         f"{config.scale_name} {config.method_name} on {config.mesh.topology}: {plan.topology.num_devices} devices "
         f"({chip.device_kind}), {axes}; {how}",
         f"  {config.train.batch_size} x {config.data.sequence_length} tokens per step in {config.num_microbatches} "
-        f"micro-batch(es), remat {config.model.remat}{_without_effect(plan)}",
+        f"micro-batch(es), remat {config.model.remat}",
         "",
         "memory per device",
         f"  parameters                   {plan.parameter_bytes / _GIB:8.2f} GiB",
@@ -192,14 +192,6 @@ def text(plan: Plan) -> str:
 def _room(plan: Plan, needed: int) -> str:
     room = plan.topology.chip.hbm_bytes
     return f"of {room / _GIB:.2f}{'' if needed <= room else ', DOES NOT FIT'}"
-
-
-def _without_effect(plan: Plan) -> str:
-    """A note if the mesh overrides `model.remat`."""
-    effective = recomputed(plan.config, plan.sizes)
-    if effective == plan.config.model.remat:
-        return ""
-    return f", which recomputes nothing here: mesh.fsdp={plan.sizes['fsdp']} gathers the pools again and keeps the rest"
 
 
 def _compile_seconds(plan: Plan) -> list[str]:
@@ -264,7 +256,7 @@ def summary(plan: Plan) -> dict[str, Any]:
             "hbm": int(plan.topology.chip.hbm_bytes),
             "fits": plan.fits,
         },
-        "remat": recomputed(plan.config, plan.sizes),
+        "remat": plan.config.model.remat,
         "compile_seconds": plan.compile_seconds,
         "collective_bytes": {name: round(moved) for name, moved in by_axis.items()},
         "kernels": dict(plan.kernels),

@@ -30,7 +30,6 @@ from unipool_jax.planner.compilation import (
 )
 from unipool_jax.planner.report import Plan, from_programs, summary
 from unipool_jax.planner.roofline import Estimate, estimate
-from unipool_jax.planner.work import recomputed
 
 MARGIN = 1.3
 """Candidates whose estimated temporaries exceed memory by up to this factor are kept, because estimates are rough."""
@@ -95,8 +94,6 @@ def _of_shape(config: Config, shape: tuple[int, ...], topology: Topology) -> tup
             model=dataclasses.replace(config.model, remat=remat),
             mesh=dataclasses.replace(config.mesh, **sizes),
         )
-        if recomputed(candidate, sizes) != remat:
-            continue
         if refused := problems(candidate):
             reason = f"{refused[0].partition('=')[0]} is refused"
             continue

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
-from unipool_jax.moe.dispatch import chosen_transport
-from unipool_jax.moe.transport import Transport, capacity
+from unipool_jax.moe.dispatch import Transport, capacity, chosen_transport
 from unipool_jax.training.step import counts_before_gradient
 
 QUERY_BLOCKS = 4
@@ -113,24 +112,13 @@ class _Sizes:
         return 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * self.config.head_size)
 
 
-def recomputed(config: Config, sizes: dict[str, int]) -> Literal["none", "moe", "full"]:
-    """What the backward pass recomputes on a mesh of these sizes, which may be less than `model.remat` asks for.
-
-    Where each of several pools is gathered again, the policy that says so also decides for all inside of it, and keeps
-    it; only layers that have a pool each can be recomputed whole: see `model.transformer`.
-    """
-    if sizes["fsdp"] == 1 or config.pool.groups == 1:
-        return config.model.remat
-    return "full" if config.model.remat == "full" and config.layers_per_pool == 1 else "none"
-
-
 def _passes(at: _Sizes) -> tuple[int, int]:
     """Forward passes per micro-batch of a layer without its mixture block, and of that block.
 
     One for the forward pass, one for counting tokens before the gradient, one for rematerialization.
     """
     counting = int(counts_before_gradient(at.config))
-    remat = recomputed(at.config, at.sizes)
+    remat = at.config.model.remat
     layer = 1 + counting + (remat == "full")
     return layer, layer + (remat == "moe")
 
@@ -178,7 +166,7 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     product = 2 * scores * config.head_size
     unit = at.topology.chip.matrix_unit
     padded = math.ceil(config.head_size / unit) * unit / config.head_size
-    products = 3 * forward + 4 + (0 if recomputed(config, at.sizes) == "full" else 1)
+    products = 3 * forward + 4 + (0 if config.model.remat == "full" else 1)
     work.append(
         Work(
             "attention scores",
@@ -357,9 +345,7 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     kept = {"full": hidden, "moe": 8 * hidden + 6 * scores, "none": 10 * hidden + 6 * scores + products}
     working = 10 * hidden + 8 * scores + mixture
     logits = n * model.vocab_size / sizes["tensor"] * (WIDE + NARROW)
-    return (
-        gathered + gradient + dense + tables + model.num_layers * kept[recomputed(config, sizes)] + max(working, logits)
-    )
+    return gathered + gradient + dense + tables + model.num_layers * kept[config.model.remat] + max(working, logits)
 
 
 def _evaluation(at: _Sizes) -> float:

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from unipool_jax.config.schema import Config, to_mapping
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.parallel.processes import all_agree, broadcast_from_process_0
-from unipool_jax.training.step import BalanceState, state_shapes
+from unipool_jax.training.state import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Raised when a damaged checkpoint is read. Other errors (out of memory, a lost device) have other causes.

@@ -11,7 +11,7 @@ from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.sharding import memory_problem
-from unipool_jax.training.step import TrainState, init_state, state_shapes
+from unipool_jax.training.state import TrainState, init_state, state_shapes
 
 
 def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh: Mesh | None = None) -> TrainState:

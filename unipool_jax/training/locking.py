@@ -27,7 +27,7 @@ from unipool_jax.moe.lock_lifecycle import (
 from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0
 from unipool_jax.training.evaluate import EvalResult
 from unipool_jax.training.ownership import draw_ownership_map, ownership_metrics
-from unipool_jax.training.step import BalanceState, TrainState, state_shapes
+from unipool_jax.training.state import BalanceState, TrainState, state_shapes
 
 
 def locked_state(config: Config, state: TrainState, expert_ids_LK: np.ndarray, mesh: Mesh | None = None) -> TrainState:

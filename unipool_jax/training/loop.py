@@ -41,7 +41,8 @@ from unipool_jax.training.placement import Placement, measured, newest_counts
 from unipool_jax.training.receive_buffers import OverflowedError, ReceiveBuffers
 from unipool_jax.training.run_folder import RunError, RunFolder
 from unipool_jax.training.sharding import misplaced_banks, process_rows, report, to_devices
-from unipool_jax.training.step import TrainState, counts_before_gradient, make_train_step
+from unipool_jax.training.state import TrainState
+from unipool_jax.training.step import counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
 
 EXIT_NONFINITE = 3

@@ -12,12 +12,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from unipool_jax.config.schema import Config
+from unipool_jax.moe.bank import BANK_AXES
 from unipool_jax.moe.placement import exchange_rounds, measured_placement
-from unipool_jax.moe.pool import BANK_AXES
 from unipool_jax.parallel.mesh import spec
 from unipool_jax.training.metrics import pool_layers
 from unipool_jax.training.sharding import parameter_spec
-from unipool_jax.training.step import TrainState
+from unipool_jax.training.state import TrainState
 
 _EXPERT_AXIS = {"router": 2, "expert_bias_GNE": 2, "previous_load_GE": 1}
 """Axis of the experts, by the last part of an array's name, in arrays that are not sharded along it (banks are)."""

@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.schema import Config
 from unipool_jax.data.store_format import write_atomically
-from unipool_jax.moe.dispatch import rows_per_device
-from unipool_jax.moe.transport import UNMEASURED_FACTOR
+from unipool_jax.moe.dispatch import UNMEASURED_FACTOR, rows_per_device
 from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0
 
 FILE = "receive_buffers.json"
@@ -70,7 +69,7 @@ class ReceiveBuffers:
 
     def loads(self, metrics: Mapping[str, Any]) -> np.ndarray:
         """Rows received by the busiest device in any micro-batch of a step, relative to the mean, `[L]`."""
-        return np.asarray(jax.device_get(metrics["arrived_L"])) / self._mean_rows
+        return np.asarray(jax.device_get(metrics["received_L"])) / self._mean_rows
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Record the loads and overflow of a step; call for every step, not only those that are logged.

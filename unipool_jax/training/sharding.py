@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unipool_jax.config.schema import Config
-from unipool_jax.moe.pool import BANK_AXES
+from unipool_jax.moe.bank import BANK_AXES
 from unipool_jax.parallel.mesh import spec
 
 PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {

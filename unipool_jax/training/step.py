@@ -1,4 +1,9 @@
-"""One optimiser step, and one evaluation step, as pure functions of the training state and a batch."""
+"""One optimiser step, and one evaluation step, as pure functions of the training state and a batch.
+
+    train_step = accumulate gradients over micro-batches, then update
+
+Each is a function below; `make_train_step` compiles them.
+"""
 
 from __future__ import annotations
 
@@ -16,40 +21,18 @@ from jax.sharding import Mesh
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.model.transformer import Transformer, forward, forward_sharing
-from unipool_jax.moe import dispatch
+from unipool_jax.model.transformer import apply
 from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
-from unipool_jax.moe.lock import Candidate, entropy_coefficient, faded, init_candidate, score_factors
-from unipool_jax.moe.pool import gathered_bank, gradient_master
+from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
+from unipool_jax.moe.dispatch import overflow
+from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
-from unipool_jax.parallel.mesh import constrain
+from unipool_jax.parallel.mesh import constrain, on_mesh
 from unipool_jax.training.optimizer import make_optimizer, make_schedule
 from unipool_jax.training.sharding import replicated, state_shardings
+from unipool_jax.training.state import BalanceState, TrainState, join_bank, layer_inputs, split_bank, state_shapes
 
 Metrics = dict[str, jax.Array]
-
-
-class BalanceState(NamedTuple):
-    """State of expert balancing that no gradient touches; saved in checkpoints."""
-
-    expert_bias_GNE: jax.Array
-    """Selection bias per layer and expert, float32; stays zero unless loss.balance is `expert_bias`."""
-    previous_load_GE: jax.Array
-    """Share of choices per expert in the last micro-batch, float32; zeros before the first one, and unless
-    loss.pool_statistics is `previous`."""
-    lock: Candidate | None = None
-    """The partition under way in a run with UniPool-lock; None before it is one, and after the lock, when the bank
-    itself is divided."""
-
-
-class TrainState(NamedTuple):
-    """Everything a run needs to go on, besides the configuration."""
-
-    step: jax.Array
-    """Completed steps, int32; also the position in the data."""
-    params: Any
-    opt_state: optax.OptState
-    balance: BalanceState
 
 
 class EvalSums(NamedTuple):
@@ -67,23 +50,36 @@ class EvalSums(NamedTuple):
     """The same without the fade of a lock that is under way; None in runs without one."""
 
 
-def init_balance(config: Config) -> BalanceState:
-    """Balance state of a new run."""
-    groups, experts = config.pool.groups, config.experts_per_pool
-    return BalanceState(
-        expert_bias_GNE=jnp.zeros((groups, config.layers_per_pool, experts), jnp.float32),
-        previous_load_GE=jnp.zeros((groups, experts), jnp.float32),
-        lock=init_candidate(config),
-    )
+class MicroBatch(NamedTuple):
+    """What the gradient of one micro-batch depends on besides the parameters."""
+
+    batch: Batch
+    balance: BalanceState
+    step: jax.Array
+    """Completed steps, int32."""
+    load_GE: jax.Array | None
+    """Share of choices per expert in the pool loss; None: that of the micro-batch itself."""
+    total_weight: jax.Array
+    """Sum of the weights of the whole batch."""
 
 
-def init_state(config: Config, key: jax.Array) -> TrainState:
-    """State before the first step; traceable, so `jax.eval_shape` gives its structure without memory."""
-    balance = init_balance(config)
-    tokens_BS = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    params = Transformer(config).init(key, tokens_BS, balance.expert_bias_GNE)["params"]
-    opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, balance)
+class Gradients(NamedTuple):
+    """What a step accumulates over its micro-batches."""
+
+    params: Any
+    """Gradient of the parameters, without the bank where all layers share one."""
+    accumulator: Bank | None
+    """Cotangent of the accumulator of that bank, `[1, ...]`: see `moe.bank.Experts`."""
+    metrics: Metrics
+    counts_GNE: jax.Array
+    """Choices per layer and expert, int32."""
+    load_GE: jax.Array
+    """Share of choices per expert in the last micro-batch."""
+
+
+def shares_one_bank(config: Config) -> bool:
+    """Whether all layers share one bank, which is then gathered, and its gradient scattered, once a step."""
+    return config.pool.groups == 1 and config.moe.router != "none"
 
 
 def counts_before_gradient(config: Config) -> bool:
@@ -92,35 +88,212 @@ def counts_before_gradient(config: Config) -> bool:
     The exact pool loss multiplies two averages over the whole batch, and the first must be known before the gradient
     of the second is taken.
     """
-    exact = config.loss.balance == "pool" and config.loss.pool_statistics == "current"
-    return exact and config.num_microbatches > 1
+    return _pool_loss(config, "current") and config.num_microbatches > 1
 
 
-def without_bank(params: Any) -> tuple[Any, Bank]:
-    """Parameters of a model with one pool, without its bank; and the bank, `[E, ...]`."""
-    rest, pools = dict(params), dict(params["pools"])
-    bank = pools.pop("bank")
-    return rest | {"pools": pools}, Bank(bank["gate"][0], bank["up"][0], bank["down"][0])
+def _pool_loss(config: Config, statistics: str) -> bool:
+    return config.loss.balance == "pool" and config.loss.pool_statistics == statistics
 
 
-def with_bank(params: Any, bank: Bank) -> Any:
-    """The inverse of `without_bank`, for parameters or gradients."""
-    weights = {"gate": bank.gate_EDF[None], "up": bank.up_EDF[None], "down": bank.down_EFD[None]}
-    return params | {"pools": params["pools"] | {"bank": weights}}
+def balance_loss(config: Config, stats: RoutingStats, load_GE: jax.Array | None) -> jax.Array:
+    """The balance loss of one micro-batch, float32; `load_GE` as in `MicroBatch`."""
+    loss = config.loss
+    tokens = config.train.microbatch_size * config.data.sequence_length
+    if loss.balance == "switch":
+        group_tokens = loss.switch_group_sequences * config.data.sequence_length
+        return switch_loss(stats, group_tokens, config.moe.top_k, loss.switch_coefficient)
+    if loss.balance == "pool":
+        load = load_fractions(stats.counts_AE) if load_GE is None else load_GE
+        # In a locked layer each of f and P is L times what it is as a mean over the layers of the pool (spec F.6).
+        coefficient = loss.pool_coefficient / (config.model.num_layers if config.locked else 1)
+        return pool_loss(stats, load, tokens, coefficient)
+    return jnp.zeros((), jnp.float32)
 
 
-def state_shapes(config: Config, mesh: Mesh | None = None) -> TrainState:
-    """Shapes and dtypes of the training state, with the shardings of `mesh`; no memory is used."""
-    # The key is made inside: a device that is only compiled for cannot make one.
-    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
-    if mesh is None:
-        return shapes
-    placed: TrainState = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings(config, mesh, shapes),
+def micro_batch_loss(
+    params: Any, accumulator: Bank | None, config: Config, mesh: Mesh | None, weights: Bank | None, micro: MicroBatch
+) -> tuple[tuple[jax.Array, Bank | None], tuple[Metrics, RoutingStats]]:
+    """The loss of one micro-batch, scaled so that its mean over micro-batches is the loss of the whole batch.
+
+    Args:
+      params: of the model, without the bank where `weights` are given.
+      accumulator: with `weights`, the other half of `Experts`.
+      config: of the run.
+      mesh: of the run.
+      weights: of a bank that all layers share, `[1, ...]`.
+      micro: the micro-batch.
+
+    Returns:
+      Loss and accumulator, which are differentiated; metrics and routing statistics, which are not.
+    """
+    experts = None if weights is None else Experts(weights, accumulator)
+    output = apply(config, params, micro.batch.inputs, layer_inputs(config, micro.balance), experts=experts)
+    stats = output.layers.stats
+    tokens = config.train.microbatch_size * config.data.sequence_length
+    # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
+    lm = output.head.weighted_loss(micro.batch.targets, micro.batch.weights)
+    losses = {
+        "loss/lm": lm * config.num_microbatches / micro.total_weight,
+        "loss/balance": balance_loss(config, stats, micro.load_GE),
+        "loss/z": z_loss(stats, tokens, config.loss.z_coefficient),
+    }
+    if config.lock.ownership != "none":
+        distance = entropy_loss(stats, tokens, config.lock.entropy_target)
+        losses["loss/entropy"] = entropy_coefficient(config, micro.step) * distance
+    total = functools.reduce(jnp.add, losses.values())
+    metrics = losses | {
+        "loss/total": total,
+        "overflow": overflow(config, mesh, stats.received_X),
+        "received_L": jnp.max(stats.received_X, axis=-1).reshape(-1),
+    }
+    passed_on = None if output.experts is None else output.experts.accumulator
+    return (total, passed_on), (metrics, jax.lax.stop_gradient(stats))
+
+
+def micro_batch_gradients(
+    config: Config, mesh: Mesh | None, params: Any, experts: Experts | None, gradient: Bank | None, micro: MicroBatch
+) -> Gradients:
+    """Gradients of one micro-batch over the number of micro-batches; those of a shared bank are added to `gradient`."""
+    weights, accumulator = (None, None) if experts is None else experts
+    loss = functools.partial(micro_batch_loss, config=config, mesh=mesh, weights=weights, micro=micro)
+    _, pullback, (metrics, stats) = jax.vjp(loss, params, accumulator, has_aux=True)
+    grads, gradient = pullback((jnp.full((), 1 / config.num_microbatches, jnp.float32), gradient))
+    return Gradients(grads, gradient, metrics, jnp.sum(stats.counts_AE, axis=2), load_fractions(stats.counts_AE))
+
+
+def batch_load(config: Config, params: Any, experts: Experts | None, balance: BalanceState, micros: Batch) -> jax.Array:
+    """Share of choices per expert over all micro-batches `[m, ...]` of a batch, by a forward pass over each."""
+
+    def count(carry: None, micro: Batch) -> tuple[None, jax.Array]:
+        output = apply(config, params, micro.inputs, layer_inputs(config, balance), experts=experts)
+        return carry, output.layers.stats.counts_AE
+
+    counts_mGNAE = jax.lax.scan(count, None, micros)[1]
+    return load_fractions(jnp.sum(counts_mGNAE, axis=0))
+
+
+def batch_gradients(config: Config, mesh: Mesh | None, state: TrainState, batch: Batch) -> Gradients:
+    """Gradients and losses averaged over the micro-batches of a batch; those of a shared bank are among `params`."""
+    if not shares_one_bank(config):
+        return accumulated_gradients(config, mesh, state, batch, state.params, None)
+    params, bank = split_bank(state.params)
+    accumulator, to_bank = jax.vjp(gradient_accumulator, bank)
+    experts = Experts(gathered_bank(bank, config.model.compute_dtype), accumulator)
+    # The model scans over pools, of which this is the one.
+    found = accumulated_gradients(config, mesh, state, batch, params, jax.tree.map(lambda x: x[None], experts))
+    (bank_gradient,) = to_bank(jax.tree.map(lambda x: x[0], found.accumulator))
+    return found._replace(params=join_bank(found.params, bank_gradient), accumulator=None)
+
+
+def accumulated_gradients(
+    config: Config, mesh: Mesh | None, state: TrainState, batch: Batch, params: Any, experts: Experts | None
+) -> Gradients:
+    """`batch_gradients` for `params` without the bank of `experts`, whose gradient stays in `accumulator`."""
+    balance, load_GE = state.balance, state.balance.previous_load_GE
+    gradient = None if experts is None else jax.tree.map(jnp.zeros_like, experts.accumulator)
+    micro_batch = functools.partial(MicroBatch, balance=balance, step=state.step, total_weight=jnp.sum(batch.weights))
+    gradients_of = functools.partial(micro_batch_gradients, config, mesh, params, experts)
+    if config.num_microbatches == 1:
+        load = load_GE if _pool_loss(config, "previous") else None
+        return gradients_of(gradient, micro_batch(batch, load_GE=load))
+
+    micros = jax.tree.map(functools.partial(_split, config.num_microbatches), batch)
+    counted_before = counts_before_gradient(config)
+    if counted_before:
+        load_GE = batch_load(config, params, experts, balance, micros)
+
+    def accumulate(total: Gradients, micro: Batch) -> tuple[Gradients, None]:
+        found = gradients_of(total.accumulator, micro_batch(micro, load_GE=total.load_GE))
+        return Gradients(
+            params=jax.tree.map(jnp.add, total.params, found.params),
+            accumulator=found.accumulator,
+            metrics={name: _combined(name, total.metrics[name], value) for name, value in found.metrics.items()},
+            counts_GNE=total.counts_GNE + found.counts_GNE,
+            load_GE=total.load_GE if counted_before else found.load_GE,
+        ), None
+
+    start = Gradients(
+        params=jax.tree.map(jnp.zeros_like, params),
+        accumulator=gradient,
+        metrics=_zero_metrics(config),
+        counts_GNE=jnp.zeros(balance.expert_bias_GNE.shape, jnp.int32),
+        load_GE=load_GE,
     )
-    return placed
+    total, _ = jax.lax.scan(accumulate, start, micros)
+    scaled = {n: v / config.num_microbatches if n.startswith("loss/") else v for n, v in total.metrics.items()}
+    return total._replace(metrics=scaled)
+
+
+def _split(num_microbatches: int, rows: jax.Array) -> jax.Array:
+    """Rows of a batch as `[m, rows / m, ...]`, each micro-batch over all devices."""
+    micros = rows.reshape(num_microbatches, -1, *rows.shape[1:])
+    return constrain(micros, None, "batch", *(None,) * (rows.ndim - 1))
+
+
+def _combined(name: str, total: jax.Array, value: jax.Array) -> jax.Array:
+    """A metric of several micro-batches: the maximum of rows received, the sum of everything else."""
+    return jnp.maximum(total, value) if name == "received_L" else total + value
+
+
+def _zero_metrics(config: Config) -> Metrics:
+    """The metrics of `micro_batch_loss` before the first micro-batch."""
+    losses = ["loss/lm", "loss/balance", "loss/z", "loss/total"]
+    if config.lock.ownership != "none":
+        losses.append("loss/entropy")
+    return dict.fromkeys(losses, jnp.zeros((), jnp.float32)) | {
+        "overflow": jnp.zeros((), jnp.int32),
+        "received_L": jnp.zeros(config.model.num_layers, jnp.int32),
+    }
+
+
+def updated_balance(config: Config, balance: BalanceState, found: Gradients) -> BalanceState:
+    """The balance state after a step that found these counts."""
+    if _pool_loss(config, "previous"):
+        balance = balance._replace(previous_load_GE=found.load_GE)
+    if config.loss.balance == "expert_bias":
+        bias_GNE = updated_expert_bias(balance.expert_bias_GNE, found.counts_GNE, config.loss.expert_bias_rate)
+        balance = balance._replace(expert_bias_GNE=bias_GNE)
+    return balance
+
+
+def updated_state(
+    config: Config, state: TrainState, balance: BalanceState, found: Gradients
+) -> tuple[TrainState, Metrics]:
+    """The state after a step with these gradients, and the metrics that come with it.
+
+    Args:
+      config: of the run.
+      state: before the step.
+      balance: that of the step, whose lock may have faded since `state`.
+      found: by `batch_gradients`.
+    """
+    grad_norm = optax.tree.norm(found.params)
+    finite = jnp.isfinite(found.metrics["loss/total"]) & jnp.isfinite(grad_norm)
+    applied = finite if config.mesh.overflow == "drop" else finite & (found.metrics["overflow"] == 0)
+
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    updates, opt_state = optimizer.update(found.params, state.opt_state, state.params)
+    changed = (optax.apply_updates(state.params, updates), opt_state, updated_balance(config, balance, found))
+    kept = (state.params, state.opt_state, state.balance)
+    params, opt_state, balance = jax.tree.map(lambda new, old: jnp.where(applied, new, old), changed, kept)
+
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    metrics = found.metrics | {
+        "grad_norm": grad_norm,
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "finite": finite,
+        "counts_LE": found.counts_GNE.reshape(config.model.num_layers, -1),
+    }
+    if config.moe.router == "norm":
+        metrics["router_scale_L"] = params["pools"]["layers"]["mixture"]["scale"].reshape(-1)
+    return TrainState(state.step + 1, params, opt_state, balance), metrics
+
+
+def train_step(config: Config, mesh: Mesh | None, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One optimiser step: see `make_train_step`."""
+    balance = state.balance._replace(lock=faded(config, state.balance.lock, state.step))
+    found = batch_gradients(config, mesh, state._replace(balance=balance), batch)
+    return updated_state(config, state, balance, found)
 
 
 def make_train_step(
@@ -128,179 +301,24 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted training step; it donates the state it is given. With a mesh, call it under `jax.set_mesh(mesh)`.
 
-    The batch is worked through in `train.batch_size / train.microbatch_size` micro-batches. Losses, gradients and
-    balance statistics are those of the whole batch, whatever their number, but for two losses that are published as
-    those of a micro-batch (`Config.microbatch_loss`) and are averaged over micro-batches here: the pool loss with
+    The batch is split into `train.batch_size / train.microbatch_size` micro-batches. Losses, gradients and balance
+    statistics are those of the whole batch, whatever their number, but for two losses that are published as those of a
+    micro-batch (`Config.microbatch_loss`) and are averaged over micro-batches here: the pool loss with
     `loss.pool_statistics=previous`, and the entropy loss of a lock, which measures the mean scores of a micro-batch.
 
     When the loss or a gradient is not finite, or rows overflow a receive buffer and `mesh.overflow=stop`, parameters,
     optimiser and balance state stay as they were and only the step count moves on.
 
-    Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), `grad_norm`, `learning_rate`, `finite`
-    (bool), `overflow` (rows, int32), `arrived_L` (int32, rows at the busiest device of any micro-batch), `counts_LE`
-    (int32), with NormRouter `router_scale_L`, and with UniPool-lock
-    `loss/entropy`.
+    Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), with UniPool-lock `loss/entropy`,
+    `grad_norm`, `learning_rate`, `finite` (bool), `overflow` (rows, int32), `received_L` (int32, rows received by the
+    busiest device of any micro-batch), `counts_LE` (int32), and with NormRouter `router_scale_L`.
     """
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    num_micro, loss_config = config.num_microbatches, config.loss
-    micro_tokens = config.train.microbatch_size * config.data.sequence_length
-    delayed_pool_loss = loss_config.balance == "pool" and loss_config.pool_statistics == "previous"
-
-    with_lock = config.lock.ownership != "none"
-    loss_names = ["loss/lm", "loss/balance", "loss/z", "loss/total", *(["loss/entropy"] if with_lock else [])]
-    # In a locked layer each of f and P is L times what it is as a mean over the layers of the pool (spec F.6).
-    pool_coefficient = loss_config.pool_coefficient / (config.model.num_layers if config.locked else 1)
-
-    # The bank that all layers share is gathered, and its gradient scattered, once a step: see `pool`.
-    one_pool = config.pool.groups == 1 and config.moe.router != "none"
-
-    def micro_loss(
-        params: Any,
-        master: Bank | None,
-        fixed: Bank | None,
-        micro: Batch,
-        state: TrainState,
-        load_GE: jax.Array | None,
-        total_weight: jax.Array,
-    ) -> tuple[tuple[jax.Array, Bank | None], tuple[Metrics, RoutingStats]]:
-        params = params if fixed is None else with_bank(params, fixed)
-        head, stats, master = forward_sharing(
-            config,
-            params,
-            micro.inputs,
-            state.balance.expert_bias_GNE,
-            master,
-            score_factors(config, state.balance.lock),
-        )
-        # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
-        lm = head.weighted_loss(micro.targets, micro.weights) * num_micro / total_weight
-        balance = jnp.zeros((), jnp.float32)
-        if loss_config.balance == "switch":
-            group_tokens = loss_config.switch_group_sequences * config.data.sequence_length
-            balance = switch_loss(stats, group_tokens, config.moe.top_k, loss_config.switch_coefficient)
-        elif loss_config.balance == "pool":
-            load = load_fractions(stats.counts_AE) if load_GE is None else load_GE
-            balance = pool_loss(stats, load, micro_tokens, pool_coefficient)
-        z = z_loss(stats, micro_tokens, loss_config.z_coefficient)
-        losses = [lm, balance, z]
-        if with_lock:
-            distance = entropy_loss(stats, micro_tokens, config.lock.entropy_target)
-            losses.append(entropy_coefficient(config, state.step) * distance)
-        total = functools.reduce(jnp.add, losses)
-        metrics = dict(zip(loss_names, [*losses[:3], total, *losses[3:]], strict=True))
-        metrics["overflow"] = dispatch.overflow(config, mesh, stats.arrived_X)
-        metrics["arrived_L"] = jnp.max(stats.arrived_X, axis=-1).reshape(-1)
-        return (total, master), (metrics, jax.lax.stop_gradient(stats))
-
-    def whole_batch_load(params: Any, balance: BalanceState, micros: Batch) -> jax.Array:
-        """Share of choices per expert over all micro-batches."""
-
-        def count(carry: None, micro: Batch) -> tuple[Any, jax.Array]:
-            factors = score_factors(config, balance.lock)
-            _, stats = forward(config, params, micro.inputs, balance.expert_bias_GNE, factors)
-            return carry, stats.counts_AE
-
-        counts_mGNAE = jax.lax.scan(count, None, micros)[1]
-        return load_fractions(jnp.sum(counts_mGNAE, axis=0))
-
-    def accumulated(state: TrainState, batch: Batch) -> tuple[Any, Metrics, jax.Array, jax.Array]:
-        """Gradients and losses averaged over micro-batches, counts `[G, N, E]`, and the last micro-batch's load."""
-        total_weight = jnp.sum(batch.weights)
-        bias, previous_GE = state.balance.expert_bias_GNE, state.balance.previous_load_GE
-        params, fixed, master = state.params, None, None
-        if one_pool:
-            params, bank = without_bank(state.params)
-            fixed = gathered_bank(bank, config.model.compute_dtype)
-            master, to_bank = jax.vjp(gradient_master, bank)
-            master = jax.tree.map(lambda leaf: leaf[None], master)
-
-        def gradients(running: Bank | None, micro: Batch, load_GE: jax.Array | None) -> Any:
-            """Gradients of one micro-batch, those of a shared bank added to `running`; metrics, statistics."""
-            function = functools.partial(
-                micro_loss, fixed=fixed, micro=micro, state=state, load_GE=load_GE, total_weight=total_weight
-            )
-            _, pullback, (metrics, stats) = jax.vjp(function, params, master, has_aux=True)
-            grads, running = pullback((jnp.full((), 1 / num_micro, jnp.float32), running))
-            return grads, running, metrics, stats
-
-        running = jax.tree.map(jnp.zeros_like, master)
-        if num_micro == 1:
-            load = previous_GE if delayed_pool_loss else None
-            grads, running, metrics, stats = gradients(running, batch, load)
-            counts_GNE, load_GE = jnp.sum(stats.counts_AE, axis=2), load_fractions(stats.counts_AE)
-        else:
-            micros = jax.tree.map(
-                lambda x: constrain(x.reshape(num_micro, -1, *x.shape[1:]), None, "batch", *(None,) * (x.ndim - 1)),
-                batch,
-            )
-            counted_before = counts_before_gradient(config)
-            if counted_before:
-                whole = state.params if fixed is None else with_bank(params, fixed)
-                previous_GE = whole_batch_load(whole, state.balance, micros)
-
-            def combined(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
-                return jnp.maximum if name == "arrived_L" else jnp.add
-
-            def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
-                grads, running, metrics, counts_GNE, load_GE = carry
-                micro_grads, running, micro_metrics, stats = gradients(running, micro, load_GE)
-                return (
-                    jax.tree.map(jnp.add, grads, micro_grads),
-                    running,
-                    {name: combined(name)(metrics[name], value) for name, value in micro_metrics.items()},
-                    counts_GNE + jnp.sum(stats.counts_AE, axis=2),
-                    load_GE if counted_before else load_fractions(stats.counts_AE),
-                ), None
-
-            losses = dict.fromkeys(loss_names, jnp.zeros((), jnp.float32))
-            rows = {"overflow": jnp.zeros((), jnp.int32), "arrived_L": jnp.zeros(config.model.num_layers, jnp.int32)}
-            start = (
-                jax.tree.map(jnp.zeros_like, params),
-                running,
-                losses | rows,
-                jnp.zeros(bias.shape, jnp.int32),
-                previous_GE,
-            )
-            (grads, running, metrics, counts_GNE, load_GE), _ = jax.lax.scan(accumulate, start, micros)
-            metrics = {name: value / num_micro if "loss/" in name else value for name, value in metrics.items()}
-        if one_pool:
-            (bank_grads,) = to_bank(jax.tree.map(lambda leaf: leaf[0], running))
-            grads = with_bank(grads, bank_grads)
-        return grads, metrics, counts_GNE, load_GE
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        fading = state._replace(balance=state.balance._replace(lock=faded(config, state.balance.lock, state.step)))
-        grads, metrics, counts_GNE, load_GE = accumulated(fading, batch)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
-        applied = finite if config.mesh.overflow == "drop" else finite & (metrics["overflow"] == 0)
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        balance = fading.balance
-        if delayed_pool_loss:
-            balance = balance._replace(previous_load_GE=load_GE)
-        if loss_config.balance == "expert_bias":
-            bias = updated_expert_bias(balance.expert_bias_GNE, counts_GNE, loss_config.expert_bias_rate)
-            balance = balance._replace(expert_bias_GNE=bias)
-        changed = (optax.apply_updates(state.params, updates), opt_state, balance)
-        kept = (state.params, state.opt_state, state.balance)
-        params, opt_state, balance = jax.tree.map(lambda new, old: jnp.where(applied, new, old), changed, kept)
-
-        metrics |= {
-            "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "finite": finite,
-            "counts_LE": counts_GNE.reshape(config.model.num_layers, -1),
-        }
-        if config.moe.router == "norm":
-            metrics["router_scale_L"] = params["pools"]["layers"]["mixture"]["scale"].reshape(-1)
-        return TrainState(state.step + 1, params, opt_state, balance), metrics
-
+    config = on_mesh(config, mesh)
+    step = functools.partial(train_step, config, mesh)
     if mesh is None:
-        return jax.jit(train_step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0)
     places = (state_shardings(config, mesh, state_shapes(config)), replicated(mesh))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=places)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def make_eval_step(
@@ -314,9 +332,9 @@ def make_eval_step(
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, receive_factor=math.inf))
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
-        factors = score_factors(config, balance.lock)
-        head, stats, _ = forward_sharing(config, params, batch.inputs, balance.expert_bias_GNE, None, factors)
-        losses_BS = head.token_losses(batch.targets)
+        output = apply(config, params, batch.inputs, layer_inputs(config, balance))
+        stats = output.layers.stats
+        losses_BS = output.head.token_losses(batch.targets)
         counted_BS = batch.weights > 0
 
         def by_layer(counts_GNAE: jax.Array) -> jax.Array:

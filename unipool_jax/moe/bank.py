@@ -1,0 +1,122 @@
+"""The expert bank of a pool: its parameters, and the experts as the layers that share them use them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from unipool_jax.config.schema import Config
+from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, gathered_axes, num_shards, spec
+
+BANK_AXES = {
+    "gate": ("experts", "embed", "ffn"),
+    "up": ("experts", "embed", "ffn"),
+    "down": ("experts", "ffn", "embed"),
+}
+"""Logical axes (see `mesh.RULES`) of the parameters of a bank, in the order of the fields of `Bank`."""
+
+
+class ExpertPool(nn.Module):
+    """Creates the parameters of one pool, float32.
+
+    The transformer passes the arrays, never this module, into its scan over layers: a module given to a scan over the
+    parameter axis is silently copied per layer, which would un-share the pool.
+    """
+
+    num_experts: int
+    hidden_size: int
+    ffn_size: int
+    init_std: float
+    num_layers: int
+    """L, the depth of the whole model: the down projection starts at init_std / sqrt(2 L) (spec A.3)."""
+
+    @nn.compact
+    def __call__(self) -> Bank:
+        wide = (self.num_experts, self.hidden_size, self.ffn_size)
+        narrow = (self.num_experts, self.ffn_size, self.hidden_size)
+        init = nn.initializers.normal(self.init_std)
+        init_down = nn.initializers.normal(self.init_std / math.sqrt(2 * self.num_layers))
+        return Bank(
+            self.param("gate", init, wide, jnp.float32),
+            self.param("up", init, wide, jnp.float32),
+            self.param("down", init_down, narrow, jnp.float32),
+        )
+
+
+class Experts(NamedTuple):
+    """The experts of a pool as its layers use them. A layer takes the value and passes it to the next layer.
+
+    Derived by autodiff, the gradient of a bank that L layers share is L arrays of the bank's size and their sum. The
+    accumulator avoids that: its values are never read, but a layer's output accumulator depends on its input
+    accumulator, so in the backward pass one float32 gradient travels from the last layer to the first and each layer
+    adds its share in place.
+    """
+
+    weights: Bank
+    """`[E, ...]` in the compute dtype, without a gradient. Without an accumulator: the float32 parameters, with one."""
+    accumulator: Bank | None
+    """Float32 `[E, ...]`; over a mesh `[C, E, ...]` with one replica for each of the C devices that share an expert."""
+
+
+def pool_experts(config: Config, bank: Bank) -> Experts:
+    """The experts of a pool from its parameters `[E, ...]`."""
+    # On one device, adding the gradient of a single layer to zeros costs more than writing it.
+    plain = config.layers_per_pool == 1 and active_mesh() is None
+    if plain or config.moe.router == "none":
+        return Experts(bank, None)
+    return Experts(gathered_bank(bank, config.model.compute_dtype), gradient_accumulator(bank))
+
+
+def gathered_bank(bank: Bank, dtype: jax.typing.DTypeLike) -> Bank:
+    """The weights of `Experts`: in `dtype`, gathered over the fsdp axis, without a gradient.
+
+    Over a mesh this is the one collective that moves experts in the forward pass: an all-gather of each device's own.
+    """
+    narrow = jax.lax.stop_gradient(bank.astype(dtype))
+    return Bank(*(gathered(weights, *axes) for weights, axes in zip(narrow, BANK_AXES.values(), strict=True)))
+
+
+@jax.custom_vjp
+def gradient_accumulator(bank: Bank) -> Bank:
+    """The accumulator of `Experts`: its cotangent becomes the gradient of the parameters `bank`.
+
+    On one device it is the bank itself. Over a mesh it is zeros `[C, E, ...]`, one replica for each of the C devices
+    that share an expert, so that each device adds up the gradients of its own rows over all layers. Its derivative sums
+    over the replicas and scatters over the fsdp axis: one collective for all layers instead of one for each.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return bank
+    replicas = num_shards(mesh, "replica")
+    zeros = Bank(*(jnp.zeros((replicas, *weights.shape), jnp.float32) for weights in bank))
+    return Bank(*(constrain(z, "replica", *gathered_axes(a)) for z, a in zip(zeros, BANK_AXES.values(), strict=True)))
+
+
+def _accumulator_forward(bank: Bank) -> tuple[Bank, None]:
+    return gradient_accumulator(bank), None
+
+
+def _accumulator_backward(_: None, grads: Bank) -> tuple[Bank]:
+    if active_mesh() is None:
+        return (grads,)
+    return (Bank(*(_sum_replicas(grad, axes) for grad, axes in zip(grads, BANK_AXES.values(), strict=True))),)
+
+
+def _sum_replicas(grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`[C, E, ...]` to `[E, ...]`, reduced over data and fsdp and scattered over fsdp."""
+
+    def on_device(replica: jax.Array) -> jax.Array:
+        part = jax.lax.psum_scatter(replica[0], "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
+        return jax.lax.psum(part, "data")
+
+    return jax.shard_map(
+        on_device, mesh=active_mesh(), in_specs=spec("replica", *gathered_axes(axes)), out_specs=spec(*axes)
+    )(grad)
+
+
+gradient_accumulator.defvjp(_accumulator_forward, _accumulator_backward)

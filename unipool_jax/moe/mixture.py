@@ -1,0 +1,204 @@
+"""One mixture layer: route tokens, dispatch them to their experts, compute, combine."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from unipool_jax.config.schema import Config, MeshConfig
+from unipool_jax.kernels.group_plan import make_group_plan
+from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
+from unipool_jax.kernels.implementations import Implementation
+from unipool_jax.moe.bank import BANK_AXES, Experts
+from unipool_jax.moe.dispatch import COMBINE, DISPATCH, capacity, transport_for
+from unipool_jax.moe.routing import Forced, Routing, RoutingStats, norm_constant, replaced, route, scores
+from unipool_jax.parallel.linear import linear
+from unipool_jax.parallel.mesh import active_mesh, constrain, gathered_axes, spec
+
+
+class RouterWeights(NamedTuple):
+    """Parameters of the router of one layer."""
+
+    router_ED: jax.Array
+    """One row per expert that the layer can choose, float32."""
+    scale: jax.Array | None
+    """NormRouter's learnable scale, float32 scalar; None for other routers."""
+
+
+class Router(nn.Module):
+    """Creates `RouterWeights`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self) -> RouterWeights:
+        init = nn.initializers.normal(self.config.model.init_std)
+        shape = (self.config.router_width, self.config.model.hidden_size)
+        router_ED = self.param("router", init, shape, jnp.float32)
+        if self.config.moe.router != "norm":
+            return RouterWeights(router_ED, None)
+        return RouterWeights(router_ED, self.param("scale", nn.initializers.ones, (), jnp.float32))
+
+
+class Selection(NamedTuple):
+    """What takes part in a layer's choice of experts besides its scores."""
+
+    expert_bias_E: jax.Array
+    """Selection bias, float32; used when loss.balance is `expert_bias`."""
+    score_factor_E: jax.Array | None = None
+    """Factor on every score, float32: see `routing.route` and `moe.lock`."""
+    forced: Forced | None = None
+    """Choices that replace the layer's own, for analyses."""
+
+
+class MixtureOutput(NamedTuple):
+    """What a mixture layer returns."""
+
+    hidden_BSD: jax.Array
+    experts: Experts
+    """For the next layer of the pool."""
+    stats: RoutingStats
+    experts_NK: jax.Array | None
+    """Experts that the tokens visited, int32; None in the dense model."""
+
+
+def mixture(
+    config: Config, hidden_BSD: jax.Array, weights: RouterWeights | None, selection: Selection, experts: Experts
+) -> MixtureOutput:
+    """Route every token of a layer and add up its experts' outputs; statistics are per sequence, A = B.
+
+    Args:
+      config: of the model.
+      hidden_BSD: normed hidden states in the compute dtype.
+      weights: the layer's router; None in the dense model.
+      selection: bias, factors and forced choices of the layer.
+      experts: of the layer's pool.
+    """
+    moe, num_experts = config.moe, config.router_width
+    batch, length, width = hidden_BSD.shape
+    hidden_ND = constrain(hidden_BSD.reshape(-1, width), "batch", None)
+    if weights is None:
+        output_ND = dense_ffn(hidden_ND, experts.weights)
+        return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, _dense_stats(batch, length), None)
+    logits_NE = linear(hidden_ND, weights.router_ED, (None, "embed"), transposed=True, wide=True)
+    logits_NE = logits_NE.astype(moe.router_dtype)
+    assert moe.router != "none"
+    monte_carlo = moe.router == "norm" and moe.score_constant == "monte_carlo"
+    constant = norm_constant(num_experts, moe.top_k) if monte_carlo else 1.0
+    scores_NE = scores(logits_NE, moe.router, weights.scale, constant, moe.score_epsilon, config.experts_per_pool)
+    routing = route(
+        scores_NE,
+        logits_NE,
+        router=moe.router,
+        top_k=moe.top_k,
+        num_stat_groups=batch,
+        expert_bias_E=selection.expert_bias_E if config.loss.balance == "expert_bias" else None,
+        score_factor_E=selection.score_factor_E,
+    )
+    if selection.forced is not None:
+        routing = replaced(routing, scores_NE, selection.forced, moe.router)
+    output_ND, experts, received_X = moe_ffn(hidden_ND, routing, experts, config.kernels.implementation, config.mesh)
+    stats = routing.stats._replace(received_X=received_X)
+    return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, routing.experts_NK)
+
+
+def moe_ffn(
+    hidden_ND: jax.Array,
+    routing: Routing,
+    experts: Experts,
+    implementation: Implementation = "auto",
+    mesh_config: MeshConfig | None = None,
+) -> tuple[jax.Array, Experts, jax.Array]:
+    """Sum over each token's k experts of gate times expert output.
+
+    Over a mesh, tokens are split over the batch axes and experts over the expert axis; tokens travel (see `dispatch`),
+    and expert width is split over the tensor axis. An expert with no token, or with all of them, is legal.
+
+    Args:
+      hidden_ND: router input.
+      routing: experts and gates of each token.
+      experts: weights in the dtype of `hidden_ND` and an accumulator (over a mesh always), or float32 parameters.
+      implementation: see `kernels.implementations`.
+      mesh_config: transport and capacity factor; None is the default.
+
+    Returns:
+      `[N, D]` in the dtype of `hidden_ND`; the experts for the next layer; and the rows received by each device for its
+      experts, int32, one number for each part of the batch. Rows beyond `dispatch.capacity` got no output.
+
+    Raises:
+      ValueError: for experts without an accumulator over a mesh.
+    """
+    mesh = active_mesh()
+    on_device = functools.partial(_on_device, implementation=implementation, config=mesh_config or MeshConfig())
+    operands = (hidden_ND, routing.experts_NK, routing.gates_NK, *experts)
+    if mesh is not None:
+        if experts.accumulator is None:
+            raise ValueError("over a mesh the experts need an accumulator: see bank.pool_experts")
+        tokens = spec("batch")
+        weights = Bank._make(spec(*gathered_axes(axes)) for axes in BANK_AXES.values())
+        replicas = Bank._make(spec("replica", *gathered_axes(axes)) for axes in BANK_AXES.values())
+        on_device = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(tokens, tokens, tokens, weights, replicas),
+            out_specs=(tokens, replicas, tokens),
+        )
+    output_ND, accumulator, received_X = on_device(*operands)
+    return output_ND, experts._replace(accumulator=accumulator), received_X
+
+
+def _on_device(
+    hidden_ND: jax.Array,
+    experts_NK: jax.Array,
+    gates_NK: jax.Array,
+    weights: Bank,
+    accumulator: Bank | None,
+    *,
+    implementation: Implementation,
+    config: MeshConfig,
+) -> tuple[jax.Array, Bank | None, jax.Array]:
+    """`moe_ffn` on one device: its tokens, its experts, and its replica of the accumulator."""
+    mesh = active_mesh()
+    devices = 1 if mesh is None else mesh.shape["expert"]
+    transport = transport_for(config, devices)
+    rows = capacity(experts_NK.size, devices, config.receive_factor)
+    dispatched = DISPATCH[transport](hidden_ND, experts_NK, weights.gate_EDF.shape[0] * devices, rows)
+    # A receive buffer is larger than what is received on average, which is what this device sends.
+    plan = make_group_plan(
+        dispatched.sizes_E, dispatched.rows_RD.shape[0], implementation=implementation, expected_rows=experts_NK.size
+    )
+    if accumulator is None:
+        expert_RD = grouped_ffn(dispatched.rows_RD, weights, plan)
+    elif mesh is None:
+        expert_RD, accumulator = accumulating_ffn(dispatched.rows_RD, weights, accumulator, plan)
+    else:
+        replica = Bank(*(array[0] for array in accumulator))
+        expert_RD, replica = accumulating_ffn(dispatched.rows_RD, weights, replica, plan)
+        accumulator = Bank(*(array[None] for array in replica))
+    output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, hidden_ND.dtype)
+    if mesh is not None:
+        output_ND = jax.lax.psum(output_ND, "tensor")
+    return output_ND, accumulator, dispatched.received[None]
+
+
+def _dense_stats(batch: int, length: int) -> RoutingStats:
+    """Statistics of a layer whose one expert takes every token."""
+    return RoutingStats(
+        counts_AE=jnp.full((batch, 1), length, jnp.int32),
+        score_sum_AE=jnp.zeros((batch, 1), jnp.float32),
+        z_square_sum_A=jnp.zeros((batch,), jnp.float32),
+        received_X=jnp.zeros((1,), jnp.int32),
+    )
+
+
+def dense_ffn(hidden_ND: jax.Array, bank: Bank) -> jax.Array:
+    """The feed-forward block of the dense model: a bank of one expert that every token visits, `[N, D]`."""
+    (gate_DF, gate_axes), (up_DF, up_axes), (down_FD, down_axes) = (
+        (weights[0], (axes[1], axes[2])) for weights, axes in zip(bank, BANK_AXES.values(), strict=True)
+    )
+    gated_NF = jax.nn.silu(linear(hidden_ND, gate_DF, gate_axes).astype(jnp.float32)).astype(hidden_ND.dtype)
+    return linear(gated_NF * linear(hidden_ND, up_DF, up_axes), down_FD, down_axes)
