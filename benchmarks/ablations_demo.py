@@ -1,4 +1,4 @@
-"""The published ablation table at demo scale, with controls that tell its explanations apart.
+"""The published ablation table at demo scale, with controls that separate its explanations.
 
     python -m benchmarks.ablations_demo                                    everything: a few hours on two CPU cores
     python -m benchmarks.ablations_demo --only vanilla unipool --seeds 1   part of it
@@ -6,9 +6,9 @@
 
 Nine rows of arXiv 2605.06665, table 5, and seven controls, each with every seed, on the embedded corpus with the demo's
 settings and 12 layers, so that 6, 4 and 2 pools divide the depth as in the paper. Runs of one seed read the same
-batches. A run that has finished is skipped, one that was interrupted goes on, so the command may be repeated until
+batches. A run that has finished is skipped, an interrupted one resumes, so the command can be repeated until
 all are there. Each run's configuration, metrics and summary are copied into the results folder when it ends, so
-another machine that has that folder goes on with the rest. Beside them are the comparisons: `rows/` pairs the
+another machine with that folder runs the rest. Beside them are the comparisons: `rows/` pairs the
 published rows with vanilla, `controls/` pairs the controls with unipool.
 """
 
@@ -40,7 +40,7 @@ class Case:
     published: float | None = None
     """Difference to vanilla at 182M after 30B tokens (spec I.4), nats per token."""
     question: str = ""
-    """What a control is for."""
+    """The question that a control answers."""
 
 
 ROWS = (
@@ -88,7 +88,7 @@ def folder_name(case: Case, seed: int) -> str:
 
 
 def recorded(case: Case, seed: int, command: list[str], out: Path) -> bool:
-    """Whether the results hold this run; ends the study if they hold one of the same name with other settings."""
+    """Whether the results hold this run; exits if they hold one of this name with other settings."""
     folder = out / "runs" / folder_name(case, seed)
     if not (folder / SUMMARY).exists():
         return False
@@ -100,7 +100,7 @@ def recorded(case: Case, seed: int, command: list[str], out: Path) -> bool:
 
 
 def record(case: Case, seed: int, runs: Path, out: Path) -> None:
-    """Copy what a finished run wrote; the summary last, for it says that all is there."""
+    """Copy the files of a finished run, the summary last, because it marks the copy as complete."""
     folder = out / "runs" / folder_name(case, seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, "metrics.jsonl", SUMMARY):
@@ -153,7 +153,7 @@ def main() -> int:
     cases = [case for case in ROWS + CONTROLS if options.only is None or case.name in options.only]
     runs, out = options.runs, options.out
     failed = []
-    # Seed by seed, so that after half of the time there is a whole table.
+    # Seed by seed, so that there is a complete table after half of the time.
     for seed in options.seeds:
         for case in cases:
             command = command_of(case, seed, options.steps, runs, more)

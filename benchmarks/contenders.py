@@ -1,6 +1,6 @@
-"""Contenders of `benchmarks.train_step`, each in a process of its own: our training step, and the PyTorch twin's.
+"""Contenders of `benchmarks.train_step`, each in its own process: our training step and the PyTorch twin's.
 
-A process of its own makes peak memory a contender's own, and keeps libraries out of each other's allocators and
+Separate processes separate peak memory, and keep libraries out of each other's allocators and
 threads. This module and what it imports at the top load neither JAX nor PyTorch, for the same reason.
 """
 
@@ -59,9 +59,9 @@ class Prepared:
     """A contender ready to train."""
 
     step: Callable[[], None]
-    """Makes one optimiser step and waits for its end."""
+    """Runs one optimizer step to its end."""
     device_peak: Callable[[], int]
-    """Most bytes in use on an accelerator so far; 0 without one."""
+    """Peak bytes in use on the accelerator; 0 without one."""
 
 
 def has_torch() -> bool:
@@ -102,7 +102,7 @@ def prepare_jax(config: Config) -> Prepared:
 
 
 def prepare_torch(config: Config, *, compiled: bool) -> Prepared:
-    """The PyTorch twin's training step, on as many threads as JAX takes: one for each core of this process."""
+    """The PyTorch twin's training step, on as many threads as JAX uses: one per core of this process."""
     import torch
 
     from benchmarks.pytorch_baseline.model import Transformer
@@ -127,7 +127,7 @@ def prepare_torch(config: Config, *, compiled: bool) -> Prepared:
 
 
 class Worker:
-    """A contender in its process; it sleeps until it is told to make a step.
+    """A contender in its process; it waits for a command to run a step.
 
     The first step, which compiles, is made at once, and one more to settle.
 
@@ -156,7 +156,7 @@ class Worker:
         return self._receive()
 
     def finish(self) -> int:
-        """End the process; returns the most bytes it had: on the accelerator, or resident without one."""
+        """End the process; returns its peak bytes on the accelerator, or resident without one."""
         self._connection.send(False)
         peak = int(self._receive())
         self._process.join()
@@ -174,7 +174,7 @@ class Worker:
 
 
 def _serve(contender: Contender, connection: Connection) -> None:
-    """Body of the process: a step for every True, the peak of memory at the end."""
+    """Body of the process: a step for every True received, peak memory at the end."""
     try:
         if contender.kind == "jax":
             prepared = prepare_jax(contender.config)

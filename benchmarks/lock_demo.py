@@ -110,7 +110,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seeds = range(1, arguments.seeds + 1)
     for seed in seeds:
-        # Methods within a seed, so that a study that is cut short has whole pairs.
+        # Seed by seed, so that an interrupted study has complete pairs.
         for method in arguments.methods:
             config = configuration(method, seed, arguments.runs, arguments.overrides)
             if code := guarded(lambda config=config: run(config)):  # type: ignore[misc]

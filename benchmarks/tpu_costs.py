@@ -1,4 +1,4 @@
-"""What a grouped product on a TPU costs by the compiler's schedule: ours, megablox's and `jax.lax.ragged_dot`'s."""
+"""The cost of a grouped product on a TPU, from the compiler's schedule: ours, megablox's and `jax.lax.ragged_dot`'s."""
 
 from collections.abc import Callable, Sequence
 from itertools import product as product_of
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a kernel does for a problem, and its schedule."""
+    """The work of a kernel for a problem, and its schedule."""
 
     tiles: str
     """Rows, contracted width where it is cut, and columns of a tile."""
@@ -61,14 +61,14 @@ class Cost(NamedTuple):
         return max(self.compute(chip), self.bytes / chip.bandwidth)
 
     def floor(self, chip: Chip) -> float:
-        """Time that no kernel can beat on this chip."""
+        """Lower bound of any kernel's time on this chip."""
         return max(self.floor_flops / chip.flops, self.floor_bytes / chip.bandwidth)
 
 
 class Shape(NamedTuple):
-    """Operands of one of our kernels: rows read whole, rows read in tiles of columns, banks, outputs."""
+    """Operands of one of our kernels: rows read at full width, rows read in tiles of columns, banks, outputs."""
 
-    whole: tuple[int, ...]
+    full: tuple[int, ...]
     tiled: int
     banks: int
     outputs: int
@@ -106,8 +106,8 @@ def our_cost(name: str, problem: Problem, tile_rows: int, column_tiles: int, chi
         least = gradient + problem.rows * (narrow + wide) * BYTES
     else:
         shape = our_shapes(problem)[name]
-        contracted = sum(shape.whole)
-        products = contracted * shape.banks // len(shape.whole)
+        contracted = sum(shape.full)
+        products = contracted * shape.banks // len(shape.full)
         flops = 2.0 * problem.rows * products * shape.width
         tile_flops = 2 * tile_rows * products * shape.width / column_tiles
         banks = busy.sum() * matrix * shape.banks * BYTES
@@ -238,12 +238,12 @@ def megablox(product: str, problem: Problem, chip: Chip, schedules: dict[Any, Sc
 
 
 def _parts(width: int, most: int) -> list[int]:
-    """A width and the like cut into two to four, as far as tiles may be cut and no larger than `most`."""
+    """A width, and its half to quarter, where these are valid tiles and at most `most`."""
     return [width // parts for parts in (1, 2, 3, 4) if width % (parts * 128) == 0 and width // parts <= most]
 
 
 def _megablox_schedule(product: str, problem: Problem, chip: Chip, tiles: tuple[int, int, int]) -> Schedule | None:
-    """None where the compiler refuses the tiles, most often for want of vector memory."""
+    """None where the compiler rejects the tiles, mostly for lack of vector memory."""
     rows, experts, width, hidden, _ = problem
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
     narrow, wide = (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16) for size in (width, hidden))

@@ -1,6 +1,6 @@
 """The TPU compiler's own schedule of a kernel, on a machine that has no TPU.
 
-`libtpu` contains the whole compiler. It compiles ahead of time for a named topology and writes the final schedule of
+`libtpu` contains the TPU compiler. It compiles ahead of time for a named topology and writes the final schedule of
 every kernel: one line per instruction bundle (a bundle issues in one cycle) with the slots of each unit that it uses.
 Import this module before anything initialises JAX: the compiler reads its settings once.
 """
@@ -61,7 +61,7 @@ class Schedule(NamedTuple):
     fill: float
     """Share of the matrix units' slots that issue a product."""
     spills: int
-    """Stores of registers to memory for want of registers."""
+    """Register spills to memory."""
 
 
 @cache

@@ -1,10 +1,10 @@
-"""Time and memory of a whole training step: ours beside the PyTorch twin's, or one of our methods beside another.
+"""Time and memory of a training step: ours against the PyTorch twin's, or our methods against each other.
 
     python -m benchmarks.train_step --case demo
     python -m benchmarks.train_step --case 182m-cut --methods vanilla unipool
     python -m benchmarks.train_step --case demo --against vanilla
 
-Contenders take turns, each in a process of its own that sleeps meanwhile, so a slow moment of the machine meets them
+Contenders take turns, each in its own process that sleeps meanwhile, so a slow moment of the machine meets them
 alike. A ratio is taken in each round against the first contender, and printed as the median over the rounds with its
 quartiles: beside PyTorch the first is ours, so a ratio is also how many times as fast as that contender we are.
 `182m-cut` has the published layer shape (768 wide, experts of 3072, 8 a layer) in float32 with few layers, a small

@@ -97,7 +97,7 @@ def expert(x: np.ndarray, bank: dict[str, np.ndarray], index: int) -> np.ndarray
 
 
 class Forward:
-    """Whole-model forward of a batch, with what the losses need of every layer.
+    """Forward pass of the model on a batch, with what the losses need of every layer.
 
     Attributes:
       logits: `[B, S, V]`.

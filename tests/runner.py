@@ -1,4 +1,4 @@
-"""Starts whole training runs for the tests: small ones, in this process or in processes that can be killed."""
+"""Starts training runs for the tests: small ones, in this process or in processes that can be killed."""
 
 from __future__ import annotations
 

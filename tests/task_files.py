@@ -16,7 +16,7 @@ ALPHABET = [
     {"context": "pq", "choices": ["sr", "qr", "rs"], "gold": 2},
 ]
 """Questions that `alphabet_model(DOUBTFUL)` answers, the second only by likelihood per character: its right answer is
-three times as long as a wrong one that is likelier as a whole."""
+three times as long as a wrong one that is likelier in total."""
 DOUBTFUL = 0.05
 
 

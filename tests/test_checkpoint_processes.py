@@ -27,7 +27,7 @@ def test_damage_that_one_process_sees_sends_all_to_the_checkpoint_before(tmp_pat
 def check_agreement(folder: Path) -> None:
     """Three checkpoints, of which process 1 has lost its part of the third and process 0 its part of the second."""
     place = NamedSharding(Mesh(np.array(jax.devices()), ("rows",)), PartitionSpec("rows"))
-    # Large enough that each process keeps its rows in a file of its own.
+    # Large enough that each process writes its rows to its own file.
     shape = (2, 1 << 16)
     target = {"params": {"weight": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}}
     with Checkpoints(folder, keep=3) as checkpoints:

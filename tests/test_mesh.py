@@ -105,7 +105,7 @@ def test_the_pool_trains_as_on_one_device(mesh: str) -> None:
     assert_equal(ours, alone("unipool"))
     for metrics in ours.metrics:
         received = metrics["counts_LE"].reshape(4, MESHES[mesh][2], -1).sum(axis=2).max(axis=1)
-        # Devices of an fsdp group have the same experts and rows of their own.
+        # Devices of an fsdp group have the same experts and different rows.
         assert metrics["received_L"].tolist() == received.tolist() or "fsdp" in mesh
 
 
@@ -261,7 +261,7 @@ def test_moments_lie_where_their_parameters_lie(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["unipool", "vanilla", "dense"])
 def test_banks_that_are_not_split_as_the_mesh_says_are_named(method: str) -> None:
-    """Whole on every device, or split over one axis of the mesh only."""
+    """Replicated, or sharded over one axis of the mesh only."""
     config, mesh = configure(method), mesh_of(MESHES[ALL_WAYS])
     shapes = state_shapes(config, mesh)
     assert misplaced_banks(config, mesh, shapes) == []

@@ -1,4 +1,4 @@
-"""Whole runs over a mesh: checkpoints that move between meshes, overflow, measured placement."""
+"""Complete runs over a mesh: checkpoints that move between meshes, overflow, measured placement."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_of(shared: Path, runs: Path, *more: str) -> Config:
 
 @pytest.fixture
 def configure(shared: Path, tmp_path: Path) -> Callable[..., Config]:
-    """A run in a folder of its own, with settings on top."""
+    """A run in its own folder, with further settings."""
     return lambda *more: run_of(shared, tmp_path, *more)
 
 

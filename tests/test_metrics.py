@@ -60,7 +60,7 @@ def test_routing_diagnostics_by_hand() -> None:
     found = routing_diagnostics(COUNTS, groups=1)
     assert found["routing/entropy_bits"] == pytest.approx([0.0, 2.0, 1.0, 0.0])
     assert found["routing/top16_coverage"] == [1.0] * 4
-    assert found["routing/jaccard"] == 1.0  # with 4 experts every top-16 set is the whole pool
+    assert found["routing/jaccard"] == 1.0  # with 4 experts every top-16 set is the full pool
     # Top-1 sets {0}, {0} (tie: lowest id), {1}, {2}; top-2 sets {0,1}, {0,1}, {1,2}, {2,0}.
     assert found["routing/union_size_1"] == 3
     assert found["routing/pool_coverage_1"] == 3 / 4

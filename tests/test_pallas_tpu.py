@@ -228,7 +228,7 @@ def test_inside_shard_map_compiles_for_tpu() -> None:
 
 
 def scanned_ffn_gradient(num_layers: int, *, shared: bool) -> Any:
-    """Compiled for a TPU: the gradient of a bank that a scan over layers shares, carried (`shared`) or by autodiff."""
+    """Compiled for a TPU: the gradient of a bank shared by a scan over layers, carried (`shared`) or by autodiff."""
     rows, experts, width, hidden = 1024, 64, 256, 512
 
     def loss(accumulator: Bank, sizes_LE: jax.Array, rows_RD: jax.Array) -> jax.Array:

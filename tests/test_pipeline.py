@@ -44,7 +44,7 @@ class ArrayStore(TokenStore):
 
 
 def numbered(lengths, first=100):
-    """Documents of these lengths whose tokens are all different, so positions can be told apart."""
+    """Documents of these lengths whose tokens are all different, so that positions are distinguishable."""
     numbers = itertools.count(first)
     return [np.array([next(numbers) for _ in range(n - 1)] + [EOD], np.int64) for n in lengths]
 

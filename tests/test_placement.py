@@ -13,7 +13,7 @@ from unipool_jax.moe.placement import busiest_sum, device_load, exchange_rounds,
 
 
 def specialised(layers: int, experts: int, seed: int = 0) -> np.ndarray:
-    """Layers that send most of their tokens to neighbouring experts of their own."""
+    """Layers that send most of their tokens to consecutive experts of their own."""
     random = np.random.default_rng(seed)
     centre = np.arange(layers)[:, None] * experts / layers
     distance = (np.arange(experts) - centre) / (experts / layers)

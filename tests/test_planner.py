@@ -294,7 +294,7 @@ def test_a_module_is_read_with_loops_and_groups() -> None:
 
 
 def bank_collectives(plan: report.Plan, kind: str) -> list[Collective]:
-    """Those of the bank's arrays: two widths of 256 and 640 among their last two, whole or split in two."""
+    """Those of the bank's arrays: two widths of 256 and 640 among their last two, full or halved."""
     assert plan.collectives is not None
     return [c for c in plan.collectives if c.kind == kind and any("640" in shape for shape in c.shapes)]
 
@@ -361,7 +361,7 @@ def test_the_report_names_what_it_found() -> None:
     assert "ragged-all-to-all" in text
 
 
-# Whole plans
+# Complete plans
 
 
 def fits(scale: str, preset: str) -> None:

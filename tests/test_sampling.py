@@ -54,7 +54,7 @@ def run(config: Config, state: TrainState, tokens_BS: np.ndarray, seed: int = 0,
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_logits_are_those_of_the_whole_forward_pass(variant: str) -> None:
-    """Rows start together as a padded block, and go on at their own positions, one token and then three at a time."""
+    """Rows start together as a padded block, and continue at their own positions, one token, then three."""
     config, state = model(*VARIANTS[variant])
     bias_GNE = state.balance.expert_bias_GNE
     random = np.random.default_rng(0)
@@ -126,7 +126,7 @@ def test_one_trace_for_all_tokens_and_all_calls_of_a_shape(monkeypatch: pytest.M
 
     monkeypatch.setattr(sampling, "forward_cached", counted)
     config, state = model("shared_pool_aux")
-    # Lengths of its own, so that no other test has compiled it.
+    # Lengths that no other test compiles.
     run(config, state, prompts(config), max_tokens=8)
     first = len(traces)
     assert first <= 3  # the prompt, and the body of the loop, which JAX may trace twice

@@ -148,7 +148,7 @@ def pieces(window: Window) -> tuple[str, str]:
         # The blank belongs to the word behind it: two tokens would be a text that training never shows.
         ("The capital of France is ", "Paris", ("The capital of France is", " Paris")),
         ("Answer:\n", "yes", ("Answer:", "\nyes")),
-        # `hel` + `lo` is one token, which is scored whole.
+        # `hel` + `lo` is one token, which is scored as one.
         ("say hel", "lo", ("say", " hello")),
         ("say hel", "lo there", ("say", " hello there")),
         ("", "Paris", ("<|endoftext|>", "Paris")),

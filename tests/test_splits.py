@@ -1,4 +1,4 @@
-"""Document splits: Megatron's borders, and documents dealt in rounds."""
+"""Document splits: Megatron's borders, and interleaved splits."""
 
 import numpy as np
 import pytest

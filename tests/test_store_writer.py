@@ -1,4 +1,4 @@
-"""Interrupted builds: whatever happens, a store is whole or not there, and work is not lost."""
+"""Interrupted builds: a store is complete or absent, and finished work is kept."""
 
 import json
 import multiprocessing
@@ -53,12 +53,12 @@ def test_resume_after_a_crash_at_every_durable_write(corpus, tmp_path, monkeypat
             build(files, out)
             finished = True
         except Crash:
-            # What is there now is either complete or not called a store.
+            # What exists now is either complete or not called a store.
             if not out.exists():
                 with pytest.raises(DataError, match="interrupted"):
                     open_store(out)
             calls[0] = -(10**9)
-            build(files, out)  # goes on
+            build(files, out)  # resumes
         assert tree(out) == expected
         assert not building_folder(out).exists()
         assert not out.with_name("out.lock").exists()
@@ -117,7 +117,7 @@ def test_killed_process_resumes_from_its_last_shard(corpus, tmp_path, monkeypatc
         token_store, "_encode", lambda *args, real=token_store._encode: encoded.append(args) or real(*args)
     )
     assert tree(build(files, out).path) == expected
-    # The first shards' documents were not tokenised again.
+    # The first shards' documents were not tokenized again.
     assert encoded[0][3][0][0] > 3
 
 

@@ -1,4 +1,4 @@
-"""The whole model against an independent NumPy forward, and what sharing means (spec A, B, C; checks 6 and 7)."""
+"""The model against an independent NumPy forward, and what sharing means (spec A, B, C; checks 6 and 7)."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _split_bank(params: Any, groups: int, choose: Any) -> Any:
 
 
 def test_groups_of_all_layers_equal_the_global_pool_and_copies_of_it_change_nothing() -> None:
-    """Four pools that each hold the whole global bank compute what the one pool computes."""
+    """Four pools that each hold the full bank compute what the one pool computes."""
     shared = tiny_config("unipool")
     private = tiny_config("unipool", "pool.groups=4", "pool.experts=32")
     params = tiny_state(shared).params

@@ -129,7 +129,7 @@ def test_layers_that_repeat_each_other_are_seen() -> None:
     choices = np.repeat(one, 5, axis=0)
     assert usage.unique_experts(choices, 1, 8).tolist() == [1] * 300
     assert (usage.same_expert(choices, 1) == 300).all()
-    # In pools of their own the same numbers are other experts.
+    # In separate pools the same indices are different experts.
     assert usage.unique_experts(choices, 5, 8).tolist() == [5] * 300
     assert usage.same_expert(choices, 5).tolist() == (300 * np.eye(5, dtype=int)).tolist()
 

@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         settings = self.settings
         batch, length = tokens_BS.shape
         cos, sin = self.cos[:length], self.sin[:length]
-        # Statistics of groups mean something for whole groups only; evaluation may use any batch.
+        # Group statistics need full groups; evaluation may use any batch size.
         group = min(settings.switch_group_sequences, batch)
         num_groups = batch // group if settings.balance == "switch" and batch % group == 0 else 1
         banks = [pool(self.dtype) for pool in self.experts]

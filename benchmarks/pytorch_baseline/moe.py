@@ -19,7 +19,7 @@ from benchmarks.pytorch_baseline.settings import Settings
 
 
 class Statistics(NamedTuple):
-    """What one layer tells the balance losses of one micro-batch."""
+    """Statistics of one layer and micro-batch for the balance losses."""
 
     counts_AM: Tensor
     """Choices per expert, int64."""
@@ -34,7 +34,7 @@ def monte_carlo_constant(num_experts: int, top_k: int, draws: int = 100_000) -> 
     """NormRouter's c (algorithm 1): the mean of 1 / |top-k of relu(x / |x|)| over Gaussian x.
 
     The seed is the published one. A draw without a positive entry makes the mean infinite (it happens below about 20
-    experts); the root-mean-square estimate 1 / sqrt(E |top-k|^2) then stands in.
+    experts); the root-mean-square estimate 1 / sqrt(E |top-k|^2) is used instead.
     """
     x = torch.from_numpy(np.random.RandomState(42).randn(draws, num_experts))
     positive = F.normalize(x, dim=1).relu_()
@@ -82,7 +82,7 @@ class Router(nn.Module):
         return torch.sort(key_NM, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
 
     def forward(self, hidden_ND: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Statistics]:
-        """Experts `[N, K]`, gates `[N, K]` float32 and statistics kept apart for `num_groups` runs of tokens."""
+        """Experts `[N, K]`, gates `[N, K]` float32 and statistics per each of `num_groups` groups of tokens."""
         # Operands in the compute dtype, sums in float32: exact products either way.
         logits_NM = F.linear(hidden_ND.float(), self.weight.to(hidden_ND.dtype).float()).to(self.dtype)
         scores_NM = self.scores(logits_NM)

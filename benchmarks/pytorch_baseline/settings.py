@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Settings:
-    """A model, its balance losses and its optimiser."""
+    """A model, its balance losses and its optimizer."""
 
     num_layers: int = 12
     hidden_size: int = 768
@@ -20,9 +20,9 @@ class Settings:
     norm_epsilon: float = 1e-5
     init_std: float = 0.01
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of activations, and of weights at use; parameters and optimiser state are float32."""
+    """Of activations, and of weights at use; parameters and optimizer state are float32."""
     recompute: Literal["none", "moe", "full"] = "moe"
-    """What the backward pass computes again: nothing, the mixture of each layer, or each whole layer."""
+    """What the backward pass recomputes: nothing, the mixture of each layer, or each full layer."""
 
     router: Literal["none", "softmax", "sigmoid", "norm"] = "norm"
     """`none` is the dense model."""

@@ -1,4 +1,4 @@
-"""Training of the twin: losses of one micro-batch, AdamW, the schedule, and one optimiser step."""
+"""Training of the twin: losses of one micro-batch, AdamW, the schedule, and one optimizer step."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_expert_bias(self, counts_LM: Tensor) -> None:
-        """`b += rate * sign(mean count - count)` with the counts of the whole batch."""
+        """`b += rate * sign(mean count - count)` with the counts of the full batch."""
         for layer, counts_M in zip(self.model.layers, counts_LM, strict=True):
             assert isinstance(layer.ffn, Mixture)
             layer.ffn.router.expert_bias += self.settings.expert_bias_rate * (counts_M.mean() - counts_M).sign()

@@ -51,7 +51,7 @@ class Placement:
 
     def counts(self, counts_LE: np.ndarray) -> np.ndarray:
         """Counts per layer and position, `[L, E]`, in the experts' order."""
-        positions_LE = np.repeat(self._positions_GE, len(counts_LE) // len(self._places_GE), axis=0)
+        positions_LE = np.repeat(self._positions_GE, len(counts_LE) // len(self._positions_GE), axis=0)
         return np.take_along_axis(counts_LE, positions_LE, axis=1)
 
 
