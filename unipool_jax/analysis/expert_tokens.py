@@ -1,4 +1,4 @@
-"""Which tokens an expert gets from each layer that uses it."""
+"""The tokens that an expert gets from each layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run wrote while it trained."""
+"""Reads the metrics file of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unipool_jax.analysis.figures import Series
 
 
 def read_history(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Complete lines of a run's metrics file, up to `last_step`; nothing for an imported run, which has none."""
+    """Complete lines of a run's metrics file, up to `last_step`; empty for imported runs, which have no such file."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
@@ -29,7 +29,7 @@ def read_history(run: Path, last_step: int | None = None) -> list[dict[str, Any]
 
 
 def series_of(history: Sequence[Mapping[str, Any]], kind: str, name: str) -> Series | None:
-    """One number of a metrics file over time, None if it was never written."""
+    """A metric over steps; None if it was never written."""
     points = [(line["step"], line[name]) for line in history if line.get("kind") == kind and line.get(name) is not None]
     if not points:
         return None

@@ -1,4 +1,4 @@
-"""Showing figures, tables and sections of a report in a notebook; needs IPython, which every notebook has."""
+"""Displays figures, tables and sections of a report in a notebook. Needs IPython."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from unipool_jax.analysis.figures import Draw, png
 from unipool_jax.analysis.page import Part, Table, table_html
 
 WIDTH = 860
-"""Of a figure on the screen, in pixels; the file has more, for screens that show more."""
+"""Display width of a figure in pixels; the image has a higher resolution."""
 
 
 def quiet() -> None:
-    """Leave out what libraries say about themselves: how Orbax opens a checkpoint, and that progress bars of Rich need
-    widgets."""
+    """Silence Orbax's log of opened checkpoints, and Rich's warning that progress bars need widgets."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", 'install "ipywidgets"')
 
 
 def show(draw: Draw) -> None:
-    """Show the figure that `draw` makes, in the light theme."""
+    """Display the figure that `draw` returns, in the light theme."""
     from IPython.display import Image, display
 
     display(Image(png(draw), width=WIDTH))
 
 
 def show_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Show a table; cells are shown as text, so numbers come formatted."""
+    """Display a table of text cells."""
     from IPython.display import HTML, display
 
     table = Table(head, [[str(cell) for cell in row] for row in rows])
@@ -36,7 +35,7 @@ def show_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def show_part(part: Part) -> None:
-    """Show a section of a report: its words, its figure and its table."""
+    """Display a section of a report: its paragraphs, figure and table."""
     from IPython.display import Markdown, display
 
     display(Markdown("\n\n".join([f"**{part.title}**", *part.words])))

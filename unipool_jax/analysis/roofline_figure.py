@@ -1,4 +1,4 @@
-"""Rooflines: the rate that arithmetic and memory allow, and where kernels stand below it."""
+"""Roofline plots: the rate that compute and memory bandwidth allow at the arithmetic intensity of kernels."""
 
 from __future__ import annotations
 

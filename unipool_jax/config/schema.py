@@ -380,7 +380,7 @@ class Config:
 
     @property
     def num_microbatches(self) -> int:
-        """Forward and backward passes per optimiser step."""
+        """Forward and backward passes per optimizer step."""
         return self.train.batch_size // self.train.microbatch_size
 
     @property

@@ -87,7 +87,7 @@ def parse_request(arguments: Sequence[str]) -> GenerateRequest:
             names = ", ".join(f"{known}=" for known in ("prompt", "run", *_NUMBERS))
             problems.append(f"{word}: not understood; use {names}")
     if not all(prompts) or not prompts:
-        problems.append('prompt=: no text to go on with; for example prompt="The state of the Union is"')
+        problems.append('prompt=: no text to continue; for example prompt="The state of the Union is"')
     if problems:
         raise ConfigError(problems)
     return GenerateRequest(tuple(prompts), **found)  # type: ignore[arg-type]

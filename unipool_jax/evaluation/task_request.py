@@ -36,7 +36,7 @@ class TaskRequest:
 
 
 def split_words(arguments: Sequence[str]) -> tuple[TaskRequest | None, list[str]]:
-    """The part of a command line that is about tasks, None where there is none, and the other words.
+    """The task request of a command line, None if it has no words about tasks, and the other words.
 
     `tasks=paper` stands for the seven tasks of the paper.
 

@@ -1,4 +1,4 @@
-"""The output head and its loss: logits of a whole batch are never in memory at once, unless they are asked for."""
+"""The output head and its loss. The logits of a full batch are in memory only if the caller requests them."""
 
 from __future__ import annotations
 

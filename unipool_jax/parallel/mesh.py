@@ -97,7 +97,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def on_mesh(config: Config, mesh: Mesh | None) -> Config:
-    """`config` with the sizes of this mesh in place of those asked for, so that the model need not read the mesh."""
+    """`config` with the sizes of `mesh` instead of the requested ones, so that the model need not read the mesh."""
     sizes = (1,) * len(AXES) if mesh is None else mesh.devices.shape
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **dict(zip(AXES, sizes, strict=True))))
 

@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     topology: Topology
     sizes: dict[str, int]
     parameter_bytes: int
-    optimiser_bytes: int
+    optimizer_bytes: int
     temporary_bytes: int
     """Of the training step: as compiled, or counted for devices without an ahead-of-time compiler."""
     evaluation_bytes: int
@@ -54,12 +54,12 @@ class Plan(NamedTuple):
     @property
     def total_bytes(self) -> int:
         """Memory that a training step needs on a device."""
-        return self.parameter_bytes + self.optimiser_bytes + self.temporary_bytes
+        return self.parameter_bytes + self.optimizer_bytes + self.temporary_bytes
 
     @property
     def evaluation_total_bytes(self) -> int:
         """Memory that an evaluation during training needs on a device."""
-        return self.parameter_bytes + self.optimiser_bytes + self.evaluation_bytes
+        return self.parameter_bytes + self.optimizer_bytes + self.evaluation_bytes
 
     @property
     def fits(self) -> bool:
@@ -118,13 +118,13 @@ def from_programs(config: Config, topology: Topology, mesh: Mesh, program: Progr
     sizes = {name: int(size) for name, size in mesh.shape.items()}
     module = collectives_of.parse(program.text)
     found = tuple(collectives_of.collectives(module, tuple(mesh.axis_names), mesh.devices.shape))
-    parameters, optimiser = state_bytes(config, mesh)
+    parameters, optimizer = state_bytes(config, mesh)
     return Plan(
         config,
         topology,
         sizes,
         parameters,
-        optimiser,
+        optimizer,
         program.temporary_bytes,
         evaluation.temporary_bytes,
         found,
@@ -164,7 +164,7 @@ def text(plan: Plan) -> str:
         "",
         "memory per device",
         f"  parameters                   {plan.parameter_bytes / _GIB:8.2f} GiB",
-        f"  optimizer state              {plan.optimiser_bytes / _GIB:8.2f} GiB",
+        f"  optimizer state              {plan.optimizer_bytes / _GIB:8.2f} GiB",
         f"  activations and temporaries  {plan.temporary_bytes / _GIB:8.2f} GiB   {_PEAK}",
         f"  training, total              {plan.total_bytes / _GIB:8.2f} GiB {_room(plan, plan.total_bytes)}",
         f"  evaluation, with the state   {plan.evaluation_total_bytes / _GIB:8.2f} GiB "
@@ -248,7 +248,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "compiled": plan.collectives is not None,
         "memory": {
             "parameters": plan.parameter_bytes,
-            "optimiser": plan.optimiser_bytes,
+            "optimiser": plan.optimizer_bytes,
             "temporaries": plan.temporary_bytes,
             "total": plan.total_bytes,
             "evaluation_temporaries": plan.evaluation_bytes,

@@ -33,7 +33,7 @@ _MAY_CHANGE_EXACTLY = {
 
 
 class RunError(RuntimeError):
-    """The run folder cannot be used as asked; the message says why and what to do."""
+    """The run folder cannot be used as requested; the message says why and what to do."""
 
 
 def run_name(config: Config) -> str:
