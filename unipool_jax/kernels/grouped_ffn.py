@@ -48,7 +48,7 @@ def grouped_ffn(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> jax.Array:
     rows_RD, bank, plan = vary_alike((rows_RD, bank, plan))
     if plan.tiling.implementation == "reference":
         return reference.grouped_ffn(rows_RD, *bank.astype(rows_RD.dtype), plan)
-    return _ffn(rows_RD, bank, plan)
+    return _ffn(rows_RD, bank, None, plan)[0]
 
 
 def accumulating_ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
@@ -86,7 +86,9 @@ def accumulating_ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: Gr
         # The values of `bank` with the gradient of the accumulator.
         bank = jax.tree.map(lambda weights, sums: sums + jax.lax.stop_gradient(weights - sums), bank, accumulator)
         return reference.grouped_ffn(rows_RD, *bank.astype(rows_RD.dtype), plan), accumulator
-    return _accumulating_ffn(rows_RD, bank, accumulator, plan)
+    out_RD, passed_on = _ffn(rows_RD, bank, accumulator, plan)
+    assert passed_on is not None
+    return out_RD, passed_on
 
 
 def _check(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> None:
@@ -103,52 +105,33 @@ def _check(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> None:
 
 
 @jax.custom_vjp
-def _ffn(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> jax.Array:
-    return _forward(rows_RD, bank, plan, keep_products=False)[0]
+def _ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank | None, plan: GroupPlan) -> tuple[jax.Array, Bank | None]:
+    """The products of a back end; with an accumulator it takes the gradient of the bank."""
+    return _forward(rows_RD, bank, accumulator, plan, keep_products=False)[0]
 
 
 def _forward(
-    rows_RD: jax.Array, bank: Bank, plan: GroupPlan, *, keep_products: bool = True
-) -> tuple[jax.Array, tuple[Any, ...]]:
+    rows_RD: jax.Array, bank: Bank, accumulator: Bank | None, plan: GroupPlan, *, keep_products: bool = True
+) -> tuple[tuple[jax.Array, Bank | None], tuple[Any, ...]]:
     back_end = BACK_ENDS[plan.tiling.implementation]
     gate_EDF, up_EDF, down_EFD = bank.astype(rows_RD.dtype)
     out_RD, products = back_end.ffn_forward(rows_RD, gate_EDF, up_EDF, down_EFD, plan, keep_products=keep_products)
-    return out_RD, (rows_RD, bank, plan, products)
+    return (out_RD, accumulator), (rows_RD, bank, plan, products)
 
 
-def _backward(residuals: tuple[Any, ...], grad_RD: jax.Array) -> tuple[jax.Array, Bank, None]:
+def _backward(
+    residuals: tuple[Any, ...], cotangents: tuple[jax.Array, Bank | None]
+) -> tuple[jax.Array, Bank | None, Bank | None, None]:
+    grad_RD, gradient = cotangents
     rows_RD, bank, plan, products = residuals
+    into = None if gradient is None else (gradient.gate_EDF, gradient.up_EDF, gradient.down_EFD)
     back_end = BACK_ENDS[plan.tiling.implementation]
     gate_EDF, up_EDF, down_EFD = bank.astype(rows_RD.dtype)
-    rows_grad_RD, sums = back_end.ffn_backward(grad_RD, rows_RD, gate_EDF, up_EDF, down_EFD, plan, products)
-    return rows_grad_RD, Bank(*(total.astype(weights.dtype) for total, weights in zip(sums, bank, strict=True))), None
+    rows_grad_RD, sums = back_end.ffn_backward(grad_RD, rows_RD, gate_EDF, up_EDF, down_EFD, plan, products, into)
+    if into is not None:
+        return rows_grad_RD, None, Bank(*sums), None
+    bank_grads = Bank(*(total.astype(weights.dtype) for total, weights in zip(sums, bank, strict=True)))
+    return rows_grad_RD, bank_grads, None, None
 
 
 _ffn.defvjp(_forward, _backward)
-
-
-@jax.custom_vjp
-def _accumulating_ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
-    return _forward(rows_RD, bank, plan, keep_products=False)[0], accumulator
-
-
-def _accumulating_forward(
-    rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan
-) -> tuple[tuple[jax.Array, Bank], tuple[Any, ...]]:
-    out_RD, residuals = _forward(rows_RD, bank, plan)
-    return (out_RD, accumulator), residuals
-
-
-def _accumulating_backward(
-    residuals: tuple[Any, ...], cotangents: tuple[jax.Array, Bank]
-) -> tuple[jax.Array, None, Bank, None]:
-    grad_RD, into = cotangents
-    rows_RD, (gate_EDF, up_EDF, down_EFD), plan, products = residuals
-    back_end = BACK_ENDS[plan.tiling.implementation]
-    rows_grad_RD, sums = back_end.ffn_backward(
-        grad_RD, rows_RD, gate_EDF, up_EDF, down_EFD, plan, products, (into.gate_EDF, into.up_EDF, into.down_EFD)
-    )
-    return rows_grad_RD, None, Bank(*sums), None
-
-
-_accumulating_ffn.defvjp(_accumulating_forward, _accumulating_backward)
