@@ -1,7 +1,7 @@
 """Figures, drawn with matplotlib without a display.
 
 A function here returns a `Figure`; `png` draws it in a light or a dark theme. Series differ in colour (Okabe and Ito's
-palette, told apart by colour-blind eyes), in line style and in marker, so that they can be read in grey; heat maps use
+palette, safe for colour-blind readers), in line style and in marker, so that they can be read in grey; heat maps use
 cividis, whose lightness grows evenly.
 """
 
@@ -218,7 +218,7 @@ def unique_figure(counts_U: np.ndarray, mean: float, chance: float) -> Figure:
     axes.set_xlim(0.4, most + 0.6)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
     _whole_ticks(axes.xaxis)
-    axes.set_xlabel("different experts of a token")
+    axes.set_xlabel("distinct experts of a token")
     axes.set_ylabel("share of tokens (%)")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
@@ -268,7 +268,7 @@ def probe_figure(probe: Probe) -> Figure:
     """Loss added by random choices in one layer, for every condition, with one standard error."""
     figure = _figure(3.1)
     axes = figure.subplots()
-    names = {"full_pool": "whole pool", "top_8": "layer's 8 busiest"}
+    names = {"full_pool": "full pool", "top_8": "layer's 8 busiest"}
     rules = {"learned": "gates of the learned choice", "own": "gates of their own"}
     width = 0.8 / len(probe.conditions)
     places = np.arange(len(probe.layers) + 1)
