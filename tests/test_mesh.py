@@ -324,7 +324,7 @@ def test_rest_of_the_devices_and_what_does_not_fit() -> None:
     assert resolve_sizes(MeshConfig(data=-1, expert=2), 8) == (4, 1, 2, 1)
     assert resolve_sizes(MeshConfig(data=1), 8) == (1, 1, 1, 1)
     for config in (MeshConfig(data=-1, expert=3), MeshConfig(data=3, fsdp=3)):
-        with pytest.raises(ConfigError, match="does not fit the 8 devices"):
+        with pytest.raises(ConfigError, match="does not fit 8 available devices"):
             make_mesh(config, jax.devices()[:8])
 
 
