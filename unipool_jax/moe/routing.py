@@ -148,8 +148,7 @@ def route(
     Returns:
       `Routing` with statistics of shape `[A, E]`.
     """
-    num_tokens, num_experts = scores_NE.shape
-    unfaded_NE = jax.lax.stop_gradient(scores_NE)
+    own_NE = scores_NE
     if score_factor_E is not None:
         scores_NE = scores_NE * score_factor_E.astype(scores_NE.dtype)
     key_NE = jax.lax.stop_gradient(scores_NE)
@@ -157,38 +156,46 @@ def route(
         key_NE = key_NE.astype(jnp.float32) + expert_bias_E
     if score_factor_E is not None:
         key_NE = jnp.where(score_factor_E > 0, key_NE, -jnp.inf)
-
-    def largest(key_NE: jax.Array) -> jax.Array:
-        if top_k == 1:
-            return jnp.argmax(key_NE, axis=-1, keepdims=True).astype(jnp.int32)
-        return jax.lax.top_k(key_NE, top_k)[1].astype(jnp.int32)
-
-    def counts(chosen_NKE: jax.Array) -> jax.Array:
-        rows_per_group = num_tokens // num_stat_groups * top_k
-        return jnp.sum(chosen_NKE.reshape(num_stat_groups, rows_per_group, num_experts), axis=1, dtype=jnp.int32)
-
-    experts_NK = largest(key_NE)
-
-    every_expert = jnp.arange(num_experts, dtype=jnp.int32)
-    chosen_NKE = experts_NK[:, :, None] == every_expert
+    experts_NK = _largest(key_NE, top_k)
+    chosen_NKE = _one_hot(experts_NK, scores_NE.shape[1])
     # A sum over the one-hot choice instead of a gather: its transpose is dense, where a gather's is a scatter.
     gates_NK = jnp.sum(jnp.where(chosen_NKE, scores_NE[:, None, :].astype(jnp.float32), 0.0), axis=-1)
     if router == "sigmoid" and top_k > 1:
         gates_NK = gates_NK / (jnp.sum(gates_NK, axis=-1, keepdims=True) + _SIGMOID_EPSILON)
 
-    tokens_per_group = num_tokens // num_stat_groups
+    z_N = jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1))
     stats = RoutingStats(
-        counts_AE=counts(chosen_NKE),
-        score_sum_AE=jnp.sum(
-            scores_NE.astype(jnp.float32).reshape(num_stat_groups, tokens_per_group, num_experts), axis=1
-        ),
-        z_square_sum_A=jnp.sum(
-            jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1)).reshape(num_stat_groups, -1), axis=1
-        ),
+        counts_AE=_counts(chosen_NKE, num_stat_groups),
+        score_sum_AE=jnp.sum(_in_groups(scores_NE.astype(jnp.float32), num_stat_groups), axis=1),
+        z_square_sum_A=jnp.sum(_in_groups(z_N, num_stat_groups), axis=1),
         received_X=jnp.zeros((1,), jnp.int32),
-        unfaded_counts_AE=(None if score_factor_E is None else counts(largest(unfaded_NE)[:, :, None] == every_expert)),
     )
+    if score_factor_E is not None:
+        unfaded_NK = _largest(jax.lax.stop_gradient(own_NE), top_k)
+        stats = stats._replace(unfaded_counts_AE=_counts(_one_hot(unfaded_NK, own_NE.shape[1]), num_stat_groups))
     return Routing(experts_NK, gates_NK, stats)
+
+
+def _largest(key_NE: jax.Array, top_k: int) -> jax.Array:
+    """The experts with the largest keys, descending, int32 `[N, k]`; ties go to the lowest index."""
+    if top_k == 1:
+        return jnp.argmax(key_NE, axis=-1, keepdims=True).astype(jnp.int32)
+    return jax.lax.top_k(key_NE, top_k)[1].astype(jnp.int32)
+
+
+def _one_hot(experts_NK: jax.Array, num_experts: int) -> jax.Array:
+    """Bool `[N, k, E]`."""
+    return experts_NK[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)
+
+
+def _in_groups(values_NX: jax.Array, num_groups: int) -> jax.Array:
+    """`[A, N / A, ...]`: equal runs of consecutive tokens."""
+    return values_NX.reshape(num_groups, -1, *values_NX.shape[1:])
+
+
+def _counts(chosen_NKE: jax.Array, num_groups: int) -> jax.Array:
+    """Choices that went to each expert, int32 `[A, E]`."""
+    return jnp.sum(_in_groups(chosen_NKE, num_groups), axis=(1, 2), dtype=jnp.int32)
 
 
 class Forced(NamedTuple):
