@@ -1,4 +1,4 @@
-"""Causal grouped-query attention with rotary positions (spec A.2)."""
+"""Causal grouped-query attention with rotary positions (method M1.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameter report (spec A.5), from the real parameter tree by shape evaluation: nothing is allocated."""
+"""Parameter report (method M1.9), from the real parameter tree by shape evaluation: nothing is allocated."""
 
 from __future__ import annotations
 

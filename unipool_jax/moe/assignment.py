@@ -1,4 +1,4 @@
-"""Which layer owns which expert: the assignment of UniPool-lock, from routing counts, on the host (spec F.5).
+"""Which layer owns which expert: the assignment of UniPool-lock, from routing counts, on the host (method M6.6).
 
 L layers, M = L K experts; every expert gets one owner and every layer K experts. All arithmetic is float64.
 """

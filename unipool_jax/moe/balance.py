@@ -54,7 +54,7 @@ def pool_loss(stats: RoutingStats, load_GE: jax.Array, tokens: int, coefficient:
 
 
 def entropy_loss(stats: RoutingStats, tokens: int, target: float) -> jax.Array:
-    """Squared distance of each layer's score entropy from ln(target), averaged over all layers (spec F.3); float32.
+    """Squared distance of each layer's score entropy from ln(target), averaged over all layers (method M6.3); float32.
 
     Per layer: `p_i = q_i / (sum_j q_j + 1e-8)` with q_i the mean score of expert i, `H = -sum_i p_i ln(p_i + 1e-8)` in
     nats, and `(H - ln(target))^2`. Scores are those after fading; a locked layer has only those of its own experts.

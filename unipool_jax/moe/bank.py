@@ -33,7 +33,7 @@ class ExpertPool(nn.Module):
     ffn_size: int
     init_std: float
     num_layers: int
-    """L, the depth of the whole model: the down projection starts at init_std / sqrt(2 L) (spec A.3)."""
+    """L, the depth of the whole model: the down projection starts at init_std / sqrt(2 L) (method M1.6)."""
 
     @nn.compact
     def __call__(self) -> Bank:

@@ -1,4 +1,4 @@
-"""UniPool-lock inside a training step: the partition under way, its fade, and the re-indexing that ends it (spec F).
+"""UniPool-lock inside a training step: the partition under way, its fade, and the re-indexing that ends it (method M6).
 
 Before the lock the state holds a `Candidate`, and every score of a layer for an expert outside its part is multiplied
 by 1 - alpha. After the lock nothing of this is left: experts, routers and their optimiser moments are re-indexed so

@@ -1,4 +1,4 @@
-"""The host's side of UniPool-lock: what evaluations have shown, what was decided, what may never be (spec F.5 - F.8).
+"""The host's side of UniPool-lock: what evaluations have shown, what was decided, what may never be (method M6.8).
 
 A `LockRecord` is a value. `observe` makes the next one from an evaluation; `problems` lists what is wrong with one;
 `check_step` refuses an update that a record does not allow. Records travel in checkpoints as JSON documents.
@@ -224,7 +224,7 @@ def from_document(config: Config, document: Mapping[str, Any] | None, step: int)
 
 
 def problems(config: Config, record: LockRecord, step: int) -> list[str]:
-    """Every broken invariant of a record after `step` steps (spec F.8); empty for a sound one."""
+    """Every broken invariant of a record after `step` steps (method M6.9); empty for a sound one."""
     found = []
     kept = {name: value for name, value in record.settings.items() if name not in _MAY_CHANGE}
     wanted = {name: value for name, value in _settings(config).items() if name not in _MAY_CHANGE}

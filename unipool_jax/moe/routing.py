@@ -131,7 +131,7 @@ def route(
 ) -> Routing:
     """Choose the `top_k` experts of each token.
 
-    Gates are the chosen scores, never renormalised over the chosen experts, except for sigmoid with k > 1 (spec B.4).
+    Gates are the chosen scores, not renormalised over the chosen experts, except for sigmoid with k > 1 (method M3.5).
     With `expert_bias_E` the bias takes part in the choice but not in the gate. Experts with a zero score may be chosen
     when fewer than k scores are positive; they get gate 0 and are counted.
 
@@ -143,7 +143,7 @@ def route(
       num_stat_groups: A, equal runs of tokens for which statistics are kept apart; divides N.
       expert_bias_E: selection bias, float32, or None.
       score_factor_E: factor on the scores before anything else is done with them, float32, or None. An expert with
-        factor 0 is not chosen, whatever its score (spec F.4).
+        factor 0 is not chosen, whatever its score (method M6.4).
 
     Returns:
       `Routing` with statistics of shape `[A, E]`.
@@ -205,13 +205,13 @@ class Forced(NamedTuple):
     """Experts of the layer's pool, int32 `[N, k]`; -1 keeps the choice of that token and slot."""
     own_gates: jax.Array
     """Bool scalar: the gates of forced experts are their own scores (True), or the gates of the experts that they
-    replace, slot by slot (False). See spec J20."""
+    replace, slot by slot (False). See method M10.18."""
 
 
 def replaced(routing: Routing, scores_NE: jax.Array, forced: Forced, router: Router) -> Routing:
     """`routing` with forced choices in place of the layer's own; the statistics stay those of its own choices.
 
-    Own gates follow the rule of the router (spec J9): the score, over the sum of the chosen scores for sigmoid, k > 1.
+    Own gates follow the router (method M3.5): the score, over the sum of the chosen scores for sigmoid, k > 1.
     While a lock fades experts out, own gates are the scores before the fade.
     """
     chosen_NK = jnp.where(forced.experts_NK >= 0, forced.experts_NK, routing.experts_NK)

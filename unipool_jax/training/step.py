@@ -104,7 +104,7 @@ def balance_loss(config: Config, stats: RoutingStats, load_GE: jax.Array | None)
         return switch_loss(stats, group_tokens, config.moe.top_k, loss.switch_coefficient)
     if loss.balance == "pool":
         load = load_fractions(stats.counts_AE) if load_GE is None else load_GE
-        # In a locked layer each of f and P is L times what it is as a mean over the layers of the pool (spec F.6).
+        # In a locked layer each of f and P is L times what it is as a mean over the layers of the pool (method M6.7).
         coefficient = loss.pool_coefficient / (config.model.num_layers if config.locked else 1)
         return pool_loss(stats, load, tokens, coefficient)
     return jnp.zeros((), jnp.float32)
