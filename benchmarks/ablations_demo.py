@@ -38,7 +38,7 @@ class Case:
     name: str
     overrides: tuple[str, ...]
     published: float | None = None
-    """Difference to vanilla at 182M after 30B tokens (spec I.4), nats per token."""
+    """Difference to vanilla at 182M after 30B tokens (method M9.4), nats per token."""
     question: str = ""
     """The question that a control answers."""
 

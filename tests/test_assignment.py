@@ -1,4 +1,4 @@
-"""The assignment of experts to layers (spec F.5, conformance check 9)."""
+"""The assignment of experts to layers (method M6.6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Balance losses against NumPy (spec section E, conformance checks 4 and 6)."""
+"""Balance losses against NumPy (method M4)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_pool_loss_is_equation_five_summed_over_pools(groups: int) -> None:
 
 
 def test_one_micro_batch_behind_with_current_counts_is_the_ideal_form() -> None:
-    """The published per-layer sum (spec E.3) with n_prev := current counts."""
+    """The published per-layer sum (method M4.4) with n_prev := current counts."""
     stats, scores, experts = _routed(1)
     counts = np.stack([np.bincount(e.reshape(-1), minlength=EXPERTS) for e in experts])
     n_prev = counts.mean(0)
@@ -106,7 +106,7 @@ def test_expert_bias_moves_by_the_rate_towards_the_mean() -> None:
 
 
 def test_pool_loss_of_layers_that_own_their_experts_is_a_switch_loss() -> None:
-    """Every expert used by one layer only: Switch over the layer's K experts with coefficient alpha / L (check 5)."""
+    """Every expert used by one layer only: Switch over the layer's K experts at alpha / L (method M6.7)."""
     own = 4
     scores = np.random.default_rng(8).gamma(0.5, size=(LAYERS, TOKENS, own)).astype(np.float32)
     wide = np.zeros((LAYERS, TOKENS, LAYERS * own), np.float32)

@@ -1,4 +1,4 @@
-"""Fade, entropy loss and re-indexing of UniPool-lock against NumPy (spec F.2 - F.6; conformance checks 5 and 8)."""
+"""Fade, entropy loss and re-indexing of UniPool-lock against NumPy (method M6.1 - M6.7)."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_a_step_of_the_locked_model_is_that_of_a_wholly_faded_pool(overrides: tu
         assert (np.abs(np.asarray(new) - 0.9 * old).max(axis=-1) > 1e-7).all()
 
     if overrides == ("moe.top_k=2",):
-        # It is a Switch loss with E = K and the coefficient alpha / L (conformance check 5).
+        # It is a Switch loss with E = K and the coefficient alpha / L (method M6.7).
         numpy = FadedForward(config, state.params, batch.inputs, OWN.astype(float))
         total = sum(
             oracles.switch_loss(numpy.scores[layer][:, ids], np.searchsorted(ids, numpy.experts[layer]), 1 / LAYERS)

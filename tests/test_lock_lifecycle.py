@@ -1,4 +1,4 @@
-"""What a run's lock goes through, and everything that stops it (spec F.7, F.8; conformance check 10)."""
+"""What a run's lock goes through, and everything that stops it (method M6.8, M6.9)."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_the_anatomy_has_every_analysis_of_that_run(tour: Executed, folder: Path
     assert [row[0] for row in shown.table("devices", "critical path")] == ["2", "4", "8", "16"]
     assert all(float(path) >= float(whole) for _, path, whole in shown.table("devices", "critical path"))
     chance = {(row[1], row[2]): row[4] for row in shown.table("", "L", "M")}
-    assert (chance["12", "96"], chance["36", "128"]) == ("11.34", "31.49")  # spec I.7
+    assert (chance["12", "96"], chance["36", "128"]) == ("11.34", "31.49")  # method M9.7
     assert len(shown.table("added loss (nats per token)")) == 4
     assert (folder / "tour" / "analysis" / str(STEPS) / "report.html").exists()
 
@@ -175,12 +175,12 @@ def test_routers_and_losses_have_their_exact_values(folder: Path) -> None:
     assert [row[1] for row in shown.table("", "expert 0")] == ["32/32", "4/32", "11/32", "11/32"]
     private = shown.table("routing", "Switch / alpha, a layer", "pool / alpha with G = L, a pool")
     assert all(switch == pool for _, switch, pool in private)
-    ((_, predicted, spec, norm, softmax),) = shown.table("M", "c sqrt(M / 2 pi)")
-    assert float(predicted) == pytest.approx(float(spec), rel=0.01)
-    assert float(norm) == pytest.approx(float(spec), rel=0.02)
+    ((_, predicted, expected, norm, softmax),) = shown.table("M", "c sqrt(M / 2 pi)")
+    assert float(predicted) == pytest.approx(float(expected), rel=0.01)
+    assert float(norm) == pytest.approx(float(expected), rel=0.02)
     assert softmax == "1.00"
     assert [row[3] for row in shown.table("sigma")] == ["1.000000"] * 3
-    assert shown.table("scale", "L", "M")[0][-1] == "0.0131"  # spec E.4
+    assert shown.table("scale", "L", "M")[0][-1] == "0.0131"  # method M4.5
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

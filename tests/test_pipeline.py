@@ -1,4 +1,4 @@
-"""Batches: the order of spec G.4 against brute-force oracles, and evaluation's exact counts."""
+"""Batches: the order of method M5.4 against brute-force oracles, and evaluation's exact counts."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ def numbered(lengths, first=100):
 
 
 def oracle_windows(documents, length, needed, seed):
-    """Spec G.4 for one store, written down literally: one long list of tokens, cut up."""
+    """Method M5.4 for one store, written down literally: one long list of tokens, cut up."""
     tokens_per_epoch = sum(map(len, documents))
     epochs = 1
     while epochs * tokens_per_epoch < needed * length + 1:

@@ -1,4 +1,4 @@
-"""Published parameter totals, exactly (spec A.5, C.3, C.4; conformance check 1)."""
+"""Published parameter totals, exactly (method M1.9, M2.3, M2.4)."""
 
 from __future__ import annotations
 

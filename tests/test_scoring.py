@@ -68,7 +68,7 @@ def test_order_and_batching_do_not_matter() -> None:
 
 
 def test_pad_columns_have_probability_but_are_never_the_best() -> None:
-    """As in training (spec A.2) the softmax is over the padded vocabulary; decoding never draws padding."""
+    """As in training (method M1.5) the softmax is over the padded vocabulary; decoding never draws padding."""
     model = alphabet_model()
     window = Window(list(b"a"), list(b"bcd"))
     (before,) = score_windows(model, [window]).log_likelihood_W

@@ -1,4 +1,4 @@
-"""One training step: losses, accumulation, balance state, non-finite updates (spec E; checks 4 and 7)."""
+"""One training step: losses, accumulation, balance state, non-finite updates (method M4)."""
 
 from __future__ import annotations
 

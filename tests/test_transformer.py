@@ -1,4 +1,4 @@
-"""The model against an independent NumPy forward, and what sharing means (spec A, B, C; checks 6 and 7)."""
+"""The model against an independent NumPy forward, and what sharing means (method M1, M2)."""
 
 from __future__ import annotations
 

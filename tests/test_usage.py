@@ -79,7 +79,7 @@ def test_paths_of_tokens_by_counting(layers: int, groups: int, experts: int, top
 
 @pytest.mark.parametrize(("layers", "groups", "experts", "top_k"), SHAPES)
 def test_diagnostics_by_counting(layers: int, groups: int, experts: int, top_k: int) -> None:
-    """The figures of spec H.4 from sets and loops, ranks by (count, id)."""
+    """The figures of method M8.4 from sets and loops, ranks by (count, id)."""
     counts = usage.expert_counts(planted(layers, experts, top_k, seed=2), experts)
     found = routing_diagnostics(counts, groups)
     ranked = [sorted(range(experts), key=lambda e, row=row: (-row[e], e)) for row in counts.tolist()]

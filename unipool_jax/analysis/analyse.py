@@ -57,7 +57,7 @@ class Analysis:
 
     @property
     def diagnostics(self) -> dict[str, Any]:
-        """Routing diagnostics (spec H.4)."""
+        """Routing diagnostics (method M8.4)."""
         return routing_diagnostics(self.counts_LE, self.config.pool.groups)
 
     @property

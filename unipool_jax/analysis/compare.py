@@ -23,7 +23,7 @@ from unipool_jax.config.schema import Config, settings
 from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, frozen_differences
 
 LATE = 0.6
-"""Late training begins after this fraction of the steps (spec J15: the late gap is steadier than the final one)."""
+"""Late training begins after this fraction of the steps (method M10.13: the final gap is less steady)."""
 
 _SLICE = (
     "data.source",

@@ -107,7 +107,7 @@ def _heat(axes: Axes, values: np.ndarray, label: str, limits: tuple[float, float
 
 
 def usage_figure(counts_LM: np.ndarray, groups: int) -> Figure:
-    """Use of each expert by each layer, and by all layers together beside even use (spec H.3; P1, figure 3)."""
+    """Use of each expert by each layer, and by all layers together beside even use (method M8.3)."""
     layers, experts = counts_LM.shape
     figure = _figure(3.2 + min(0.16 * layers, 4.5))
     bars, heat = figure.subplots(2, 1, height_ratios=[1.3, 0.8 + 0.12 * layers], sharex=True)
@@ -185,7 +185,7 @@ def layers_figure(
 def coverage_figure(
     sizes: Sequence[int], union: Sequence[float], most: Sequence[float], tokens: Sequence[float]
 ) -> Figure:
-    """Unions of the layers' K busiest experts, and the share of choices on them, against K (spec H.4)."""
+    """Unions of the layers' K busiest experts, and the share of choices on them, against K (method M8.4)."""
     figure = _figure(3.0)
     left, right = figure.subplots(1, 2)
     left.plot(sizes, union, color=PALETTE[0], marker="o", label="this model")
@@ -208,7 +208,7 @@ def coverage_figure(
 
 
 def unique_figure(counts_U: np.ndarray, mean: float, chance: float) -> Figure:
-    """Distribution of the number of distinct experts of a token, with its mean and chance level (spec H.2)."""
+    """Distribution of the number of distinct experts of a token, with its mean and chance level (method M8.2)."""
     most = len(counts_U) - 1
     figure = _figure(2.7)
     axes = figure.subplots()
@@ -356,7 +356,7 @@ def paired_figure(
 
 
 def fraction_figure(points: Mapping[str, Sequence[tuple[float, float, float | None]]], baseline: str) -> Figure:
-    """Paired loss difference to the baseline against the size of the pool (P1, figure 2a).
+    """Paired loss difference to the baseline against the size of the pool (method M9.5).
 
     Args:
       points: per line of the plot, (share of the baseline's experts, mean difference, standard error).
@@ -387,7 +387,7 @@ def fraction_figure(points: Mapping[str, Sequence[tuple[float, float, float | No
 
 
 def granularity_figure(points: Mapping[str, Sequence[tuple[str, float, float | None]]]) -> Figure:
-    """Loss against granularity, experts per layer / experts per token (P1, figure 2b), one line per method."""
+    """Loss against granularity, experts per layer / experts per token (figure 2b of the paper), one line per method."""
     figure = _figure(3.4)
     axes = figure.subplots()
     ticks = sorted(

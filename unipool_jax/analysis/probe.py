@@ -1,7 +1,7 @@
 """Routing-randomization probe: how much worse is a model when one layer routes tokens to random experts?
 
 For each layer of the deep half separately, the router's choice is replaced by k experts drawn uniformly without
-replacement for each token; all other layers are unchanged (spec H.1, J20, J21; arXiv 2605.06665, table 1). A small
+replacement for each token; all other layers are unchanged (method M8.1; arXiv 2605.06665, table 1). A small
 increase in loss means that the learned routing of that layer hardly mattered.
 
 `probe` takes any `Measure`, which returns sums and weights of items (windows of text, questions of a task). Differences
@@ -24,7 +24,7 @@ from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.state import BalanceState
 
 MATCHED = 8
-"""Candidates of the matched variant: the experts per layer of the published vanilla mixture (spec H.1)."""
+"""Candidates of the matched variant: the experts per layer of the published vanilla mixture (method M8.1)."""
 
 CandidateSet = Literal["full_pool", "top_8"]
 GateRule = Literal["learned", "own"]
@@ -87,7 +87,7 @@ class Probe(NamedTuple):
 
 
 def deep_half(layers: int) -> list[int]:
-    """Layers l >= L/2, counted from 0 (spec J21)."""
+    """Layers l >= L/2, counted from 0 (method M10.19)."""
     return [layer for layer in range(layers) if 2 * layer >= layers]
 
 

@@ -1,4 +1,4 @@
-"""The routing-randomization probe on multiple-choice tasks (spec H.1; arXiv 2605.06665, table I.6).
+"""The routing-randomization probe on multiple-choice tasks (method M8.1; results: M9.6).
 
 `probe` with accuracy instead of loss: the model answers every question without and with each intervention, and
 differences are paired by question. Importing this module needs lm-eval.
@@ -37,7 +37,7 @@ class TaskMeasure(NamedTuple):
     accuracy: Measure
     """From 0 to 1; items are questions."""
     metric: str
-    """`acc_norm` if the task reports it, otherwise `acc` (spec J19)."""
+    """`acc_norm` if the task reports it, otherwise `acc` (method M10.17)."""
     questions: int
 
 

@@ -34,12 +34,12 @@ def usage_map(counts_LE: np.ndarray, groups: int) -> np.ndarray:
 
 
 def row_shares(counts_LM: np.ndarray) -> np.ndarray:
-    """Fraction of each layer's tokens per expert (spec H.3), float64 `[L, M]`; rows sum to 1, or 0 without tokens."""
+    """Fraction of each layer's tokens per expert (method M8.3), `[L, M]`; rows sum to 1, or 0 without tokens."""
     return counts_LM / np.maximum(counts_LM.sum(axis=1, keepdims=True), 1)
 
 
 def total_shares(counts_LM: np.ndarray) -> np.ndarray:
-    """Fraction of all tokens per expert (spec H.3), float64 `[M]`; uniform use is 1/M."""
+    """Fraction of all tokens per expert (method M8.3), float64 `[M]`; uniform use is 1/M."""
     return counts_LM.sum(axis=0) / max(counts_LM.sum(), 1)
 
 
@@ -61,12 +61,12 @@ def ownership_order(counts_LM: np.ndarray) -> np.ndarray:
 
 
 def dead_experts(counts_LM: np.ndarray) -> list[int]:
-    """Experts without tokens from any layer (spec H.4)."""
+    """Experts without tokens from any layer (method M8.4)."""
     return np.flatnonzero(counts_LM.sum(axis=0) == 0).tolist()
 
 
 def unique_experts(experts_LNK: np.ndarray, groups: int, num_experts: int) -> np.ndarray:
-    """Number of distinct experts that each token visits over the L layers (spec H.2), int64 `[N]`."""
+    """Number of distinct experts that each token visits over the L layers (method M8.2), int64 `[N]`."""
     layers = len(experts_LNK)
     global_LNK = experts_LNK + pool_offsets(layers, groups, num_experts)[:, None, None]
     sorted_NL = np.sort(np.swapaxes(global_LNK, 0, 1).reshape(experts_LNK.shape[1], -1), axis=1)
@@ -77,7 +77,7 @@ def chance_unique(layers: int, groups: int, num_experts: int, top_k: int) -> flo
     """Expected number of distinct experts of a token if each layer draws k of its pool's E uniformly, independently.
 
     A layer misses an expert with probability 1 - k/E, so the number is `G E (1 - (1 - k/E)^(L/G))`; with one pool and
-    k = 1, `M (1 - (1 - 1/M)^L)` (spec I.7).
+    k = 1, `M (1 - (1 - 1/M)^L)` (method M8.2).
     """
     missed = (1 - top_k / num_experts) ** (layers // groups)
     return groups * num_experts * (1 - missed)

@@ -1,6 +1,6 @@
-"""When a run with UniPool-lock freezes, fades and locks, and which configurations allow one (spec F.1, F.2, F.10).
+"""When a run with UniPool-lock freezes, fades and locks, and which configurations allow one (method M6.1, M6.2).
 
-The published code also rejects features of its framework that do not exist here (spec F.10): pipeline stages, several
+The published code also rejects features of its framework that do not exist here (M6.10): pipeline stages, several
 validation sets, layers without experts, fp16 and fp8, legacy matmuls, capacity and padding, delayed weight gradients,
 graph capture, overlapped reductions. Expert parallelism is allowed here: the lock re-indexes a sharded bank too.
 """

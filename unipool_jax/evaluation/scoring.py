@@ -72,7 +72,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     The two are encoded as one text, as in training, and split after the longest prefix that they share with the tokens
     of the context alone; a token that spans the boundary belongs to the continuation. As in lm-eval, white space at the
     end of a context moves to the continuation, because tokenizers merge a space with the next word. Contexts get no
-    prefix token (spec H.5); an empty context is replaced by the end-of-document token, which precedes every document in
+    prefix token (method M8.5); an empty one is the end-of-document token, which precedes every document in
     training.
 
     Returns:
@@ -177,7 +177,7 @@ def plain_scores(model: LanguageModel) -> ScoreBatch:
 def make_score_step(config: Config, vocab_size: int) -> Callable[[Any, BalanceState, Batch], Scores]:
     """The jitted function `(params, balance, batch) -> Scores`; traced once per batch shape.
 
-    Probabilities are those of training: a float32 softmax over the padded vocabulary (spec A.2). The most probable
+    Probabilities are those of training: a float32 softmax over the padded vocabulary (method M1.5). The most probable
     token is chosen among `0 .. vocab_size-1`, as in `model.sampling`.
     """
 

@@ -12,7 +12,7 @@ from unipool_jax.config.schema import ConfigError
 from unipool_jax.training.run_folder import RunError
 
 PAPER = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "lambada_openai", "race")
-"""The seven tasks of arXiv 2605.06665 (spec H.5), by their names in lm-eval."""
+"""The seven tasks of arXiv 2605.06665 (method M8.5), by their names in lm-eval."""
 
 _NUMBERS: dict[str, tuple[str, Callable[[int], bool]]] = {
     "limit": ("a whole number, 1 or more", lambda value: value >= 1),

@@ -74,7 +74,7 @@ def open_model(request: EvalRequest) -> tuple[LanguageModel, str]:
 
 
 def average_accuracy(results: Mapping[str, Mapping[str, float | int | None]]) -> float | None:
-    """Plain mean of raw accuracy over tasks (spec H.5); None unless there are several and all report one."""
+    """Plain mean of raw accuracy over tasks (method M8.5); None unless there are several and all report one."""
     values = [result.get("acc") for result in results.values()]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(values) == len(known) > 1 else None

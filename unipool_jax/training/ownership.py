@@ -1,4 +1,4 @@
-"""Metrics and a figure of which layer owns which expert (spec F.11)."""
+"""Metrics and a figure of which layer owns which expert (method M6.11)."""
 
 from __future__ import annotations
 
