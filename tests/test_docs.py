@@ -1,4 +1,4 @@
-"""What the documents name exists: links, paths in the repository, and the numbers of docs/method.md that the code cites."""
+"""What the documents name exists: links, paths, and the numbers of docs/method.md that the code cites."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ SOURCES = sorted(
 
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)[^)]*\)")
 # A path from the top of the repository, anywhere in the text; `out=results/new` names what a command will make.
-FROM_TOP = re.compile(r"(?<![=\w./-])((?:unipool_jax|benchmarks|tests|configs|docs|notebooks|launch|results)/[\w./*-]*)")
+TOP = r"(?:unipool_jax|benchmarks|tests|configs|docs|notebooks|launch|results)"
+FROM_TOP = re.compile(rf"(?<![=\w./-])({TOP}/[\w./*-]*)")
 # `moe/routing.py` is short for unipool_jax/moe/routing.py.
 CODE_FILE = re.compile(r"`((?:\w+/)+\w+\.py)`")
 MODULE = re.compile(r"python -m ((?:unipool_jax|benchmarks)(?:\.\w+)*)")
