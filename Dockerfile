@@ -1,5 +1,6 @@
 # docker build --build-arg JAX_EXTRA=tpu -t unipool_jax .      (or JAX_EXTRA=cuda12, or nothing for CPU)
-FROM python:3.11-slim
+# Python 3.12 and newer get the newest JAX of the lock.
+FROM python:3.13-slim
 ARG JAX_EXTRA=
 WORKDIR /unipool
 COPY requirements.lock .

@@ -16,16 +16,19 @@ COMPILE := $(VENV)/bin/uv pip compile --no-config --quiet --universal --generate
 # Of two files of one version pip takes the one marked +cpu. For a GPU build: make TORCH_FROM= test
 TORCH_FROM ?= --extra-index-url https://download.pytorch.org/whl/cpu
 PYTEST_FLAGS ?=
+# The fast half leaves out what trains whole runs or starts processes, and what needs PyTorch.
+LONG := convert crash_resume eval launch lock_runs loop mesh mesh_runs notebooks
+TORCH := contenders pytorch_parity
 # Large arrays of a step are fresh memory every time unless the C library keeps what was freed; others than glibc ignore it.
 M := glibc.malloc
 KEEP_MEMORY := GLIBC_TUNABLES=$(M).hugetlb=1:$(M).mmap_max=0:$(M).trim_threshold=17179869184:$(M).arena_max=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-pretrained lint typecheck format lock clean
+.PHONY: help venv demo test test-fast test-newest test-slow test-pretrained lint typecheck format lock clean
 .DELETE_ON_ERROR:
 
 help:  ## Show these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/core.stamp  ## Make .venv with what training needs
 
@@ -34,6 +37,14 @@ demo: $(VENV)/core.stamp  ## Train the demo model, evaluate it, print a table; g
 
 test: lint typecheck $(VENV)/torch.stamp  ## Check format, lint and types, then run the tests
 	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
+
+test-fast: $(VENV)/test.stamp  ## Run the fast half of the tests, without PyTorch
+	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(patsubst %,--ignore=tests/test_%.py,$(LONG) $(TORCH)) \
+		$(PYTEST_FLAGS)
+
+test-newest:  ## Run the fast half with the newest JAX, on the newest Python here, in .venv-newest
+	@.ci/newest-python >/dev/null || { echo "Python 3.12 or newer is needed for the newest JAX, and none was found." >&2; exit 1; }
+	$(MAKE) test-fast VENV=.venv-newest PYTHON="$$(.ci/newest-python)"
 
 test-slow: $(VENV)/test.stamp  ## Run the minutes-long studies
 	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)
@@ -60,7 +71,7 @@ lock: $(VENV)/python.stamp  ## Pin exact versions anew from setup.cfg
 	$(COMPILE) --constraints requirements-test.lock --output-file requirements.lock
 
 clean:  ## Remove the virtual environment and every cache; runs/ stays
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .venv-newest .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps: a target is repeated only when its lock file is newer.

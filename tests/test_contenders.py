@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import train_step
-from benchmarks.contenders import Contender, ContenderError, Kind, Worker, has_torch
+from benchmarks.contenders import Contender, ContenderError, Kind, Worker
 from tiny import tiny_config
 
-KINDS: list[Kind] = ["jax", *(["pytorch"] if has_torch() else [])]  # type: ignore[list-item]
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["jax", "pytorch"])
 def test_a_contender_trains_in_a_process_of_its_own(kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
     worker = Worker(Contender(f"tiny {kind}", kind, tiny_config("vanilla")))
     seconds = train_step.measure([worker], 2)

@@ -6,8 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="parity with the PyTorch twin needs torch: pip install torch")
-
 from benchmarks.pytorch_baseline.train import Trainer
 from tiny import METHODS, tiny_batch, tiny_config
 from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
