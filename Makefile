@@ -42,9 +42,9 @@ test-fast: $(VENV)/test.stamp  ## Run the fast half of the tests, without PyTorc
 	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(patsubst %,--ignore=tests/test_%.py,$(LONG) $(TORCH)) \
 		$(PYTEST_FLAGS)
 
-test-newest:  ## Run the fast half with the newest JAX, on the newest Python here, in .venv-newest
+test-newest:  ## Check types and run the fast half with the newest JAX, on the newest Python here, in .venv-newest
 	@.ci/newest-python >/dev/null || { echo "Python 3.12 or newer is needed for the newest JAX, and none was found." >&2; exit 1; }
-	$(MAKE) test-fast VENV=.venv-newest PYTHON="$$(.ci/newest-python)"
+	$(MAKE) typecheck test-fast VENV=.venv-newest PYTHON="$$(.ci/newest-python)"
 
 test-slow: $(VENV)/test.stamp  ## Run the minutes-long studies
 	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)

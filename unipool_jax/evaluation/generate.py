@@ -113,7 +113,7 @@ def encode_prompts(
     if problems:
         raise ConfigError(problems)
     lengths_B = np.array([len(row) for row in rows], np.int32)
-    return np.stack([np.pad(row, (0, lengths_B.max() - len(row))) for row in rows]), lengths_B
+    return np.stack([np.pad(row, (0, int(lengths_B.max()) - len(row))) for row in rows]), lengths_B
 
 
 def generate_texts(request: GenerateRequest) -> list[str]:
