@@ -17,7 +17,8 @@ COMPILE := $(VENV)/bin/uv pip compile --no-config --quiet --universal --generate
 TORCH_FROM ?= --extra-index-url https://download.pytorch.org/whl/cpu
 PYTEST_FLAGS ?=
 # The fast half leaves out what trains whole runs or starts processes, and what needs PyTorch.
-LONG := convert crash_resume eval launch lock_runs loop mesh mesh_runs notebooks
+LONG := ablations_demo analyse checkpoint_processes convert crash_resume eval launch lock_lifecycle lock_runs loop mesh \
+	mesh_runs notebooks processes
 TORCH := contenders pytorch_parity
 # Large arrays of a step are fresh memory every time unless the C library keeps what was freed; others than glibc ignore it.
 M := glibc.malloc
