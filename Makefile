@@ -16,9 +16,9 @@ COMPILE := $(VENV)/bin/uv pip compile --no-config --quiet --universal --generate
 # Of two files of one version pip takes the one marked +cpu. For a GPU build: make TORCH_FROM= test
 TORCH_FROM ?= --extra-index-url https://download.pytorch.org/whl/cpu
 PYTEST_FLAGS ?=
-# The fast half leaves out what trains whole runs, starts processes or compiles many training steps, and what needs PyTorch.
+# The fast half leaves out what trains whole runs, starts processes or compiles many steps, and what needs PyTorch.
 LONG := ablations_demo analyse checkpoint_processes convert crash_resume eval harness launch lock lock_lifecycle lock_runs \
-	loop mesh mesh_runs notebooks probe processes shared_gradient step transformer transport upcycle
+	loop mesh mesh_runs notebooks probe processes sampling shared_gradient step transformer transport upcycle
 TORCH := contenders pytorch_parity
 # Large arrays of a step are fresh memory every time unless the C library keeps what was freed; others than glibc ignore it.
 M := glibc.malloc
