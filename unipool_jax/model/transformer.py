@@ -153,6 +153,8 @@ class PoolStage(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=config.layers_per_pool,
+            # The check traces the body once more. It draws random numbers: initial weights depend on it, steps do not.
+            check_constancy_invariants=self.is_initializing(),
         )
         # The two halves of `experts` enter the scan apart: weights in its carry would be kept once for each layer.
         (hidden_BSD, accumulator), outputs = layers(config, self.keep_routing, name="layers")(
@@ -212,6 +214,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),
             length=config.pool.groups,
+            check_constancy_invariants=self.is_initializing(),
         )
         hidden_BSD, (outputs, experts) = pools(config, self.keep_routing, name="pools")(
             hidden_BSD, start_B, inputs, experts
