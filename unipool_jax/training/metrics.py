@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 Value = float | int | bool | str | None | list[Any]
 
@@ -156,7 +155,12 @@ class MetricsWriter:
         kept = _drop_later_lines(self.path, resume_step) if writes else []
         self.kinds_at_resume = {str(line.get("kind")) for line in kept if line.get("step") == resume_step}
         self._stream = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1) if tensorboard else None
+        self._events = None
+        if tensorboard:
+            # It imports PyTorch where that is installed, which takes longer than everything else that training imports.
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line, and a TensorBoard scalar for each number and each element of a list."""
