@@ -23,7 +23,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 
 
 def _arguments(folder: Path, steps: int) -> list[str]:
-    return overrides(folder, f"train.steps={steps}", "train.checkpoint_every=150", "train.eval_every=300")
+    return overrides(folder, f"train.steps={steps}", "train.checkpoint_every=75", "train.eval_every=300")
 
 
 def _metrics(run: Path) -> list[dict]:
@@ -52,11 +52,11 @@ def _kill_at_some_moment(runner: Runner, arguments: list[str], run: Path, aim: s
             time.sleep(0.0005)
 
     if aim == "anywhere":
-        time.sleep(chance.uniform(0.1, 5.0))
+        time.sleep(chance.uniform(0.1, 3.0))
     else:
         wait_for(lambda: _saved(run) - before)
         if aim == "after":
-            time.sleep(chance.uniform(0.0, 0.5))
+            time.sleep(chance.uniform(0.0, 0.3))
         else:
             wait_for(lambda: list(checkpoints.glob("*orbax-checkpoint-tmp*")))
             time.sleep(chance.uniform(0.0, 0.05))
@@ -93,7 +93,7 @@ def _survives(runner: Runner, tmp_path: Path, kills: int, steps: int) -> None:
 
 
 def test_six_kills_do_not_change_a_bit(runner: Runner, tmp_path: Path) -> None:
-    _survives(runner, tmp_path, kills=6, steps=2500)
+    _survives(runner, tmp_path, kills=6, steps=1500)
 
 
 @pytest.mark.slow

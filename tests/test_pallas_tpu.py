@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is built for Linux on x86 only"
 )
 # Groups that meet inside a block of 16 rows and groups of several tiles, in two tiles of columns.
-WIDE = oracle.Shape(rows=150, experts=6, width=256, hidden=128)
+WIDE = oracle.Shape(rows=100, experts=6, width=256, hidden=128)
 
 
 @pytest.fixture(autouse=True)
@@ -60,13 +60,13 @@ def test_any_sizes_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (test_grouped_matmul, test_grouped_ffn):
         monkeypatch.setattr(module, "compiled", functools.cache(module.compiled.__wrapped__))
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(sizes=oracle.group_sizes(WIDE), dtype=st.sampled_from(["float32", "bfloat16"]), seed=st.integers(0, 99))
     def check(sizes: list[int], dtype: str, seed: int) -> None:
         test_grouped_matmul.check(WIDE, sizes, dtype, "pallas_tpu", seed)
 
     check()
-    test_grouped_ffn.check(WIDE, [3, 0, 70, 1, 9, 40], "float32", "pallas_tpu")
+    test_grouped_ffn.check(WIDE, [3, 0, 70, 1, 9, 10], "float32", "pallas_tpu")
 
 
 def accumulate(into: np.ndarray, rows: np.ndarray, grad: np.ndarray, sizes: list[int]) -> np.ndarray:
