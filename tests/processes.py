@@ -17,7 +17,7 @@ def run_two(file: str, devices: int, *arguments: str) -> None:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": os.environ["CPU_XLA_FLAGS"].replace("_device_count=8", f"_device_count={devices}"),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     started = [

@@ -75,7 +75,7 @@ class Runner:
     def __init__(self, cache: Path, devices: int = 8):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "").replace("_device_count=8", f"_device_count={devices}"),
+            "XLA_FLAGS": os.environ["CPU_XLA_FLAGS"].replace("_device_count=8", f"_device_count={devices}"),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

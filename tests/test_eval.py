@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from runner import overrides
+from shared_steps import share_steps
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.corpus import Corpus, open_corpus, open_texts
@@ -23,6 +25,13 @@ from unipool_jax.training.entry import guarded
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.state import TrainState, init_state
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _steps_are_shared() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

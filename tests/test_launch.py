@@ -46,7 +46,7 @@ def test_the_slurm_script_trains_in_two_processes(tmp_path: Path) -> None:
     environment = os.environ | {
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": str(random.randrange(1_000_000)),  # JAX makes a port of it
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("_device_count=8", "_device_count=1"),
+        "XLA_FLAGS": os.environ["CPU_XLA_FLAGS"].replace("_device_count=8", "_device_count=1"),
         "PYTHONPATH": str(ROOT),
     }
     settings = overrides(tmp_path, "mesh.data=2", "train.steps=2", "distributed.timeout_seconds=20")

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from runner import assert_same, final_state, overrides
+from shared_steps import share_steps
 from unipool_jax.config.compose import compose_config
-from unipool_jax.config.schema import Config, RunConfig
+from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.runs import read_run
 from unipool_jax.evaluation.generate import GenerateRequest, generate_texts
@@ -28,7 +29,6 @@ from unipool_jax.training import evaluate, loop
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.entry import guarded, run
 from unipool_jax.training.run_folder import run_name
-from unipool_jax.training.step import make_eval_step, make_train_step
 
 STEPS, FREEZE, LOCK = 12, 4, 8
 _LOCK = (
@@ -40,25 +40,8 @@ _LOCK = (
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> Iterator[list[tuple[str, Any]]]:
     """Every step of this file is compiled once; the list holds all that were asked for."""
-    made: list[tuple[str, Any]] = []
-
-    def what_is_compiled(config: Config) -> Config:
-        """Neither the folder nor who made the partition changes a step."""
-        return dataclasses.replace(config, run=RunConfig(), lock=dataclasses.replace(config.lock, ownership="learned"))
-
-    def share(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
-        cached = functools.cache(make)
-
-        def remember(config: Config, mesh: Any = None) -> Any:
-            made.append((name, cached(what_is_compiled(config), mesh)))
-            return made[-1][1]
-
-        return remember
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", share("train", make_train_step))
-        patch.setattr(evaluate, "make_eval_step", share("eval", make_eval_step))
-        yield made
+        yield share_steps(patch)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from runner import assert_same, final_state, overrides
+from shared_steps import share_steps
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.errors import DataError
@@ -26,6 +27,13 @@ from unipool_jax.training.entry import guarded, run
 from unipool_jax.training.run_folder import RunError, RunFolder, find_run, run_name
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import make_eval_step, make_train_step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _steps_are_shared() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +89,10 @@ def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Hook], None]:
     """Call a function after every training step, with the steps completed; it may replace the result."""
 
     def install(hook: Hook) -> None:
+        shared = loop.make_train_step
+
         def make(config: Config, mesh: Any) -> Callable[..., Any]:
-            train_step = make_train_step(config, mesh)
+            train_step = shared(config, mesh)
 
             def step(state: TrainState, batch: Any) -> Any:
                 state, metrics = train_step(state, batch)

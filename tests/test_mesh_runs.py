@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 
 from runner import final_state, overrides
+from shared_steps import share_steps
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.training import loop, receive_buffers
 from unipool_jax.training.run_folder import RunError, RunFolder, run_name
-from unipool_jax.training.step import make_train_step
 
 STEPS = 8
 SINGLE = ["mesh=single"]
 EIGHT = ["mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"]
 EXPERTS_4 = ["mesh.data=2", "mesh.expert=4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _steps_are_shared() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +203,10 @@ def test_dropped_rows_are_reported_whatever_the_steps_between_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     dropped = []
+    shared = loop.make_train_step
 
     def make(config: Config, mesh: Any) -> Callable[..., Any]:
-        train_step = make_train_step(config, mesh)
+        train_step = shared(config, mesh)
 
         def step(state: Any, batch: Any) -> Any:
             state, metrics = train_step(state, batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 
@@ -42,6 +44,7 @@ _TINY = [
 ]
 
 
+@functools.cache
 def tiny_config(method: str = "unipool", *overrides: str) -> Config:
     """Four layers of width 16, two experts per layer unless overridden; weights large enough to matter."""
     experts = [] if method == "dense" else ["moe.experts_per_layer=2"]
