@@ -41,6 +41,7 @@ _TINY = [
     "optimizer.learning_rate=2e-3",
     "optimizer.min_learning_rate=2e-4",
     "optimizer.warmup_fraction=0.05",
+    "optimizer.beta2=0.999",
 ]
 
 
