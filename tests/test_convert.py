@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from runner import overrides
+from shared_steps import share_steps
 from tiny import METHODS, tiny_config
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
@@ -211,8 +212,9 @@ def test_from_run_to_run_on_the_command_line(
     assert capsys.readouterr().err.count("exists already") == 2
 
 
-def test_training_and_evaluation_go_on_from_an_imported_run(tmp_path: Path) -> None:
+def test_training_and_evaluation_go_on_from_an_imported_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimiser and the data start anew, the weights do not."""
+    share_steps(monkeypatch)
     first = overrides(tmp_path, "train.steps=4", "train.checkpoint_every=2", "run.name=first")
     assert run(compose_config(first)) == 0
     folder, file = tmp_path / "runs" / "imported", tmp_path / "model.safetensors"
