@@ -258,7 +258,7 @@ REJECTED = [
     ("lock.lock_step=280", "lock.lock_fraction or lock.lock_step gives step 280", "train.steps=280"),
     ("lock.anneal_fraction=0", "lock.anneal_fraction=0", "more than 0"),
     ("lock.anneal_fraction=0.001", "lock.anneal_fraction or lock.anneal_steps gives step 0", "at least 1"),
-    ("lock.anneal_fraction=0.5", "lock.anneal_fraction or lock.anneal_steps gives step 140", "shorter"),
+    ("lock.anneal_fraction=0.5", "lock.anneal_fraction or lock.anneal_steps gives step 140", "shorten it"),
     ("lock.entropy_warmup_fraction=0", "lock.entropy_warmup_fraction=0", "more than 0"),
     ("lock.entropy_warmup_steps=71", "lock.entropy_warmup_fraction or", "lock.entropy_warmup_steps=70"),
     ("lock.entropy_coefficient=-1", "lock.entropy_coefficient=-1", "at least 0"),
