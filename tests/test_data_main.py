@@ -21,13 +21,13 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(unipool_jax.data.__file__).pa
 
 
 @pytest.fixture
-def text(tmp_path):
+def text(tmp_path: Path) -> Path:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(10)))
     return path
 
 
-def test_build_and_verify(text, tmp_path, capsys):
+def test_build_and_verify(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "out"
     command = [str(text), "--out", str(out), "--tokenizer", "bytes", "--split", "8,1,1", "--workers", "1", "--quiet"]
     assert main(command) == 0
@@ -38,7 +38,7 @@ def test_build_and_verify(text, tmp_path, capsys):
     assert main(["--verify", str(out)]) == 2
 
 
-def test_one_store_per_file(text, tmp_path, capsys):
+def test_one_store_per_file(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(text, tmp_path / "b.jsonl")
     files = [str(text), str(tmp_path / "b.jsonl")]
     options = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "1", "--quiet", "--per-file"]
@@ -63,7 +63,9 @@ def test_one_store_per_file(text, tmp_path, capsys):
         (["--verify", "{out}"], "neither a token store"),
     ],
 )
-def test_errors_are_one_line(text, tmp_path, capsys, options, message):
+def test_errors_are_one_line(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
     names = {"text": text, "out": tmp_path / "out"}
     workers = [] if "--workers" in options else ["--workers", "1"]
     assert main([option.format(**names) for option in options] + workers + ["--quiet"]) == 2
@@ -76,7 +78,7 @@ def test_errors_are_one_line(text, tmp_path, capsys, options, message):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_ctrl_c_exits_130_without_a_traceback(tmp_path, workers):
+def test_ctrl_c_exits_130_without_a_traceback(tmp_path: Path, workers: str) -> None:
     corpora = []
     for index in range(4):  # enough that the signal arrives in the middle
         corpora.append(str(shutil.copy(demo_corpus_path(), tmp_path / f"{index}.jsonl.xz")))
@@ -100,12 +102,12 @@ def test_ctrl_c_exits_130_without_a_traceback(tmp_path, workers):
     assert not (tmp_path / "out.lock").exists()
 
 
-def test_packaged_licences_are_there():
+def test_packaged_licences_are_there() -> None:
     assert "CC0" in (ASSET_FOLDER / "sotu.LICENSE").read_text()
     assert "MIT License" in (ASSET_FOLDER / "gpt2.LICENSE").read_text()
 
 
-def test_data_imports_nothing_of_the_model_and_no_optional_package():
+def test_data_imports_nothing_of_the_model_and_no_optional_package() -> None:
     code = (
         "import sys, unipool_jax.data.__main__, unipool_jax.data.pipeline, unipool_jax.data.unigram\n"
         "bad = [m for m in sys.modules if m.split('.')[0] in ('jax', 'flax', 'pyarrow', 'zstandard')]\n"

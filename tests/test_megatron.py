@@ -2,19 +2,23 @@
 
 import json
 import struct
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import EvalWindows, WindowSource
-from unipool_jax.data.splits import PILE_SPLIT
+from unipool_jax.data.splits import PILE_SPLIT, SPLIT_NAMES
 from unipool_jax.data.token_store import build_store, open_store
 
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 
 
-def write_pair(prefix, documents, dtype="uint16", magic=b"MMIDIDX\x00\x00", version=1):
+def write_pair(
+    prefix: Path, documents: list[list[int]], dtype: str = "uint16", magic: bytes = b"MMIDIDX\x00\x00", version: int = 1
+) -> Path:
     """Writes `documents` (lists of ids) as one sequence each."""
     sizes = np.array([len(document) for document in documents], "<i4")
     item = np.dtype(dtype).itemsize
@@ -27,16 +31,16 @@ def write_pair(prefix, documents, dtype="uint16", magic=b"MMIDIDX\x00\x00", vers
     return prefix
 
 
-def documents(count=40, vocab=256, eod=256):
+def documents(count: int = 40, vocab: int = 256, eod: int = 256) -> list[list[int]]:
     random = np.random.RandomState(0)
     return [[*random.randint(0, vocab, random.randint(1, 60)).tolist(), eod] for _ in range(count)]
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "int64"])
-def test_pairs_are_read(tmp_path, dtype):
+def test_pairs_are_read(tmp_path: Path, dtype: str) -> None:
     made = documents()
     prefix = write_pair(tmp_path / "pile.00_text_document", made, dtype)
-    for path in (prefix, f"{prefix}.bin", f"{prefix}.idx"):
+    for path in (str(prefix), f"{prefix}.bin", f"{prefix}.idx"):
         store = open_store(path, "bytes", PILE_SPLIT)
         flat = np.concatenate(made)
         assert (store.num_tokens, store.num_documents) == (len(flat), 40)
@@ -50,22 +54,23 @@ def test_pairs_are_read(tmp_path, dtype):
         assert store.fingerprint() != open_store(path, "bytes", (1, 1, 1)).fingerprint()
 
 
-def test_same_batches_as_our_own_store(tmp_path):
+def test_same_batches_as_our_own_store(tmp_path: Path) -> None:
     texts = [f"document number {i} " * (i % 7 + 1) for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     own = build_store([tmp_path / "a.jsonl"], tmp_path / "own", "gpt2", (80, 15, 5), progress=False)
     made = [[*ids, 50256] for ids in own.tokenizer.encode_batch(texts)]
     pair = open_store(write_pair(tmp_path / "pair", made), "gpt2", (80, 15, 5))
-    for split in ("train", "valid", "test"):
+    for split in SPLIT_NAMES:
         ours, theirs = (WindowSource(store, split, 8, 50, 3).batch(range(50)) for store in (own, pair))
         np.testing.assert_array_equal(ours.inputs, theirs.inputs)
-        ours, theirs = (EvalWindows(store, split, 8) for store in (own, pair))
-        np.testing.assert_array_equal(ours.batch(range(len(ours))).targets, theirs.batch(range(len(theirs))).targets)
+        windows = [EvalWindows(store, split, 8) for store in (own, pair)]
+        ours, theirs = (source.batch(range(len(source))) for source in windows)
+        np.testing.assert_array_equal(ours.targets, theirs.targets)
     # One tokenizer, so they may also be blended.
     assert WindowSource([own, pair], "train", 8, 20, 3).batch(range(20)).inputs.shape == (20, 8)
 
 
-def test_tokenizer_and_split_must_be_named(tmp_path):
+def test_tokenizer_and_split_must_be_named(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "pair", documents())
     for options in ({}, {"tokenizer": "bytes"}, {"split": PILE_SPLIT}):
         with pytest.raises(DataError, match="record neither their tokenizer nor a split"):
@@ -74,7 +79,7 @@ def test_tokenizer_and_split_must_be_named(tmp_path):
         open_store(prefix, "bytes", PILE_SPLIT, "random")
 
 
-def test_ids_outside_the_vocabulary_are_found(tmp_path):
+def test_ids_outside_the_vocabulary_are_found(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "pair", documents(eod=300))
     with pytest.raises(DataError, match=r"pair\.bin: tokens 0\.\..* have ids .*300, but tokenizer 'bytes' has 257"):
         open_store(prefix, "bytes", PILE_SPLIT)
@@ -94,12 +99,12 @@ def test_ids_outside_the_vocabulary_are_found(tmp_path):
         ({"dtype": "float32"}, "dtype code 7 is not an integer type"),
     ],
 )
-def test_other_formats_are_refused(tmp_path, options, message):
+def test_other_formats_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_store(write_pair(tmp_path / "pair", documents(), **options), "bytes", PILE_SPLIT)
 
 
-def test_cut_off_pairs_are_refused(tmp_path):
+def test_cut_off_pairs_are_refused(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "pair", documents())
     index, data = prefix.with_name("pair.idx"), prefix.with_name("pair.bin")
     whole_index, whole_data = index.read_bytes(), data.read_bytes()
@@ -125,7 +130,7 @@ def test_cut_off_pairs_are_refused(tmp_path):
         open_store(prefix, "bytes", PILE_SPLIT)
 
 
-def test_no_sequences(tmp_path):
+def test_no_sequences(tmp_path: Path) -> None:
     header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 0, 1) + bytes(8)
     (tmp_path / "pair.idx").write_bytes(header)
     (tmp_path / "pair.bin").write_bytes(b"")

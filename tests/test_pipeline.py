@@ -2,6 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from unipool_jax.data import pipeline
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import (
+    Batch,
     EvalWindows,
     WindowSource,
     batch_at,
@@ -18,7 +22,7 @@ from unipool_jax.data.pipeline import (
     moving_evaluation_batches,
     training_batches,
 )
-from unipool_jax.data.splits import PILE_SPLIT, check_split
+from unipool_jax.data.splits import PILE_SPLIT, Split, SplitName, SplitOrder, check_split
 from unipool_jax.data.store_reader import TokenStore
 from unipool_jax.data.streams import DocumentStream, read_ranges
 from unipool_jax.data.token_store import build_store, open_store
@@ -29,8 +33,14 @@ EOD = 7
 class ArrayStore(TokenStore):
     """A token store in memory, made of documents given as arrays."""
 
-    def __init__(self, documents, split=(1, 0, 0), order="contiguous", tokenizer="test"):
-        self.path = f"memory {tokenizer}"
+    def __init__(
+        self,
+        documents: list[np.ndarray],
+        split: Split = (1, 0, 0),
+        order: SplitOrder = "contiguous",
+        tokenizer: str = "test",
+    ) -> None:
+        self.path = Path("memory") / tokenizer
         self.documents = documents
         self._all = np.concatenate(documents)
         self.document_offsets = np.cumsum([0, *map(len, documents)])
@@ -39,7 +49,7 @@ class ArrayStore(TokenStore):
         self.vocab_size, self.eod = 10_000, EOD
         self.split, self.split_order = check_split(split, order), order
 
-    def _read_many(self, starts, stops):
+    def _read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
         return [self._all[a:b].astype(np.int32) for a, b in zip(starts, stops, strict=True)]
 
 
@@ -60,15 +70,14 @@ def oracle_windows(documents, length, needed, seed):
     used_of_last = needed - windows_before_last
     separate = epochs > 1 and used_of_last < int(0.8 * windows_per_epoch)
     random = np.random.RandomState(seed)
-    order = list(range(len(documents))) * (epochs - 1 if separate else epochs)
-    order = np.array(order)
+    order = np.array(list(range(len(documents))) * (epochs - 1 if separate else epochs))
     random.shuffle(order)
     if separate:
         last = np.arange(len(documents))
         random.shuffle(last)
         order = np.concatenate([order, last])
     stream = np.concatenate([documents[i] for i in order])
-    windows = []
+    windows: list[np.ndarray] = []
     while len(windows) * length + length + 1 <= len(stream):
         start = len(windows) * length
         windows.append(stream[start : start + length + 1])
@@ -82,7 +91,7 @@ def oracle_windows(documents, length, needed, seed):
     return [windows[i] for i in index]
 
 
-def oracle_blend(count, stores):
+def oracle_blend(count: int, stores: int) -> list[tuple[int, int]]:
     """(store, sample) of every index by the largest-deficit rule, ties to the lowest id."""
     weights = [1.0 / stores] * stores
     used = [0] * stores
@@ -95,7 +104,7 @@ def oracle_blend(count, stores):
     return picks
 
 
-def rows(batch):
+def rows(batch: Batch) -> np.ndarray:
     """Inputs and the last target of each row, joined: windows of S + 1 tokens."""
     assert (batch.inputs[..., 1:] == batch.targets[..., :-1]).all()
     assert batch.inputs.dtype == batch.targets.dtype == np.int32
@@ -116,7 +125,7 @@ def rows(batch):
 @example([[30, 20, 11]], 4, 15, 1234)  # exactly one epoch
 @example([[30, 20, 11]], 4, 16, 1234)  # one window more: a separate last epoch
 @example([[30, 20, 11]], 4, 29, 1234)  # most of the second epoch: shuffled together
-def test_windows_follow_the_written_rule(lengths, length, count, seed):
+def test_windows_follow_the_written_rule(lengths: list[list[int]], length: int, count: int, seed: int) -> None:
     stores = [ArrayStore(numbered(n, 1000 * (i + 1))) for i, n in enumerate(lengths)]
     if any(store.num_tokens < length + 1 for store in stores[:count]):
         with pytest.raises(DataError, match="one window of sequence_length"):
@@ -131,19 +140,19 @@ def test_windows_follow_the_written_rule(lengths, length, count, seed):
     np.testing.assert_array_equal(rows(source.batch(range(count))), expected)
 
 
-def test_round_robin_is_the_largest_deficit_rule():
+def test_round_robin_is_the_largest_deficit_rule() -> None:
     for stores in (1, 2, 3, 7, 30):
         picks = oracle_blend(3000, stores)
         assert picks == [(j % stores, j // stores) for j in range(3000)]
 
 
-def test_needed_windows_of_the_paper(monkeypatch):
+def test_needed_windows_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     # 30,720,000 windows over 30 shards: 1,024,000 each, +0.5% = 1,029,120.
     store = ArrayStore(numbered([50]))
     asked = []
 
     class Spy:
-        def __init__(self, store, split, length, needed, seed):
+        def __init__(self, store: TokenStore, split: Split, length: int, needed: int, seed: int) -> None:
             asked.append((needed, seed))
             raise StopIteration
 
@@ -153,7 +162,7 @@ def test_needed_windows_of_the_paper(monkeypatch):
     assert asked == [(1_029_120, 1234)]
 
 
-def test_windows_of_1025_overlap_by_one_and_keep_end_of_document():
+def test_windows_of_1025_overlap_by_one_and_keep_end_of_document() -> None:
     lengths = [700, 900, 3, 900, 1600, 2]
     store = ArrayStore(numbered(lengths))
     source = WindowSource(store, "train", 1024, 4, 1)
@@ -171,24 +180,25 @@ def test_windows_of_1025_overlap_by_one_and_keep_end_of_document():
     assert (batch.weights == 1).all()
 
 
-def test_split_borders_hold_for_windows():
+def test_split_borders_hold_for_windows() -> None:
     documents = numbered([20] * 50)
     store = ArrayStore(documents, (80, 14, 6))
     owner = {token: d for d, document in enumerate(documents) for token in document[:-1]}
-    for name, low, high in (("train", 0, 40), ("valid", 40, 47), ("test", 47, 50)):
+    borders: list[tuple[SplitName, int, int]] = [("train", 0, 40), ("valid", 40, 47), ("test", 47, 50)]
+    for name, low, high in borders:
         count = 20 * (high - low) - 1  # one epoch of windows of two tokens sees everything
         tokens = rows(WindowSource(store, name, 1, count, 0).batch(range(count)))
         assert {owner[t] for t in tokens[tokens != EOD]} == set(range(low, high))
 
 
-def test_one_epoch_uses_no_window_twice():
+def test_one_epoch_uses_no_window_twice() -> None:
     store = ArrayStore(numbered([13] * 40))
     source = WindowSource(store, "train", 6, (13 * 40 - 1) // 6, 5)
     starts = [window[0] for window in rows(source.batch(range(len(source)))) if window[0] != EOD]
     assert len(starts) == len(set(starts))
 
 
-def test_documents_longer_and_shorter_than_a_block_of_the_index():
+def test_documents_longer_and_shorter_than_a_block_of_the_index() -> None:
     random = np.random.RandomState(0)
     store = ArrayStore(numbered(random.randint(1, 4, 2000)))
     documents = random.permutation(2000).astype(np.int32)
@@ -206,20 +216,20 @@ def test_documents_longer_and_shorter_than_a_block_of_the_index():
             np.testing.assert_array_equal(read_ranges([stream], [(0, start, stop)]), whole[start:stop])
 
 
-def test_neighbouring_documents_are_read_as_one_range():
+def test_neighbouring_documents_are_read_as_one_range() -> None:
     store = ArrayStore(numbered([5] * 100))
     starts, stops = DocumentStream(store, np.arange(100, dtype=np.int32)).segments(3, 444)
     assert (starts.tolist(), stops.tolist()) == ([3], [444])
 
 
-def test_stores_are_indexed_when_first_used():
+def test_stores_are_indexed_when_first_used() -> None:
     stores = [ArrayStore(numbered([50]), tokenizer="same") for _ in range(3)]
     source = WindowSource(stores, "train", 8, 9, 0)
     source.batch([1, 4])
     assert [windows is not None for windows in source._windows] == [False, True, False]
 
 
-def test_refusals():
+def test_refusals() -> None:
     store = ArrayStore(numbered([50]))
     with pytest.raises(DataError, match="no token stores"):
         WindowSource([], "train", 8, 1, 0)
@@ -237,7 +247,7 @@ def test_refusals():
 
 
 @pytest.fixture(scope="module")
-def real_store(tmp_path_factory):
+def real_store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     folder = tmp_path_factory.mktemp("store")
     random = np.random.RandomState(3)
     (folder / "a.jsonl").write_text(
@@ -249,7 +259,7 @@ def real_store(tmp_path_factory):
     return build_store([folder / "a.jsonl"], folder / "s", "bytes", (80, 15, 5), progress=False, shard_tokens=8192)
 
 
-def test_real_store_gives_the_windows_of_the_rule(real_store):
+def test_real_store_gives_the_windows_of_the_rule(real_store: TokenStore) -> None:
     everything = real_store.read(0, real_store.num_tokens)
     documents = np.split(everything, real_store.document_offsets[1:-1])
     source = WindowSource(real_store, "train", 32, 3000, 99)
@@ -259,7 +269,7 @@ def test_real_store_gives_the_windows_of_the_rule(real_store):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_batches_do_not_depend_on_processes_or_resume(real_store, count):
+def test_batches_do_not_depend_on_processes_or_resume(real_store: TokenStore, count: int) -> None:
     source = WindowSource(real_store, "train", 16, 8 * 12, 1)
     expected = [source.batch(range(step * 8, step * 8 + 8)) for step in range(12)]
     # First leg on one number of processes, the rest on another.
@@ -282,7 +292,7 @@ def test_batches_do_not_depend_on_processes_or_resume(real_store, count):
                     np.testing.assert_array_equal(part[field], want[process::processes])
 
 
-def test_grain_path_equals_the_direct_one_and_reopened_stores_agree(real_store):
+def test_grain_path_equals_the_direct_one_and_reopened_stores_agree(real_store: TokenStore) -> None:
     source = WindowSource(real_store, "train", 16, 400, 2)
     again = WindowSource(open_store(real_store.path, "bytes"), "train", 16, 400, 2)
     loaded = list(training_batches(source, batch_size=20, start_step=3, end_step=20))
@@ -293,21 +303,28 @@ def test_grain_path_equals_the_direct_one_and_reopened_stores_agree(real_store):
     assert list(training_batches(source, batch_size=20, start_step=20, end_step=20)) == []
 
 
-def test_seed_changes_the_order(real_store):
+def test_seed_changes_the_order(real_store: TokenStore) -> None:
     one, two = (WindowSource(real_store, "train", 16, 64, seed).batch(range(64)) for seed in (0, 1))
     assert not np.array_equal(one.inputs, two.inputs)
 
 
-def test_fingerprint_tells_sources_apart(real_store):
-    arguments = (real_store, "train", 16, 64, 0)
-    first = WindowSource(*arguments).fingerprint()
-    assert WindowSource(open_store(real_store.path), *arguments[1:]).fingerprint() == first
-    others = [[real_store] * 2, "valid", 17, 65, 1]
-    changed = [WindowSource(*arguments[:i], other, *arguments[i + 1 :]) for i, other in enumerate(others)]
+def test_fingerprint_tells_sources_apart(real_store: TokenStore) -> None:
+    arguments: dict[str, Any] = {
+        "stores": real_store,
+        "split": "train",
+        "sequence_length": 16,
+        "num_windows": 64,
+        "seed": 0,
+    }
+    first = WindowSource(**arguments).fingerprint()
+    assert WindowSource(**arguments | {"stores": open_store(real_store.path)}).fingerprint() == first
+    others = {"stores": [real_store] * 2, "split": "valid", "sequence_length": 17, "num_windows": 65, "seed": 1}
+    assert others.keys() == arguments.keys()
+    changed = [WindowSource(**arguments | {name: other}) for name, other in others.items()]
     assert len({first, *(source.fingerprint() for source in changed)}) == 6
 
 
-def test_loading_refusals(real_store):
+def test_loading_refusals(real_store: TokenStore) -> None:
     source = WindowSource(real_store, "train", 16, 100, 0)
     for wrong in ([], [3, 2], [2, 2], [-1, 4], [0, 10]):
         with pytest.raises(DataError, match=r"rows=\[.*must be ascending numbers from 0 to 9, without repetition"):
@@ -322,7 +339,7 @@ def test_loading_refusals(real_store):
         evaluation_batches(source, batch_size=10, start=90, stop=101)
 
 
-def test_loader_passes_errors_on(real_store):
+def test_loader_passes_errors_on(real_store: TokenStore) -> None:
     source = WindowSource(ArrayStore(numbered([5])), "train", 16, 100, 0)
     with pytest.raises(DataError, match="one window of sequence_length=16 needs 17"):
         list(training_batches(source, batch_size=10, start_step=0, end_step=3))
@@ -337,7 +354,7 @@ def test_loader_passes_errors_on(real_store):
     st.integers(1, 20),
     st.sampled_from(["contiguous", "interleaved"]),
 )
-def test_every_token_is_a_target_once(lengths, length, order):
+def test_every_token_is_a_target_once(lengths: list[list[int]], length: int, order: SplitOrder) -> None:
     stores = [ArrayStore(numbered(n, 1000 * (i + 1)), (1, 1, 1), order) for i, n in enumerate(lengths)]
     tokens = np.concatenate([store.documents[d] for store in stores for d in store.split_documents("valid")])
     if len(tokens) < 2:
@@ -358,12 +375,13 @@ def test_every_token_is_a_target_once(lengths, length, order):
     assert windows.target_counts().sum() == len(tokens) - 1
 
 
-def test_denominators_do_not_depend_on_batch_size_or_processes(real_store):
+def test_denominators_do_not_depend_on_batch_size_or_processes(real_store: TokenStore) -> None:
     windows = EvalWindows(real_store, "valid", 24)
     token_bytes = real_store.tokenizer.token_bytes
     text_bytes = int(windows.target_counts() @ token_bytes)
     documents = real_store.split_documents("valid")
     # All text of the split but its first byte (one byte a token here), and no end of document.
+    assert token_bytes is not None
     assert text_bytes == real_store.document_lengths(documents).sum() - len(documents) - 1
     for batch_size, count in ((1, 1), (7, 1), (64, 1), (12, 4), (10_000, 2)):
         tokens = size = 0
@@ -377,7 +395,7 @@ def test_denominators_do_not_depend_on_batch_size_or_processes(real_store):
         assert (tokens, size) == (windows.num_targets, text_bytes)
 
 
-def test_slice_is_fixed_and_limited(real_store):
+def test_slice_is_fixed_and_limited(real_store: TokenStore) -> None:
     whole, part = EvalWindows(real_store, "valid", 24), EvalWindows(real_store, "valid", 24, 5)
     assert (len(part), part.num_targets) == (5, 120)
     np.testing.assert_array_equal(part.batch(range(5)).targets, whole.batch(range(5)).targets)
@@ -388,7 +406,7 @@ def test_slice_is_fixed_and_limited(real_store):
         EvalWindows(real_store, "valid", 24, 0)
 
 
-def test_moving_evaluation_does_not_rewind(real_store):
+def test_moving_evaluation_does_not_rewind(real_store: TokenStore) -> None:
     source = WindowSource(real_store, "valid", 24, 61, 1234)
     seen = []
     for evaluation, size in ((0, 20), (1, 20), (2, 20)):
@@ -410,5 +428,5 @@ def test_moving_evaluation_does_not_rewind(real_store):
         moving_evaluation_batches(source, 3, 20, batch_size=8)
 
 
-def test_pile_split_is_the_default_of_the_reference():
+def test_pile_split_is_the_default_of_the_reference() -> None:
     assert PILE_SPLIT == (969, 30, 1)

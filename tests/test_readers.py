@@ -4,6 +4,8 @@ import builtins
 import gzip
 import json
 import lzma
+from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -16,11 +18,11 @@ from unipool_jax.data.readers import SUFFIXES, read_texts
 TEXTS = ["first\nwith lines", "", "na\u00efve \U0001f469", "x" * 300_000]
 
 
-def _lines(texts, field="text"):
+def _lines(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
 
 
-def write_documents(path, texts, field="text"):
+def write_documents(path: Path, texts: list[str], field: str = "text") -> Path:
     """Writes `texts` in the format of the file's name (not `.txt`)."""
     lines = _lines(texts, field)
     if path.name.endswith(".parquet"):
@@ -40,12 +42,12 @@ def write_documents(path, texts, field="text"):
 
 @pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".txt"])
 @pytest.mark.parametrize("field", ["text", "content"])
-def test_formats_give_the_same_documents(tmp_path, suffix, field):
+def test_formats_give_the_same_documents(tmp_path: Path, suffix: str, field: str) -> None:
     path = write_documents(tmp_path / f"a{suffix}", TEXTS, field)
     assert list(read_texts([path, path], field)) == TEXTS * 2
 
 
-def test_zstd_frames_with_a_long_window(tmp_path):
+def test_zstd_frames_with_a_long_window(tmp_path: Path) -> None:
     # `zstd --long=31`, as used for large corpora, asks for more memory than readers allow by default.
     parameters = zstandard.ZstdCompressionParameters(window_log=28, compression_level=1)
     path = tmp_path / "a.jsonl.zst"
@@ -54,13 +56,13 @@ def test_zstd_frames_with_a_long_window(tmp_path):
     assert list(read_texts([path])) == TEXTS
 
 
-def test_a_text_file_is_one_document(tmp_path):
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\n\ntwo \xc3\xa9\n")
     assert list(read_texts([path])) == ["one\r\n\ntwo \u00e9\n"]
 
 
-def test_missing_final_newline_and_blank_lines_at_the_end_are_harmless(tmp_path):
+def test_missing_final_newline_and_blank_lines_at_the_end_are_harmless(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "b"}')
     assert list(read_texts([path])) == ["a", "b"]
@@ -84,14 +86,14 @@ def test_missing_final_newline_and_blank_lines_at_the_end_are_harmless(tmp_path)
         (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
     ],
 )
-def test_defects_name_file_and_line(tmp_path, content, message):
+def test_defects_name_file_and_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"bad\.jsonl, {message}"):
         list(read_texts([path]))
 
 
-def test_text_file_defects_name_the_line(tmp_path):
+def test_text_file_defects_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes(b"one\ntwo \xff\n")
     with pytest.raises(DataError, match=r"bad\.txt, line 2: not UTF-8 .byte 0xff"):
@@ -102,7 +104,7 @@ def test_text_file_defects_name_the_line(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet"])
-def test_cut_off_and_foreign_files_are_refused(tmp_path, suffix):
+def test_cut_off_and_foreign_files_are_refused(tmp_path: Path, suffix: str) -> None:
     path = write_documents(tmp_path / f"a{suffix}", [f"document {i} " * 9 for i in range(5000)])
     whole = path.read_bytes()
     for size in (len(whole) - 3, len(whole) // 3):
@@ -114,7 +116,7 @@ def test_cut_off_and_foreign_files_are_refused(tmp_path, suffix):
         list(read_texts([path]))
 
 
-def test_parquet_defects(tmp_path):
+def test_parquet_defects(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(Table.from_pydict({"body": ["a"], "n": [1]}), path)
     with pytest.raises(DataError, match=r"a\.parquet, row 1: no column 'text'; choose one of body, n"):
@@ -131,11 +133,11 @@ def test_parquet_defects(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "package"), [(".jsonl.zst", "zstandard"), (".parquet", "pyarrow")])
-def test_missing_extra_is_named(tmp_path, monkeypatch, suffix, package):
+def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, package: str) -> None:
     path = write_documents(tmp_path / f"a{suffix}", TEXTS)
     real = builtins.__import__
 
-    def without(name, *args):
+    def without(name: str, *args: Any) -> Any:
         if name.split(".")[0] == package:
             raise ImportError(name)
         return real(name, *args)

@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from store_fixtures import SHARD, build, make_corpus, tree
+from store_fixtures import SHARD, Corpus, build, make_corpus, tree
 from unipool_jax.data import store_format, token_store
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.store_reader import building_folder
@@ -20,7 +22,7 @@ from unipool_jax.data.token_store import open_store
 
 
 @pytest.fixture
-def corpus(tmp_path):
+def corpus(tmp_path: Path) -> Corpus:
     return make_corpus(tmp_path)
 
 
@@ -28,13 +30,15 @@ class Crash(BaseException):
     """Not an Exception, so nothing in the build can handle it, as nothing handles SIGKILL."""
 
 
-def test_resume_after_a_crash_at_every_durable_write(corpus, tmp_path, monkeypatch):
+def test_resume_after_a_crash_at_every_durable_write(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files, _ = corpus
     expected = tree(build(files, tmp_path / "whole").path)
     real, calls, fatal = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}, [0], [0]
 
-    def crashing(name):
-        def call(*args):
+    def crashing(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
             calls[0] += 1
             if calls[0] == fatal[0]:
                 raise Crash
@@ -66,12 +70,12 @@ def test_resume_after_a_crash_at_every_durable_write(corpus, tmp_path, monkeypat
     assert fatal[0] > 30  # several shards, the offsets, the manifest and the final rename
 
 
-def test_two_crashes_in_one_build(corpus, tmp_path, monkeypatch):
+def test_two_crashes_in_one_build(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, _ = corpus
     expected = tree(build(files, tmp_path / "whole").path)
     real, count = store_format.write_atomically, [0]
 
-    def crashing(path, content):
+    def crashing(path: Path, content: bytes) -> None:
         real(path, content)
         count[0] += 1
         if count[0] in (2, 5):
@@ -101,7 +105,9 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_process_resumes_from_its_last_shard(corpus, tmp_path, monkeypatch):
+def test_killed_process_resumes_from_its_last_shard(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files, _ = corpus
     expected = tree(build(files, tmp_path / "whole").path)
     script, out = tmp_path / "script.py", tmp_path / "out"
@@ -112,19 +118,22 @@ def test_killed_process_resumes_from_its_last_shard(corpus, tmp_path, monkeypatc
     assert not out.exists()
     journal = json.loads((building_folder(out) / "journal.json").read_text())
     assert len(journal["shards"]) == 3
-    encoded = []
-    monkeypatch.setattr(
-        token_store, "_encode", lambda *args, real=token_store._encode: encoded.append(args) or real(*args)
-    )
+    encoded, real = [], token_store._encode
+
+    def recording(*args: Any) -> Any:
+        encoded.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(token_store, "_encode", recording)
     assert tree(build(files, out).path) == expected
     # The first shards' documents were not tokenized again.
     assert encoded[0][3][0][0] > 3
 
 
-def test_ctrl_c_is_clean_and_resumable(corpus, tmp_path, monkeypatch):
+def test_ctrl_c_is_clean_and_resumable(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, count = token_store._encode, [0]
 
-    def interrupted(*args):
+    def interrupted(*args: Any) -> Any:
         count[0] += 1
         if count[0] == 2:
             raise KeyboardInterrupt
@@ -138,7 +147,9 @@ def test_ctrl_c_is_clean_and_resumable(corpus, tmp_path, monkeypatch):
     assert store.num_documents == len(corpus[1])
 
 
-def test_interrupted_build_of_something_else_is_kept(corpus, tmp_path, monkeypatch):
+def test_interrupted_build_of_something_else_is_kept(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files, _ = corpus
     monkeypatch.setattr(token_store.StoreWriter, "finish", lambda *_: (_ for _ in ()).throw(Crash()))
     with pytest.raises(Crash):
@@ -152,7 +163,7 @@ def test_interrupted_build_of_something_else_is_kept(corpus, tmp_path, monkeypat
     assert tree(building_folder(tmp_path / "out")) == before
 
 
-def test_bad_line_can_be_mended_and_built(corpus, tmp_path):
+def test_bad_line_can_be_mended_and_built(corpus: Corpus, tmp_path: Path) -> None:
     files, texts = corpus
     good = files[2].read_bytes()
     files[2].write_bytes(good + b'{"txet": "x"}\n')
@@ -164,14 +175,14 @@ def test_bad_line_can_be_mended_and_built(corpus, tmp_path):
     assert build(files, tmp_path / "out", shard_tokens=SHARD * 64).num_documents == len(texts)
 
 
-def test_error_in_a_worker_process_names_the_line(corpus, tmp_path):
+def test_error_in_a_worker_process_names_the_line(corpus: Corpus, tmp_path: Path) -> None:
     files, _ = corpus
     files[1].write_bytes(files[1].read_bytes() + b"oops\n")
     with pytest.raises(DataError, match=r"1\.jsonl, line 7: not a JSON object"):
         build(files, tmp_path / "out", workers=2)
 
 
-def test_full_disk_is_a_clean_error_and_resumable(corpus, tmp_path):
+def test_full_disk_is_a_clean_error_and_resumable(corpus: Corpus, tmp_path: Path) -> None:
     # A limit on file sizes fails writes half-way, as a full disk does.
     files, _ = corpus
     code = (
@@ -198,10 +209,12 @@ def test_full_disk_is_a_clean_error_and_resumable(corpus, tmp_path):
     assert build(files, out).num_documents == len(corpus[1])
 
 
-def test_dead_worker_is_a_clear_error_and_resumable(corpus, tmp_path, monkeypatch):
+def test_dead_worker_is_a_clear_error_and_resumable(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files, texts = corpus
 
-    def kill_workers(*_):
+    def kill_workers(*_: object) -> None:
         for child in multiprocessing.active_children():
             child.kill()
 

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from store_fixtures import SHARD, build, make_corpus, tree
+from store_fixtures import SHARD, Corpus, build, make_corpus, tree
 from unipool_jax.data import store_format, token_store
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.token_store import cached_store, demo_corpus_path, open_store
@@ -24,11 +26,11 @@ from unipool_jax.data.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture
-def corpus(tmp_path):
+def corpus(tmp_path: Path) -> Corpus:
     return make_corpus(tmp_path)
 
 
-def test_store_holds_the_documents(corpus, tmp_path):
+def test_store_holds_the_documents(corpus: Corpus, tmp_path: Path) -> None:
     files, texts = corpus
     store = build(files, tmp_path / "out", split=(8, 1, 1))
     expected = np.concatenate([[*text.encode(), 256] for text in texts])
@@ -48,7 +50,7 @@ def test_store_holds_the_documents(corpus, tmp_path):
     store.verify()
 
 
-def test_random_reads(corpus, tmp_path):
+def test_random_reads(corpus: Corpus, tmp_path: Path) -> None:
     store = build(corpus[0], tmp_path / "out")
     everything = store.read(0, store.num_tokens)
     ends = np.sort(np.random.RandomState(1).randint(0, store.num_tokens + 1, (200, 2)), axis=1)
@@ -59,7 +61,7 @@ def test_random_reads(corpus, tmp_path):
             store.read(start, stop)
 
 
-def test_gpt2_store_appends_end_of_document(tmp_path):
+def test_gpt2_store_appends_end_of_document(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "Hello world"}\n{"text": ""}\n{"text": "<|endoftext|>"}\n')
     store = build([tmp_path / "a.jsonl"], tmp_path / "out", "gpt2")
     tokens = store.read(0, store.num_tokens)
@@ -68,12 +70,12 @@ def test_gpt2_store_appends_end_of_document(tmp_path):
     assert store.dtype == np.uint16
 
 
-def test_large_vocabularies_are_stored_as_uint32():
+def test_large_vocabularies_are_stored_as_uint32() -> None:
     assert store_format.token_dtype(65_536) == np.uint16
     assert store_format.token_dtype(65_537) == np.uint32
 
 
-def test_uint32_store_and_shards_of_zeros(tmp_path, monkeypatch):
+def test_uint32_store_and_shards_of_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Byte 0 is id 0, the fill value of the array: such chunks must be stored all the same.
     monkeypatch.setattr(store_format, "token_dtype", lambda vocab_size: np.dtype(np.uint32))
     (tmp_path / "a.txt").write_bytes(bytes(3 * SHARD))
@@ -83,7 +85,7 @@ def test_uint32_store_and_shards_of_zeros(tmp_path, monkeypatch):
     store.verify()
 
 
-def test_workers_and_shards_do_not_change_the_tokens(corpus, tmp_path):
+def test_workers_and_shards_do_not_change_the_tokens(corpus: Corpus, tmp_path: Path) -> None:
     one, two = build(corpus[0], tmp_path / "one"), build(corpus[0], tmp_path / "two", workers=2)
     assert tree(one.path) == tree(two.path)
     large = build(corpus[0], tmp_path / "large", shard_tokens=SHARD * 1024)
@@ -91,15 +93,17 @@ def test_workers_and_shards_do_not_change_the_tokens(corpus, tmp_path):
     np.testing.assert_array_equal(large.read(0, large.num_tokens), one.read(0, one.num_tokens))
 
 
-def test_demo_store_is_always_the_same(tmp_path):
+def test_demo_store_is_always_the_same(tmp_path: Path) -> None:
     store = build([demo_corpus_path()], tmp_path / "out", "demo", workers=2, shard_tokens=SHARD * 32)
     assert (store.num_documents, store.num_tokens, store.text_bytes) == (233, 2_208_704, 10_761_158)
     tokens = store.read(0, store.num_tokens)
-    assert store.tokenizer.token_bytes[tokens].sum() == store.text_bytes
+    token_bytes = store.tokenizer.token_bytes
+    assert token_bytes is not None
+    assert token_bytes[tokens].sum() == store.text_bytes
     assert hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16] == "50e42ecf8746e3f0"
 
 
-def test_own_tokenizer_travels_with_the_store(corpus, tmp_path):
+def test_own_tokenizer_travels_with_the_store(corpus: Corpus, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(train_tokenizer(corpus[1], 300))
     store = build(corpus[0], tmp_path / "out", str(path))
@@ -117,7 +121,7 @@ def test_own_tokenizer_travels_with_the_store(corpus, tmp_path):
 # --------------------------------------------------------------------------- refusals
 
 
-def test_existing_output(corpus, tmp_path):
+def test_existing_output(corpus: Corpus, tmp_path: Path) -> None:
     files, _ = corpus
     first = build(files, tmp_path / "out")
     stamp = (first.path / "manifest.json").stat().st_mtime_ns
@@ -138,7 +142,7 @@ def test_existing_output(corpus, tmp_path):
     assert build(files, tmp_path / "empty").num_tokens == first.num_tokens
 
 
-def test_no_text_is_an_error(tmp_path):
+def test_no_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     with pytest.raises(DataError, match="every document is empty"):
         build([tmp_path / "a.jsonl"], tmp_path / "out")
@@ -153,7 +157,7 @@ def test_no_text_is_an_error(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_opening_something_else(tmp_path):
+def test_opening_something_else(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a token store nor"):
         open_store(tmp_path / "nothing")
     for path in (tmp_path, "/", "."):
@@ -161,7 +165,9 @@ def test_opening_something_else(tmp_path):
             open_store(path)
 
 
-def test_output_named_relative_to_the_working_folder(corpus, tmp_path, monkeypatch):
+def test_output_named_relative_to_the_working_folder(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     store = build(corpus[0], "sub/../../out/")
@@ -173,7 +179,7 @@ def test_output_named_relative_to_the_working_folder(corpus, tmp_path, monkeypat
     assert open_store(tmp_path / "link").num_tokens == store.num_tokens
 
 
-def test_wrong_tokenizer_and_split_are_refused(corpus, tmp_path):
+def test_wrong_tokenizer_and_split_are_refused(corpus: Corpus, tmp_path: Path) -> None:
     build(corpus[0], tmp_path / "out")
     assert open_store(tmp_path / "out", "bytes", (969, 30, 1), "contiguous").eod == 256
     with pytest.raises(DataError, match=r"built with tokenizer 'bytes'.*not 'gpt2'"):
@@ -184,7 +190,7 @@ def test_wrong_tokenizer_and_split_are_refused(corpus, tmp_path):
         open_store(tmp_path / "out", split_order="interleaved")
 
 
-def _edit_manifest(folder, **changes):
+def _edit_manifest(folder: Path, **changes: object) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -206,14 +212,16 @@ def _edit_manifest(folder, **changes):
         (lambda f: _edit_manifest(f, tokenizer={}), r"manifest\.json: incomplete"),
     ],
 )
-def test_damaged_stores_are_refused_when_opened(corpus, tmp_path, damage, message):
+def test_damaged_stores_are_refused_when_opened(
+    corpus: Corpus, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
     store = build(corpus[0], tmp_path / "out")
     damage(store.path)
     with pytest.raises(DataError, match=message):
         open_store(store.path)
 
 
-def test_flipped_byte_is_found_by_reading_and_by_verify(corpus, tmp_path):
+def test_flipped_byte_is_found_by_reading_and_by_verify(corpus: Corpus, tmp_path: Path) -> None:
     store = build(corpus[0], tmp_path / "out")
     path = store_format.shard_path(store.path, 2)
     content = bytearray(path.read_bytes())
@@ -229,10 +237,12 @@ def test_flipped_byte_is_found_by_reading_and_by_verify(corpus, tmp_path):
 # --------------------------------------------------------------------------- cache
 
 
-def test_finished_store_is_opened_without_writing(corpus, tmp_path, monkeypatch):
+def test_finished_store_is_opened_without_writing(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = cached_store(corpus[0], tmp_path / "cache", "bytes")
 
-    def read_only(path):
+    def read_only(path: Path) -> None:
         raise PermissionError(path)
 
     monkeypatch.setattr(store_format, "exclusive_lock", read_only)
@@ -241,7 +251,7 @@ def test_finished_store_is_opened_without_writing(corpus, tmp_path, monkeypatch)
         cached_store(corpus[0], tmp_path / "cache", "demo")
 
 
-def test_cached_store_depends_on_content_only(corpus, tmp_path):
+def test_cached_store_depends_on_content_only(corpus: Corpus, tmp_path: Path) -> None:
     files, _ = corpus
     cache = tmp_path / "cache"
     first = cached_store(files, cache, "bytes", (8, 1, 1), "interleaved")
@@ -259,13 +269,20 @@ def test_cached_store_depends_on_content_only(corpus, tmp_path):
         cached_store([tmp_path / "gone.txt"], cache, "bytes")
 
 
-def test_cache_is_built_once_by_processes_that_ask_together(corpus, tmp_path, monkeypatch):
+def test_cache_is_built_once_by_processes_that_ask_together(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # flock works between open files, so threads with their own descriptors stand for processes.
     files, _ = corpus
     encoded, barrier, real = [], threading.Barrier(4), token_store._encode
-    monkeypatch.setattr(token_store, "_encode", lambda *args: encoded.append(1) or real(*args))
 
-    def ask(_):
+    def counting(*args: Any) -> Any:
+        encoded.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(token_store, "_encode", counting)
+
+    def ask(_: int) -> np.ndarray:
         barrier.wait()
         return cached_store(files, tmp_path / "cache", "bytes").read(0, 100)
 
@@ -276,10 +293,10 @@ def test_cache_is_built_once_by_processes_that_ask_together(corpus, tmp_path, mo
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_lock_admits_one_holder(tmp_path):
+def test_lock_admits_one_holder(tmp_path: Path) -> None:
     inside, most = [0], [0]
 
-    def hold(_):
+    def hold(_: int) -> None:
         for _ in range(20):
             with store_format.exclusive_lock(tmp_path / "lock"):
                 inside[0] += 1
@@ -292,11 +309,11 @@ def test_lock_admits_one_holder(tmp_path):
     assert not (tmp_path / "lock").exists()
 
 
-def test_lock_on_a_removed_file_admits_nobody(tmp_path):
+def test_lock_on_a_removed_file_admits_nobody(tmp_path: Path) -> None:
     # One holder leaves (and removes the file) while a second waits and a third makes a new file.
     path, entered = tmp_path / "lock", threading.Event()
 
-    def wait_and_enter():
+    def wait_and_enter() -> None:
         with store_format.exclusive_lock(path):
             entered.set()
 
@@ -314,12 +331,12 @@ def test_lock_on_a_removed_file_admits_nobody(tmp_path):
     waiter.join()
 
 
-def test_processes_that_start_together_share_one_store(corpus, tmp_path):
+def test_processes_that_start_together_share_one_store(corpus: Corpus, tmp_path: Path) -> None:
     code = (
         "import sys; from unipool_jax.data.token_store import cached_store\n"
         "store = cached_store(sys.argv[2:], sys.argv[1], 'bytes'); store.verify(); print(store.num_tokens)"
     )
-    command = [sys.executable, "-c", code, tmp_path / "cache", *corpus[0]]
+    command: list[str | Path] = [sys.executable, "-c", code, tmp_path / "cache", *corpus[0]]
     environment = os.environ | {"PYTHONPATH": str(Path(token_store.__file__).parents[2])}
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     printed = [process.communicate(timeout=60)[0] for process in running]
@@ -327,7 +344,7 @@ def test_processes_that_start_together_share_one_store(corpus, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_demo_corpus_splits_span_the_centuries(tmp_path):
+def test_demo_corpus_splits_span_the_centuries(tmp_path: Path) -> None:
     with_years = []
     store = cached_store([demo_corpus_path()], tmp_path, "bytes", (18, 1, 1), "interleaved")
     for name in ("train", "valid", "test"):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import lzma
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,9 +32,10 @@ ODD_TEXTS = [
 @pytest.mark.parametrize(
     ("name", "vocab_size", "eod"), [("bytes", 257, 256), ("demo", 8192, 0), ("gpt2", 50257, 50256)]
 )
-def test_built_in_sizes(name, vocab_size, eod):
+def test_built_in_sizes(name: str, vocab_size: int, eod: int) -> None:
     tokenizer = load_tokenizer(name)
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eod) == (name, vocab_size, eod)
+    assert tokenizer.token_bytes is not None
     assert tokenizer.token_bytes.shape == (vocab_size,)
     assert tokenizer.token_bytes.dtype == np.int32
     assert tokenizer.token_bytes[eod] == 0
@@ -41,7 +43,7 @@ def test_built_in_sizes(name, vocab_size, eod):
     assert len(tokenizer.sha256) == 64
 
 
-def test_gpt2_known_ids():
+def test_gpt2_known_ids() -> None:
     # Ids published with GPT-2; also pins that text is never taken for the special token.
     tokenizer = load_tokenizer("gpt2")
     plain, special = tokenizer.encode_batch(["Hello world", "<|endoftext|>"])
@@ -52,8 +54,9 @@ def test_gpt2_known_ids():
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_odd_unicode_round_trip(name):
+def test_odd_unicode_round_trip(name: str) -> None:
     tokenizer = load_tokenizer(name)
+    assert tokenizer.token_bytes is not None
     for text, ids in zip(ODD_TEXTS, tokenizer.encode_batch(ODD_TEXTS), strict=True):
         assert tokenizer.decode(ids) == text
         assert tokenizer.eod not in ids
@@ -62,16 +65,17 @@ def test_odd_unicode_round_trip(name):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=4))
-def test_any_text_round_trips_with_exact_byte_counts(texts):
+def test_any_text_round_trips_with_exact_byte_counts(texts: list[str]) -> None:
     for name in BUILT_IN:
         tokenizer = load_tokenizer(name)
+        assert tokenizer.token_bytes is not None
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             assert tokenizer.decode(ids) == text
             assert tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_decode_keeps_document_borders_and_survives_broken_utf8(name):
+def test_decode_keeps_document_borders_and_survives_broken_utf8(name: str) -> None:
     tokenizer = load_tokenizer(name)
     ids = tokenizer.encode_batch(["one", "\u00e9"])
     joined = np.concatenate([ids[0], [tokenizer.eod], ids[1]])
@@ -80,7 +84,7 @@ def test_decode_keeps_document_borders_and_survives_broken_utf8(name):
     assert "\ufffd" in tokenizer.decode(half)
 
 
-def test_demo_tokenizer_is_regenerated_exactly():
+def test_demo_tokenizer_is_regenerated_exactly() -> None:
     shipped = json.loads(assets.read_asset("demo_tokenizer.json"))
     again = json.loads(train_tokenizer(demo_training_texts(), DEMO_VOCAB_SIZE))
     assert again["model"]["vocab"] == shipped["model"]["vocab"]
@@ -88,7 +92,7 @@ def test_demo_tokenizer_is_regenerated_exactly():
     assert len(demo_training_texts()) == 211
 
 
-def test_training_command_writes_a_loadable_tokenizer(tmp_path, capsys):
+def test_training_command_writes_a_loadable_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, out = tmp_path / "a.txt", tmp_path / "tok.json"
     text.write_text("the cat sat on the mat, the cat sat\n" * 50)
     assert main([str(text), "--vocab-size", "264", "--out", str(out)]) == 0
@@ -100,7 +104,7 @@ def test_training_command_writes_a_loadable_tokenizer(tmp_path, capsys):
     assert "--vocab-size 100" in capsys.readouterr().err
 
 
-def test_packaged_files_are_checked(tmp_path, monkeypatch):
+def test_packaged_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sotu.jsonl", "gpt2_encoder.json", "gpt2_vocab.bpe", "demo_tokenizer.json"):
         assert hashlib.sha256(assets.read_asset(name)).hexdigest() == assets.SHA256[name]
     monkeypatch.setattr(assets, "ASSET_FOLDER", tmp_path)
@@ -111,7 +115,7 @@ def test_packaged_files_are_checked(tmp_path, monkeypatch):
         assets.read_asset("gpt2_vocab.bpe")
 
 
-def test_unknown_names_and_bad_definitions_are_refused(tmp_path):
+def test_unknown_names_and_bad_definitions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no-such-tokenizer.*bytes, demo, gpt2"):
         load_tokenizer("no-such-tokenizer")
     bad = tmp_path / "bad.json"
@@ -155,13 +159,13 @@ def _byte_fallback(prepend: bool) -> tokenizers.Tokenizer:
     return core
 
 
-def test_missing_end_of_document_token_is_refused():
+def test_missing_end_of_document_token_is_refused() -> None:
     with pytest.raises(DataError, match=r"mine: no end-of-document token.*endoftext"):
         parse_tokenizer("mine", _definition(_byte_level()))
     assert parse_tokenizer("mine", _definition(_byte_level(), "</s>")).eod == 256
 
 
-def test_special_tokens_truncation_and_padding_of_a_definition_do_not_act():
+def test_special_tokens_truncation_and_padding_of_a_definition_do_not_act() -> None:
     core = _byte_level()
     core.add_special_tokens([END_OF_TEXT, "<s>"])
     core.enable_truncation(4)
@@ -174,10 +178,11 @@ def test_special_tokens_truncation_and_padding_of_a_definition_do_not_act():
     assert ids.max() < 256
 
 
-def test_byte_counts_exist_only_where_they_are_exact():
+def test_byte_counts_exist_only_where_they_are_exact() -> None:
     exact = parse_tokenizer("a", _definition(_byte_fallback(prepend=False), "</s>"))
     text = " a aa \u00e9\U0001f469\n"
     ids = exact.encode_batch([text])[0]
+    assert exact.token_bytes is not None
     assert exact.token_bytes[ids].sum() == len(text.encode())
     assert exact.decode(ids) == text
     assert 258 in ids

@@ -1,6 +1,7 @@
 """The unigram baseline against its definition."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from unipool_jax.data.token_store import build_store
 from unipool_jax.data.unigram import token_counts, unigram_loss
 
 
-def test_loss_by_hand():
+def test_loss_by_hand() -> None:
     # p = (3+1, 0+1, 1+1) / 7; targets: id 0 twice, id 1 once; bytes 1 and 2.
     loss = unigram_loss(np.array([3, 0, 1]), np.array([2, 1, 0]), np.array([1, 2, 5], np.int32))
     nats = -(2 * math.log(4 / 7) + math.log(1 / 7))
@@ -19,7 +20,7 @@ def test_loss_by_hand():
     assert loss.bits_per_byte == pytest.approx(nats / math.log(2) / 4, rel=1e-12)
 
 
-def test_missing_byte_counts_and_refusals():
+def test_missing_byte_counts_and_refusals() -> None:
     assert unigram_loss(np.array([1, 1]), np.array([1, 0])).bits_per_byte is None
     with pytest.raises(DataError, match="at least one target"):
         unigram_loss(np.array([1, 1]), np.array([0, 0]))
@@ -27,7 +28,7 @@ def test_missing_byte_counts_and_refusals():
         unigram_loss(np.array([1, 1]), np.array([1, 0, 0]))
 
 
-def test_counts_of_a_store(tmp_path):
+def test_counts_of_a_store(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "abba"}\n{"text": "cab"}\n{"text": "aaa"}\n')
     store = build_store([tmp_path / "a.jsonl"], tmp_path / "s", "bytes", (1, 1, 1), progress=False)
     counts = token_counts([store], "train")
