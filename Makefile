@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+DOCS := $(VENV)/docs
 # Each lock is given as constraints too: pip before 23.3 does not let a pinned package answer for the same one with extras.
 pip_install = $(RUN) -m pip install --quiet --disable-pip-version-check --no-input --require-hashes \
 	--requirement $(1) --constraint $(1)
@@ -11,7 +12,7 @@ UV := uv==0.13.9
 # `make lock LOCK_FLAGS=--upgrade` takes the newest versions that setup.cfg allows.
 LOCK_FLAGS ?=
 COMPILE := $(VENV)/bin/uv pip compile --no-config --quiet --universal --generate-hashes --python-version 3.11 \
-	--custom-compile-command "make lock" $(LOCK_FLAGS) setup.cfg
+	--custom-compile-command "make lock" $(LOCK_FLAGS)
 # PyTorch, which the tests compare with, stays out of the locks: PyPI's file for Linux brings gigabytes of CUDA libraries.
 # Of two files of one version pip takes the one marked +cpu. For a GPU build: make TORCH_FROM= test
 TORCH_FROM ?= --extra-index-url https://download.pytorch.org/whl/cpu
@@ -25,7 +26,7 @@ M := glibc.malloc
 KEEP_MEMORY := GLIBC_TUNABLES=$(M).hugetlb=1:$(M).mmap_max=0:$(M).trim_threshold=17179869184:$(M).arena_max=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-newest test-slow test-pretrained lint typecheck format lock clean
+.PHONY: help venv demo test test-fast test-newest test-slow test-pretrained lint typecheck format docs lock clean
 .DELETE_ON_ERROR:
 
 help:  ## Show these targets
@@ -66,10 +67,15 @@ format: $(VENV)/test.stamp  ## Rewrite the sources in the house format
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
+# An environment of its own: the site is made from the sources without importing them.
+docs: $(VENV)/docs.stamp  ## Build the documentation site in build/site; every warning is an error
+	PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 lock: $(VENV)/python.stamp  ## Pin exact versions anew from setup.cfg
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(UV)
-	$(COMPILE) --extra test --output-file requirements-test.lock
-	$(COMPILE) --constraints requirements-test.lock --output-file requirements.lock
+	$(COMPILE) setup.cfg --extra test --output-file requirements-test.lock
+	$(COMPILE) setup.cfg --constraints requirements-test.lock --output-file requirements.lock
+	$(COMPILE) --group docs --output-file requirements-docs.lock
 
 clean:  ## Remove the virtual environment and every cache; runs/ stays
 	rm -rf $(VENV) .venv-newest .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
@@ -89,6 +95,12 @@ $(VENV)/core.stamp: requirements.lock $(VENV)/python.stamp
 
 $(VENV)/test.stamp: requirements-test.lock $(VENV)/python.stamp
 	$(call pip_install,requirements-test.lock)
+	@touch $@
+
+$(VENV)/docs.stamp: requirements-docs.lock $(VENV)/python.stamp
+	$(RUN) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes \
+		--requirement requirements-docs.lock
 	@touch $@
 
 $(VENV)/torch.stamp: setup.cfg $(VENV)/test.stamp

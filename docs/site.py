@@ -1,0 +1,58 @@
+"""What MkDocs cannot do by itself: one page of API reference per package, and links out of docs/."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "unipool_jax"
+
+_OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)\)")
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    """Adds the pages `api/PACKAGE.md`, and the pictures of other folders that pages show."""
+    packages = sorted(path.parent for path in (ROOT / PACKAGE).glob("*/__init__.py"))
+    overview = (
+        "# API reference\n\nMade from the docstrings. The packages, each of which imports only from those below it:\n\n"
+    )
+    overview += "".join(f"- [`{PACKAGE}.{folder.name}`]({folder.name}.md)\n" for folder in packages)
+    files.append(File.generated(config, "api/index.md", content=f"{overview}\n::: {PACKAGE}\n"))
+    for folder in packages:
+        modules = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("__"))
+        directives = "\n\n".join(f"::: {PACKAGE}.{folder.name}.{module}" for module in modules)
+        text = f"# {folder.name}\n\n{directives}\n"
+        files.append(File.generated(config, f"api/{folder.name}.md", content=text))
+    pictures = {
+        posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.src_uri), link))
+        for page in files.documentation_pages()
+        for mark, _, link in _OUTSIDE.findall(page.content_string)
+        if mark
+    }
+    for path in sorted(pictures):
+        files.append(File.generated(config, f"repository/{path}", content=(ROOT / path).read_bytes()))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Links to files outside docs/ become their paths in the repository; pictures there are shown."""
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def point(found: re.Match[str]) -> str:
+        mark, text, link = found.groups()
+        path = posixpath.normpath(posixpath.join("docs", folder, link))
+        if path.startswith("docs/"):
+            return found.group(0)
+        if not (ROOT / path).exists():
+            raise PluginError(f"{page.file.src_uri}: links to {link}, but the repository has no {path}")
+        if mark:
+            return f"![{text}]({posixpath.relpath(f'repository/{path}', folder or '.')})"
+        return f"`{path}`" if text.strip("`") in path else f"{text} (`{path}`)"
+
+    return _OUTSIDE.sub(point, markdown)
