@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
 from pathlib import Path
@@ -19,10 +20,11 @@ _OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)\)")
 def on_files(files: Files, *, config: Any) -> Files:
     """Adds the pages `api/PACKAGE.md`, and the pictures of other folders that pages show."""
     packages = sorted(path.parent for path in (ROOT / PACKAGE).glob("*/__init__.py"))
-    overview = (
-        "# API reference\n\nMade from the docstrings. The packages, each of which imports only from those below it:\n\n"
-    )
-    overview += "".join(f"- [`{PACKAGE}.{folder.name}`]({folder.name}.md)\n" for folder in packages)
+    overview = "# API reference\n\nMade from the docstrings.\n\n"
+    for folder in packages:
+        summary = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        summary = summary.partition("\n")[0]
+        overview += f"- [`{PACKAGE}.{folder.name}`]({folder.name}.md){summary and f': {summary}'}\n"
     files.append(File.generated(config, "api/index.md", content=f"{overview}\n::: {PACKAGE}\n"))
     for folder in packages:
         modules = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("__"))
