@@ -75,8 +75,8 @@ def test_results_are_collected_as_far_as_they_are_there(tmp_path: Path) -> None:
                 (folder / "summary.json").write_text(json.dumps(summary))
                 record(case, seed, runs, out)
     compare_recorded([1, 2], out)
-    lines = (out / "rows" / "published.md").read_text().splitlines()
-    assert lines[2:] == [
+    published = (out / "rows" / "published.md").read_text().splitlines()
+    assert published[2:] == [
         "| vanilla | 6.5000 | - | 2 | +0.0000 |",
         "| unipool | 6.2120 | -0.2880 ± 0.0000 | 2 | -0.0288 |",
         "| unipool_2_pools | 5.8960 | -0.1040 | 1 | -0.0104 |",

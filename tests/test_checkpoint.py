@@ -55,7 +55,8 @@ def save(checkpoints: Checkpoints, *steps: int) -> None:
 
 
 def assert_equal(a: Any, b: Any) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+    assert structures[0] == structures[1]
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)

@@ -36,7 +36,7 @@ def test_values_and_gradients(transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("sizes", [None, (8, 1, 1, 1), (2, 2, 1, 2)])
-def test_gradients_of_narrow_products_are_summed_in_float32(sizes: tuple[int, ...] | None) -> None:
+def test_gradients_of_narrow_products_are_summed_in_float32(sizes: tuple[int, int, int, int] | None) -> None:
     """The sum of 72 products close to 1 needs more bits than bfloat16 has."""
     inputs = jnp.ones((72, 8), jnp.bfloat16) * 1.0078125
     weights = jnp.ones((8, 4), jnp.float32)
@@ -63,7 +63,7 @@ def test_logits_are_float32() -> None:
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 1, 2)])
-def test_gradients_of_lookups_add_up_in_float32(sizes: tuple[int, ...] | None) -> None:
+def test_gradients_of_lookups_add_up_in_float32(sizes: tuple[int, int, int, int] | None) -> None:
     tokens = jnp.array([3] * 72 + [1] * 8)
     table = jnp.arange(8 * 4, dtype=jnp.float32).reshape(8, 4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 
 from unipool_jax.analysis.figures import png
@@ -55,7 +56,7 @@ def test_the_corner_of_a_roof_is_peak_over_bandwidth() -> None:
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines if line.get_label() in roofs}
     for name, (peak, bandwidth) in roofs.items():
-        x, y = lines[name].get_xdata(), lines[name].get_ydata()
+        x, y = np.asarray(lines[name].get_xdata()), np.asarray(lines[name].get_ydata())
         assert y.max() == pytest.approx(peak / 1e12)
         below = x < peak / bandwidth
         assert below.any()

@@ -37,7 +37,7 @@ def interleaved(layout: str) -> jax.sharding.Mesh:
 def assert_rows_are_where_they_belong(mesh: jax.sharding.Mesh, of_process: dict[int, list[jax.Device]]) -> None:
     """Each process gets the rows of its devices, once and in order, and together they get all."""
     for batch_size in (BATCH * mesh.size, mesh.size):
-        held = defaultdict(set)
+        held: defaultdict[jax.Device, set[int]] = defaultdict(set)
         for device, (index, *_) in batch_sharding(mesh).devices_indices_map((batch_size, 8)).items():
             held[device] |= set(np.arange(batch_size)[index].tolist())
         found = {process: process_rows(mesh, batch_size, devices) for process, devices in of_process.items()}

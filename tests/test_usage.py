@@ -82,12 +82,16 @@ def test_diagnostics_by_counting(layers: int, groups: int, experts: int, top_k: 
     """The figures of method M8.4 from sets and loops, ranks by (count, id)."""
     counts = usage.expert_counts(planted(layers, experts, top_k, seed=2), experts)
     found = routing_diagnostics(counts, groups)
-    ranked = [sorted(range(experts), key=lambda e, row=row: (-row[e], e)) for row in counts.tolist()]
+    entropies, coverages = found["routing/entropy_bits"], found["routing/top16_coverage"]
+    assert isinstance(entropies, list)
+    assert isinstance(coverages, list)
+    # A stable sort: of equal counts the lowest id comes first.
+    ranked = [sorted(range(experts), key=[-count for count in row].__getitem__) for row in counts.tolist()]
     for layer, row in enumerate(counts.tolist()):
         shares = [count / sum(row) for count in row]
         entropy = -sum(p * math.log2(p) for p in shares if p)
-        assert found["routing/entropy_bits"][layer] == pytest.approx(entropy)
-        assert found["routing/top16_coverage"][layer] == pytest.approx(sum(sorted(shares)[::-1][:16]))
+        assert entropies[layer] == pytest.approx(entropy)
+        assert coverages[layer] == pytest.approx(sum(sorted(shares)[::-1][:16]))
     for size in (1, 2, 3, 5, 8, 10, 16, 20, 32, 48, 64):
         if size > experts:
             assert f"routing/union_size_{size}" not in found
