@@ -76,7 +76,7 @@ def test_single_batches_are_looked_at_apart() -> None:
     config = tiny_config("unipool", "moe.top_k=2", "moe.score_constant=one")
     state, batches = tiny_state(config), [tiny_batch(config, seed) for seed in range(2)]
     whole = analyse(config, state.params, state.balance, lambda: batches, devices=8, draws=0)
-    each = [analyse(config, state.params, state.balance, lambda b=b: [b], devices=8, draws=0) for b in batches]
+    each = [analyse(config, state.params, state.balance, partial(list, [b]), devices=8, draws=0) for b in batches]
     assert np.array_equal(whole.counts_LE, each[0].counts_LE + each[1].counts_LE)
     assert whole.loss == pytest.approx((each[0].loss + each[1].loss) / 2)
     np.testing.assert_allclose(whole.common_LL, (each[0].common_LL + each[1].common_LL) / 2)

@@ -64,7 +64,9 @@ def test_values_and_gradients_match_the_loop(top_k: int, implementation: Impleme
     _compare(dispatched(hidden, bank, gates), _loop(hidden, bank, gates, experts))
     cotangent = jax.random.normal(jax.random.key(0), hidden.shape)
     found = jax.vjp(dispatched, hidden, bank, gates)[1](cotangent)
-    expected = jax.vjp(lambda *operands: _loop(*operands, experts), hidden, bank, gates)[1](cotangent)
+    expected = jax.vjp(lambda hidden, bank, gates: _loop(hidden, bank, gates, experts), hidden, bank, gates)[1](
+        cotangent
+    )
     _compare(found, expected)
 
 

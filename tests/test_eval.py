@@ -115,6 +115,7 @@ def test_results_do_not_depend_on_the_batch_size(
     assert (found.tokens, found.bytes) == (expected.tokens, expected.bytes)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     if limited:
+        assert config.train.eval_batches is not None
         assert found.tokens == config.train.eval_batches * config.train.batch_size * config.data.sequence_length
 
 

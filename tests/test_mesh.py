@@ -8,6 +8,7 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,11 +55,11 @@ def configure(method: str, *more: str) -> Config:
     return tiny_config(method, "model.compute_dtype=float32", "mesh.receive_factor=8", *experts, *more)
 
 
-def mesh_of(sizes: tuple[int, ...]) -> jax.sharding.Mesh:
+def mesh_of(sizes: tuple[int, int, int, int]) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(*sizes), jax.devices()[:8])
 
 
-def trained(config: Config, sizes: tuple[int, ...] | None) -> Trained:
+def trained(config: Config, sizes: tuple[int, int, int, int] | None) -> Trained:
     """Train from the same first state on the same batches."""
     mesh = None if sizes is None else mesh_of(sizes)
     state, metrics = tiny_state(config), []
@@ -168,7 +169,7 @@ def test_a_step_that_overflows_is_not_applied_unless_rows_may_be_dropped() -> No
 def test_evaluation_gives_the_sums_of_one_device() -> None:
     config = configure("unipool")
     mesh, state, batch = mesh_of(MESHES[ALL_WAYS]), tiny_state(config), tiny_batch(config)
-    lengths = np.arange(config.model.vocab_size, dtype=np.int32)
+    lengths = jnp.arange(config.model.vocab_size, dtype=jnp.int32)
     single = make_eval_step(config)(state.params, state.balance, batch, lengths)
     placed = jax.device_put(state, state_shardings(config, mesh, state))
     with jax.set_mesh(mesh):
@@ -184,8 +185,9 @@ def program(method: str, *more: str) -> str:
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), tiny_batch(config)
     )
+    step: Any = make_train_step(config, mesh)
     with jax.set_mesh(mesh):
-        return make_train_step(config, mesh).lower(state_shapes(config, mesh), batch).compile().as_text()
+        return str(step.lower(state_shapes(config, mesh), batch).compile().as_text())
 
 
 def bank_collectives(text: str) -> dict[str, tuple[int, int]]:
@@ -218,7 +220,7 @@ def test_experts_change_places_one_at_a_time() -> None:
     placed = jax.device_put(state, state_shardings(config, mesh, state))
     exchanged = Placement(config, mesh, order_GE)
     with jax.set_mesh(mesh):
-        text = jax.jit(exchanged.apply).lower(placed).compile().as_text()
+        text = str(jax.jit(exchanged.apply).lower(placed).compile().as_text())
         placed = exchanged.apply(placed)
         there = jax.device_get(placed.params["pools"])
         placed = exchanged.undo(placed)
@@ -341,7 +343,7 @@ def test_rest_of_the_devices_and_what_does_not_fit() -> None:
 )
 def test_what_does_not_divide_is_refused(more: list[str], message: str) -> None:
     config = tiny_config("unipool", "train.batch_size=48", "train.eval_batch_size=48")
-    sections: dict[str, dict[str, int]] = {"mesh": {}, "train": {}}
+    sections: dict[str, dict[str, Any]] = {"mesh": {}, "train": {}}
     for setting in more:
         section, name, value = re.split(r"[.=]", setting)
         sections[section][name] = int(value)

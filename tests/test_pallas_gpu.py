@@ -62,13 +62,14 @@ def test_gradients_add_to_what_is_there(dtype: str) -> None:
         there[1, :, ::2] = np.nan
 
     @jax.jit
-    def backward(into: list[jax.Array]) -> Any:
+    def backward(into: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
         plan = make_group_plan(jnp.array(sizes), shape.rows, implementation="pallas_gpu")
-        _, residuals = pallas_gpu.ffn_forward(rows, *banks, plan, keep_products=True)
-        return pallas_gpu.ffn_backward(grad, rows, *banks, plan, residuals, tuple(into))[1]
+        gate, up, down = banks
+        _, (first, second) = pallas_gpu.ffn_forward(rows, gate, up, down, plan, keep_products=True)
+        return pallas_gpu.ffn_backward(grad, rows, gate, up, down, plan, (first, second), into)[1]
 
     wanted, magnitudes = oracle.ffn(sizes, *exact)[2:], oracle.ffn_magnitudes(sizes, *exact)[2:]
-    for actual, there, expected, magnitude in zip(backward(into), into, wanted, magnitudes, strict=True):
+    for actual, there, expected, magnitude in zip(backward(tuple(into)), into, wanted, magnitudes, strict=True):
         assert np.asarray(actual[1]).tobytes() == there[1].tobytes()
         total, magnitude = expected + np.nan_to_num(there), magnitude + np.abs(np.nan_to_num(there))
         error = np.abs(np.asarray(actual, np.float64) - total)[[0, 2]].max()
@@ -143,7 +144,8 @@ def triton_modules(function: Callable[..., Any], *arguments: Any) -> list[str]:
             with ir.Context() as context:
                 triton.register_dialect(context)
                 context.load_all_available_dialects()
-                module = ir.Module.parse(ir.DictAttr(operation.attributes["mhlo.backend_config"])["ir"].value_bytes)
+                source: Any = ir.DictAttr(operation.attributes["mhlo.backend_config"])["ir"]
+                module = ir.Module.parse(source.value_bytes)
                 modules.append(f"{operation.attributes['output_operand_aliases']}\n{module}")
         return ir.WalkResult.ADVANCE
 

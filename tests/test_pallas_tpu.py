@@ -168,8 +168,9 @@ def test_ffn_compiles_for_tpu(topology: str, scale: tuple[int, int, int, int]) -
 
     def step(sizes: jax.Array, grad: jax.Array, rows: jax.Array, bank: Any, totals: Any) -> Any:
         plan = make_group_plan(sizes, num_rows, implementation="pallas_tpu")
-        out, products = pallas_tpu.ffn_forward(rows, *bank, plan, keep_products=True)
-        return out, pallas_tpu.ffn_backward(grad, rows, *bank, plan, products, totals)
+        gate, up, down = bank
+        out, (first, second) = pallas_tpu.ffn_forward(rows, gate, up, down, plan, keep_products=True)
+        return out, pallas_tpu.ffn_backward(grad, rows, gate, up, down, plan, (first, second), totals)
 
     banks = [(experts, width, hidden), (experts, width, hidden), (experts, hidden, width)]
     program = compile_for(

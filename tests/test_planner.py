@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import json
 import math
-from collections import Counter
+from collections import defaultdict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,10 +173,10 @@ def test_flops_are_those_of_a_compiled_layer() -> None:
     )
     mesh = compilation.topology_mesh(config)
     with jax.set_mesh(mesh):
-        step = compilation.make_train_step(config, mesh)
+        step: Any = compilation.make_train_step(config, mesh)
         rows = compilation.batch_sharding(mesh)
-        batch = compilation.Batch(
-            *(jax.ShapeDtypeStruct((16, 1024), dtype, sharding=rows) for dtype in (jnp.int32, jnp.int32, jnp.float32))
+        batch = compilation.Batch._make(
+            [jax.ShapeDtypeStruct((16, 1024), dtype, sharding=rows) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
         )
         compiled = step.lower(compilation.state_shapes(config, mesh), batch).compile()
     counted = work.count(config, dict(mesh.shape), parse_topology("v5p:2x2x1"))
@@ -207,7 +208,7 @@ def test_tiles_are_chosen_for_the_rows_that_arrive() -> None:
 
 def ring_load(length: int, *, ring: bool) -> float:
     """Largest load of a directed link when every chip sends 1 / length to each, by walking every message."""
-    load: Counter[tuple[int, int]] = Counter()
+    load: defaultdict[tuple[int, int], float] = defaultdict(float)
     for start in range(length):
         for end in range(length):
             hops = end - start
@@ -435,7 +436,8 @@ def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
             lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tiny_batch(config)
         )
         with jax.set_mesh(mesh):
-            lowered = make_train_step(config, mesh).lower(state_shapes(config, mesh), batch)
+            step: Any = make_train_step(config, mesh)
+            lowered = step.lower(state_shapes(config, mesh), batch)
         products[remat] = (lowered.as_text().count("dot_general"), alone.as_text().count("dot_general"))
     assert products["none"][0] < products["moe"][0] < products["full"][0]
     # The head is made in chunks on one device, so only differences compare.

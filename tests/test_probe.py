@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any
 
 import jax
@@ -214,7 +215,7 @@ def test_results_do_not_depend_on_the_batch_size_and_padding_counts_nowhere() ->
     ]
     choice = Intervention(3, np.ones(CONFIG.experts_per_pool, bool), "own")
     one, other = (
-        language_model_loss(CONFIG, params, init_balance(CONFIG), lambda batches=batches: batches)(choice)
+        language_model_loss(CONFIG, params, init_balance(CONFIG), partial(list, batches))(choice)
         for batches in ([whole], padded)
     )
     np.testing.assert_allclose(one.sums_I, other.sums_I, atol=1e-4)

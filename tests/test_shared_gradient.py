@@ -199,7 +199,8 @@ def _abstract_params(config: Config) -> Any:
 def _shapes(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:
     """Shapes of all values in a program, its inner programs included."""
     for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in (*equation.invars, *equation.outvars))
+        values: list[Any] = [*equation.invars, *equation.outvars]
+        yield from (value.aval.shape for value in values)
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from _shapes(inner)
 

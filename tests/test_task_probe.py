@@ -31,7 +31,7 @@ def everywhere(model: LanguageModel, layer: int = 2, draw: int = 0) -> Intervent
 def test_accuracies_are_those_of_likelihoods_in_numpy(tmp_path: Path) -> None:
     model, random = random_model(), np.random.default_rng(0)
     words = ["".join(random.choice(list("abcdefg"), size=int(n))) for n in random.integers(1, 9, 90)]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"context": "Q: " + words[3 * n], "choices": words[3 * n + 1 : 3 * n + 3], "gold": n % 2} for n in range(30)
     ]
     for names, normalise in ((("acc", "acc_norm"), True), (("acc",), False)):
@@ -80,7 +80,9 @@ def test_routing_that_decides_is_missed(tmp_path: Path) -> None:
     """Labels that are the model's own answers: it is always right, and less often with random choices in a layer."""
     model = random_model()
     words = ["".join(chr(97 + (7 * n + i * i) % 26) for i in range(6)) for n in range(80)]
-    rows = [{"context": f"Q {n} {words[n]}", "choices": words[n : n + 3], "gold": 0} for n in range(77)]
+    rows: list[dict[str, Any]] = [
+        {"context": f"Q {n} {words[n]}", "choices": words[n : n + 3], "gold": 0} for n in range(77)
+    ]
     for row in rows:
         context = list(row["context"].encode())
         values = [log_likelihood(model, context, list(f" {c}".encode()))[0] for c in row["choices"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_without_the_harness_the_extra_is_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # type: ignore[arg-type]
     for command, where in ((evaluate, f"run={run}"), (analyse, str(run))):
-        assert guarded(lambda command=command, where=where: command([where, f"tasks_path={tasks}"])) == 1
+        assert guarded(partial(command, [where, f"tasks_path={tasks}"])) == 1
         assert 'pip install ".[harness]"' in capsys.readouterr().err
     # All else works without it.
     assert evaluate([f"run={run}", "splits=[valid]"]) == 0

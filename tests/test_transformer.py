@@ -133,7 +133,7 @@ def test_rematerialisation_changes_no_value(method: str) -> None:
     shape = (config.pool.groups, config.layers_per_pool, config.experts_per_pool)
 
     def gradient(remat: str) -> Any:
-        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        changed = tiny_config(method, f"model.remat={remat}")
 
         def loss(params: Any) -> jax.Array:
             logits, stats = forward(changed, params, batch.inputs, jnp.zeros(shape))
