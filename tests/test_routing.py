@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from unipool_jax.moe.routing import norm_constant, norm_scores, route, scores
+from unipool_jax.moe.routing import Router, norm_constant, norm_scores, route, scores
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_gradient_reaches_every_router_row_through_the_norm() -> None:
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "norm"])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_route_matches_numpy(router: str, top_k: int) -> None:
+def test_route_matches_numpy(router: Router, top_k: int) -> None:
     logits = np.random.default_rng(3).normal(size=(12, 7)).astype(np.float32)
     expected = {
         "softmax": oracles.softmax(logits.astype(np.float64)),
@@ -113,11 +113,15 @@ def test_route_matches_numpy(router: str, top_k: int) -> None:
     if router == "sigmoid" and top_k > 1:
         gates = gates / gates.sum(1, keepdims=True)
 
-    found_scores = scores(jnp.asarray(logits), router, jnp.float32(1.5), 2.0, 1e-8)  # type: ignore[arg-type]
+    found_scores = scores(jnp.asarray(logits), router, jnp.float32(1.5), 2.0, 1e-8)
     found = route(
-        found_scores, jnp.asarray(logits), router=router, top_k=top_k, num_stat_groups=3,  # type: ignore[arg-type]
+        found_scores,
+        jnp.asarray(logits),
+        router=router,
+        top_k=top_k,
+        num_stat_groups=3,
         expert_bias_E=None if bias is None else jnp.asarray(bias),
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(found.experts_NK, experts)
     np.testing.assert_allclose(found.gates_NK, gates, rtol=1e-5)
     for group in range(3):
