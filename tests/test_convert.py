@@ -17,7 +17,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.convert.__main__ import main
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.files import read_file, write_file
-from unipool_jax.convert.layouts import LAYOUT_NAMES, make_layout
+from unipool_jax.convert.layouts import LAYOUT_NAMES, LayoutName, make_layout
 from unipool_jax.convert.runs import read_run, write_run
 from unipool_jax.convert.weights import Weights, empty_weights, expert_hashes
 from unipool_jax.training.entry import run
@@ -44,7 +44,7 @@ def assert_equal(a: Weights, b: Weights) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
-def test_a_file_holds_everything_once(variant: tuple[str, ...], layout: str, tmp_path: Path) -> None:
+def test_a_file_holds_everything_once(variant: tuple[str, ...], layout: LayoutName, tmp_path: Path) -> None:
     config = tiny_config(*variant)
     weights, path = random_weights(config), tmp_path / "model.safetensors"
     assert write_file(path, layout, config, weights) == config.total_experts
@@ -56,7 +56,7 @@ def test_a_file_holds_everything_once(variant: tuple[str, ...], layout: str, tmp
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
-def test_the_parts_are_views(layout: str) -> None:
+def test_the_parts_are_views(layout: LayoutName) -> None:
     """A part that were a copy would lose what is written to it."""
     config = tiny_config("vanilla_aux_free")
     for name, tensor in make_layout(layout, config, empty_weights(config)).tensors.items():
@@ -191,7 +191,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_from_run_to_run_on_the_command_line(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    layout: LayoutName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = tiny_config("vanilla_aux_free", "model.vocab_size=257")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from unipool_jax.config.schema import MeshConfig
-from unipool_jax.model import head
+from unipool_jax.parallel import head
 from unipool_jax.parallel.head import Head
 from unipool_jax.parallel.mesh import make_mesh, spec
 

@@ -170,7 +170,7 @@ def abstract_ffn(experts: int, width: int, hidden: int, dtype: str) -> tuple[Cal
     rows = jax.ShapeDtypeStruct((ROWS, width), dtype)
     shapes = ((experts, width, hidden), (experts, width, hidden), (experts, hidden, width))
     bank, accumulator = (
-        Bank(*(jax.ShapeDtypeStruct(shape, kind) for shape in shapes)) for kind in (dtype, jnp.float32)
+        Bank._make(jax.ShapeDtypeStruct(shape, kind) for shape in shapes) for kind in (dtype, jnp.float32)
     )
     return both_passes, [jax.ShapeDtypeStruct((experts,), jnp.int32), rows, bank, accumulator, (rows, accumulator)]
 

@@ -248,7 +248,7 @@ def scanned_ffn_gradient(num_layers: int, *, shared: bool) -> Any:
         return jnp.sum(rows_RD.astype(jnp.float32) ** 2)
 
     wide, narrow = (experts, width, hidden), (experts, hidden, width)
-    accumulator = Bank(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (wide, wide, narrow)))
+    accumulator = Bank._make(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (wide, wide, narrow))
     sizes = jax.ShapeDtypeStruct((num_layers, experts), jnp.int32)
     mesh = mesh_of("v5e:2x2")
     place = jax.sharding.NamedSharding(mesh, REPLICATED)

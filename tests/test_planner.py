@@ -430,7 +430,8 @@ def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
     products: dict[str, tuple[int, int]] = {}
     for remat in ("none", "moe", "full"):
         config = tiny_config(*more, "moe.experts_per_layer=8", f"model.remat={remat}")
-        alone = make_train_step(config).lower(state_shapes(config), tiny_batch(config))
+        single: Any = make_train_step(config)
+        alone = single.lower(state_shapes(config), tiny_batch(config))
         rows = jax.NamedSharding(mesh, spec("batch"))
         batch = jax.tree.map(
             lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tiny_batch(config)

@@ -74,7 +74,7 @@ def test_gates_of_forced_experts_by_hand(method: str) -> None:
     routing = route(scores, scores, router=router, top_k=2)
     chosen = np.array([[3, 0], [1, 2], [-1, -1], [0, -1], [2, 1]], np.int32)
     for own in (False, True):
-        found = replaced(routing, scores, Forced(jnp.asarray(chosen), jnp.asarray(own)), config.moe.router)
+        found = replaced(routing, scores, Forced(jnp.asarray(chosen), jnp.asarray(own)), router)
         for token, slot in itertools.product(range(5), range(2)):
             expert = chosen[token, slot] if chosen[token, slot] >= 0 else int(routing.experts_NK[token, slot])
             assert int(found.experts_NK[token, slot]) == expert
