@@ -109,7 +109,7 @@ def test_no_device_of_a_mesh_holds_the_logits_of_its_batch(sizes: tuple[int, ...
     """Evaluation of 131,072 positions and 4,096 tokens: all logits would be 268 MB per device and more."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:8])
 
-    def shape(dtype: type, *size: int, logical: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    def shape(dtype: jax.typing.DTypeLike, *size: int, logical: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=jax.NamedSharding(mesh, spec(*logical)))
 
     shapes = Head._make(
