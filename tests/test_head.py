@@ -77,9 +77,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_no_array_holds_the_logits_of_a_batch() -> None:
     """32,768 positions and 4,096 tokens: all logits would be 537 MB, and a training step would hold several."""
-    shapes = Head(
-        jax.ShapeDtypeStruct((32, 1024, WIDTH), jnp.float32), jax.ShapeDtypeStruct((4096, WIDTH), jnp.float32)
-    )
+    shapes = Head._make(jax.ShapeDtypeStruct(size, jnp.float32) for size in ((32, 1024, WIDTH), (4096, WIDTH)))
     targets = jax.ShapeDtypeStruct((32, 1024), jnp.int32)
     weights = jax.ShapeDtypeStruct((32, 1024), jnp.float32)
     step = jax.jit(jax.value_and_grad(lambda h, t, w: h.weighted_loss(t, w)))
@@ -105,7 +103,7 @@ def test_losses_over_a_mesh(sizes: tuple[int, int, int, int], length: int, monke
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2, 1), (1, 2, 2, 2)], ids=["whole vocabulary", "split vocabulary"])
-def test_no_device_of_a_mesh_holds_the_logits_of_its_batch(sizes: tuple[int, ...]) -> None:
+def test_no_device_of_a_mesh_holds_the_logits_of_its_batch(sizes: tuple[int, int, int, int]) -> None:
     """Evaluation of 131,072 positions and 4,096 tokens: all logits would be 268 MB per device and more."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:8])
 

@@ -53,7 +53,7 @@ class ArrayStore(TokenStore):
         return [self._all[a:b].astype(np.int32) for a, b in zip(starts, stops, strict=True)]
 
 
-def numbered(lengths, first=100):
+def numbered(lengths: Iterable[int], first: int = 100) -> list[np.ndarray]:
     """Documents of these lengths whose tokens are all different, so that positions are distinguishable."""
     numbers = itertools.count(first)
     return [np.array([next(numbers) for _ in range(n - 1)] + [EOD], np.int64) for n in lengths]

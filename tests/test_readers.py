@@ -147,7 +147,7 @@ def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         list(read_texts([path]))
 
 
-def test_unknown_suffix_and_missing_file(tmp_path):
+def test_unknown_suffix_and_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.csv: unknown file format"):
         list(read_texts([tmp_path / "a.csv"]))
     with pytest.raises(DataError, match=r"gone\.jsonl: cannot open"):

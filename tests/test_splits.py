@@ -56,7 +56,7 @@ def test_bad_splits_are_refused(text: str) -> None:
         parse_split(text)
 
 
-def test_other_refusals():
+def test_other_refusals() -> None:
     with pytest.raises(DataError, match="must be whole"):
         check_split((96.9, 3, 0.1), "interleaved")
     with pytest.raises(DataError, match="split_order='sorted'"):
