@@ -59,7 +59,7 @@ def numbered(lengths: Iterable[int], first: int = 100) -> list[np.ndarray]:
     return [np.array([next(numbers) for _ in range(n - 1)] + [EOD], np.int64) for n in lengths]
 
 
-def oracle_windows(documents, length, needed, seed):
+def oracle_windows(documents: Sequence[np.ndarray], length: int, needed: int, seed: int) -> list[np.ndarray]:
     """Method M5.4 for one store, written down literally: one long list of tokens, cut up."""
     tokens_per_epoch = sum(map(len, documents))
     epochs = 1
