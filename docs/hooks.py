@@ -1,13 +1,15 @@
-"""What MkDocs cannot do by itself: one page of API reference per package, and links out of docs/."""
+"""What MkDocs cannot do by itself: one page of API reference per package, links out of docs/, and formulas."""
 
 from __future__ import annotations
 
 import ast
+import html
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -15,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "unipool_jax"
 
 _OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)\)")
+
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -58,3 +62,13 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return f"`{path}`" if text.strip("`") in path else f"{text} (`{path}`)"
 
     return _OUTSIDE.sub(point, markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas become MathML, which browsers show without a script."""
+
+    def render(found: re.Match[str]) -> str:
+        tag, formula = found.groups()
+        return convert(html.unescape(formula), display="block" if tag == "div" else "inline")
+
+    return _FORMULA.sub(render, content)
