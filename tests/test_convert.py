@@ -209,7 +209,7 @@ def test_from_run_to_run_on_the_command_line(
     assert main(["import", "file=a.safetensors", "run=runs/c", "layout=hf"]) == 2
     assert main(["import", "file=a.safetensors", "run=runs/c", "method=unipool"]) == 1
     assert main(["upgrade"]) == main([]) == main(["export", "colour=red"]) == 2
-    assert capsys.readouterr().err.count("exists already") == 2
+    assert capsys.readouterr().err.count("already exists") == 2
 
 
 def test_training_and_evaluation_go_on_from_an_imported_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
