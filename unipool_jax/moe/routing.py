@@ -94,8 +94,8 @@ def norm_constant(num_experts: int, top_k: int) -> float:
     """NormRouter's constant c: the mean over 1e5 Gaussian draws of `1 / |top-k of relu(x / |x|)|` (equation 12).
 
     The draws are those of the published code (NumPy `RandomState(42)`, float64), so the value is the published one to
-    rounding. Where a draw has no positive entry, as happens with few experts, the mean is infinite; the root mean square
-    form `1 / sqrt(E |top-k|^2)` takes its place, with a warning.
+    rounding. Where a draw has no positive entry, as happens with few experts, the mean is infinite; the root mean
+    square form `1 / sqrt(E |top-k|^2)` takes its place, with a warning.
 
     Args:
       num_experts: E, experts the router chooses from.
