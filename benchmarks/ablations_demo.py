@@ -24,6 +24,7 @@ from pathlib import Path
 
 from unipool_jax.analysis.compare import check_slices, compare, grouped, load_run
 from unipool_jax.analysis.compare_command import compare_command
+from unipool_jax.analysis.requests import CompareRequest
 from unipool_jax.config.compose import compose_config, load_config
 from unipool_jax.training.run_folder import CONFIG, SUMMARY, frozen_differences
 
@@ -119,10 +120,10 @@ def compare_recorded(seeds: list[int], out: Path) -> None:
 
     vanilla, unipool = (tuple(case for case in ROWS if case.name == name) for name in ("vanilla", "unipool"))
     if folders(vanilla) and len(folders(ROWS)) > len(folders(vanilla)):
-        compare_command([*folders(ROWS), f"out={out / 'rows'}"])
+        compare_command(CompareRequest(tuple(folders(ROWS)), out=str(out / "rows")))
         (out / "rows" / "published.md").write_text(published_table(folders(ROWS)), encoding="utf-8")
     if folders(unipool) and folders(CONTROLS):
-        compare_command([*folders(unipool + CONTROLS), f"out={out / 'controls'}"])
+        compare_command(CompareRequest(tuple(folders(unipool + CONTROLS)), out=str(out / "controls")))
 
 
 def published_table(folders: list[str]) -> str:

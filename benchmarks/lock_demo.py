@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
-from unipool_jax.training.entry import guarded, run
+from unipool_jax.training.entry import run
 
 METHODS = {
     "vanilla": ["method=vanilla"],
@@ -111,7 +112,9 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/lock_demo"), help="folder of the runs themselves")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 .. N")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--overrides", nargs="*", default=[], help="settings for all runs, as train.py takes them")
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], help="settings for all runs, as `unipool train` takes them"
+    )
     arguments = parser.parse_args()
     seeds = range(1, arguments.seeds + 1)
     for seed in seeds:

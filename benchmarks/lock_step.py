@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cost", action="store_true", help="compile and count instead of running")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("overrides", nargs="*", help="settings for all models, as train.py takes them")
+    parser.add_argument("overrides", nargs="*", help="settings for all models, as `unipool train` takes them")
     arguments = parser.parse_args()
     configs = {name: model(name, arguments.overrides) for name in MODELS}
     print(f"jax {jax.__version__} on {jax.local_devices()[0].device_kind}")

@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--against", default="pytorch", help="`pytorch`, or the method that others are divided by")
     parser.add_argument("--repeats", type=int, default=15, help="rounds")
-    parser.add_argument("overrides", nargs="*", help="settings for all methods, as train.py takes them")
+    parser.add_argument("overrides", nargs="*", help="settings for all methods, as `unipool train` takes them")
     arguments = parser.parse_args()
     names = dict.fromkeys([*arguments.methods, *([arguments.against] if arguments.against != "pytorch" else [])])
     configs = {name: compose_config([*CASES[arguments.case], f"method={name}", *arguments.overrides]) for name in names}

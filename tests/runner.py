@@ -13,10 +13,11 @@ from types import TracebackType
 import jax
 import numpy as np
 
+from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
 from unipool_jax.training.checkpoint import Checkpoints
-from unipool_jax.training.entry import guarded, run
+from unipool_jax.training.entry import run
 from unipool_jax.training.state import init_state
 
 _TINY = (

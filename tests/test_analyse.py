@@ -16,16 +16,18 @@ from runner import overrides
 from test_compare import check_page
 from tiny import tiny_batch, tiny_config, tiny_state
 from unipool_jax.analysis import figures
-from unipool_jax.analysis.__main__ import main
 from unipool_jax.analysis.analyse import analyse
-from unipool_jax.analysis.command import AnalysisRequest, expert_devices, parse_request
+from unipool_jax.analysis.command import expert_devices
 from unipool_jax.analysis.figures import Series
 from unipool_jax.analysis.history import read_history, series_of
 from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.analysis.probe import Condition, Difference, Probe
 from unipool_jax.analysis.report import facts, parts
+from unipool_jax.analysis.requests import AnalysisRequest
+from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config, save_config
 from unipool_jax.config.schema import ConfigError
+from unipool_jax.config.words import from_words
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, make_meta
 from unipool_jax.training.run_folder import RunError
@@ -41,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_writes_what_a_run_knows_and_more(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(run), "expert_parallel=2", "draws=1"]) == 0
+    assert execute(["analyse", str(run), "expert_parallel=2", "draws=1"]) == 0
     out = run / "analysis" / "20"
     assert f"report: {out / 'report.html'}" in capsys.readouterr().out
     found = json.loads((out / "analysis.json").read_text())
@@ -65,7 +67,7 @@ def test_the_command_writes_what_a_run_knows_and_more(run: Path, capsys: pytest.
 
 
 def test_another_step_split_and_folder(run: Path, tmp_path: Path) -> None:
-    assert main([f"run={run.parent}/latest", "step=10", "split=test", "draws=0", f"out={tmp_path}"]) == 0
+    assert execute(["analyse", f"run={run.parent}/latest", "step=10", "split=test", "draws=0", f"out={tmp_path}"]) == 0
     found = json.loads((tmp_path / "analysis.json").read_text())
     assert (found["step"], found["split"], found["probe"]) == (10, "test", None)
     assert not (tmp_path / "probe.png").exists()
@@ -97,9 +99,9 @@ def test_an_ordinary_mixture_has_no_shared_pool_to_show() -> None:
 
 
 def test_requests_are_parsed_and_mistakes_named() -> None:
-    assert parse_request([]) == AnalysisRequest()
-    assert parse_request(
-        ["runs/a", "draws=0", "train.eval_batches=3", "kernels.implementation=xla"]
+    assert from_words(AnalysisRequest, []) == AnalysisRequest()
+    assert from_words(
+        AnalysisRequest, ["runs/a", "draws=0", "train.eval_batches=3", "kernels.implementation=xla"]
     ) == AnalysisRequest(
         run="runs/a", draws=0, overrides=(("train.eval_batches", 3), ("kernels.implementation", "xla"))
     )
@@ -112,10 +114,10 @@ def test_requests_are_parsed_and_mistakes_named() -> None:
         "expert_parallel=0",
         "data.stores=[a",
     ):
-        with pytest.raises(ConfigError, match=re.escape(word)):
-            parse_request([word])
-    with pytest.raises(ConfigError, match="compare RUN RUN"):
-        parse_request(["runs/a", "runs/b"])
+        with pytest.raises(ConfigError, match=re.escape(word.partition("=")[0])):
+            from_words(AnalysisRequest, [word])
+    with pytest.raises(ConfigError, match="runs/b: not understood"):
+        from_words(AnalysisRequest, ["runs/a", "runs/b"])
 
 
 def test_devices_have_to_divide_the_experts() -> None:
@@ -126,11 +128,11 @@ def test_devices_have_to_divide_the_experts() -> None:
 
 def test_what_cannot_be_analysed_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run here"):
-        main([str(tmp_path)])
+        execute(["analyse", str(tmp_path)])
     with pytest.raises(CheckpointError, match="no complete checkpoint of step 7"):
-        main([str(run), "step=7"])
+        execute(["analyse", str(run), "step=7"])
     with pytest.raises(ConfigError, match="expert_parallel=3"):
-        main([str(run), "expert_parallel=3"])
+        execute(["analyse", str(run), "expert_parallel=3"])
 
 
 def test_history_survives_a_torn_line(tmp_path: Path) -> None:
@@ -197,4 +199,4 @@ def test_dense_models_are_refused(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": np.zeros(1)}, make_meta(config, 1, None))
     with pytest.raises(RunError, match=r"moe\.router=none"):
-        main([str(tmp_path)])
+        execute(["analyse", str(tmp_path)])

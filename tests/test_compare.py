@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from unipool_jax.analysis.__main__ import main
 from unipool_jax.analysis.compare import check_slices, compare, families, grouped, load_run, mean_and_error
 from unipool_jax.analysis.compare_command import compare_parts
+from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config, save_config
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.training.run_folder import RunError
@@ -113,7 +113,7 @@ def test_a_common_level_of_a_seed_cancels(tmp_path: Path) -> None:
 def test_different_validation_text_is_refused(tmp_path: Path, override: str, named: str) -> None:
     folders = [make_run(tmp_path, "a", [5.0] * 5, "method=vanilla"), make_run(tmp_path, "b", [5.0] * 5, override)]
     with pytest.raises(RunError) as error:
-        main(["compare", *folders])
+        execute(["compare", *folders])
     assert named in str(error.value)
     assert folders[0] in str(error.value)
     assert folders[1] in str(error.value)
@@ -143,14 +143,14 @@ def test_what_cannot_be_compared_is_refused(sweep: list[str], tmp_path: Path) ->
     unfinished = Path(sweep[0]) / "summary.json"
     unfinished.unlink()
     with pytest.raises(RunError, match=r"v1: no summary\.json, so the run has not finished"):
-        main(["compare", *sweep])
+        execute(["compare", *sweep])
     for arguments, named in (
         ([sweep[1]], "two or more"),
         ([*sweep[1:3], "baselin=x"], "baselin=x"),
         ([*sweep[1:3], "baseline=dense"], "'vanilla'"),
     ):
         with pytest.raises(ConfigError, match=named):
-            main(["compare", *arguments])
+            execute(["compare", *arguments])
 
 
 def test_names_tell_groups_apart(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def check_page(path: Path) -> References:
 
 def test_the_command_writes_table_figures_and_page(sweep: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(["compare", *sweep, f"out={out}"]) == 0
+    assert execute(["compare", *sweep, f"out={out}"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "compare.json",
         "curves.png",

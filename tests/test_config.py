@@ -16,11 +16,9 @@ from tiny import METHODS
 from unipool_jax.config.compose import (
     CONFIG_DIR,
     compose_config,
-    config_from_omegaconf,
     differences,
     load_config,
     overrides_from,
-    register_schema,
     save_config,
 )
 from unipool_jax.config.parsing import from_mapping
@@ -230,18 +228,6 @@ def test_wrong_types_are_reported_together() -> None:
     assert [problem.partition("=")[0] for problem in caught.value.problems] == [
         "model.num_layers", "moe.router", "train.steps",
     ]  # fmt: skip
-
-
-def test_hydra_main_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra's own command line composes the same configuration, and writes and changes nothing."""
-    register_schema()
-    seen: list[DictConfig] = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train.py", "scale=182m", "method=vanilla", "pool.groups=4"])
-    hydra.main(config_path=str(CONFIG_DIR), config_name="config", version_base="1.3")(seen.append)()
-    assert config_from_omegaconf(seen[0]) == compose_config(["scale=182m", "method=vanilla", "pool.groups=4"])
-    assert Path.cwd() == tmp_path
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_composing_leaves_a_surrounding_hydra_alone() -> None:

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from runner import overrides
 from shared_steps import share_steps
 from tiny import METHODS, tiny_config
+from unipool_jax.cli.main import main
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
-from unipool_jax.convert.__main__ import main
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.files import read_file, write_file
 from unipool_jax.convert.layouts import LAYOUT_NAMES, LayoutName, make_layout
@@ -197,18 +197,18 @@ def test_from_run_to_run_on_the_command_line(
     config = tiny_config("vanilla_aux_free", "model.vocab_size=257")
     weights = random_weights(config)
     write_run(Path("runs/a"), config, weights)
-    assert main(["export", "run=runs/a", "out=a.safetensors", f"layout={layout}"]) == 0
-    assert main(["import", "file=a.safetensors", "run=runs/b"]) == 0
+    assert main(["convert", "export", "run=runs/a", "out=a.safetensors", f"layout={layout}"]) == 0
+    assert main(["convert", "import", "file=a.safetensors", "run=runs/b"]) == 0
     found, read = read_run("runs/b")
     assert_equal(read, weights)
     assert found.run.name == "b"
     assert found.model == config.model
     assert "8 experts" in capsys.readouterr().out
-    assert main(["export", "run=runs/a", "out=a.safetensors"]) == 1
-    assert main(["import", "file=a.safetensors", "run=runs/b"]) == 1
-    assert main(["import", "file=a.safetensors", "run=runs/c", "layout=hf"]) == 2
-    assert main(["import", "file=a.safetensors", "run=runs/c", "method=unipool"]) == 1
-    assert main(["upgrade"]) == main([]) == main(["export", "colour=red"]) == 2
+    assert main(["convert", "export", "run=runs/a", "out=a.safetensors"]) == 1
+    assert main(["convert", "import", "file=a.safetensors", "run=runs/b"]) == 1
+    assert main(["convert", "import", "file=a.safetensors", "run=runs/c", "layout=hf"]) == 2
+    assert main(["convert", "import", "file=a.safetensors", "run=runs/c", "method=unipool"]) == 1
+    assert main(["convert", "upgrade"]) == main(["convert"]) == main(["convert", "export", "colour=red"]) == 2
     assert capsys.readouterr().err.count("already exists") == 2
 
 
@@ -218,8 +218,9 @@ def test_training_and_evaluation_go_on_from_an_imported_run(tmp_path: Path, monk
     first = overrides(tmp_path, "train.steps=4", "train.checkpoint_every=2", "run.name=first")
     assert run(compose_config(first)) == 0
     folder, file = tmp_path / "runs" / "imported", tmp_path / "model.safetensors"
-    assert main(["export", f"run={tmp_path / 'runs' / 'first'}", "step=2", f"out={file}", "layout=megatron"]) == 0
-    assert main(["import", f"file={file}", f"run={folder}"]) == 0
+    words = [str(tmp_path / "runs" / "first"), "step=2", f"out={file}", "layout=megatron"]
+    assert main(["convert", "export", *words]) == 0
+    assert main(["convert", "import", f"file={file}", f"run={folder}"]) == 0
     _, weights = read_run(str(tmp_path / "runs" / "first"), 2)
     assert_equal(read_run(str(folder))[1], weights)
     again = [word for word in first if not word.startswith("run.name")]

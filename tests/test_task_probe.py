@@ -14,8 +14,8 @@ from unipool_jax.analysis.probe import Condition, Difference, Intervention, Prob
 from unipool_jax.analysis.task_probe import forced_scores, mean_probe, probe_tasks, task_measure
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.evaluation.harness import load_tasks
+from unipool_jax.evaluation.requests import TaskRequest
 from unipool_jax.evaluation.scoring import LanguageModel, Window, score_windows
-from unipool_jax.evaluation.task_request import TaskRequest
 
 
 def only_task(folder: Path, rows: Any, **settings: Any) -> Any:

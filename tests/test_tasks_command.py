@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
-from eval import main as evaluate
 from runner import overrides
 from task_files import ALPHABET, write_package, write_task
-from unipool_jax.analysis.__main__ import main as analyse
+from unipool_jax.cli.main import execute, main
 from unipool_jax.config.compose import compose_config, save_config
 from unipool_jax.config.schema import ConfigError
+from unipool_jax.config.words import from_words
 from unipool_jax.data.tokenizer import load_tokenizer
 from unipool_jax.evaluation.export_tasks import export_tasks
-from unipool_jax.evaluation.task_request import PAPER, TaskRequest, split_words
+from unipool_jax.evaluation.requests import PAPER, EvalRequest, TaskRequest
 from unipool_jax.evaluation.tasks_command import average_accuracy, print_tasks
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
-from unipool_jax.training.entry import guarded
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.state import init_state
 
@@ -56,7 +54,10 @@ def printed_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_a_folder_of_tasks_on_a_run(run: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate([f"run={run}", f"tasks_path={tasks}", "train.eval_batch_size=2", "kernels.implementation=xla"]) == 0
+    assert (
+        execute(["eval", f"run={run}", f"tasks_path={tasks}", "train.eval_batch_size=2", "kernels.implementation=xla"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert f"{run}/checkpoints/4: demo unipool, lm-eval " in out
     found = json.loads(out.splitlines()[-1])
@@ -75,7 +76,7 @@ def test_a_folder_of_tasks_on_a_run(run: Path, tasks: Path, capsys: pytest.Captu
 
 def test_named_tasks_have_a_mean(run: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"tasks_path={tasks}", "tasks=[olmo_arc_easy,olmo_winogrande]", "limit=2"]
-    assert evaluate([f"checkpoint={run}/checkpoints/2", *words]) == 0
+    assert execute(["eval", f"checkpoint={run}/checkpoints/2", *words]) == 0
     found = printed_json(capsys)
     assert [found["results"][name]["documents"] for name in ("olmo_arc_easy", "olmo_winogrande")] == [2, 1]
     accuracies = [result["acc"] for result in found["results"].values()]
@@ -84,13 +85,12 @@ def test_named_tasks_have_a_mean(run: Path, tasks: Path, capsys: pytest.CaptureF
 
 
 def test_words_are_understood() -> None:
-    assert split_words(["run=runs/a", "step=3"]) == (None, ["run=runs/a", "step=3"])
-    assert split_words(["tasks=paper"]) == (TaskRequest(PAPER), [])
-    assert split_words(["run=a", "tasks=[x,y,x]", "limit=5", "num_fewshot=0"]) == (
-        TaskRequest(("x", "y"), limit=5, num_fewshot=0),
-        ["run=a"],
+    assert from_words(EvalRequest, ["run=runs/a", "step=3"]) == EvalRequest("runs/a", step=3)
+    assert from_words(EvalRequest, ["tasks=paper"]) == EvalRequest(tasks=TaskRequest(PAPER))
+    assert from_words(EvalRequest, ["run=a", "tasks=[x,y,x]", "limit=5", "num_fewshot=0"]) == EvalRequest(
+        "a", tasks=TaskRequest(("x", "y"), limit=5, num_fewshot=0)
     )
-    assert split_words(["tasks=x", "tasks_path=f"]) == (TaskRequest(("x",), "f"), [])
+    assert from_words(EvalRequest, ["tasks=x", "tasks_path=f"]) == EvalRequest(tasks=TaskRequest(("x",), "f"))
     assert len(PAPER) == 7
 
 
@@ -98,22 +98,23 @@ def test_words_are_understood() -> None:
     "word", ["tasks=", "tasks=[]", "tasks=[1]", "tasks=[a", "limit=0", "limit=x", "num_fewshot=-1", "limit=3"]
 )
 def test_words_that_are_not_understood_are_named(word: str) -> None:
-    with pytest.raises(ConfigError, match="tasks=" if word == "limit=3" else word.replace("[", r"\[")):
-        split_words([word])
+    named = {"limit=3": "tasks=", "tasks=[1]": r"tasks\[0\]=1", "limit=x": "limit='x'"}
+    with pytest.raises(ConfigError, match=named.get(word, word.replace("[", r"\["))):
+        from_words(EvalRequest, [word])
 
 
 def test_what_does_not_go_together_is_refused(run: Path, tasks: Path, tmp_path: Path) -> None:
     for word in ("splits=[valid]", "data.files=[a.txt]", "mesh.data=2"):
         with pytest.raises(ConfigError, match=r"leave (it|them) out"):
-            evaluate([f"run={run}", f"tasks_path={tasks}", word])
+            execute(["eval", f"run={run}", f"tasks_path={tasks}", word])
     with pytest.raises(RunError, match="no run here"):
-        evaluate([f"run={tmp_path}", f"tasks_path={tasks}"])
+        execute(["eval", f"run={tmp_path}", f"tasks_path={tasks}"])
     with pytest.raises(ConfigError, match="nonsense"):
-        evaluate([f"run={run}", f"tasks_path={tasks}", "nonsense=1"])
+        execute(["eval", f"run={run}", f"tasks_path={tasks}", "nonsense=1"])
     with pytest.raises(ConfigError, match="draws=0"):
-        analyse([str(run), f"tasks_path={tasks}", "draws=0"])
+        execute(["analyse", str(run), f"tasks_path={tasks}", "draws=0"])
     with pytest.raises(ConfigError, match="num_fewshot=2"):
-        analyse([str(run), f"tasks_path={tasks}", "num_fewshot=2"])
+        execute(["analyse", str(run), f"tasks_path={tasks}", "num_fewshot=2"])
 
 
 def test_without_the_harness_the_extra_is_named(
@@ -122,17 +123,17 @@ def test_without_the_harness_the_extra_is_named(
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # type: ignore[arg-type]
-    for command, where in ((evaluate, f"run={run}"), (analyse, str(run))):
-        assert guarded(partial(command, [where, f"tasks_path={tasks}"])) == 1
+    for command in ("eval", "analyse"):
+        assert main([command, str(run), f"tasks_path={tasks}"]) == 1
         assert 'pip install ".[harness]"' in capsys.readouterr().err
     # All else works without it.
-    assert evaluate([f"run={run}", "splits=[valid]"]) == 0
+    assert execute(["eval", f"run={run}", "splits=[valid]"]) == 0
 
 
 def test_the_analysis_of_a_run_includes_tasks(run: Path, tasks: Path, tmp_path: Path) -> None:
     names = "tasks=[olmo_arc_easy,olmo_winogrande]"
     words = [f"tasks_path={tasks}", names, f"out={tmp_path}", "train.eval_batches=2"]
-    assert analyse([str(run), *words]) == 0
+    assert execute(["analyse", str(run), *words]) == 0
     found = json.loads((tmp_path / "analysis.json").read_text())["task_probe"]
     assert {name: (task["questions"], task["measure"]) for name, task in found["tasks"].items()} == {
         "olmo_arc_easy": (3, "acc_norm"),
@@ -144,7 +145,7 @@ def test_the_analysis_of_a_run_includes_tasks(run: Path, tasks: Path, tmp_path: 
     assert "Random choices and zero-shot tasks" in page
     assert "olmo_arc_easy (acc_norm)" in page
     with pytest.raises(ConfigError, match="tasks=olmo_lambada: the probe needs multiple-choice"):
-        analyse([str(run), f"tasks_path={tasks}"])
+        execute(["analyse", str(run), f"tasks_path={tasks}"])
 
 
 def test_the_mean_is_of_accuracies_that_all_tasks_have() -> None:
@@ -163,5 +164,5 @@ def test_a_table_shows_what_is_missing_as_a_dash(capsys: pytest.CaptureFixture[s
 
 def test_tasks_of_ones_own(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_task(tmp_path, "letters", ALPHABET)
-    assert evaluate([f"run={run}", f"tasks_path={tmp_path}", "num_fewshot=1"]) == 0
+    assert execute(["eval", f"run={run}", f"tasks_path={tmp_path}", "num_fewshot=1"]) == 0
     assert printed_json(capsys)["results"]["letters"]["documents"] == 3

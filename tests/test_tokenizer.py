@@ -11,10 +11,12 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unipool_jax.cli.main import main
 from unipool_jax.data import assets
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.requests import DEMO_VOCAB_SIZE
 from unipool_jax.data.tokenizer import BUILT_IN, END_OF_TEXT, load_tokenizer, parse_tokenizer
-from unipool_jax.data.train_tokenizer import DEMO_VOCAB_SIZE, demo_training_texts, main, train_tokenizer
+from unipool_jax.data.train_tokenizer import demo_training_texts, train_tokenizer
 
 ODD_TEXTS = [
     "",
@@ -95,13 +97,13 @@ def test_demo_tokenizer_is_regenerated_exactly() -> None:
 def test_training_command_writes_a_loadable_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, out = tmp_path / "a.txt", tmp_path / "tok.json"
     text.write_text("the cat sat on the mat, the cat sat\n" * 50)
-    assert main([str(text), "--vocab-size", "264", "--out", str(out)]) == 0
+    assert main(["tokenizer", str(text), "vocab_size=264", f"out={out}"]) == 0
     tokenizer = load_tokenizer(str(out))
     assert tokenizer.vocab_size == 264
     assert len(tokenizer.encode_batch(["the cat"])[0]) < 7
     assert tokenizer.definition == out.read_bytes()
-    assert main([str(text), "--vocab-size", "100", "--out", str(out)]) == 2
-    assert "--vocab-size 100" in capsys.readouterr().err
+    assert main(["tokenizer", str(text), "vocab_size=100", f"out={out}"]) == 2
+    assert "vocab_size=100" in capsys.readouterr().err
 
 
 def test_packaged_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

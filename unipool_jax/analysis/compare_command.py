@@ -1,15 +1,9 @@
-"""`python -m unipool_jax.analysis compare RUN RUN ...`: runs side by side, differences paired by seed.
-
-python -m unipool_jax.analysis compare runs/vanilla-1 runs/vanilla-2 runs/unipool-1 runs/unipool-2
-python -m unipool_jax.analysis compare runs/sweep/* baseline=vanilla out=results/sweep
-
-Runs that differ in nothing but the seed form a group, named after its method and the settings in which it differs from
-most groups of that method; `baseline=` takes such a name.
-"""
+"""`unipool compare`: runs side by side, differences paired by seed."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +28,9 @@ from unipool_jax.analysis.compare import (
 )
 from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.analysis.probe import Difference
+from unipool_jax.analysis.requests import CompareRequest
 from unipool_jax.config.schema import ConfigError
+from unipool_jax.config.words import to_words
 from unipool_jax.training.metrics import plain_json
 
 _POOL_SIZE = {"pool.experts", "pool.fraction"}
@@ -152,20 +148,19 @@ def _sweeps(rows: Sequence[Row], baseline: Group) -> list[Part]:
     return found
 
 
-def compare_command(arguments: Sequence[str]) -> int:
-    """Compare as the command line says; writes `compare.json`, `table.md`, figures and `report.html`.
+def compare_command(request: CompareRequest) -> int:
+    """Compare; writes `compare.json`, `table.md`, figures and `report.html`.
 
     Raises:
       ConfigError, RunError: with what to do about it.
     """
-    options, folders = _parse(arguments)
-    runs = [load_run(folder) for folder in folders]
+    runs = [load_run(folder) for folder in request.runs]
     check_slices(runs)
     groups = grouped(runs)
-    baseline = _baseline(groups, options.get("baseline"))
+    baseline = _baseline(groups, request.baseline)
     rows = compare(groups, baseline)
     table = table_of(rows, baseline)
-    folder = Path(options.get("out", str(runs[0].folder.parent / "compare")))
+    folder = Path(request.out) if request.out else runs[0].folder.parent / "compare"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.json").write_text(json.dumps(_json(rows, baseline), indent=1) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(_markdown(table), encoding="utf-8")
@@ -173,30 +168,11 @@ def compare_command(arguments: Sequence[str]) -> int:
     subtitle = f"Paired with {baseline.name}. Runs: {', '.join(str(run.folder) for run in runs)}"
     best = min(rows, key=lambda row: row.loss.mean)
     facts = {"lowest valid loss": f"{best.loss.mean:.4f}", "has it": best.group.name, "baseline": baseline.name}
-    command = f"python -m unipool_jax.analysis compare {' '.join(arguments)}"
+    command = shlex.join(["unipool", "compare", *to_words(request)])
     page = write_page(folder, title, subtitle, facts, compare_parts(rows, baseline), command)
     _print(table)
     print(f"report: {page}")
     return 0
-
-
-def _parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    options: dict[str, str] = {}
-    folders: list[str] = []
-    problems = []
-    for word in arguments:
-        name, equals, text = word.partition("=")
-        if name in ("out", "baseline") and text:
-            options[name] = text
-        elif equals and not Path(word).exists():
-            problems.append(f"{word}: not understood; use run folders, baseline=GROUP and out=FOLDER")
-        else:
-            folders.append(word)
-    if len(folders) < 2 and not problems:
-        problems.append(f"{len(folders)} run folder(s) given: a comparison needs two or more")
-    if problems:
-        raise ConfigError(problems)
-    return options, folders
 
 
 def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:

@@ -1,20 +1,9 @@
-"""Compose a `Config` from `configs/` and command-line overrides; save and load it.
-
-An entry point with Hydra's own command line writes
-
-    register_schema()
-
-    @hydra.main(config_path="configs", config_name="config", version_base="1.3")
-    def main(node: DictConfig) -> None:
-        config = config_from_omegaconf(node)
-        validate(config)
-
-Everything else calls `compose_config`.
-"""
+"""Compose a `Config` from `configs/` and command-line overrides; save and load it."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import tempfile
@@ -23,50 +12,100 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+_INSTALLED = Path(__file__).resolve().parents[1] / "configs"
+CONFIG_DIR = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "configs"
+"""The shipped choices: inside the installed package, or at the top of a checkout."""
+
+Folder = str | os.PathLike[str]
 
 
-def register_schema() -> None:
-    """Register the settings with Hydra as `schema`, the first entry of the defaults list in `configs/config.yaml`.
-
-    Because it holds every key, overrides need no `+`, and Hydra rejects unknown keys.
-    """
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_mapping(Config())))
-
-
-def compose_config(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] = CONFIG_DIR) -> Config:
-    """The configuration of `python train.py OVERRIDES`, not validated.
+def compose_config(overrides: Sequence[str] = (), config_dir: Folder | None = None) -> Config:
+    """The configuration of `unipool train OVERRIDES`; not yet validated.
 
     Args:
       overrides: as on the command line, for example `["scale=182m", "pool.fraction=0.5"]`.
-      config_dir: folder that holds `config.yaml` and its groups.
+      config_dir: folder of your own choices, laid over the shipped ones: a file there wins over the shipped file of the
+        same name, and its groups add to the shipped groups.
 
     Raises:
       ConfigError: an override that Hydra cannot apply, an unknown key, or a value of the wrong type.
     """
-    register_schema()
-    # Hydra's state is global; restore that of a surrounding hydra.main or notebook.
-    previous = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
-            node = compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
-        # Hydra raises the last two for an override without a key ("=3", "+=3") and for "scale=3".
-        raise ConfigError(_unknown(overrides, Path(config_dir)) or [_summary(error)]) from error
-    finally:
-        GlobalHydra.instance().hydra = previous
+        node = _loader(config_dir).load_configuration("config", list(overrides), RunMode.RUN)
+    except _HYDRA_ERRORS as error:
+        raise ConfigError(_unknown(overrides, config_dir) or [_summary(error)]) from error
+    with open_dict(node):
+        del node["hydra"]
     return config_from_omegaconf(node)
+
+
+def sweep(overrides: Sequence[str], config_dir: Folder | None = None) -> list[list[str]]:
+    """The command lines that one with several values makes: all combinations, the last one varying fastest.
+
+    `train.seed=1,2,3`, `train.seed=range(1,4)`, `method=glob(shared_*)`: the sweeps of Hydra that are finite.
+
+    Raises:
+      ConfigError: for an override that cannot be read, or has infinitely many values.
+    """
+    problems: list[str] = []
+    found: list[list[str]] = []
+    parser = OverridesParser.create(config_loader=_loader(config_dir))
+    for word in overrides:
+        try:
+            (override,) = parser.parse_overrides([word])
+            if not override.is_sweep_override():
+                found.append([word])
+            elif override.is_discrete_sweep():
+                key = override.get_key_element()
+                found.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            else:
+                problems.append(f"{word}: has no end of values; list them: NAME=1,2,3 or NAME=range(1,4)")
+        except _HYDRA_ERRORS as error:
+            problems.append(_summary(error))
+    if problems:
+        raise ConfigError(problems)
+    return [list(words) for words in itertools.product(*found)]
+
+
+def choice_files(config_dir: Folder | None = None) -> dict[str, dict[str, Path]]:
+    """Files of the choices by group and name (`scale`, `182m`), those of `config_dir` among them."""
+    found: dict[str, dict[str, Path]] = {}
+    for folder in (CONFIG_DIR, *([] if config_dir is None else [Path(config_dir)])):
+        for path in sorted(folder.glob("*/*.yaml")):
+            found.setdefault(path.parent.name, {})[path.stem] = path
+    return found
+
+
+# The last two escape from Hydra for an override without a setting ("=3", "+=3") and for "scale=3".
+_HYDRA_ERRORS = (HydraException, OmegaConfBaseException, ValueError, AssertionError)
+
+
+def _loader(config_dir: Folder | None) -> ConfigLoader:
+    """Hydra's loader of configurations; `config_dir` comes before `configs/`."""
+    # Because the schema holds every key, each can be overridden without `+`, and Hydra refuses a key that is not there.
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_mapping(Config())))
+    path = create_config_search_path(str(CONFIG_DIR))
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError([f"--config-dir {config_dir}: no such folder; it holds files such as scale/mine.yaml"])
+        # Not with Hydra's own `hydra.searchpath`: what is named there comes last.
+        path.prepend("user", f"file://{Path(config_dir).absolute()}", SearchPathQuery(provider="main"))
+    # Not with `hydra.compose`: it goes through a global state that a notebook may use itself.
+    return ConfigLoaderImpl(path)
 
 
 def config_from_omegaconf(node: DictConfig) -> Config:
@@ -83,10 +122,15 @@ def config_from_omegaconf(node: DictConfig) -> Config:
     return from_mapping({str(key): value for key, value in mapping.items()})
 
 
+def config_yaml(config: Config) -> str:
+    """`config` as the text of a YAML file."""
+    return yaml.safe_dump(_plain(to_mapping(config)), sort_keys=False, allow_unicode=True)
+
+
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write `config` as YAML, atomically: a reader sees the previous file or all of the new one."""
     target = Path(path)
-    text = yaml.safe_dump(_plain(to_mapping(config)), sort_keys=False, allow_unicode=True)
+    text = config_yaml(config)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -128,12 +172,12 @@ def differences(a: Config, b: Config) -> list[str]:
 def overrides_from(base: Config, config: Config) -> list[str]:
     """The Hydra overrides `SETTING=VALUE` that turn `base` into `config`."""
     values = settings(config)
-    return [f"{name}={_hydra_value(values[name])}" for name in differences(base, config)]
+    return [f"{name}={hydra_value(values[name])}" for name in differences(base, config)]
 
 
-def _hydra_value(value: Any) -> str:
+def hydra_value(value: Any) -> str:
     if isinstance(value, tuple):
-        return f"[{','.join(map(_hydra_value, value))}]"
+        return f"[{','.join(map(hydra_value, value))}]"
     if not isinstance(value, str):
         return "null" if value is None else repr(value).lower()
     if re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in {"null", "true", "false", "inf", "nan"}:
@@ -149,12 +193,10 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _unknown(overrides: Sequence[str], config_dir: Path) -> list[str]:
+def _unknown(overrides: Sequence[str], config_dir: Folder | None) -> list[str]:
     """One message for each override of an unknown setting, group or choice; Hydra names only the first."""
     names = list(settings(Config()))
-    choices: dict[str, list[str]] = {}
-    for path in sorted(config_dir.glob("*/*.yaml")):
-        choices.setdefault(path.parent.name, []).append(path.stem)
+    choices = {group: list(files) for group, files in choice_files(config_dir).items()}
     problems = []
     for override in overrides:
         key, _, value = override.partition("=")
@@ -168,7 +210,7 @@ def _unknown(overrides: Sequence[str], config_dir: Path) -> list[str]:
             problems.append(f"{key}: a section, not a setting; override its settings: {key}.NAME=VALUE")
         elif key not in names and not key.startswith("hydra"):
             near = difflib.get_close_matches(key, [*names, *choices], n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "unipool_jax/config/schema.py lists all settings"
+            hint = f"did you mean {' or '.join(near)}?" if near else "`unipool train --help` lists all settings"
             problems.append(f"{key}: no such setting or group; {hint}")
     return problems
 

@@ -18,31 +18,31 @@ def from_mapping(mapping: Mapping[str, Any]) -> Config:
       ConfigError: unknown keys and values of the wrong type, all of them.
     """
     problems: list[str] = []
-    config = _parse(Config, mapping, "", problems)
+    config = parse_value(Config, mapping, "", problems)
     if problems:
         raise ConfigError(problems)
     return config
 
 
-_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _parse(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """`value` as a `kind`; None, with a message appended to `problems`, where it is not one."""
+def parse_value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """`value` as a `kind`, or None with an entry in `problems`; `path` is the name of the setting."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _parse_section(kind, value, path, problems)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _parse(next(a for a in arguments if a is not type(None)), value, path, problems)
+        return parse_value(next(a for a in arguments if a is not type(None)), value, path, problems)
     if origin is Literal:
         if value in arguments and isinstance(value, str):
             return value
         problems.append(f"{path}={value!r}: choose one of {', '.join(arguments)}")
     elif origin is tuple:
         if isinstance(value, list | tuple):
-            return tuple(_parse(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+            return tuple(parse_value(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
         problems.append(f"{path}={value!r}: expected a list, for example {path}=[a,b]")
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -54,7 +54,7 @@ def _parse(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path}={value!r}: expected text; quote it twice: \"{path}='{value}'\"")
     else:
         given = "null" if value is None else repr(value)
-        problems.append(f"{path}={given}: expected {_KIND_NAMES[kind]}")
+        problems.append(f"{path}={given}: expected {KIND_NAMES[kind]}")
     return None
 
 
@@ -67,5 +67,5 @@ def _parse_section(kind: Any, value: Any, path: str, problems: list[str]) -> Any
     for key in value:
         if key not in hints:
             problems.append(f"{prefix}{key}: no such setting; choose one of {', '.join(sorted(hints))}")
-    found = {key: _parse(hints[key], value[key], prefix + key, problems) for key in hints if key in value}
+    found = {key: parse_value(hints[key], value[key], prefix + key, problems) for key in hints if key in value}
     return None if problems else kind(**found)

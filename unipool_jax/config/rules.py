@@ -284,7 +284,7 @@ def _sources(config: Config) -> Iterator[str]:
             if not (_is_dir(path) or (_is_file(f"{path}.bin") and _is_file(f"{path}.idx"))):
                 yield (
                     f"data.stores: {path!r} is neither a folder nor the prefix of {path}.bin and {path}.idx; "
-                    "correct the path, or build a store with `python -m unipool_jax.data`"
+                    "correct the path, or build a store with `unipool data`"
                 )
 
 

@@ -14,16 +14,20 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from unipool_jax.config.errors import UserError
+
 DType = Literal["float32", "bfloat16"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run. The message lists every problem, one per line."""
 
-    def __init__(self, problems: list[str]):
+    exit_code = 2
+
+    def __init__(self, problems: list[str], where: str = "the configuration"):
         self.problems = list(problems)
         count = len(self.problems)
-        heading = f"{count} problem{'s' if count != 1 else ''} in the configuration:"
+        heading = f"{count} problem{'s' if count != 1 else ''} in {where}:"
         super().__init__("\n".join([heading, *(f"  - {problem}" for problem in self.problems)]))
 
 
@@ -215,7 +219,7 @@ class DataConfig:
     files: tuple[str, ...] = ()
     """Text, jsonl (plain, .gz, .zst or .xz) or parquet files, with data.source=files."""
     stores: tuple[str, ...] = ()
-    """Token stores built by `python -m unipool_jax.data`, or prefixes of Megatron pairs (PREFIX.bin and PREFIX.idx),
+    """Token stores built by `unipool data`, or prefixes of Megatron pairs (PREFIX.bin and PREFIX.idx),
     with data.source=stores."""
     tokenizer: str = "demo"
     """`bytes`, `demo`, `gpt2`, or the path of a tokenizer.json file."""

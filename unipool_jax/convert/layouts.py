@@ -24,14 +24,14 @@ Re-save one in the environment that wrote it, from a source you trust:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 
 from unipool_jax.config.schema import Config
+from unipool_jax.convert.requests import LayoutName
 from unipool_jax.convert.weights import Weights
 
-LayoutName = Literal["twin", "megatron"]
 LAYOUT_NAMES: tuple[LayoutName, ...] = get_args(LayoutName)
 
 View = Callable[[np.ndarray], np.ndarray]

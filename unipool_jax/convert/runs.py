@@ -59,7 +59,7 @@ def as_numpy(params: Any, expert_bias_GNE: Any) -> Weights:
 def write_run(folder: Path, config: Config, weights: Weights, tokenizer_json: bytes | None = None) -> int:
     """Write a run folder with a checkpoint of step 0: `weights` and a new optimizer state.
 
-    `eval.py run=FOLDER` evaluates it; `train.py` with the settings of `config` and this `run.dir` and `run.name`
+    `unipool eval FOLDER` evaluates it; `unipool train` with the settings of `config` and this `run.dir` and `run.name`
     resumes from it. The folder is written under a temporary name, read back, compared with `weights` expert by expert,
     and only then renamed.
 

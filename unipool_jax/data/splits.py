@@ -39,15 +39,6 @@ def check_split(split: Sequence[float], order: str) -> Split:
     return parts
 
 
-def parse_split(text: str) -> Split:
-    """`"969,30,1"` as `(969.0, 30.0, 1.0)`; raises DataError for anything else."""
-    try:
-        parts = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise DataError(f"split={text!r}: must be three numbers, for example 969,30,1") from None
-    return check_split(parts, "contiguous")
-
-
 def split_borders(num_documents: int, split: Split) -> list[int]:
     """The four boundaries `b` of a contiguous split: part p holds documents `b[p] .. b[p+1]-1`.
 

@@ -1,13 +1,7 @@
-"""Trains a byte-level BPE tokenizer; without files, the built-in one of the demo corpus.
+"""`unipool tokenizer`: trains a byte-level BPE tokenizer; without files, the one shipped with the demo corpus."""
 
-python -m unipool_jax.data.train_tokenizer --out tokenizer.json
-python -m unipool_jax.data.train_tokenizer corpus/*.jsonl.gz --vocab-size 32768 --out my.json
-"""
-
-import argparse
 import json
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -15,10 +9,10 @@ import tokenizers
 from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.readers import read_texts
+from unipool_jax.data.requests import TokenizerRequest
 from unipool_jax.data.splits import Split, split_documents
 from unipool_jax.data.tokenizer import END_OF_TEXT
 
-DEMO_VOCAB_SIZE = 8192
 # Every twentieth address is held out for each of valid and test, so each split spans 1790-2021.
 DEMO_SPLIT: Split = (18.0, 1.0, 1.0)
 
@@ -50,28 +44,18 @@ def demo_training_texts() -> list[str]:
     return [texts[i] for i in split_documents(len(texts), DEMO_SPLIT, "interleaved", "train")]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code (0, or 2 after an error)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unipool_jax.data.train_tokenizer", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("files", nargs="*", help="text, jsonl or parquet (default: demo corpus)")
-    parser.add_argument("--out", required=True, type=Path, help="tokenizer.json to write")
-    parser.add_argument("--vocab-size", type=int, default=DEMO_VOCAB_SIZE)
-    parser.add_argument("--field", default="text", help="field or column that holds the text")
-    options = parser.parse_args(arguments)
+def tokenizer_command(request: TokenizerRequest) -> int:
+    """Train a tokenizer and write it.
+
+    Raises:
+      DataError: with what to do about it.
+    """
+    paths = [Path(file) for file in request.files]
+    texts = read_texts(paths, request.field) if paths else demo_training_texts()
+    trained = train_tokenizer(texts, request.vocab_size)
     try:
-        if options.vocab_size < 257:
-            raise DataError(f"--vocab-size {options.vocab_size}: must be at least 257 (256 bytes, 1 end of document)")
-        paths = [Path(file) for file in options.files]
-        texts = read_texts(paths, options.field) if paths else demo_training_texts()
-        options.out.write_bytes(train_tokenizer(texts, options.vocab_size))
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.out}")
+        Path(request.out).write_bytes(trained)
+    except OSError as error:
+        raise DataError(f"out={request.out}: cannot be written ({error.strerror})") from error
+    print(f"wrote {request.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

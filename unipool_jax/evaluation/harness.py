@@ -1,7 +1,7 @@
 """Our checkpoints as models of EleutherAI's lm-eval, and its tasks on them.
 
 Importing this module needs lm-eval (`pip install ".[harness]"`), so import it where it is used, after
-`task_request.require_harness`. PyTorch is not needed.
+`tasks_command.require_harness`. PyTorch is not needed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.evaluation.requests import TaskRequest
 from unipool_jax.evaluation.scoring import (
     LanguageModel,
     Scores,
@@ -34,7 +35,6 @@ from unipool_jax.evaluation.scoring import (
     row_count,
     score_windows,
 )
-from unipool_jax.evaluation.task_request import TaskRequest
 from unipool_jax.model.sampling import Sampling, generate
 from unipool_jax.moe.lock import score_factors
 from unipool_jax.training.run_folder import RunError
@@ -194,9 +194,7 @@ def load_tasks(request: TaskRequest) -> list[Any]:
     """
     path = request.tasks_path
     if path is not None and not any(Path(path).glob("**/*.yaml")):
-        raise RunError(
-            f"tasks_path={path}: no tasks (*.yaml); create them with python -m unipool_jax.analysis export-tasks {path}"
-        )
+        raise RunError(f"tasks_path={path}: no tasks (*.yaml); create them with unipool tasks {path}")
     manager = TaskManager(include_path=path, include_defaults=path is None)
     names = request.tasks or tuple(sorted(manager.all_subtasks))
     known = set(manager.all_tasks)
@@ -214,8 +212,7 @@ def load_tasks(request: TaskRequest) -> list[Any]:
                 + (
                     f"If {path} was moved after the export, export again."
                     if path
-                    else "Without network, use local tasks: python -m unipool_jax.analysis export-tasks FOLDER, "
-                    "then tasks_path=FOLDER"
+                    else "Without network, use local tasks: unipool tasks FOLDER, then tasks_path=FOLDER"
                 )
             ) from error
         loaded += list(found["groups"].values()) or list(found["tasks"].values())

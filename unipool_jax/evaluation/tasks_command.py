@@ -1,45 +1,39 @@
-"""`python eval.py tasks=...`: zero-shot tasks on a checkpoint.
-
-python eval.py run=runs/NAME tasks=paper                            the seven tasks of the paper, read from the hub
-python eval.py run=runs/NAME tasks_path=tasks/olmo                  every task of a folder, without network
-python eval.py run=runs/NAME tasks_path=tasks/olmo tasks=[olmo_piqa] limit=200
-"""
+"""`unipool eval tasks=...`: zero-shot tasks on a checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
-from unipool_jax.config.schema import ConfigError
 from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.evaluation.requests import EvalRequest, TaskRequest
 from unipool_jax.evaluation.scoring import LanguageModel
-from unipool_jax.evaluation.task_request import TaskRequest, require_harness
-from unipool_jax.evaluation.text import EvalRequest, evaluated_config, locate, parse_request
+from unipool_jax.evaluation.text import evaluated_config, locate
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.metrics import plain_json
 from unipool_jax.training.run_folder import RunError
 
 
-def tasks_command(tasks: TaskRequest, arguments: Sequence[str]) -> int:
-    """Run tasks as the command line says; prints a table and, last, one line of JSON.
+def require_harness() -> None:
+    """Raises RunError without lm-eval, which is an extra; `evaluation.harness` can be imported afterwards."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise RunError(
+            f'tasks=: zero-shot tasks need lm-eval ({error}); in the checkout: pip install ".[harness]"'
+        ) from error
 
-    Args:
-      tasks: which ones.
-      arguments: the other words: which checkpoint, and settings.
+
+def tasks_command(request: EvalRequest, tasks: TaskRequest) -> int:
+    """Run tasks on the checkpoint that `request` names; prints a table and, last, one line of JSON.
 
     Raises:
       ConfigError, RunError, CheckpointError, DataError: with what to do about it.
     """
-    request = parse_request(arguments)
-    problems = [f"{name}=...: on one device; leave it out" for name, _ in request.overrides if name.startswith("mesh.")]
-    if request.splits or request.files:
-        problems.append("splits=, data.files=: measure loss on text; leave them out, or leave tasks= out")
-    if problems:
-        raise ConfigError(problems)
     require_harness()
     from unipool_jax.evaluation.harness import harness_version, load_tasks, run_tasks
 

@@ -12,6 +12,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
 from scipy.sparse import csr_array, vstack
 
+from unipool_jax.config.errors import UserError
+
 Solver = Literal["auto", "r2_exact"]
 
 _TOLERANCE = 1e-9
@@ -20,7 +22,7 @@ _RELAXED_REWARD = 1000.0
 _MILP_SOLVED, _MILP_LIMIT, _MILP_INFEASIBLE = 0, 1, 2
 
 
-class AssignmentError(RuntimeError):
+class AssignmentError(UserError, RuntimeError):
     """No partition could be found; the message says why and what to do."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from unipool_jax.config.errors import UserError
 from unipool_jax.config.lock_schedule import make_schedule
 from unipool_jax.config.schema import Config
 from unipool_jax.moe.assignment import Assignment, assign, expert_ids, random_assignment, smoothed_counts
@@ -24,7 +25,7 @@ _MAY_CHANGE = {"solver_seconds"}
 _ROUNDING = 1e-12
 
 
-class LockError(RuntimeError):
+class LockError(UserError, RuntimeError):
     """The lock of a run is not where its step says it must be; the message says what is wrong and what to do."""
 
 

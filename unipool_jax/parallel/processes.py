@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from unipool_jax.config.errors import UserError
 from unipool_jax.config.schema import ConfigError, DistributedConfig
 
 Found = TypeVar("Found")
 
 
-class PeerError(RuntimeError):
+class PeerError(UserError, RuntimeError):
     """Another process failed, so this one stops too; the message says which and why."""
 
 

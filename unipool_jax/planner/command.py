@@ -1,4 +1,4 @@
-"""What `train.py mode=plan` does."""
+"""What `unipool plan` does."""
 
 from __future__ import annotations
 

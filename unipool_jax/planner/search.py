@@ -130,7 +130,7 @@ def command(config: Config) -> str:
     chosen = {"scale": config.scale_name, "method": config.method_name}
     groups = [f"{group}={name}" for group, name in chosen.items() if (CONFIG_DIR / group / f"{name}.yaml").is_file()]
     trained = dataclasses.replace(config, mode="train", plan=PlanConfig())
-    return shlex.join(["python", "train.py", *groups, *overrides_from(compose_config(groups), trained)])
+    return shlex.join(["unipool", "train", *groups, *overrides_from(compose_config(groups), trained)])
 
 
 def search(config: Config) -> str:

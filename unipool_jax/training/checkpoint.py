@@ -10,11 +10,9 @@ while saving leaves only a temporary folder, which the next manager removes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import json
 import platform
-import subprocess
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +25,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from unipool_jax.config.errors import UserError
 from unipool_jax.config.schema import Config, to_mapping
+from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.parallel.processes import all_agree, broadcast_from_process_0
 from unipool_jax.training.state import BalanceState, state_shapes
@@ -37,7 +37,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _DAMAGED = (ValueError, KeyError, FileNotFoundError)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be saved, read or used; the message says which one and what to do."""
 
 
@@ -60,30 +60,11 @@ def make_meta(config: Config, step: int, tokenizer_sha256: str | None) -> dict[s
         "data_position": {"step": step, "sequences": step * config.train.batch_size, "seed": config.train.seed},
         "tokenizer_sha256": tokenizer_sha256,
         "config": json.loads(json.dumps(to_mapping(config))),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
+        "versions": {"unipool_jax": VERSION}
+        | {name: importlib.metadata.version(name) for name in LIBRARIES}
         | {"python": platform.python_version()},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
-
-
-@functools.cache
-def _git_commit() -> str | None:
-    """Commit of the source tree, with `-dirty` for uncommitted changes; None outside a repository."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()
 
 
 def flatten(tree: Any) -> dict[str, Any]:

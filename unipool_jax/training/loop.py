@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unipool_jax.config.schema import Config
+from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.data.corpus import Corpus, open_corpus
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
@@ -441,6 +442,8 @@ class _Run:
             "experts_total": self.config.total_experts,
             "busiest_over_mean": loads["load/busiest_over_mean"],
             "overflow": self.buffers.total,
+            "version": VERSION,
+            "git_commit": git_commit(),
         }
         if is_process_0():
             self.folder.write_summary(summary)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from unipool_jax.config.compose import differences, load_config, save_config
+from unipool_jax.config.errors import UserError
 from unipool_jax.config.schema import Config, settings
 from unipool_jax.data.store_format import write_atomically
 
@@ -32,7 +33,7 @@ _MAY_CHANGE_EXACTLY = {
 }
 
 
-class RunError(RuntimeError):
+class RunError(UserError, RuntimeError):
     """The run folder cannot be used as requested; the message says why and what to do."""
 
 
@@ -41,6 +42,11 @@ def run_name(config: Config) -> str:
     if config.run.name is not None:
         return config.run.name
     return f"{config.scale_name}-{config.method_name}-{config.train.steps}steps-seed{config.train.seed}"
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of a run, which need not exist."""
+    return Path(config.run.dir) / run_name(config)
 
 
 def frozen_differences(stored: Config, wanted: Config) -> list[str]:
@@ -67,7 +73,7 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, *, writes: bool = True):
-        self.path = Path(config.run.dir) / run_name(config)
+        self.path = run_folder(config)
         self._lock: TextIO | None = None
         if not writes:
             return
@@ -170,5 +176,5 @@ def find_run(wanted: str) -> Path:
     parent = path.parent if path.parent != Path() else Path("runs")
     found = [folder for folder in sorted(parent.glob("*")) if holds_checkpoint(folder)]
     if not found:
-        raise RunError(f"run={wanted}: no run with a checkpoint in {parent}/; train one first with python train.py")
+        raise RunError(f"run={wanted}: no run with a checkpoint in {parent}/; train one first with unipool train")
     return max(found, key=lambda folder: (folder / CHECKPOINTS).stat().st_mtime)

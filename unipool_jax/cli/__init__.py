@@ -1,0 +1,1 @@
+"""The command line: `unipool COMMAND`, which is `python -m unipool_jax COMMAND`."""

@@ -1,0 +1,171 @@
+"""Every command: its name, its settings and the function that runs it. Nothing is imported before it is needed."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from unipool_jax.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Option:
+    """A word that begins with dashes."""
+
+    name: str
+    """Without the dashes."""
+    help: str
+    value: str | None = None
+    """What its value is called; None for an option without one."""
+
+
+HELP = Option("help", "Show this page.")
+CONFIG_DIR = Option("config-dir", "Folder of your own choices, laid over the shipped ones.", "DIR")
+PRINT_CONFIG = Option("print-config", "Print the composed configuration as YAML and stop.")
+MULTIRUN = Option("multirun", "Train every combination of values with commas (train.seed=1,2,3), one after another.")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of `unipool`."""
+
+    name: str
+    """One word or two."""
+    summary: str
+    settings: str
+    """`MODULE:CLASS` of the dataclass of its settings."""
+    function: str
+    """`MODULE:FUNCTION` that takes them and returns an exit code."""
+    options: tuple[Option, ...] = ()
+    """Besides `--help`."""
+    failure: int | None = None
+    """Exit code for every error, where it is not the error's own."""
+    mode: str | None = None
+    """Value of the setting `mode`, for a command that composes a whole configuration."""
+
+    def load_settings(self) -> type:
+        """The dataclass of its settings."""
+        kind = pkgutil.resolve_name(self.settings)
+        assert isinstance(kind, type)
+        return kind
+
+    def load_function(self) -> Callable[[Any], int]:
+        """The function that runs it."""
+        function: Callable[[Any], int] = pkgutil.resolve_name(self.function)
+        return function
+
+    @property
+    def composes(self) -> bool:
+        """Whether its settings are those of the whole schema, composed from the choices in configs/."""
+        return self.load_settings() is Config
+
+
+_SCHEMA = "unipool_jax.config.schema:Config"
+_TRAINING = "unipool_jax.cli.training"
+
+COMMANDS = (
+    Command(
+        "train",
+        "Train a model, or go on with a run.",
+        _SCHEMA,
+        f"{_TRAINING}:start",
+        (CONFIG_DIR, MULTIRUN, PRINT_CONFIG),
+    ),
+    Command(
+        "eval",
+        "Measure a checkpoint: loss on text, or zero-shot tasks.",
+        "unipool_jax.evaluation.requests:EvalRequest",
+        "unipool_jax.evaluation.text:evaluate_command",
+    ),
+    Command(
+        "generate",
+        "Let a trained model go on with a text.",
+        "unipool_jax.evaluation.requests:GenerateRequest",
+        "unipool_jax.evaluation.generate:generate_command",
+    ),
+    Command(
+        "analyse",
+        "Look inside a checkpoint: who uses which experts, as numbers, figures and a page.",
+        "unipool_jax.analysis.requests:AnalysisRequest",
+        "unipool_jax.analysis.command:analyse_command",
+    ),
+    Command(
+        "compare",
+        "Compare finished runs, paired by seed.",
+        "unipool_jax.analysis.requests:CompareRequest",
+        "unipool_jax.analysis.compare_command:compare_command",
+    ),
+    Command(
+        "convert export",
+        "Write the weights of a checkpoint to a file.",
+        "unipool_jax.convert.requests:ExportRequest",
+        "unipool_jax.convert.command:export_command",
+    ),
+    Command(
+        "convert import",
+        "Make a run of a file of weights.",
+        "unipool_jax.convert.requests:ImportRequest",
+        "unipool_jax.convert.command:import_command",
+        (CONFIG_DIR,),
+    ),
+    Command(
+        "convert upcycle",
+        "Make a model of another architecture of a run.",
+        "unipool_jax.convert.requests:UpcycleRequest",
+        "unipool_jax.convert.command:upcycle_command",
+        (CONFIG_DIR,),
+    ),
+    Command(
+        "data",
+        "Tokenise files of text into a token store, or check a store.",
+        "unipool_jax.data.requests:DataRequest",
+        "unipool_jax.data.command:data_command",
+        failure=2,
+    ),
+    Command(
+        "tokenizer",
+        "Train a tokenizer.",
+        "unipool_jax.data.requests:TokenizerRequest",
+        "unipool_jax.data.train_tokenizer:tokenizer_command",
+        failure=2,
+    ),
+    Command(
+        "tasks",
+        "Write benchmarks of an installed package as local tasks for `unipool eval`.",
+        "unipool_jax.evaluation.requests:ExportRequest",
+        "unipool_jax.evaluation.export_tasks:export_command",
+    ),
+    Command(
+        "plan",
+        "Say what a training step costs on devices that need not be there.",
+        _SCHEMA,
+        f"{_TRAINING}:start",
+        (CONFIG_DIR, PRINT_CONFIG),
+        mode="plan",
+    ),
+    Command(
+        "describe",
+        "Report the parameters of a model, nothing allocated.",
+        _SCHEMA,
+        f"{_TRAINING}:start",
+        (CONFIG_DIR, PRINT_CONFIG),
+        mode="describe",
+    ),
+    Command(
+        "completion",
+        "Print the completion script of a shell.",
+        "unipool_jax.cli.completion:CompletionRequest",
+        "unipool_jax.cli.completion:completion_command",
+    ),
+)
+
+
+def find(words: list[str]) -> tuple[Command | None, list[str]]:
+    """The command that a command line begins with, and the words after its name."""
+    for command in COMMANDS:
+        name = command.name.split()
+        if words[: len(name)] == name:
+            return command, words[len(name) :]
+    return None, words

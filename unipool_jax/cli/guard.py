@@ -1,0 +1,67 @@
+"""From an error to a message and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from unipool_jax.config.errors import UserError
+
+EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def guarded(main: Callable[[], int], failure: int | None = None) -> int:
+    """Run `main`; what a user can put right becomes a message on stderr and an exit code, not a traceback.
+
+    Args:
+      main: returns an exit code.
+      failure: the exit code of an error, where it is not the error's own.
+
+    Returns:
+      What `main` returned; 2 for settings that cannot be used; 1 for other errors, about data, checkpoints, run folders
+      and locks; 130 after Ctrl-C.
+    """
+    # Orbax and Abseil log every failure with its traceback before raising it; the exception says the same once.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        return main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return _leave(failure or error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: give the same command again", file=sys.stderr)
+        return _leave(EXIT_INTERRUPTED)
+    except BaseException as error:
+        if not _distributed():
+            raise
+        import jax
+
+        from unipool_jax.parallel.processes import lost_peer
+
+        if lost := lost_peer(error):
+            print(
+                f"process {jax.process_index()} stopped because it lost another one, whose output may say why: {lost}\n"
+                "Start all processes again with the same command; they go on from the newest complete checkpoint.",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        return _leave(EXIT_FAILED)
+
+
+def _distributed() -> bool:
+    """Whether this is one of several processes. A command that has not imported JAX is alone."""
+    jax = sys.modules.get("jax")
+    return jax is not None and bool(jax.distributed.is_initialized())
+
+
+def _leave(code: int) -> int:
+    """`code`; of several processes this one ends at once, for those that wait for it to notice and stop too."""
+    if _distributed():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

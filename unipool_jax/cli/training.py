@@ -1,0 +1,99 @@
+"""`unipool train`, `plan` and `describe`: commands whose settings are a whole configuration."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from unipool_jax.config.compose import Folder, compose_config, config_yaml, sweep
+from unipool_jax.config.rules import problems, validate
+from unipool_jax.config.schema import Config, ConfigError
+
+
+def configured(words: Sequence[str], config_dir: Folder | None, mode: str | None) -> Config:
+    """The configuration that `words` compose, for a command with this value of `mode`."""
+    if mode is not None:
+        if given := [word for word in words if word.partition("=")[0] == "mode"]:
+            raise ConfigError([f"{given[0]}: `unipool {mode}` says so already; leave it out"])
+        words = [*words, f"mode={mode}"]
+    return compose_config(words, config_dir)
+
+
+def start(config: Config) -> int:
+    """Do what `mode` says; the exit code."""
+    validate(config)
+    if config.mode == "plan":
+        from unipool_jax.planner import command
+
+        return command.run(config)
+    from unipool_jax.training.entry import run
+
+    return run(config)
+
+
+class Job(NamedTuple):
+    """One run of a sweep, or the only run of a command."""
+
+    name: str
+    """The words in which it differs from the other runs."""
+    config: Config
+
+
+def run_jobs(jobs: Sequence[Job], start: Callable[[Config], int]) -> int:
+    """Start one after another; the exit code of the first that fails."""
+    for number, job in enumerate(jobs, 1):
+        if job.name:
+            print(f"run {number} of {len(jobs)}: {job.name}", flush=True)
+        if code := start(job.config):
+            if number < len(jobs):
+                print(
+                    f"exit code {code}: the {len(jobs) - number} runs after this one were not started", file=sys.stderr
+                )
+            return code
+    return 0
+
+
+def print_configs(jobs: Sequence[Job]) -> int:
+    """Print configurations as the file config.yaml of a run has them, as one or several documents of YAML."""
+    print("---\n".join(config_yaml(job.config) for job in jobs), end="")
+    return 0
+
+
+def sweep_jobs(words: Sequence[str], config_dir: Folder | None = None) -> list[Job]:
+    """A job for every combination of values with commas.
+
+    Raises:
+      ConfigError: with every problem of every combination, and for two runs that would share a folder.
+    """
+    lines = sweep(words, config_dir)
+    found: list[str] = []
+    jobs: list[Job] = []
+    for line in lines:
+        # Words keep their places in every line.
+        varied = [word for word, *others in zip(line, *lines, strict=True) if set(others) != {word}]
+        name = " ".join(varied or line)
+        try:
+            jobs.append(Job(name, compose_config(line, config_dir)))
+            found += [f"{name}: {problem}" for problem in problems(jobs[-1].config)]
+        except ConfigError as error:
+            found += [f"{name}: {problem}" for problem in error.problems]
+    found += _shared_folders(jobs)
+    if found:
+        raise ConfigError(found)
+    return jobs
+
+
+def _shared_folders(jobs: Sequence[Job]) -> Iterator[str]:
+    from unipool_jax.training.run_folder import run_folder
+
+    owners: dict[Path, str] = {}
+    for job in jobs:
+        if job.config.mode == "train":
+            folder = run_folder(job.config)
+            if (owner := owners.setdefault(folder, job.name)) is not job.name:
+                yield (
+                    f"{job.name}: its run folder {folder} is that of {owner} too; say in run.name what is swept, for "
+                    "example 'run.name=${method_name}-seed${train.seed}'"
+                )

@@ -1,0 +1,84 @@
+"""Settings of the commands `convert export`, `convert import` and `convert upcycle`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from unipool_jax.config.ranges import Range
+from unipool_jax.config.schema import Config
+from unipool_jax.config.words import Composed, Positional
+
+LayoutName = Literal["twin", "megatron"]
+
+_STEP = Range(0, 1_000_000_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """Write the weights of a checkpoint to a file of safetensors.
+
+    unipool convert export runs/demo out=demo.safetensors
+    unipool convert export runs/182m out=back.safetensors layout=megatron step=200
+    """
+
+    run: Annotated[str, Positional()] = "latest"
+    """Folder of a run, or `latest`, the run below runs/ that was saved to last."""
+    step: Annotated[int | None, _STEP] = None
+    """Which checkpoint of the run; null is the newest."""
+    out: str
+    """File to write, for example model.safetensors; it must not exist."""
+    layout: LayoutName = "twin"
+    """Names and shapes of the tensors: those of the PyTorch twin, or of Megatron-LM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRequest:
+    """Make a run of a file of weights, at step 0 with a fresh optimiser.
+
+    A file that `convert export` wrote names its own layout and configuration. For other files give the layout and the
+    settings of the model as for `unipool train`. A GGUF file (LLaMA-style, dense) describes itself.
+
+        unipool convert import demo.safetensors run=runs/imported
+        unipool convert import published.safetensors layout=megatron run=runs/182m scale=182m method=unipool
+        unipool convert import SmolLM2-135M.gguf run=runs/smollm2
+    """
+
+    file: Annotated[str, Positional()]
+    """File of weights, for example model.safetensors or model.gguf."""
+    run: str
+    """Folder of the new run, for example runs/imported; it must not exist."""
+    layout: LayoutName | None = None
+    """Names and shapes of the tensors; null is what the file says."""
+    config: Annotated[Config | None, Composed()] = None
+    """Choices and settings of the model, as for `unipool train`."""
+
+    def problems(self) -> Iterator[str]:
+        """What does not go together."""
+        if Path(self.file).suffix == ".gguf" and (self.config is not None or self.layout is not None):
+            yield f"file={self.file}: a GGUF file describes its model; leave layout= and settings of the model out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcycleRequest:
+    """Make a model of another architecture that computes the same, if there is one, as a new run at step 0.
+
+    Give its settings as for `unipool train`. With NormRouter, layers of such a model never come to share experts;
+    noise gives up equality for that.
+
+        unipool convert upcycle runs/dense out=runs/mixture method=vanilla moe.experts_per_layer=4
+        unipool convert upcycle runs/dense out=runs/pool method=unipool noise=0.01
+    """
+
+    run: Annotated[str, Positional()] = "latest"
+    """Folder of a run, or `latest`, the run below runs/ that was saved to last."""
+    step: Annotated[int | None, _STEP] = None
+    """Which checkpoint of the run; null is the newest."""
+    out: str
+    """Folder of the new run, for example runs/mixture; it must not exist."""
+    noise: Annotated[float, Range(0, 1e6)] = 0.0
+    """Standard deviation of what is added to the weights of the experts; 0 computes the same as before."""
+    config: Annotated[Config | None, Composed()] = None
+    """Choices and settings of the new model, as for `unipool train`."""
