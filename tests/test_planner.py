@@ -16,6 +16,7 @@ import pytest
 
 from planned import needs_compiler, small
 from tiny import tiny_batch, tiny_config
+from unipool_jax.cli.main import main
 from unipool_jax.config.chips import CHIPS, parse_topology
 from unipool_jax.config.compose import CONFIG_DIR, compose_config
 from unipool_jax.config.mesh_rules import AXES
