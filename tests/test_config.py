@@ -308,6 +308,12 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, text: str, words: str
     assert words in str(caught.value)
 
 
+def test_a_file_with_the_old_name_of_the_capacity_factor_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("mesh:\n  receive_factor: 2.5\n", encoding="utf-8")
+    assert load_config(path).mesh.capacity_factor == 2.5
+
+
 def test_a_file_written_by_hand_may_leave_settings_out(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"model": {"num_layers": 4}}))

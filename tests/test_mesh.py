@@ -52,7 +52,7 @@ class Trained(NamedTuple):
 def configure(method: str, *more: str) -> Config:
     experts = [] if method == "dense" else ["moe.experts_per_layer=8"]
     # Room for all tokens at one expert: without a balance loss, early routing may be that skewed.
-    return tiny_config(method, "model.compute_dtype=float32", "mesh.receive_factor=8", *experts, *more)
+    return tiny_config(method, "model.compute_dtype=float32", "mesh.capacity_factor=8", *experts, *more)
 
 
 def mesh_of(sizes: tuple[int, int, int, int]) -> jax.sharding.Mesh:
@@ -112,7 +112,7 @@ def test_the_pool_trains_as_on_one_device(mesh: str) -> None:
 
 def test_the_size_of_buffers_changes_no_bit() -> None:
     large, small = (
-        trained(configure("unipool", f"mesh.receive_factor={size}", "train.steps=20"), MESHES["data 2, expert 4"])
+        trained(configure("unipool", f"mesh.capacity_factor={size}", "train.steps=20"), MESHES["data 2, expert 4"])
         for size in (4, 2.5)
     )
     assert all(not metrics["overflow"] for metrics in small.metrics)
@@ -149,7 +149,7 @@ def test_a_step_that_overflows_is_not_applied_unless_rows_may_be_dropped() -> No
     mesh = mesh_of(MESHES["data 2, expert 4"])
     for overflow, changes in (("stop", False), ("drop", True)):
         rows = ["train.batch_size=32", "train.microbatch_size=32"]
-        config = configure("unipool", "mesh.receive_factor=1", f"mesh.overflow={overflow}", "train.steps=2", *rows)
+        config = configure("unipool", "mesh.capacity_factor=1", f"mesh.overflow={overflow}", "train.steps=2", *rows)
         state = tiny_state(config)
         before = jax.device_get(state)
         placed = jax.device_put(state, state_shardings(config, mesh, state))

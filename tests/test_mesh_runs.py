@@ -164,7 +164,7 @@ def test_measured_placement_changes_no_value(
 def test_overflow_stops_the_run_and_says_what_to_do(
     single_device: Config, configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tight = configure("run.name=tight", *EXPERTS_4, "mesh.receive_factor=1")
+    tight = configure("run.name=tight", *EXPERTS_4, "mesh.capacity_factor=1")
     assert loop.train(tight) == loop.EXIT_NONFINITE
     said = capsys.readouterr().err
     assert "stopped at step 1" in said
@@ -216,7 +216,7 @@ def test_dropped_rows_are_reported_whatever_the_steps_between_lines(
         return step
 
     monkeypatch.setattr(loop, "make_train_step", make)
-    tight = [*EXPERTS_4, "mesh.receive_factor=1", "mesh.overflow=drop", "train.log_every=4"]
+    tight = [*EXPERTS_4, "mesh.capacity_factor=1", "mesh.overflow=drop", "train.log_every=4"]
     dropping = configure("run.name=dropping", *tight)
     stop_after(6)
     assert loop.train(dropping) == 128 + 15

@@ -15,20 +15,17 @@ import numpy as np
 import pytest
 
 from planned import needs_compiler, small
-from tiny import tiny_batch, tiny_config
 from unipool_jax.cli.main import main
 from unipool_jax.config.chips import CHIPS, parse_topology
 from unipool_jax.config.compose import CONFIG_DIR, compose_config
 from unipool_jax.config.mesh_rules import AXES
 from unipool_jax.config.rules import problems
-from unipool_jax.config.schema import ConfigError, MeshConfig
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.model.report import count_parameters
-from unipool_jax.parallel.mesh import make_mesh, spec
+from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.planner import compilation, links, report, work
 from unipool_jax.planner.collectives import Collective, collectives, kernels, parse
-from unipool_jax.training.state import state_shapes
-from unipool_jax.training.step import make_train_step
 
 SCALES = ("182m", "469m", "650m", "830m", "978m")
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "mesh").glob("*_*.yaml"))
@@ -421,29 +418,6 @@ def test_every_rematerialisation_is_counted_on_a_mesh_with_several_pools() -> No
         )  # fmt: skip
         seconds[remat] = report.make_plan(config).estimate.seconds
     assert seconds["none"] < seconds["moe"] < seconds["full"]
-
-
-@pytest.mark.parametrize("more", [("vanilla",), ("unipool", "pool.groups=2"), ("unipool",)])
-def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
-    """Products of the traced step over fsdp 2, where pools are gathered again, and on one device."""
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
-    products: dict[str, tuple[int, int]] = {}
-    for remat in ("none", "moe", "full"):
-        config = tiny_config(*more, "moe.experts_per_layer=8", f"model.remat={remat}")
-        single: Any = make_train_step(config)
-        alone = single.lower(state_shapes(config), tiny_batch(config))
-        rows = jax.NamedSharding(mesh, spec("batch"))
-        batch = jax.tree.map(
-            lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tiny_batch(config)
-        )
-        with jax.set_mesh(mesh):
-            step: Any = make_train_step(config, mesh)
-            lowered = step.lower(state_shapes(config, mesh), batch)
-        products[remat] = (lowered.as_text().count("dot_general"), alone.as_text().count("dot_general"))
-    assert products["none"][0] < products["moe"][0] < products["full"][0]
-    # The head is made in chunks on one device, so only differences compare.
-    for remat in ("moe", "full"):
-        assert products[remat][0] - products["none"][0] == products[remat][1] - products["none"][1]
 
 
 def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_a_quarter_more_than_measured_and_never_more_than_all(busiest: float, fa
 
 def test_what_is_beyond_the_capacity_overflows() -> None:
     mesh = make_mesh(MESH, jax.devices()[:8])
-    config = tiny_config("unipool", "mesh.receive_factor=1.5")
+    config = tiny_config("unipool", "mesh.capacity_factor=1.5")
     mean = rows_per_device(config, mesh)
     assert mean == config.train.microbatch_size * config.data.sequence_length * config.moe.top_k // 8
     room = math.ceil(1.5 * mean / 16) * 16
@@ -63,7 +63,7 @@ def test_buffers_start_at_three_and_follow_the_loads_between_checkpoints(tmp_pat
     assert found.factor == 2.5
     # Nothing measured, nothing changed.
     assert not found.resize()
-    assert found.configured(tiny_config("unipool")).mesh.receive_factor == 2.5
+    assert found.configured(tiny_config("unipool")).mesh.capacity_factor == 2.5
 
 
 def test_a_run_that_goes_on_does_so_with_its_buffers_on_a_mesh_like_the_first(tmp_path: Path) -> None:
@@ -72,11 +72,11 @@ def test_a_run_that_goes_on_does_so_with_its_buffers_on_a_mesh_like_the_first(tm
     found.resize()
     assert buffers(tmp_path).factor == 2.0
     assert buffers(tmp_path, mesh=MeshConfig(data=1, expert=8)).factor == 3.0
-    assert buffers(tmp_path, "mesh.receive_factor=1.75").factor == 1.75
+    assert buffers(tmp_path, "mesh.capacity_factor=1.75").factor == 1.75
 
 
 def test_a_size_that_was_set_stays(tmp_path: Path) -> None:
-    found = buffers(tmp_path, "mesh.receive_factor=2")
+    found = buffers(tmp_path, "mesh.capacity_factor=2")
     found.add(1, measured(1.0))
     assert not found.resize()
     assert found.factor == 2
@@ -95,8 +95,8 @@ def test_after_an_overflow_the_same_command_has_room(tmp_path: Path) -> None:
 
 
 def test_where_the_size_was_set_the_message_says_what_to_set(tmp_path: Path) -> None:
-    found = buffers(tmp_path, "mesh.receive_factor=1")
-    with pytest.raises(OverflowedError, match=r"mesh\.receive_factor=2\.5, or null to fit it to loads"):
+    found = buffers(tmp_path, "mesh.capacity_factor=1")
+    with pytest.raises(OverflowedError, match=r"mesh\.capacity_factor=2\.5, or null to fit it to loads"):
         found.add(7, measured(2.0, lost=12))
 
 

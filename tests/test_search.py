@@ -46,7 +46,7 @@ def test_a_search_finds_the_fastest_that_fits(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_command_of_a_search_trains_what_was_searched_for() -> None:
-    more = ["pool.experts=48", "moe.top_k=2", "mesh.receive_factor=2", "train.eval_batches=null", "run.name='1e3'"]
+    more = ["pool.experts=48", "moe.top_k=2", "mesh.capacity_factor=2", "train.eval_batches=null", "run.name='1e3'"]
     config = compose_config(["scale=182m", "mesh=gpu_8", "mode=plan", "plan.search=true", "plan.compiled=1", *more])
     chosen = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=2, expert=4))
     line = search.command(chosen)

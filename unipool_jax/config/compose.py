@@ -157,6 +157,9 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         raise ConfigError([f"{path}: not a YAML file: {' '.join(str(error).split())}"]) from error
     if not isinstance(mapping, dict):
         raise ConfigError([f"{path}: expected the sections of a configuration, found {type(mapping).__name__}"])
+    mesh = mapping.get("mesh")
+    if isinstance(mesh, dict) and "receive_factor" in mesh:  # its name until 0.1.0
+        mesh["capacity_factor"] = mesh.pop("receive_factor")
     try:
         return from_mapping(mapping)
     except ConfigError as error:

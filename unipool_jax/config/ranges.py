@@ -89,7 +89,7 @@ RANGES = {
     "mesh.fsdp": _AXIS,
     "mesh.expert": _AXIS,
     "mesh.tensor": _AXIS,
-    "mesh.receive_factor": Range(1, 1_048_576),
+    "mesh.capacity_factor": Range(1, 1_048_576),
     "plan.compiled": Range(1, 64),
     "distributed.num_processes": Range(1, 1_048_576),
     "distributed.process_id": Range(0, 1_048_575),

@@ -254,7 +254,7 @@ class MeshConfig:
     transport: Literal["auto", "all_gather", "ragged"] = "auto"
     """How tokens reach experts on other devices. `all_gather`: each device gathers all tokens of its expert group (any
     platform). `ragged`: a ragged all-to-all (TPU and GPU). `auto`: `ragged` where it exists."""
-    receive_factor: float | None = None
+    capacity_factor: float | None = None
     """Capacity factor: rows a device can receive in one layer, relative to the mean; mesh.expert always suffices. null:
     3 at first, then, from each checkpoint on, 1.25 times what the steps before it needed."""
     overflow: Literal["stop", "drop"] = "stop"

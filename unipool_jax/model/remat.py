@@ -13,7 +13,7 @@ one pool again costs less memory than keeping those of all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import linen as nn
@@ -21,34 +21,34 @@ from flax import linen as nn
 from unipool_jax.config.schema import Config
 from unipool_jax.parallel.mesh import GATHERED
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def recompute(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`function`, with its arguments as all that the backward pass keeps of it.
+def recompute(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function` of positional arguments, of which the backward pass keeps nothing but those arguments.
 
-    `jax.checkpoint` alone would not do: the policy of a surrounding `jax.checkpoint` also decides for those inside it.
-    As a custom derivative the inner one is out of its reach. For a body of a scan only, like `prevent_cse=False`.
+    For the body of a scan: elsewhere the compiler may merge the recomputation with the forward pass.
     """
 
+    # `jax.checkpoint` alone would not do: the policy of a surrounding `jax.checkpoint` overrides those inside it. It
+    # does not reach into a custom derivative.
     @jax.custom_vjp
-    def opaque(*arguments: Any) -> Any:
-        return function(*arguments)  # type: ignore[call-arg]
+    def opaque(*arguments: Any) -> Result:
+        return function(*arguments)
 
-    def forward(*arguments: Any) -> Any:
+    def forward(*arguments: Any) -> tuple[Result, Any]:
         return jax.vjp(jax.checkpoint(function, prevent_cse=False), *arguments)
 
     def backward(pullback: Any, cotangent: Any) -> Any:
         return pullback(cotangent)
 
     opaque.defvjp(forward, backward)
-    return opaque  # type: ignore[return-value]
+    return opaque
 
 
-def rematerialised(
-    config: Config, policy: Literal["moe", "full"], function: Callable[Arguments, Result]
-) -> Callable[Arguments, Result]:
+def rematerialized(
+    config: Config, policy: Literal["moe", "full"], function: Callable[..., Result]
+) -> Callable[..., Result]:
     """`function`, recomputed in the backward pass if model.remat is this policy."""
     return recompute(function) if config.model.remat == policy else function
 

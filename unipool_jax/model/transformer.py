@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
-from unipool_jax.model.remat import rematerialised, without_gathered_weights
+from unipool_jax.model.remat import rematerialized, without_gathered_weights
 from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
 from unipool_jax.moe.mixture import Router, RouterWeights, Selection, mixture
 from unipool_jax.moe.routing import RoutingStats
@@ -90,7 +90,7 @@ def layer(
     attended_BSD, cache = attention(model, normed_BSD, weights.attention, inputs.cache, start_B)
     hidden_BSD = hidden_BSD + attended_BSD
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
-    block = rematerialised(config, "moe", functools.partial(mixture, config))
+    block = rematerialized(config, "moe", functools.partial(mixture, config))
     mixed = block(normed_BSD, weights.router, inputs.selection, experts)
     hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
     return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.experts_NK)
@@ -118,7 +118,7 @@ class Layer(nn.Module):
             router=None if config.moe.router == "none" else Router(config, name="mixture")(),
         )
         hidden_BSD, accumulator = carry
-        function = rematerialised(config, "full", functools.partial(layer, config))
+        function = rematerialized(config, "full", functools.partial(layer, config))
         hidden_BSD, experts, outputs = function(hidden_BSD, weights, inputs, start_B, Experts(bank, accumulator))
         if not self.keep_routing:
             outputs = outputs._replace(experts_NK=None)

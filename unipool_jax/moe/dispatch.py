@@ -171,7 +171,7 @@ def rows_per_device(config: Config, mesh: Mesh | None) -> int:
 def overflow(config: Config, mesh: Mesh | None, received: jax.Array) -> jax.Array:
     """Rows beyond the capacity of their device, int32 scalar, from the rows `received` in each place, any shape."""
     devices = 1 if mesh is None else mesh.shape["expert"]
-    room = capacity(rows_per_device(config, mesh), devices, config.mesh.receive_factor)
+    room = capacity(rows_per_device(config, mesh), devices, config.mesh.capacity_factor)
     return jnp.sum(jnp.maximum(received - room, 0))
 
 
@@ -179,14 +179,14 @@ UNMEASURED_FACTOR = 3.0
 """Capacity factor of a receive buffer before a run has measured how many rows a device receives."""
 
 
-def capacity(rows: int, devices: int, receive_factor: float | None) -> int:
+def capacity(rows: int, devices: int, capacity_factor: float | None) -> int:
     """Rows that a device can receive in one layer: the mean times the capacity factor, a multiple of 16, or all rows.
 
     Args:
       rows: N k, what each of the `devices` sends and what each receives on average.
-      receive_factor: None is `UNMEASURED_FACTOR`.
+      capacity_factor: None is `UNMEASURED_FACTOR`.
     """
-    factor = UNMEASURED_FACTOR if receive_factor is None else receive_factor
+    factor = UNMEASURED_FACTOR if capacity_factor is None else capacity_factor
     return min(math.ceil(rows * min(factor, devices) / 16) * 16, rows * devices)
 
 

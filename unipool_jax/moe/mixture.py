@@ -165,7 +165,7 @@ def _on_device(
     mesh = active_mesh()
     devices = 1 if mesh is None else mesh.shape["expert"]
     transport = transport_for(config, devices)
-    rows = capacity(experts_NK.size, devices, config.receive_factor)
+    rows = capacity(experts_NK.size, devices, config.capacity_factor)
     dispatched = DISPATCH[transport](hidden_ND, experts_NK, weights.gate_EDF.shape[0] * devices, rows)
     # A receive buffer is larger than what is received on average, which is what this device sends.
     plan = make_group_plan(

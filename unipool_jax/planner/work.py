@@ -89,7 +89,7 @@ class _Sizes:
         """Rows of the buffer that the experts process."""
         if self.sizes["expert"] == 1 or self.config.moe.router == "none":
             return self.rows
-        return capacity(int(self.rows), self.sizes["expert"], self.config.mesh.receive_factor)
+        return capacity(int(self.rows), self.sizes["expert"], self.config.mesh.capacity_factor)
 
     @property
     def transport(self) -> Transport:
@@ -352,7 +352,7 @@ def _evaluation(at: _Sizes) -> float:
     """Gathered bfloat16 weights and the temporaries of one layer; receive buffers hold every row."""
     config, sizes, model = at.config, at.sizes, at.config.model
     batches = dataclasses.replace(config.train, microbatch_size=config.train.eval_batch_size)
-    mesh = dataclasses.replace(config.mesh, receive_factor=math.inf)
+    mesh = dataclasses.replace(config.mesh, capacity_factor=math.inf)
     at = dataclasses.replace(at, config=dataclasses.replace(config, train=batches, mesh=mesh))
     hidden = at.tokens * model.hidden_size * NARROW
     scores = at.tokens * config.data.sequence_length * model.num_heads / sizes["tensor"] / QUERY_BLOCKS

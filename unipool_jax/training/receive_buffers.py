@@ -39,7 +39,7 @@ def fitted_factor(busiest: float, devices: int) -> float:
 
 
 class ReceiveBuffers:
-    """The capacity factor of a run: `mesh.receive_factor` or, where that is null, one fitted to measured loads.
+    """The capacity factor of a run: `mesh.capacity_factor` or, where that is null, one fitted to measured loads.
 
     Capacity changes no result unless rows overflow: received rows are processed in the same order.
 
@@ -54,8 +54,8 @@ class ReceiveBuffers:
         self._config, self._path = config, folder / FILE
         self._devices = 1 if mesh is None else mesh.shape["expert"]
         self._mean_rows = rows_per_device(config, mesh)
-        self._measured = config.mesh.receive_factor is None and self._devices > 1
-        self.factor = config.mesh.receive_factor or self._read() or UNMEASURED_FACTOR
+        self._measured = config.mesh.capacity_factor is None and self._devices > 1
+        self.factor = config.mesh.capacity_factor or self._read() or UNMEASURED_FACTOR
         """Rows that a device can receive in one layer, relative to the mean."""
         self._busiest_load = 0.0
         before = (meta or {}).get("overflow", {"total": 0, "unwritten": 0})
@@ -65,7 +65,7 @@ class ReceiveBuffers:
 
     def configured(self, config: Config) -> Config:
         """`config` with the capacity factor in use."""
-        return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, receive_factor=self.factor))
+        return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, capacity_factor=self.factor))
 
     def loads(self, metrics: Mapping[str, Any]) -> np.ndarray:
         """Rows received by the busiest device in any micro-batch of a step, relative to the mean, `[L]`."""
@@ -133,7 +133,8 @@ class ReceiveBuffers:
         remedy = (
             f"The same command resumes from the last checkpoint with buffers of {self.factor:g} times the mean"
             if self._measured
-            else f"Resume from the last checkpoint with mesh.receive_factor={self.factor:g}, or null to fit it to loads"
+            else f"Resume from the last checkpoint with mesh.capacity_factor={self.factor:g}, "
+            "or null to fit it to loads"
         )
         return OverflowedError(
             f"stopped at step {step}: {rows} rows overflowed the receive buffers; the busiest device received "

@@ -329,7 +329,7 @@ def make_eval_step(
     `token_bytes_V` is the UTF-8 length of each token, int32, of the tokenizer's or the padded vocabulary. Over a mesh
     receive buffers take whatever comes: rows of padding are alike and may all go to one expert.
     """
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, receive_factor=math.inf))
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, capacity_factor=math.inf))
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
         output = apply(config, params, batch.inputs, layer_inputs(config, balance))
