@@ -124,7 +124,7 @@ def weak(scale: str, *, compiled: bool) -> Iterator[dict[str, Any]]:
 
 
 def utilisation(scale: str, *, compiled: bool) -> Iterator[dict[str, Any]]:
-    """The published batch on 64 v5p chips, for each way of rematerialisation and two meshes."""
+    """The published batch on 64 v5p chips, for each way of rematerialization and two meshes."""
     print(f"\n{scale} unipool at the published batch on v5p:4x4x4; the aim is {AIM:.0%} of peak on active FLOPs")
     print(f"{'data x fsdp x expert':<22}{'remat':<7}{'GB':>6}{'step ms':>9}{'MFU':>8}{'links hidden':>14}  bound by")
     for axes in ((1, 4, 16), (1, 1, 64)):

@@ -2,7 +2,7 @@
 
 `libtpu` contains the TPU compiler. It compiles ahead of time for a named topology and writes the final schedule of
 every kernel: one line per instruction bundle (a bundle issues in one cycle) with the slots of each unit that it uses.
-Import this module before anything initialises JAX: the compiler reads its settings once.
+Import this module before anything initializes JAX: the compiler reads its settings once.
 """
 
 import os

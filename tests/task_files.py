@@ -48,7 +48,7 @@ def metrics(*names: str) -> list[dict[str, Any]]:
 
 
 def question(doc_id: int, query: str, choices: Sequence[str], gold: int, examples: str = "") -> list[dict[str, Any]]:
-    """Requests of one question, and those without its text that the package has for normalisation."""
+    """Requests of one question, and those without its text that the package has for normalization."""
     doc = {"query": query, "choices": list(choices), "gold": gold}
     rows = []
     for context, number in ((examples + query, doc_id), ("Answer:", doc_id + 1_000_000)):

@@ -213,7 +213,7 @@ def test_from_run_to_run_on_the_command_line(
 
 
 def test_training_and_evaluation_go_on_from_an_imported_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The optimiser and the data start anew, the weights do not."""
+    """The optimizer and the data start anew, the weights do not."""
     share_steps(monkeypatch)
     first = overrides(tmp_path, "train.steps=4", "train.checkpoint_every=2", "run.name=first")
     assert run(compose_config(first)) == 0

@@ -1,6 +1,6 @@
 """The first 50 training losses of every method on real text, compared with recorded ones.
 
-A change of these numbers is a change of the model, the data order or the optimiser. When it is meant, record them anew
+A change of these numbers is a change of the model, the data order or the optimizer. When it is meant, record them anew
 and say why in the commit: `PYTHONPATH=. python tests/test_golden.py`.
 """
 

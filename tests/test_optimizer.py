@@ -1,4 +1,4 @@
-"""The optimiser against an independent NumPy AdamW and the published learning rates."""
+"""The optimizer against an independent NumPy AdamW and the published learning rates."""
 
 from __future__ import annotations
 

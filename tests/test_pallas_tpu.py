@@ -32,7 +32,7 @@ WIDE = oracle.Shape(rows=100, experts=6, width=256, hidden=128)
 
 @pytest.fixture(autouse=True)
 def race_detector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run with uninitialised memory full of NaN, and fail on two unordered accesses to the same memory."""
+    """Run with uninitialized memory full of NaN, and fail on two unordered accesses to the same memory."""
     monkeypatch.setattr(tpu_passes, "INTERPRET", pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
     interpret_pallas_call.races = None
     yield
@@ -93,7 +93,7 @@ def test_bank_gradient_is_added_and_idle_experts_are_not_touched() -> None:
 
 
 def test_nan_of_one_expert_stays_with_it() -> None:
-    """Group 1 shares blocks of 16 rows with both its neighbours."""
+    """Group 1 shares blocks of 16 rows with both its neighbors."""
     sizes, rng = [40, 8, 0, 16], np.random.default_rng(0)
     rows, bank = rng.standard_normal((64, 8), np.float32), rng.standard_normal((4, 8, 16), np.float32)
     grad = rng.standard_normal((64, 16), np.float32)

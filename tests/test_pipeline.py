@@ -216,7 +216,7 @@ def test_documents_longer_and_shorter_than_a_block_of_the_index() -> None:
             np.testing.assert_array_equal(read_ranges([stream], [(0, start, stop)]), whole[start:stop])
 
 
-def test_neighbouring_documents_are_read_as_one_range() -> None:
+def test_neighboring_documents_are_read_as_one_range() -> None:
     store = ArrayStore(numbered([5] * 100))
     starts, stops = DocumentStream(store, np.arange(100, dtype=np.int32)).segments(3, 444)
     assert (starts.tolist(), stops.tolist()) == ([3], [444])

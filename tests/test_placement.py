@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from unipool_jax.moe.placement import busiest_sum, device_load, exchange_rounds, measured_placement
 
 
-def specialised(layers: int, experts: int, seed: int = 0) -> np.ndarray:
+def specialized(layers: int, experts: int, seed: int = 0) -> np.ndarray:
     """Layers that send most of their tokens to consecutive experts of their own."""
     random = np.random.default_rng(seed)
-    centre = np.arange(layers)[:, None] * experts / layers
-    distance = (np.arange(experts) - centre) / (experts / layers)
+    center = np.arange(layers)[:, None] * experts / layers
+    distance = (np.arange(experts) - center) / (experts / layers)
     share = np.exp(-(distance**2)) + 0.02 * random.uniform(size=(layers, experts))
     return (10_000 * share / share.sum(axis=1, keepdims=True)).astype(np.int64)
 
@@ -63,14 +63,14 @@ def test_experts_reach_any_order_in_rounds_of_one_for_each_device(sizes: tuple[i
 
 @pytest.mark.parametrize("seed", range(5))
 def test_small_cases_come_close_to_the_best_of_all_placements(seed: int) -> None:
-    counts = specialised(3, 6, seed)
+    counts = specialized(3, 6, seed)
     best = min(busiest_sum(device_load(counts, np.array(order), 3)) for order in itertools.permutations(range(6)))
     assert busiest_sum(device_load(counts, measured_placement(counts, 3), 3)) <= 1.05 * best
 
 
-def test_specialised_layers_even_out_layer_by_layer() -> None:
+def test_specialized_layers_even_out_layer_by_layer() -> None:
     """Twelve layers, 96 experts, 8 devices: what packing by totals over layers cannot do at all."""
-    counts = specialised(12, 96)
+    counts = specialized(12, 96)
     contiguous = over_mean(counts, np.arange(96), 8)
     placed = over_mean(counts, measured_placement(counts, 8), 8)
     assert contiguous > 2

@@ -408,7 +408,7 @@ def test_evaluation_that_the_compiler_refuses_is_named(monkeypatch: pytest.Monke
         report.make_plan(small("unipool"))
 
 
-def test_every_rematerialisation_is_counted_on_a_mesh_with_several_pools() -> None:
+def test_every_rematerialization_is_counted_on_a_mesh_with_several_pools() -> None:
     """Eight sequences a device of per-layer experts over fsdp 2."""
     seconds = {}
     for remat in ("none", "moe", "full"):

@@ -1,4 +1,4 @@
-"""The randomisation probe: models where the choice cannot matter, cannot help, and must matter."""
+"""The randomization probe: models where the choice cannot matter, cannot help, and must matter."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_a_process_alone_loads_everything() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_rows_of_every_preset_with_a_compiler(preset: str, shared: bool) -> None:
-    """Real layouts: the chips of a host are neighbours in two dimensions of a torus, so its rows are several runs.
+    """Real layouts: the chips of a host are neighbors in two dimensions of a torus, so its rows are several runs.
 
     `shared`: with the expert axis as a tensor axis, whose devices hold the same rows.
     """

@@ -25,7 +25,7 @@ VARIANTS = {
     "unipool in 2 pools": ("unipool", "pool.groups=2"),
     "one key-value head": ("unipool", "model.num_kv_heads=1"),
     "as many key-value heads as heads": ("vanilla", "model.num_kv_heads=4"),
-    "rematerialised": ("unipool", "model.remat=full"),
+    "rematerialized": ("unipool", "model.remat=full"),
 }
 LENGTHS = np.array([1, 7, 4], np.int32)
 MAX_TOKENS = 9

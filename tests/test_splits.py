@@ -15,7 +15,7 @@ def test_pile_borders() -> None:
     # train = documents [0, round(.969 D)), valid the next 3%, test the last 0.1%.
     parts = [split_documents(100_000, PILE_SPLIT, "contiguous", name) for name in SPLIT_NAMES]
     assert [(part[0], part[-1]) for part in parts] == [(0, 96_899), (96_900, 99_899), (99_900, 99_999)]
-    # Halves go to the even neighbour: .5 * 5 = 2.5 -> 2 and .5 * 7 = 3.5 -> 4.
+    # Halves go to the even neighbor: .5 * 5 = 2.5 -> 2 and .5 * 7 = 3.5 -> 4.
     assert len(split_documents(5, (1, 1, 0), "contiguous", "train")) == 2
     assert len(split_documents(7, (1, 1, 0), "contiguous", "train")) == 4
 

@@ -1,4 +1,4 @@
-"""The randomisation probe on tasks: a model that answers by its routing, and one whose routing does not matter."""
+"""The randomization probe on tasks: a model that answers by its routing, and one whose routing does not matter."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def test_accuracies_are_those_of_likelihoods_in_numpy(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"context": "Q: " + words[3 * n], "choices": words[3 * n + 1 : 3 * n + 3], "gold": n % 2} for n in range(30)
     ]
-    for names, normalise in ((("acc", "acc_norm"), True), (("acc",), False)):
-        folder = tmp_path / str(normalise)
+    for names, normalize in ((("acc", "acc_norm"), True), (("acc",), False)):
+        folder = tmp_path / str(normalize)
         found = task_measure(model, only_task(folder, rows, metric_list=metrics(*names)))
         assert (found.name, found.metric, found.questions) == ("letters", names[-1], 30)
         items = found.accuracy(None)
         right = []
         for row in rows:
             values = [log_likelihood(model, list(row["context"].encode()), list(c.encode()))[0] for c in row["choices"]]
-            scaled = [v / len(c) if normalise else v for v, c in zip(values, row["choices"], strict=True)]
+            scaled = [v / len(c) if normalize else v for v, c in zip(values, row["choices"], strict=True)]
             right.append(float(np.argmax(scaled) == row["gold"]))
         assert items.sums_I.tolist() == right
         assert items.weights_I.tolist() == [1.0] * 30

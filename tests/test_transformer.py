@@ -127,7 +127,7 @@ def test_gradient_of_a_shared_expert_is_the_sum_over_its_layers() -> None:
 
 
 @pytest.mark.parametrize("method", ["unipool", "vanilla"])
-def test_rematerialisation_changes_no_value(method: str) -> None:
+def test_rematerialization_changes_no_value(method: str) -> None:
     config = tiny_config(method)
     params, batch = tiny_state(config).params, tiny_batch(config)
     shape = (config.pool.groups, config.layers_per_pool, config.experts_per_pool)

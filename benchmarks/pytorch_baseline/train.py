@@ -53,7 +53,7 @@ class Losses:
 
 
 class Trainer:
-    """A model, its optimiser and the state of expert balancing.
+    """A model, its optimizer and the state of expert balancing.
 
     Args:
       model: on its device.
@@ -105,7 +105,7 @@ class Trainer:
         return torch.stack([self.mean_counts(self.run(tokens)[1]) for tokens, _ in micros]).mean(0)
 
     def step(self, tokens_BS: Tensor, targets_BS: Tensor) -> dict[str, Tensor]:
-        """One optimiser step over a batch.
+        """One optimizer step over a batch.
 
         Returns:
           Losses (means over micro-batches), the norm of the gradient, and the choices per layer and expert, `counts`.

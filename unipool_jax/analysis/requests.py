@@ -34,7 +34,7 @@ class AnalysisRequest:
     """Devices that share the experts, for device load; null is 8, or the largest divisor of the experts of a pool
     below it."""
     draws: Annotated[int, Range(0, 1000)] = 1
-    """Random draws of the randomisation probe; 0 leaves it out."""
+    """Random draws of the randomization probe; 0 leaves it out."""
     seed: Annotated[int, SEED] = 0
     """Of the probe."""
     tasks: TaskRequest | None = None

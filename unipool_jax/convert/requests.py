@@ -36,7 +36,7 @@ class ExportRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportRequest:
-    """Make a run of a file of weights, at step 0 with a fresh optimiser.
+    """Make a run of a file of weights, at step 0 with a fresh optimizer.
 
     A file that `convert export` wrote names its own layout and configuration. For other files give the layout and the
     settings of the model as for `unipool train`. A GGUF file (LLaMA-style, dense) describes itself.

@@ -39,7 +39,7 @@ class DataRequest:
     per_file: bool = False
     """Build one store per file, OUT/NAME, each with its own split (as for the Pile)."""
     workers: Annotated[int | None, Range(1, 4096)] = None
-    """Processes that tokenise; null is one per CPU."""
+    """Processes that tokenize; null is one per CPU."""
     progress: bool = True
     """Show a progress bar."""
     verify: str | None = None

@@ -178,7 +178,7 @@ class Transformer(nn.Module):
     """Decoder-only language model over one or more expert pools.
 
     Parameters are float32; per-layer ones are stacked as `[G, L/G, ...]`, the bank as `[G, E, ...]`, so each pool
-    exists once in parameters, gradients and optimiser state.
+    exists once in parameters, gradients and optimizer state.
     """
 
     config: Config

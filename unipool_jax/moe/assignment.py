@@ -44,7 +44,7 @@ class Assignment(NamedTuple):
 
 
 def smoothed_counts(history: Sequence[np.ndarray], newest_weight: float) -> np.ndarray:
-    """Weighted mean of counts `[L, M]`, oldest first: age a weighs `w (1 - w)^a`, normalised to 1; float64."""
+    """Weighted mean of counts `[L, M]`, oldest first: age a weighs `w (1 - w)^a`, normalized to 1; float64."""
     ages = np.arange(len(history))[::-1]
     weights = newest_weight * (1.0 - newest_weight) ** ages
     return np.tensordot(weights / weights.sum(), np.asarray(history, np.float64), axes=1)
@@ -82,7 +82,7 @@ def random_assignment(counts_LM: np.ndarray, seed: int) -> Assignment:
 def assign(counts_LM: np.ndarray, threshold: float, solver: Solver = "auto", seconds: float = 30.0) -> Assignment:
     """The partition that gives layers the experts they use.
 
-    `auto` solves the linear assignment that maximises the routed share summed over layers (each layer K times against
+    `auto` solves the linear assignment that maximizes the routed share summed over layers (each layer K times against
     each expert once). Where a layer then lacks coverage, the strict integer program of the published code looks for a
     partition in which none does; where there is none, the linear assignment stands, as best effort.
 
@@ -135,7 +135,7 @@ def _finished(
 
 
 def _linear_sum(counts: np.ndarray) -> np.ndarray:
-    """Owners that maximise the share of choices on own experts, summed over layers."""
+    """Owners that maximize the share of choices on own experts, summed over layers."""
     layers, experts = counts.shape
     share_LM = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
     rows, columns = linear_sum_assignment(np.repeat(share_LM, experts // layers, axis=0), maximize=True)

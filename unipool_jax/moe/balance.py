@@ -76,7 +76,7 @@ def z_loss(stats: RoutingStats, tokens: int, coefficient: float) -> jax.Array:
 
 
 def updated_expert_bias(bias_GNE: jax.Array, counts_GNE: jax.Array, rate: float) -> jax.Array:
-    """Selection bias after one optimiser step: `b + rate * sign(mean count - count)` (arXiv 2408.15664).
+    """Selection bias after one optimizer step: `b + rate * sign(mean count - count)` (arXiv 2408.15664).
 
     Args:
       bias_GNE: bias per layer and expert, float32.

@@ -1,7 +1,7 @@
 """UniPool-lock inside a training step: the partition under way, its fade, and the re-indexing that ends it (method M6).
 
 Before the lock the state holds a `Candidate`, and every score of a layer for an expert outside its part is multiplied
-by 1 - alpha. After the lock nothing of this is left: experts, routers and their optimiser moments are re-indexed so
+by 1 - alpha. After the lock nothing of this is left: experts, routers and their optimizer moments are re-indexed so
 that pool g = layer l holds the K experts of that layer, and the first K rows of its router are theirs. The run goes on
 as the model of G = L pools; rows of experts of other layers remain behind the first K, as they remain in the norm.
 """

@@ -1,7 +1,7 @@
 """Which experts share a device: a placement that evens out the load of devices in every layer.
 
 With expert parallelism every layer waits for its busiest device. What counts is therefore the sum over layers of the
-busiest device's load, and not the load of devices added up over layers: with specialised layers the second can be even
+busiest device's load, and not the load of devices added up over layers: with specialized layers the second can be even
 while every layer by itself is not.
 """
 

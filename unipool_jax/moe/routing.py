@@ -42,7 +42,7 @@ class RoutingStats(NamedTuple):
     """`counts_AE` as they would be without score factors; None where there are none."""
 
     def grouped(self, num_groups: int) -> RoutingStats:
-        """Statistics of fewer groups, each of equally many neighbouring ones; any leading axes."""
+        """Statistics of fewer groups, each of equally many neighboring ones; any leading axes."""
 
         def add(values: jax.Array, axis: int) -> jax.Array:
             axis = values.ndim + axis
@@ -70,7 +70,7 @@ def norm_scores(
     """NormRouter scores `scale * c * relu(z / (|z| + epsilon))`, `[N, E]` in the dtype of the logits.
 
     The norm runs over all E logits of a token. Scores do not depend on the size of the logits, about half of them are
-    zero at initialisation, and they are not probabilities: they are deliberately not normalised. A token whose logits
+    zero at initialization, and they are not probabilities: they are deliberately not normalized. A token whose logits
     are all zero gets zero scores and zero gradients.
 
     Args:
@@ -131,7 +131,7 @@ def route(
 ) -> Routing:
     """Choose the `top_k` experts of each token.
 
-    Gates are the chosen scores, not renormalised over the chosen experts, except for sigmoid with k > 1 (method M3.5).
+    Gates are the chosen scores, not renormalized over the chosen experts, except for sigmoid with k > 1 (method M3.5).
     With `expert_bias_E` the bias takes part in the choice but not in the gate. Experts with a zero score may be chosen
     when fewer than k scores are positive; they get gate 0 and are counted.
 

@@ -1,4 +1,4 @@
-"""One optimiser step, and one evaluation step, as pure functions of the training state and a batch.
+"""One optimizer step, and one evaluation step, as pure functions of the training state and a batch.
 
     train_step = accumulate gradients over micro-batches, then update
 
@@ -290,7 +290,7 @@ def updated_state(
 
 
 def train_step(config: Config, mesh: Mesh | None, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """One optimiser step: see `make_train_step`."""
+    """One optimizer step: see `make_train_step`."""
     balance = state.balance._replace(lock=faded(config, state.balance.lock, state.step))
     found = batch_gradients(config, mesh, state._replace(balance=balance), batch)
     return updated_state(config, state, balance, found)
@@ -307,7 +307,7 @@ def make_train_step(
     `loss.pool_statistics=previous`, and the entropy loss of a lock, which measures the mean scores of a micro-batch.
 
     When the loss or a gradient is not finite, or rows overflow a receive buffer and `mesh.overflow=stop`, parameters,
-    optimiser and balance state stay as they were and only the step count moves on.
+    optimizer and balance state stay as they were and only the step count moves on.
 
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), with UniPool-lock `loss/entropy`,
     `grad_norm`, `learning_rate`, `finite` (bool), `overflow` (rows, int32), `received_L` (int32, rows received by the
