@@ -136,8 +136,10 @@ class Forward:
             scores = norm_router_scores(logits, float(own["scale"]), constant, moe.score_epsilon)
         elif moe.router == "softmax":
             scores = softmax(logits)
-        else:
+        elif moe.router == "sigmoid":
             scores = 1 / (1 + np.exp(-logits))
+        else:
+            raise NotImplementedError(moe.router)
         experts = top_k(scores if bias is None else scores + bias, moe.top_k)
         self.scores.append(scores)
         self.experts.append(experts)

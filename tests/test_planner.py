@@ -335,9 +335,17 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", ["unipool", "vanilla"])
-def test_counted_collectives_are_those_compiled(method: str) -> None:
-    plan = small_plan(method, *(["loss.switch_group_sequences=8"] if method == "vanilla" else []))[0]
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("unipool", ()),
+        ("vanilla", ("loss.switch_group_sequences=8",)),
+        ("vanilla", ("loss.switch_group_sequences=8", "model.remat=none")),
+        ("unipool", ("pool.groups=2", "model.remat=moe")),
+    ],
+)
+def test_counted_collectives_are_those_compiled(method: str, more: tuple[str, ...]) -> None:
+    plan = small_plan(method, *more)[0]
     assert plan.collectives is not None
     counted = sum(message.total_bytes for message in plan.estimate.counts.messages)
     compiled = sum(item.total_bytes for item in plan.collectives)

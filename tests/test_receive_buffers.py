@@ -13,7 +13,7 @@ import pytest
 
 from tiny import tiny_config
 from unipool_jax.config.schema import MeshConfig
-from unipool_jax.moe.dispatch import overflow, rows_per_device
+from unipool_jax.moe.capacity import overflow, rows_per_device
 from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.training.receive_buffers import FILE, OverflowedError, ReceiveBuffers, fitted_factor
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from unipool_jax.moe.routing import Router, norm_constant, norm_scores, route, scores
+from unipool_jax.config.schema import Router
+from unipool_jax.moe.routing import norm_constant, norm_scores, route, scores
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.moe import dispatch
-from unipool_jax.moe.dispatch import COMBINE, DISPATCH, Transport, capacity
+from unipool_jax.moe.capacity import capacity
+from unipool_jax.moe.dispatch import COMBINE, DISPATCH, Transport
 
 DEVICES, EXPERTS, WIDTH, HIDDEN, TOKENS = 4, 8, 6, 5, 12
 OVER_EXPERTS = PartitionSpec("expert")

@@ -69,7 +69,11 @@ class Router(nn.Module):
             norm_N1 = torch.linalg.vector_norm(logits_NM, dim=-1, keepdim=True, dtype=torch.float32).to(self.dtype)
             return self.scale.to(self.dtype) * self.constant * F.relu(logits_NM / (norm_N1 + self.epsilon))
         wide_NM = logits_NM.float()
-        return (wide_NM.softmax(-1) if self.kind == "softmax" else wide_NM.sigmoid()).to(self.dtype)
+        if self.kind == "softmax":
+            return wide_NM.softmax(-1).to(self.dtype)
+        if self.kind == "sigmoid":
+            return wide_NM.sigmoid().to(self.dtype)
+        raise NotImplementedError(self.kind)
 
     def choose(self, scores_NM: Tensor) -> Tensor:
         """The k best experts of each token, `[N, K]`; among equals the lowest index."""

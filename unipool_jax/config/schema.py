@@ -17,6 +17,8 @@ from typing import Any, Literal
 from unipool_jax.config.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
+Router = Literal["softmax", "sigmoid", "norm"]
+"""Routers of a mixture; `norm` is NormRouter."""
 
 
 class ConfigError(UserError, ValueError):
@@ -56,14 +58,15 @@ class ModelConfig:
     compute_dtype: DType = "bfloat16"
     """Dtype of activations and matrix products. Parameters and optimizer state are always float32."""
     remat: Literal["none", "moe", "full"] = "moe"
-    """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer."""
+    """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer. With several
+    pools over mesh.fsdp, the last two also gather the weights of each pool again."""
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """Experts and how a layer routes tokens to them."""
 
-    router: Literal["none", "softmax", "sigmoid", "norm"] = "norm"
+    router: Literal["none", Router] = "norm"
     """Score function of the router. `norm` is NormRouter; `none` is the dense model: one block per layer, no router."""
     experts_per_layer: int = 8
     """Expert budget per layer: pool.fraction=1 gives the model experts_per_layer x num_layers experts."""

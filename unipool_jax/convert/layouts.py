@@ -202,7 +202,7 @@ def _router(
     at = (*divmod(layer, config.layers_per_pool), ...)
     mixture = weights.params["pools"]["layers"]["mixture"]
     tensors = {f"{name}.weight": _unchanged(mixture["router"][at])}
-    if config.moe.router == "norm":
+    if "scale" in mixture:
         tensors[f"{name}.{scale}"] = _unchanged(mixture["scale"][at], scale_shape)
     if config.loss.balance == "expert_bias":
         tensors[f"{name}.expert_bias"] = _unchanged(weights.expert_bias_GNE[at])

@@ -97,7 +97,8 @@ def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
     if groups == layers:
         for name in bank:
             bank[name][...] = old[name]
-        chosen_score = 1 / experts if router == "softmax" else 0.5
+        # Logits are zero: what each router makes of that.
+        chosen_score = {"softmax": 1 / experts, "sigmoid": 0.5}[router]
         # Sigmoid gates of several experts are normalized to sum to 1; all other gates are the scores.
         gates = 1.0 if router == "sigmoid" and top_k > 1 else top_k * chosen_score
     elif router == "sigmoid" and target.loss.balance == "expert_bias" and top_k == 1 and groups * experts == layers:

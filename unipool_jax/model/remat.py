@@ -6,8 +6,8 @@
 | `moe` | all but the activations inside the mixture block of each layer |
 | `full` | the input of each layer |
 
-Apart from `model.remat`, with several pools over mesh.fsdp the gathered weights are not kept: gathering the weights of
-one pool again costs less memory than keeping those of all.
+With several pools over mesh.fsdp, `moe` and `full` do not keep gathered weights either: the backward pass gathers those
+of one pool at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.extend
 from flax import linen as nn
 
 from unipool_jax.config.schema import Config
-from unipool_jax.parallel.mesh import GATHERED
 
 Result = TypeVar("Result")
 
@@ -49,13 +49,30 @@ def recompute(function: Callable[..., Result]) -> Callable[..., Result]:
 def rematerialized(
     config: Config, policy: Literal["moe", "full"], function: Callable[..., Result]
 ) -> Callable[..., Result]:
-    """`function`, recomputed in the backward pass if model.remat is this policy."""
-    return recompute(function) if config.model.remat == policy else function
+    """`function`, recomputed in the backward pass if model.remat is this policy and nothing around it is recomputed."""
+    return recompute(function) if config.model.remat == policy and not _recomputes_stage(config) else function
+
+
+def regathers(config: Config) -> bool:
+    """Whether the backward pass gathers the weights of each pool again; see above."""
+    return config.pool.groups > 1 and config.mesh.fsdp != 1 and config.model.remat != "none"
 
 
 def without_gathered_weights(config: Config, stage: type[nn.Module]) -> type[nn.Module]:
-    """The module of one pool, which gathers its weights again in the backward pass where that saves memory."""
-    if config.pool.groups == 1 or config.mesh.fsdp == 1:
+    """The module of one pool, whose gathered weights are not kept if `regathers`."""
+    if not regathers(config):
         return stage
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    return nn.remat(stage, prevent_cse=False, policy=policy)
+    return nn.remat(stage, prevent_cse=False, policy=None if _recomputes_stage(config) else _all_but_placements)
+
+
+def _recomputes_stage(config: Config) -> bool:
+    """Whether a pool is recomputed with its only layer."""
+    return regathers(config) and config.model.remat == "full" and config.layers_per_pool == 1
+
+
+def _all_but_placements(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
+    """Keep every value but the results of sharding constraints: of a gathered weight that is the weight before.
+
+    Naming the gathered weights would not do: a name is an operation of its own, and its operand would be kept.
+    """
+    return primitive.name != "sharding_constraint"

@@ -22,7 +22,7 @@ from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
 from unipool_jax.model.remat import rematerialized, without_gathered_weights
 from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
-from unipool_jax.moe.mixture import Router, RouterWeights, Selection, mixture
+from unipool_jax.moe.mixture import RouterParameters, RouterWeights, Selection, mixture
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.parallel.head import Head
 from unipool_jax.parallel.linear import lookup
@@ -115,7 +115,7 @@ class Layer(nn.Module):
             attention_norm_D=self.param("attention_norm", ones, width, jnp.float32),
             attention=Attention(config.model, name="attention")(),
             ffn_norm_D=self.param("ffn_norm", ones, width, jnp.float32),
-            router=None if config.moe.router == "none" else Router(config, name="mixture")(),
+            router=None if config.moe.router == "none" else RouterParameters(config, name="mixture")(),
         )
         hidden_BSD, accumulator = carry
         function = rematerialized(config, "full", functools.partial(layer, config))

@@ -7,24 +7,22 @@ of a pool, inside `shard_map` (or without a mesh, for `local`):
     expert_RD = products of dispatched.rows_RD with the experts of this device
     output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, dtype)
 
-Experts never move.
+Experts never move. Suffixes besides those of the model: M tokens of all devices, R rows of a buffer, S (token, slot)
+pairs, P and Q devices as senders and receivers, e experts of one device.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from unipool_jax.config.chips import has_ragged
-from unipool_jax.config.schema import Config, MeshConfig
+from unipool_jax.config.schema import MeshConfig
 from unipool_jax.kernels.group_plan import sort_by_group
-from unipool_jax.parallel.mesh import num_shards
 
 Transport = Literal["local", "all_gather", "ragged"]
 
@@ -38,8 +36,8 @@ class Dispatched(NamedTuple):
     """Rows of each expert of this device, int32."""
     received: jax.Array
     """Rows sent to the experts of this device, int32 scalar, also those beyond R, which are dropped."""
-    route: Any
-    """What the transport's own `combine` needs to find the way back."""
+    way: Any
+    """How they came: what the transport's own `combine` needs to send outputs back."""
 
 
 class _Order(NamedTuple):
@@ -49,7 +47,18 @@ class _Order(NamedTuple):
     inverse_S: jax.Array
 
 
-class _RaggedRoute(NamedTuple):
+class _Slices(NamedTuple):
+    """Arguments of `jax.lax.ragged_all_to_all` for one direction, int32 `[E]`, one slice per (sender, expert) pair."""
+
+    input_offsets: jax.Array
+    send_sizes: jax.Array
+    output_offsets: jax.Array
+    recv_sizes: jax.Array
+
+
+class _RaggedWay(NamedTuple):
+    """The way there and back of `ragged`."""
+
     order: _Order
     there: _Slices
     back: _Slices
@@ -81,20 +90,23 @@ def combine_local(
       gates_NK: factors, float32.
       dtype: of the result.
     """
-    return _weighted_sum(expert_RD, dispatched.route, gates_NK, dtype)
+    return _weighted_sum(expert_RD, dispatched.way, gates_NK, dtype)
 
 
 def dispatch_all_gather(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int) -> Dispatched:
     """Gather the tokens of all devices and keep the rows of this device's experts. Arguments: `dispatch_local`."""
-    own = num_experts // jax.lax.axis_size("expert")
+    per_device = num_experts // jax.lax.axis_size("expert")
     hidden_MD, experts_MK = (jax.lax.all_gather(x, "expert", tiled=True) for x in (hidden_ND, experts_NK))
-    expert_S = experts_MK.reshape(-1) - jax.lax.axis_index("expert") * own
+    expert_S = experts_MK.reshape(-1) - jax.lax.axis_index("expert") * per_device
     # Slots of other devices' experts are sorted last, past the last group: their outputs are zeros.
-    order_S, sizes_E = sort_by_group(jnp.where((expert_S >= 0) & (expert_S < own), expert_S, own), own)
+    order_S, sizes_E = sort_by_group(
+        jnp.where((expert_S >= 0) & (expert_S < per_device), expert_S, per_device), per_device
+    )
     order_R = order_S[:rows]
     order = _Order(order_R, _inverse(order_R, order_S.shape[0]))
-    kept_E = jnp.diff(jnp.minimum(jnp.cumsum(sizes_E), rows), prepend=0)
-    return Dispatched(_pick(hidden_MD, *order, experts_NK.shape[1]), kept_E, jnp.sum(sizes_E), order)
+    # Rows are dropped from the end: those of the last experts of the device.
+    fitting_E = jnp.diff(jnp.minimum(jnp.cumsum(sizes_E), rows), prepend=0)
+    return Dispatched(_pick(hidden_MD, *order, experts_NK.shape[1]), fitting_E, jnp.sum(sizes_E), order)
 
 
 def combine_all_gather(
@@ -104,7 +116,7 @@ def combine_all_gather(
     gates_MK = jax.lax.all_gather(gates_NK, "expert", tiled=True)
     # With one expert a token all parts but one are zero, and their sum is exact in any dtype.
     wide = dtype if gates_NK.shape[1] == 1 else jnp.float32
-    partial_MD = _weighted_sum(expert_RD, dispatched.route, gates_MK, wide)
+    partial_MD = _weighted_sum(expert_RD, dispatched.way, gates_MK, wide)
     return jax.lax.psum_scatter(partial_MD, "expert", scatter_dimension=0, tiled=True).astype(dtype)
 
 
@@ -118,16 +130,16 @@ def dispatch_ragged(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: in
     sorted_RD = _pick(hidden_ND, *order, experts_NK.shape[1])
     there, back, own_sizes_E, received = _slices(jax.lax.all_gather(sizes_E, "expert"), rows)
     received_RD = _exchange(sorted_RD, there, back, rows)
-    return Dispatched(received_RD, own_sizes_E, received, _RaggedRoute(order, there, back))
+    return Dispatched(received_RD, own_sizes_E, received, _RaggedWay(order, there, back))
 
 
 def combine_ragged(
     expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """Send outputs back with a second ragged all-to-all and sum them per token. Arguments: `combine_local`."""
-    route: _RaggedRoute = dispatched.route
-    returned_RD = _exchange(expert_RD, route.back, route.there, route.order.order_R.shape[0])
-    return _weighted_sum(returned_RD, route.order, gates_NK, dtype)
+    way: _RaggedWay = dispatched.way
+    returned_RD = _exchange(expert_RD, way.back, way.there, way.order.order_R.shape[0])
+    return _weighted_sum(returned_RD, way.order, gates_NK, dtype)
 
 
 DISPATCH: dict[Transport, Callable[[jax.Array, jax.Array, int, int], Dispatched]] = {
@@ -162,43 +174,6 @@ def chosen_transport(
     return "ragged" if platform != "cpu" and has_ragged(device_kind, devices) else "all_gather"
 
 
-def rows_per_device(config: Config, mesh: Mesh | None) -> int:
-    """(token, slot) pairs of a device in one layer of a micro-batch: what it sends, and receives on average."""
-    tokens = config.train.microbatch_size * config.data.sequence_length
-    return tokens * config.moe.top_k // (1 if mesh is None else num_shards(mesh, "batch"))
-
-
-def overflow(config: Config, mesh: Mesh | None, received: jax.Array) -> jax.Array:
-    """Rows beyond the capacity of their device, int32 scalar, from the rows `received` in each place, any shape."""
-    devices = 1 if mesh is None else mesh.shape["expert"]
-    room = capacity(rows_per_device(config, mesh), devices, config.mesh.capacity_factor)
-    return jnp.sum(jnp.maximum(received - room, 0))
-
-
-UNMEASURED_FACTOR = 3.0
-"""Capacity factor of a receive buffer before a run has measured how many rows a device receives."""
-
-
-def capacity(rows: int, devices: int, capacity_factor: float | None) -> int:
-    """Rows that a device can receive in one layer: the mean times the capacity factor, a multiple of 16, or all rows.
-
-    Args:
-      rows: N k, what each of the `devices` sends and what each receives on average.
-      capacity_factor: None is `UNMEASURED_FACTOR`.
-    """
-    factor = UNMEASURED_FACTOR if capacity_factor is None else capacity_factor
-    return min(math.ceil(rows * min(factor, devices) / 16) * 16, rows * devices)
-
-
-class _Slices(NamedTuple):
-    """Arguments of `jax.lax.ragged_all_to_all` for one direction, int32 `[E]`, one slice per (sender, expert) pair."""
-
-    input_offsets: jax.Array
-    send_sizes: jax.Array
-    output_offsets: jax.Array
-    recv_sizes: jax.Array
-
-
 def _slices(sizes_PE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Array, jax.Array]:
     """From what each of P devices has for each of E experts: slices there and back, own group sizes, rows for them.
 
@@ -206,23 +181,23 @@ def _slices(sizes_PE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Array
     counted in the last value returned.
     """
     devices, num_experts = sizes_PE.shape
-    own, me = num_experts // devices, jax.lax.axis_index("expert")
+    per_device, me = num_experts // devices, jax.lax.axis_index("expert")
     # [receiver, expert of the receiver, sender]
-    wanted_QeP = sizes_PE.T.reshape(devices, own, devices)
+    wanted_QeP = sizes_PE.T.reshape(devices, per_device, devices)
     ends_QeP = jnp.cumsum(wanted_QeP.reshape(devices, -1), axis=1).reshape(wanted_QeP.shape)
     starts_QeP = ends_QeP - wanted_QeP
     taken_QeP = jnp.minimum(ends_QeP, rows) - jnp.minimum(starts_QeP, rows)
     place_QeP = jnp.minimum(starts_QeP, rows)
     # Where each sender keeps its rows for each expert.
-    kept_PE = jnp.cumsum(sizes_PE, axis=1) - sizes_PE
+    sender_start_PE = jnp.cumsum(sizes_PE, axis=1) - sizes_PE
 
     mine_PeQ = jnp.swapaxes(taken_QeP, 0, 2)  # [sender, expert, receiver]
     sent_E = mine_PeQ[me].T.reshape(-1)
     arrive_E = jnp.swapaxes(place_QeP, 0, 2)[me].T.reshape(-1)
     received_E = taken_QeP[me].T.reshape(-1)
     received_at_E = place_QeP[me].T.reshape(-1)
-    kept_at_sender_E = jax.lax.dynamic_slice_in_dim(kept_PE, me * own, own, axis=1).reshape(-1)
-    there = _Slices(kept_PE[me], sent_E, arrive_E, received_E)
+    kept_at_sender_E = jax.lax.dynamic_slice_in_dim(sender_start_PE, me * per_device, per_device, axis=1).reshape(-1)
+    there = _Slices(sender_start_PE[me], sent_E, arrive_E, received_E)
     back = _Slices(received_at_E, received_E, kept_at_sender_E, sent_E)
     return there, back, jnp.sum(taken_QeP[me], axis=1), jnp.sum(wanted_QeP[me])
 

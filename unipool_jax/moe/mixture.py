@@ -14,8 +14,9 @@ from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.moe.bank import BANK_AXES, Experts
-from unipool_jax.moe.dispatch import COMBINE, DISPATCH, capacity, transport_for
-from unipool_jax.moe.routing import Forced, Routing, RoutingStats, norm_constant, replaced, route, scores
+from unipool_jax.moe.capacity import capacity
+from unipool_jax.moe.dispatch import COMBINE, DISPATCH, transport_for
+from unipool_jax.moe.routing import Forced, Routing, RoutingStats, replaced, route, score_constant, scores
 from unipool_jax.parallel.linear import linear
 from unipool_jax.parallel.mesh import active_mesh, constrain, gathered_axes, spec
 
@@ -29,7 +30,7 @@ class RouterWeights(NamedTuple):
     """NormRouter's learnable scale, float32 scalar; None for other routers."""
 
 
-class Router(nn.Module):
+class RouterParameters(nn.Module):
     """Creates `RouterWeights`."""
 
     config: Config
@@ -87,8 +88,7 @@ def mixture(
     logits_NE = linear(hidden_ND, weights.router_ED, (None, "embed"), transposed=True, wide=True)
     logits_NE = logits_NE.astype(moe.router_dtype)
     assert moe.router != "none"
-    monte_carlo = moe.router == "norm" and moe.score_constant == "monte_carlo"
-    constant = norm_constant(num_experts, moe.top_k) if monte_carlo else 1.0
+    constant = score_constant(moe.router, moe.score_constant, num_experts, moe.top_k)
     scores_NE = scores(logits_NE, moe.router, weights.scale, constant, moe.score_epsilon, config.experts_per_pool)
     routing = route(
         scores_NE,
@@ -127,7 +127,7 @@ def moe_ffn(
 
     Returns:
       `[N, D]` in the dtype of `hidden_ND`; the experts for the next layer; and the rows received by each device for its
-      experts, int32, one number for each part of the batch. Rows beyond `dispatch.capacity` got no output.
+      experts, int32, one number for each part of the batch. Rows beyond the `capacity` got no output.
 
     Raises:
       ValueError: for experts without an accumulator over a mesh.

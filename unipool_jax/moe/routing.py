@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Router = Literal["softmax", "sigmoid", "norm"]
+from unipool_jax.config.schema import Router
 
 _DRAWS = 100_000
 _DRAW_SEED = 42
@@ -224,6 +224,11 @@ def replaced(routing: Routing, scores_NE: jax.Array, forced: Forced, router: Rou
     return routing._replace(experts_NK=chosen_NK, gates_NK=jnp.where(use_own_NK, gates_NK, routing.gates_NK))
 
 
+def score_constant(router: Router, kind: Literal["monte_carlo", "one"], num_experts: int, top_k: int) -> float:
+    """The fixed factor c of a router's scores: NormRouter's `norm_constant`, unless `kind` is `one`; 1 for others."""
+    return norm_constant(num_experts, top_k) if router == "norm" and kind == "monte_carlo" else 1.0
+
+
 def scores(
     logits_NE: jax.Array,
     router: Router,
@@ -234,10 +239,21 @@ def scores(
 ) -> jax.Array:
     """Scores of any router, `[N, E]`. Softmax and sigmoid are computed in float32, then take the logits' dtype.
 
-    `visible` is for NormRouter: see `norm_scores`.
+    Args:
+      logits_NE: router logits.
+      router: which router.
+      scale: of NormRouter; None for others.
+      constant: see `score_constant`.
+      epsilon: of NormRouter.
+      visible: of NormRouter: see `norm_scores`.
     """
-    if router == "norm":
-        assert scale is not None
-        return norm_scores(logits_NE, scale, constant, epsilon, visible)
-    activation = jax.nn.softmax if router == "softmax" else jax.nn.sigmoid
-    return activation(logits_NE.astype(jnp.float32)).astype(logits_NE.dtype)
+    match router:
+        case "norm":
+            assert scale is not None
+            return norm_scores(logits_NE, scale, constant, epsilon, visible)
+        case "softmax":
+            return jax.nn.softmax(logits_NE.astype(jnp.float32)).astype(logits_NE.dtype)
+        case "sigmoid":
+            return jax.nn.sigmoid(logits_NE.astype(jnp.float32)).astype(logits_NE.dtype)
+        case _:
+            assert_never(router)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unipool_jax.config.chips import has_ragged
@@ -30,10 +29,6 @@ RULES: dict[str, str | tuple[str, ...]] = {
 }
 """Logical axis -> mesh axes. `replica` is a leading axis with one entry for each data-parallel replica, such as the
 gradient accumulators of a bank before they are summed."""
-
-
-GATHERED = "gathered weights"
-"""Checkpoint name of gathered weights: the backward pass gathers them again rather than keep those of every layer."""
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -65,8 +60,8 @@ def gathered_axes(logical: Sequence[str | None]) -> tuple[str | None, ...]:
 
 
 def gathered(weights: jax.Array, *logical: str | None) -> jax.Array:
-    """`weights` gathered over the fsdp axis, and named `GATHERED` for rematerialization policies."""
-    return checkpoint_name(constrain(weights, *gathered_axes(logical)), GATHERED)
+    """A weight as it is used: all-gathered over the fsdp axis."""
+    return constrain(weights, *gathered_axes(logical))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -14,7 +14,8 @@ import numpy as np
 from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
-from unipool_jax.moe.dispatch import Transport, capacity, chosen_transport
+from unipool_jax.moe.capacity import capacity
+from unipool_jax.moe.dispatch import Transport, chosen_transport
 from unipool_jax.training.step import counts_before_gradient
 
 QUERY_BLOCKS = 4
@@ -259,14 +260,14 @@ def _messages(at: _Sizes) -> list[Message]:
     shared = config.pool.groups == 1 and config.moe.router != "none"
     fsdp = _other(sizes, "fsdp")
     replicas = ("data", "fsdp", "expert") if config.moe.router == "none" else ("data",)
-    # Per-layer pools are gathered in the forward and again in the backward pass of every micro-batch.
-    gathers = 1 if shared else config.pool.groups * micro * (2 + counting)
+    # Several pools are gathered in the forward pass of every micro-batch, and again in the backward pass unless kept.
+    gathers = 1 if shared else config.pool.groups * micro * (1 + counting + (model.remat != "none"))
     sums = 1 if shared else config.pool.groups * micro
     dense = at.attention_weights / sizes["tensor"] * NARROW
     routers = 0 if config.moe.router == "none" else config.experts_per_pool * model.hidden_size * NARROW
     head = model.vocab_size * model.hidden_size * NARROW
     tables = head + head / sizes["tensor"]
-    again = 2 if (model.remat == "full" or config.pool.groups > 1) and sizes["fsdp"] > 1 else 1
+    again = 2 if model.remat == "full" or (model.remat == "moe" and config.pool.groups > 1) else 1
     found = [
         Message("experts, gathered", "all-gather", ("fsdp",), gathers, NARROW * at.bank * fsdp),
         Message("experts, gradient scattered", "reduce-scatter", ("fsdp",), sums, WIDE * at.bank * fsdp),
@@ -334,7 +335,7 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     _, bank_parameters = _parameters(config, sizes)
     # The gathered bank and its float32 gradient, not sharded over fsdp; of per-layer pools one at a time, plus the
     # sharded gradient of all.
-    gathered = (NARROW + WIDE) * at.bank * (pools if sizes["fsdp"] == 1 else 1)
+    gathered = (NARROW + WIDE) * at.bank * (pools if sizes["fsdp"] == 1 or model.remat == "none" else 1)
     gradient = WIDE * (bank_parameters if not shared and sizes["fsdp"] > 1 else 0)
     dense = WIDE * parameters * (1 if config.num_microbatches == 1 else 2)
     tables = 2 * NARROW * model.vocab_size * model.hidden_size

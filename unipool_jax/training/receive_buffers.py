@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.schema import Config
 from unipool_jax.data.store_format import write_atomically
-from unipool_jax.moe.dispatch import UNMEASURED_FACTOR, rows_per_device
+from unipool_jax.moe.capacity import UNMEASURED_FACTOR, rows_per_device
 from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0
 
 FILE = "receive_buffers.json"

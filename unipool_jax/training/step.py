@@ -24,7 +24,7 @@ from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.model.transformer import apply
 from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
 from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
-from unipool_jax.moe.dispatch import overflow
+from unipool_jax.moe.capacity import overflow
 from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.parallel.mesh import constrain, on_mesh
@@ -284,8 +284,9 @@ def updated_state(
         "finite": finite,
         "counts_LE": found.counts_GNE.reshape(config.model.num_layers, -1),
     }
-    if config.moe.router == "norm":
-        metrics["router_scale_L"] = params["pools"]["layers"]["mixture"]["scale"].reshape(-1)
+    router = params["pools"]["layers"].get("mixture", {})
+    if "scale" in router:
+        metrics["router_scale_L"] = router["scale"].reshape(-1)
     return TrainState(state.step + 1, params, opt_state, balance), metrics
 
 
@@ -311,7 +312,7 @@ def make_train_step(
 
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), with UniPool-lock `loss/entropy`,
     `grad_norm`, `learning_rate`, `finite` (bool), `overflow` (rows, int32), `received_L` (int32, rows received by the
-    busiest device of any micro-batch), `counts_LE` (int32), and with NormRouter `router_scale_L`.
+    busiest device of any micro-batch), `counts_LE` (int32), and, of routers with a scale, `router_scale_L`.
     """
     config = on_mesh(config, mesh)
     step = functools.partial(train_step, config, mesh)
