@@ -285,7 +285,12 @@ def test_a_folder_of_ones_own_choices_is_laid_over(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(b"model: [", "not a readable YAML file"), (b"\xff", "not a readable YAML file"), (b"- 1", "expected settings")],
+    [
+        (b"# @package _global_\nmodel: [", "not a readable YAML file"),
+        (b"\xff", "not a readable YAML file"),
+        (b"# @package _global_\n- 1", "expected settings"),
+        (b"model: {num_layers: 3}", "its first line must be `# @package _global_`"),
+    ],
 )
 @pytest.mark.parametrize("words", [["--help"], ["--print-config"], ["scale=mine"], ["--multirun", "train.seed=1,2"]])
 def test_a_broken_folder_of_choices_is_named(

@@ -104,7 +104,10 @@ def _options(command: Command, words: list[str]) -> tuple[dict[str, str], list[s
             rest.append(word)
         elif option is None:
             names = ", ".join(name for name in known if name.startswith("--"))
-            problems.append(f"{word}: no such option; there are {names}, and settings are NAME=VALUE without dashes")
+            problems.append(
+                f"{word}: no such option; there are {names}, and settings are NAME=VALUE without dashes, also where "
+                "the value begins with one"
+            )
         elif option.value is None and equals:
             problems.append(f"{word}: takes no value; write {name}")
         elif option.value is None:

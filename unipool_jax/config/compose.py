@@ -93,14 +93,18 @@ def sweep(overrides: Sequence[str], config_dir: Folder | None = None) -> list[li
 
 
 def check_config_dir(folder: Folder) -> None:
-    """Raise ConfigError unless `folder` is one of choices, with every file of it that cannot be read."""
+    """Raise ConfigError unless `folder` is one of choices, with every file of it that cannot be used."""
     if not Path(folder).is_dir():
         raise ConfigError([f"--config-dir {folder}: no such folder; it holds files such as scale/mine.yaml"])
     problems = []
     for path in sorted([*Path(folder).glob("*.yaml"), *Path(folder).glob("*/*.yaml")]):
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict | None):
+            text = path.read_text(encoding="utf-8")
+            found = yaml.safe_load(text)
+            if path.parent.name in ("method", "scale") and "@package" not in text:
+                # Hydra would put the settings into a section of the name of the group, and these have none.
+                problems.append(f"{path}: its first line must be `# @package _global_`, as in the shipped choices")
+            elif not isinstance(found, dict | None):
                 problems.append(f"{path}: expected settings such as `model:`, found {type(found).__name__}")
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             problems.append(f"{path}: not a readable YAML file: {' '.join(str(error).split())}; mend or remove it")
