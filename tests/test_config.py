@@ -333,7 +333,9 @@ def test_differences_names_settings_in_schema_order() -> None:
 
 
 def test_derived_numbers() -> None:
-    config = dataclasses.replace(compose_config(["pool.groups=3", "train.batch_size=48"]), mode="describe")
+    config = dataclasses.replace(
+        compose_config(["pool.groups=3", "train.batch_size=48", "train.microbatch_size=16"]), mode="describe"
+    )
     assert problems(config) == []
     assert (config.layers_per_pool, config.experts_per_pool, config.num_microbatches) == (2, 16, 3)
     assert config.tokens_per_step == 48 * config.data.sequence_length
