@@ -73,6 +73,8 @@ class Request:
         (["place=7", "share=1", "loud=true", "text=a"], Request("7", ("a",), share=1.0, loud=True)),
         (["parts=[a,b]", "depth=3"], Request(parts=("a", "b"), inner=Inner(3))),
         (["parts=a"], Request(parts=("a",))),
+        (["parts=null", "depth=null"], Request()),
+        (["place=null"], Request("null")),
         (["data.split=[1,2,3]", "train.steps=5"], Request(overrides=(("data.split", (1, 2, 3)), ("train.steps", 5)))),
         (["data.files=['a b',c]"], Request(overrides=(("data.files", ("a b", "c")),))),
     ],
@@ -147,7 +149,7 @@ def test_help_lists_every_setting_with_its_docstring(command: Command, capsys: p
     assert command.load_function().__doc__
     if kind is Config:
         for name in settings(Config()):
-            assert f"\n  {name}=" in page
+            assert (f"\n  {name}=" in page) == (name != "mode" or command.mode is None)
         for group, files in choice_files().items():
             assert all(f"\n  {group}={name}\n" in page for name in files)
         return
@@ -182,6 +184,11 @@ def test_help_of_the_front_and_of_a_group(capsys: pytest.CaptureFixture[str]) ->
     assert main(["convert", "--help"]) == 0
     assert "convert upcycle" in capsys.readouterr().out
     assert main([]) == main(["convert"]) == 2
+    capsys.readouterr()
+    assert main(["--help", "eval"]) == 0
+    assert capsys.readouterr().out.startswith("usage: unipool eval")
+    assert main(["convert", "export", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: unipool convert export [RUN] out=VALUE [NAME=VALUE ...]")
     assert main(["--version"]) == 0
     assert f"unipool_jax {VERSION} (commit " in capsys.readouterr().out
 
@@ -192,6 +199,15 @@ def test_help_of_the_front_and_of_a_group(capsys: pytest.CaptureFixture[str]) ->
         (["trian"], "trian: no such command; did you mean train?"),
         (["7"], "7: no such command; choose one of train, eval, generate, analyse, compare, convert, data,"),
         (["convert", "exprot"], "exprot: no such command; did you mean export?"),
+        (["-V"], "-V: no such option before a command; there are --help and --version"),
+        (["--config-dir", "x", "train"], "--config-dir: no such option before a command"),
+        (["train", "train.seed=1,2"], "train.seed=1,2: several values; a list is train.seed=[1,2], a text is"),
+        (["train", "moe.top_k"], "moe.top_k: no value given; write moe.top_k=VALUE"),
+        (["train", "--multirun", "train.seed=range(3,3)"], "train.seed=range(3,3): names no value"),
+        (["train", "--multirun", "train.seed=range(0,9999)"], "9,999 combinations of values; at most 1,000"),
+        (["eval", "runs/a", "runs/b"], "runs/b: not understood; run= given already; settings are"),
+        (["generate", "runs/a", "b=c"], "b=c: not understood; use run="),
+        (["generate", "runs/a", "b=c"], "for a value that has an = in it, prompt='b=...'"),
         (["eval", "--step=3"], "--step=3: no such option; there are --help, and settings are NAME=VALUE"),
         (["train", "--config-dir"], "--config-dir: its value is missing; write --config-dir DIR"),
         (["train", "--multirun=3"], "--multirun=3: takes no value"),
@@ -212,12 +228,16 @@ def test_mistakes_are_sentences_and_exit_with_2(
     assert printed.out == ""
 
 
-def test_exit_codes() -> None:
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> int:
         raise KeyboardInterrupt
 
     def broken() -> int:
         raise ZeroDivisionError
+
+    def misplaced() -> int:
+        (tmp_path / "file" / "run").mkdir()
+        return 0
 
     def refused() -> int:
         raise unipool_jax.UserError("no")
@@ -228,6 +248,9 @@ def test_exit_codes() -> None:
     assert guarded(refused, failure=2) == 2
     with pytest.raises(ZeroDivisionError):
         guarded(broken)
+    (tmp_path / "file").touch()
+    assert guarded(misplaced) == 1
+    assert f"{tmp_path}/file/run: Not a directory; choose another place" in capsys.readouterr().err
     assert main(["eval", "run=nowhere"]) == 1
 
 
@@ -258,6 +281,28 @@ def test_a_folder_of_ones_own_choices_is_laid_over(tmp_path: Path, capsys: pytes
     assert yaml.safe_load(capsys.readouterr().out)["scale_name"] == "tiny"
     assert main(["train", f"--config-dir={mine}", "--help"]) == 0
     assert "scale=tiny\n      My own tiny." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"# @package _global_\nmodel: [", "not a readable YAML file"),
+        (b"\xff", "not a readable YAML file"),
+        (b"# @package _global_\n- 1", "expected settings"),
+        (b"model: {num_layers: 3}", "its first line must be `# @package _global_`"),
+    ],
+)
+@pytest.mark.parametrize("words", [["--help"], ["--print-config"], ["scale=mine"], ["--multirun", "train.seed=1,2"]])
+def test_a_broken_folder_of_choices_is_named(
+    words: list[str], text: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "scale" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_bytes(text)
+    assert main(["train", "--config-dir", str(tmp_path), *words]) == 2
+    assert f"{file}: {message}" in capsys.readouterr().err
+    assert main(["train", "--config-dir", str(file), *words]) == 2
+    assert f"--config-dir {file}: no such folder" in capsys.readouterr().err
 
 
 def test_a_sweep_is_every_combination() -> None:

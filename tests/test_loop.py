@@ -163,6 +163,24 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     assert lines(folder_of(config)) == lines(uninterrupted[1])
 
 
+def test_a_signal_between_two_looks_waits_for_the_next_step(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("train.eval_every=0", "train.checkpoint_every=0")
+    looked, requested = 0, loop.StopRequest.requested
+
+    def signalled_after(self: loop.StopRequest) -> bool:
+        nonlocal looked
+        looked, found = looked + 1, requested(self)
+        if looked == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(loop.StopRequest, "requested", signalled_after)
+    assert loop.train(config) == 143
+    assert steps_saved(config) == [6]
+
+
 def test_a_second_signal_is_not_held_back() -> None:
     stop = loop.StopRequest()
     with stop.listening():

@@ -16,10 +16,12 @@ from unipool_jax.evaluation.requests import SEED, STEP, TaskRequest
 class AnalysisRequest:
     """Every routing analysis of one checkpoint, as JSON, figures and a page to read.
 
-    unipool analyse                                the newest checkpoint of the run saved to last
-    unipool analyse runs/demo expert_parallel=4    load of four devices that share the experts
-    unipool analyse runs/demo step=160 split=test out=pages/demo draws=3
-    unipool analyse runs/demo tasks_path=tasks/olmo tasks=[olmo_piqa] limit=200    the probe on tasks too
+    Loss and routing are measured on one split; with tasks, the randomisation probe measures them too.
+
+        unipool analyse                                the newest checkpoint of the run saved to last
+        unipool analyse runs/demo expert_parallel=4    load of four devices that share the experts
+        unipool analyse runs/demo step=160 split=test out=pages/demo draws=3
+        unipool analyse runs/demo tasks_path=tasks/olmo tasks=[olmo_piqa] limit=200    the probe on tasks too
     """
 
     run: Annotated[str, Positional()] = "latest"

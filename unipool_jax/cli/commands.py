@@ -134,7 +134,7 @@ COMMANDS = (
     Command(
         "tasks",
         "Write benchmarks of an installed package as local tasks for `unipool eval`.",
-        "unipool_jax.evaluation.requests:ExportRequest",
+        "unipool_jax.evaluation.requests:TaskExportRequest",
         "unipool_jax.evaluation.export_tasks:export_command",
     ),
     Command(

@@ -44,13 +44,15 @@ SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 class CompletionRequest:
     """Print the completion script of a shell.
 
-    source <(unipool completion bash)                                       bash, in ~/.bashrc
-    source <(unipool completion zsh)                                        zsh, in ~/.zshrc after compinit
-    unipool completion fish > ~/.config/fish/completions/unipool.fish       fish
+    Have your shell read it when it starts.
+
+        source <(unipool completion bash)                                       bash, in ~/.bashrc
+        source <(unipool completion zsh)                                        zsh, in ~/.zshrc after compinit
+        unipool completion fish > ~/.config/fish/completions/unipool.fish       fish
     """
 
     shell: Annotated[Literal["bash", "zsh", "fish", "words"], Positional()]
-    """The shell; the scripts themselves use `words`, which prints what may follow line."""
+    """The shell. The scripts themselves use `words`, which prints what may follow line."""
     line: Annotated[str, Positional()] = "unipool "
     """A command line up to the cursor."""
 

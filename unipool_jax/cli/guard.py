@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -10,7 +11,20 @@ from collections.abc import Callable
 
 from unipool_jax.config.errors import UserError
 
-EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+_ANOTHER, _ROOM = "choose another place, or change what is there", "make room, or choose another place"
+_PLACES = {
+    errno.EACCES: _ANOTHER,
+    errno.EPERM: _ANOTHER,
+    errno.EROFS: _ANOTHER,
+    errno.ENOTDIR: _ANOTHER,
+    errno.EISDIR: _ANOTHER,
+    errno.EEXIST: _ANOTHER,
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+}
+"""What to do about errors of the file system that are no mistake of the program, by number."""
 
 
 def guarded(main: Callable[[], int], failure: int | None = None) -> int:
@@ -35,6 +49,9 @@ def guarded(main: Callable[[], int], failure: int | None = None) -> int:
         print("interrupted: give the same command again", file=sys.stderr)
         return _leave(EXIT_INTERRUPTED)
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in _PLACES:
+            print(f"{error.filename or 'writing'}: {error.strerror}; {_PLACES[error.errno]}", file=sys.stderr)
+            return _leave(failure or EXIT_FAILED)
         if not _distributed():
             raise
         import jax

@@ -31,7 +31,7 @@ def overview(group: list[str]) -> str:
 def command_help(command: Command, config_dir: str | None = None) -> str:
     """What a command does, its settings with defaults and allowed values, and its options."""
     kind = command.load_settings()
-    pages = _schema_pages(config_dir) if command.composes else _request_pages(kind)
+    pages = _schema_pages(config_dir, command.mode is None) if command.composes else _request_pages(kind)
     words = "" if command.composes else _usage(kind)
     description = command.summary if command.composes else inspect.getdoc(kind) or command.summary
     parts = [f"usage: unipool {command.name}{words} [NAME=VALUE ...]", description, *pages]
@@ -40,10 +40,12 @@ def command_help(command: Command, config_dir: str | None = None) -> str:
 
 
 def _usage(kind: type) -> str:
-    """The words without a name."""
+    """The words without a name, and the settings that must be given."""
     words = ""
-    for field in fields_of(kind):
-        if field.marker(Positional):
+    for field in sorted(fields_of(kind), key=lambda field: field.marker(Positional) is None):
+        if field.marker(Positional) is None:
+            words += f" {field.name}=VALUE" if field.default is dataclasses.MISSING else ""
+        else:
             word = f"{field.name.upper()} ..." if field.several else field.name.upper()
             words += f" {word}" if field.default is dataclasses.MISSING else f" [{word}]"
     return words
@@ -69,8 +71,8 @@ def _field(field: Field) -> str:
     return _setting(field.name, field.kind, field.default, text, field.marker(Range))
 
 
-def _schema_pages(config_dir: str | None) -> Iterator[str]:
-    """The groups of choices, then the schema section by section."""
+def _schema_pages(config_dir: str | None, mode: bool) -> Iterator[str]:
+    """The groups of choices, then the schema section by section; `mode` only where the command does not say it."""
     from unipool_jax.config.compose import choice_files
 
     for group, files in choice_files(config_dir).items():
@@ -78,6 +80,7 @@ def _schema_pages(config_dir: str | None) -> Iterator[str]:
         yield "\n".join([f"Choices of {group}", *entries])
     hints = typing.get_type_hints(Config)
     alone = [entry for entry in dataclasses.fields(Config) if not dataclasses.is_dataclass(bare(hints[entry.name]))]
+    alone = [entry for entry in alone if mode or entry.name != "mode"]
     for entry in dataclasses.fields(Config):
         section = hints[entry.name]
         if dataclasses.is_dataclass(section):
@@ -96,7 +99,8 @@ def _section(kind: type, entries: Any, prefix: str) -> Iterator[str]:
 
 def _setting(name: str, kind: Any, default: Any, text: str, allowed: Range | None) -> str:
     shown = "VALUE" if default is dataclasses.MISSING else _shown(default)
-    return _entry(f"{name}={shown}", f"{text} [{allowed_values(kind, allowed)}]")
+    required = "; must be given" if default is dataclasses.MISSING else ""
+    return _entry(f"{name}={shown}", f"{text} [{allowed_values(kind, allowed)}{required}]")
 
 
 def _shown(default: Any) -> str:

@@ -28,14 +28,21 @@ def execute(words: Sequence[str]) -> int:
       UserError: with what to do about it.
     """
     command, rest = find(list(words))
+    if command is None and list(words[:1]) in (["--help"], ["-h"]):  # `unipool --help train`
+        command, rest = find(list(words[1:]))
+        rest = [*rest, *words[:1]]
     if command is None:
         return _without_command(rest)
     options, settings = _options(command, rest)
+    config_dir = options.get(CONFIG_DIR.name)
+    if config_dir is not None:
+        from unipool_jax.config.compose import check_config_dir
+
+        check_config_dir(config_dir)
     if HELP.name in options:
         from unipool_jax.cli.help import command_help
 
-        return _show(command_help(command, options.get(CONFIG_DIR.name)))
-    config_dir = options.get(CONFIG_DIR.name)
+        return _show(command_help(command, config_dir))
     if not command.composes:
         kind: type[Any] = command.load_settings()
         return command.load_function()(from_words(kind, settings, config_dir))
@@ -73,6 +80,11 @@ def _without_command(words: list[str]) -> int:
     group = [command.name.split()[1] for command in COMMANDS if command.name.split()[:-1] == named[:1]]
     known = group or list(dict.fromkeys(command.name.split()[0] for command in COMMANDS))
     wrong = named[1] if group else named[0]
+    if wrong.startswith("-"):
+        problem = (
+            "no such option before a command; there are --help and --version, and other options follow the command"
+        )
+        raise ConfigError([f"{wrong}: {problem}"], "the command line")
     near = difflib.get_close_matches(wrong, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
     raise ConfigError([f"{wrong}: no such command; {hint}"], "the command line")
@@ -92,7 +104,10 @@ def _options(command: Command, words: list[str]) -> tuple[dict[str, str], list[s
             rest.append(word)
         elif option is None:
             names = ", ".join(name for name in known if name.startswith("--"))
-            problems.append(f"{word}: no such option; there are {names}, and settings are NAME=VALUE without dashes")
+            problems.append(
+                f"{word}: no such option; there are {names}, and settings are NAME=VALUE without dashes, also where "
+                "the value begins with one"
+            )
         elif option.value is None and equals:
             problems.append(f"{word}: takes no value; write {name}")
         elif option.value is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import os
 import re
 import tempfile
@@ -30,6 +31,9 @@ _INSTALLED = Path(__file__).resolve().parents[1] / "configs"
 CONFIG_DIR = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "configs"
 """The shipped choices: inside the installed package, or at the top of a checkout."""
 
+MAX_SWEEP = 1000
+"""Command lines that a sweep makes at most; each is composed and checked before the first one starts."""
+
 Folder = str | os.PathLike[str]
 
 
@@ -42,10 +46,12 @@ def compose_config(overrides: Sequence[str] = (), config_dir: Folder | None = No
         same name, and its groups add to the shipped groups.
 
     Raises:
-      ConfigError: an override that Hydra cannot apply, an unknown key, or a value of the wrong type.
+      ConfigError: an override that Hydra cannot apply, an unknown key, a value of the wrong type, or a file of
+        `config_dir` that cannot be read.
     """
+    loader = _loader(config_dir)
     try:
-        node = _loader(config_dir).load_configuration("config", list(overrides), RunMode.RUN)
+        node = loader.load_configuration("config", list(overrides), RunMode.RUN)
     except _HYDRA_ERRORS as error:
         raise ConfigError(_unknown(overrides, config_dir) or [_summary(error)]) from error
     with open_dict(node):
@@ -59,7 +65,8 @@ def sweep(overrides: Sequence[str], config_dir: Folder | None = None) -> list[li
     `train.seed=1,2,3`, `train.seed=range(1,4)`, `method=glob(shared_*)`: the sweeps of Hydra that are finite.
 
     Raises:
-      ConfigError: for an override that cannot be read, or has infinitely many values.
+      ConfigError: for an override that cannot be read, or has no value or infinitely many, and for more than
+        `MAX_SWEEP` command lines.
     """
     problems: list[str] = []
     found: list[list[str]] = []
@@ -72,13 +79,37 @@ def sweep(overrides: Sequence[str], config_dir: Folder | None = None) -> list[li
             elif override.is_discrete_sweep():
                 key = override.get_key_element()
                 found.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+                if not found[-1]:
+                    problems.append(f"{word}: names no value, so nothing would be trained; name at least one")
             else:
                 problems.append(f"{word}: has no end of values; list them: NAME=1,2,3 or NAME=range(1,4)")
         except _HYDRA_ERRORS as error:
             problems.append(_summary(error))
+    if (count := math.prod(map(len, found))) > MAX_SWEEP:
+        problems.append(f"{count:,} combinations of values; at most {MAX_SWEEP:,} can be trained by one command")
     if problems:
         raise ConfigError(problems)
     return [list(words) for words in itertools.product(*found)]
+
+
+def check_config_dir(folder: Folder) -> None:
+    """Raise ConfigError unless `folder` is one of choices, with every file of it that cannot be used."""
+    if not Path(folder).is_dir():
+        raise ConfigError([f"--config-dir {folder}: no such folder; it holds files such as scale/mine.yaml"])
+    problems = []
+    for path in sorted([*Path(folder).glob("*.yaml"), *Path(folder).glob("*/*.yaml")]):
+        try:
+            text = path.read_text(encoding="utf-8")
+            found = yaml.safe_load(text)
+            if path.parent.name in ("method", "scale") and "@package" not in text:
+                # Hydra would put the settings into a section of the name of the group, and these have none.
+                problems.append(f"{path}: its first line must be `# @package _global_`, as in the shipped choices")
+            elif not isinstance(found, dict | None):
+                problems.append(f"{path}: expected settings such as `model:`, found {type(found).__name__}")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            problems.append(f"{path}: not a readable YAML file: {' '.join(str(error).split())}; mend or remove it")
+    if problems:
+        raise ConfigError(problems, f"--config-dir {folder}")
 
 
 def choice_files(config_dir: Folder | None = None) -> dict[str, dict[str, Path]]:
@@ -100,8 +131,7 @@ def _loader(config_dir: Folder | None) -> ConfigLoader:
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_mapping(Config())))
     path = create_config_search_path(str(CONFIG_DIR))
     if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise ConfigError([f"--config-dir {config_dir}: no such folder; it holds files such as scale/mine.yaml"])
+        check_config_dir(config_dir)
         # Not with Hydra's own `hydra.searchpath`: what is named there comes last.
         path.prepend("user", f"file://{Path(config_dir).absolute()}", SearchPathQuery(provider="main"))
     # Not with `hydra.compose`: it goes through a global state that a notebook may use itself.
@@ -211,6 +241,8 @@ def _unknown(overrides: Sequence[str], config_dir: Folder | None) -> list[str]:
                 problems.append(f"{key}={value}: no such choice; choose one of {', '.join(choices[key])}")
         elif any(name.startswith(f"{key}.") for name in names):
             problems.append(f"{key}: a section, not a setting; override its settings: {key}.NAME=VALUE")
+        elif key in names and "=" not in override and not override.startswith("~"):
+            problems.append(f"{key}: no value given; write {key}=VALUE")
         elif key not in names and not key.startswith("hydra"):
             near = difflib.get_close_matches(key, [*names, *choices], n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`unipool train --help` lists all settings"
@@ -223,6 +255,12 @@ def _summary(error: Exception) -> str:
     text = str(error).partition("\nConfig search path:")[0].partition("\nSee https:")[0]
     text, _, rest = text.partition("\n    full_key: ")
     where = f"{rest.splitlines()[0]}: " if rest else ""
+    if several := re.search(r"Ambiguous value for argument '(([^=]*)=(.*))'$", text, re.MULTILINE):
+        word, name, values = several.groups()
+        return (
+            f"{word}: several values; a list is {name}=[{values}], a text is \"{name}='{values}'\", and "
+            "`unipool train --multirun` trains with one after another"
+        )
     if isinstance(error, OverrideParseException):
         where = f"{error.override}: cannot be parsed as SETTING=VALUE; a value with special characters needs quotes: "
     return where + " ".join(text.split())

@@ -10,10 +10,10 @@ import sys
 import typing
 from typing import Any, Literal
 
+from unipool_jax.config.parsing import KIND_NAMES
 from unipool_jax.config.ranges import Range
 from unipool_jax.config.words import bare
 
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
@@ -56,6 +56,6 @@ def allowed_values(kind: Any, allowed: Range | None = None) -> str:
     if found := choices(item):
         text = f"{'any' if several else 'one'} of {', '.join(found)}"
     else:
-        text = f"a list of {_PLURALS[item]}" if several else _NAMES[item]
+        text = f"a list of {_PLURALS[item]}" if several else KIND_NAMES[item]
     text += f", {allowed}" if allowed is not None else ""
-    return f"{text}, or null" if bare(kind) is not kind and item is not str else text
+    return f"{text}, or null" if bare(kind) is not kind else text

@@ -1,7 +1,7 @@
 """From the words of a command line to a dataclass of settings, and back.
 
-A command declares its settings as the schema does: a frozen dataclass with a docstring under each field. Three markers
-say what a plain type cannot:
+A command declares its settings as the schema does: a frozen dataclass with a docstring under each field. Markers say
+what a plain type cannot, for example:
 
     run: Annotated[str, Positional()] = "latest"            # may be given without its name
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95
@@ -166,11 +166,13 @@ class _Reader:
 
     def take_value(self, word: str) -> None:
         """Read a word without a name."""
-        for field in self.named.values():
-            if field.marker(Positional) and (field.several or field.name not in self.values):
-                return self.set(field, word, listed=False)
-        self.problems.append(f"{word}: not understood; settings are written NAME=VALUE; {self.hint('')}")
-        return None
+        positional = [field for field in self.named.values() if field.marker(Positional)]
+        for field in positional:
+            if field.several or field.name not in self.values:
+                self.set(field, word, listed=False)
+                return
+        given = f"{', '.join(f'{field.name}=' for field in positional)} given already; " if positional else ""
+        self.problems.append(f"{word}: not understood; {given}settings are written NAME=VALUE; {self.hint('')}")
 
     def set(self, field: Field, text: str, *, listed: bool) -> None:
         """Give `field` the value that `text` is."""
@@ -180,17 +182,20 @@ class _Reader:
             self.values[field.name] = self.value(field, field.kind, text)
             return
         item = typing.get_args(bare(field.kind))[0]
-        if listed and text.startswith("[") and not field.marker(Verbatim):
+        if listed and not field.marker(Verbatim) and (text.startswith("[") or _is_null(field.kind, text)):
             values = self.value(field, field.kind, text) or ()
         else:
             values = (self.value(field, item, text),)
-        self.values[field.name] = self.values.get(field.name, ()) + tuple(values)
+        # Null, the default of such a field, is no value at all.
+        self.values[field.name] = ((self.values.get(field.name) or ()) + tuple(values)) or None
 
     def value(self, field: Field, kind: Any, text: str) -> Any:
         """`text` as a `kind`, within the range of `field`; None with a problem noted."""
         literal = bare(kind) is str or typing.get_origin(bare(kind)) is typing.Literal
         if not text:
             self.problems.append(f"{field.name}=: empty; {self.about(field)}")
+            return None
+        if _is_null(kind, text):
             return None
         before = len(self.problems)
         given = text if literal else self.parsed(field.name, text)
@@ -236,7 +241,11 @@ class _Reader:
         names = [f"{known}=" for known in self.named]
         if accepts is not None:
             names += [f"{known}NAME=" if known.endswith(".") else f"{known}=" for known in accepts.names]
-        return f"use {', '.join(names)}"
+        positional = [
+            field.name for field in self.named.values() if field.several and field.marker(Positional) is not None
+        ]
+        escape = f"; for a value that has an = in it, {positional[0]}='{name}=...'" if name and positional else ""
+        return f"use {', '.join(names)}{escape}"
 
     def about(self, field: Field) -> str:
         """What `field` is, from its docstring."""
@@ -274,11 +283,16 @@ class _Reader:
             inner = bare(hints[entry.name])
             if dataclasses.is_dataclass(inner) and entry.name not in composed:
                 assert isinstance(inner, type)
-                if any(field.name in self.values for field in fields_of(inner)):
+                if any(self.values.get(field.name) is not None for field in fields_of(inner)):
                     found[entry.name] = self.build(inner)
             elif entry.name in self.values:
                 found[entry.name] = self.values[entry.name]
         return kind(**found)
+
+
+def _is_null(kind: Any, text: str) -> bool:
+    """Whether `text` is the null of a setting that may be null."""
+    return text == "null" and bare(kind) is not kind
 
 
 def to_words(request: Any) -> list[str]:

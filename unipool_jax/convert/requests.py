@@ -20,8 +20,10 @@ _STEP = Range(0, 1_000_000_000)
 class ExportRequest:
     """Write the weights of a checkpoint to a file of safetensors.
 
-    unipool convert export runs/demo out=demo.safetensors
-    unipool convert export runs/182m out=back.safetensors layout=megatron step=200
+    The file names its layout and holds the configuration, so `unipool convert import` needs nothing else.
+
+        unipool convert export runs/demo out=demo.safetensors
+        unipool convert export runs/182m out=back.safetensors layout=megatron step=200
     """
 
     run: Annotated[str, Positional()] = "latest"

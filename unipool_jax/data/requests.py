@@ -48,7 +48,7 @@ class DataRequest:
     def problems(self) -> Iterator[str]:
         """What is missing, and what does not go together."""
         if self.verify is not None and (self.files or self.out):
-            yield "verify=...: checks a store and builds none; leave files and out= out"
+            yield f"verify={self.verify}: checks a store and builds none; leave files and out= out"
         elif self.verify is None and not (self.files and self.out):
             yield "give files and out=FOLDER to build a store (or verify=FOLDER to check one)"
 
@@ -57,8 +57,10 @@ class DataRequest:
 class TokenizerRequest:
     """Train a byte-level BPE tokenizer; without files, the one shipped with the demo corpus.
 
-    unipool tokenizer out=tokenizer.json
-    unipool tokenizer corpus/*.jsonl.gz vocab_size=32768 out=my.json
+    Give its file to `unipool data` as tokenizer, and to `unipool train` as data.tokenizer.
+
+        unipool tokenizer out=tokenizer.json
+        unipool tokenizer corpus/*.jsonl.gz vocab_size=32768 out=my.json
     """
 
     files: Annotated[tuple[str, ...], Positional()] = ()

