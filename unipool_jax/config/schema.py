@@ -261,8 +261,8 @@ class MeshConfig:
     """Capacity factor: rows a device can receive in one layer, relative to the mean; mesh.expert always suffices. null:
     3 at first, then, from each checkpoint on, 1.25 times what the steps before it needed."""
     overflow: Literal["stop", "drop"] = "stop"
-    """When a device would receive more rows: stop with a report, or drop the excess and count it as `overflow`, in
-    metrics.jsonl since the previous line and in summary.json over the run."""
+    """When a device would receive more rows: stop with a report, or drop the rows of its last experts and count them as
+    `overflow`, in metrics.jsonl since the previous line and in summary.json over the run."""
     expert_placement: Literal["contiguous", "measured"] = "contiguous"
     """Which experts share a device: consecutive ones, or, each time a run resumes, the placement that best balances the
     devices layer by layer under the loads of the last evaluation. Checkpoints and metrics keep the experts' order."""
