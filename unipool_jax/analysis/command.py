@@ -19,8 +19,8 @@ from unipool_jax.config.words import to_words
 from unipool_jax.data.corpus import Corpus, open_corpus
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.evaluation.scoring import LanguageModel
+from unipool_jax.evaluation.target import evaluated_config
 from unipool_jax.evaluation.tasks_command import require_harness
-from unipool_jax.evaluation.text import evaluated_config
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.evaluate import Evaluator
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run

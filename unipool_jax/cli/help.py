@@ -13,9 +13,10 @@ from typing import Any
 
 from unipool_jax.cli.commands import COMMANDS, HELP, Command
 from unipool_jax.config.docs import allowed_values, field_docs
+from unipool_jax.config.parsing import bare
 from unipool_jax.config.ranges import RANGES, Range
 from unipool_jax.config.schema import Config
-from unipool_jax.config.words import Accepts, Composed, Field, Positional, bare, fields_of
+from unipool_jax.config.words import Accepts, Composed, Field, Positional, fields_of
 
 
 def overview(group: list[str]) -> str:

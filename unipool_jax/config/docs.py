@@ -10,9 +10,8 @@ import sys
 import typing
 from typing import Any, Literal
 
-from unipool_jax.config.parsing import KIND_NAMES
+from unipool_jax.config.parsing import KIND_NAMES, bare
 from unipool_jax.config.ranges import Range
-from unipool_jax.config.words import bare
 
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 

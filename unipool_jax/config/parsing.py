@@ -27,6 +27,13 @@ def from_mapping(mapping: Mapping[str, Any]) -> Config:
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
+def bare(kind: Any) -> Any:
+    """`X` of `X | None`."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return next(argument for argument in typing.get_args(kind) if argument is not type(None))
+    return kind
+
+
 def parse_value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """`value` as a `kind`, or None with an entry in `problems`; `path` is the name of the setting."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):

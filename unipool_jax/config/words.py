@@ -18,13 +18,12 @@ import difflib
 import functools
 import os
 import re
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from unipool_jax.config.parsing import parse_value
+from unipool_jax.config.parsing import bare, parse_value
 from unipool_jax.config.ranges import Range
 from unipool_jax.config.schema import Config, ConfigError, settings
 
@@ -84,13 +83,6 @@ class Field:
 
 
 T = TypeVar("T")
-
-
-def bare(kind: Any) -> Any:
-    """`X` of `X | None`."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(argument for argument in typing.get_args(kind) if argument is not type(None))
-    return kind
 
 
 @functools.cache

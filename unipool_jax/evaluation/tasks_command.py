@@ -12,7 +12,7 @@ from rich.table import Table
 from unipool_jax.data.tokenizer import load_tokenizer
 from unipool_jax.evaluation.requests import EvalRequest, TaskRequest
 from unipool_jax.evaluation.scoring import LanguageModel
-from unipool_jax.evaluation.text import evaluated_config, locate
+from unipool_jax.evaluation.target import evaluated_config, locate
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.metrics import plain_json
 from unipool_jax.training.run_folder import RunError
