@@ -69,6 +69,16 @@ def wait_for_step(run: Path, step: int) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
+def wait_for_checkpoint(run: Path) -> None:
+    """Checkpoints are written beside the training: one is complete some time after its step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(path.name.isdigit() for path in (run / "checkpoints").glob("*")):
+            return
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint was completed")
+
+
 def texts(logs: list[Path]) -> str:
     return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs)
 
@@ -102,6 +112,7 @@ def test_two_processes_lose_one_four_get_a_signal_and_one_finishes(
     run = tmp_path / "runs" / "tiny"
     children, logs = start(runner, tmp_path, 2)
     wait_for_step(run, 12)
+    wait_for_checkpoint(run)
     os.kill(children[1], signal.SIGKILL)
     killed = time.monotonic()
     codes = runner.wait_for_several()

@@ -54,16 +54,10 @@ def guarded(main: Callable[[], int], failure: int | None = None) -> int:
             return _leave(failure or EXIT_FAILED)
         if not _distributed():
             raise
-        import jax
-
         from unipool_jax.parallel.processes import lost_peer
 
         if lost := lost_peer(error):
-            print(
-                f"process {jax.process_index()} stopped because it lost another one, whose output may say why: {lost}\n"
-                "Start all processes again with the same command; they go on from the newest complete checkpoint.",
-                file=sys.stderr,
-            )
+            print(lost, file=sys.stderr)
         else:
             traceback.print_exc()
         return _leave(EXIT_FAILED)

@@ -7,6 +7,7 @@ writes files and prints.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -118,16 +119,24 @@ def process_0_first(action: Callable[[], Found], expected: tuple[type[Exception]
     return result
 
 
-def lost_peer(error: BaseException) -> str | None:
-    """The first line of `error` if it looks as if another process was lost, else None.
+def lost_peer(error: BaseException) -> PeerError | None:
+    """What to report instead of `error` if it looks as if another process was lost, else None.
 
-    JAX has no exception type for this: the text of its backends' errors is all there is.
+    JAX has no exception type for this: the text of its backends' errors is all there is. From within a save it comes as
+    a ValueError that begins with the status ("UNKNOWN: Gloo AllGather failed").
     """
     signs = ("gloo", "nccl", "connection", "peer", "coordination", "heartbeat", "unavailable", "deadline")
     text = str(error).strip()
-    if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in text.lower() for sign in signs):
+    status = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", text)
+    if jax.process_count() == 1 or not (status or isinstance(error, jax.errors.JaxRuntimeError)):
         return None
-    return text.splitlines()[0]
+    if not any(sign in text.lower() for sign in signs):
+        return None
+    return PeerError(
+        f"process {jax.process_index()} stopped because it lost another one, whose output may say why: "
+        f"{text.splitlines()[0]}\n"
+        "Start all processes again with the same command; they resume from the newest complete checkpoint."
+    )
 
 
 class Vote:

@@ -29,7 +29,7 @@ from unipool_jax.config.errors import UserError
 from unipool_jax.config.schema import Config, to_mapping
 from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.moe.lock_lifecycle import structure
-from unipool_jax.parallel.processes import all_agree, broadcast_from_process_0
+from unipool_jax.parallel.processes import PeerError, all_agree, broadcast_from_process_0, lost_peer
 from unipool_jax.training.state import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -179,7 +179,9 @@ class Checkpoints:
         except Exception as error:
             raise self._failure(error) from error
 
-    def _failure(self, error: Exception) -> CheckpointError:
+    def _failure(self, error: Exception) -> CheckpointError | PeerError:
+        if lost := lost_peer(error):
+            return lost
         # After a failed commit the manager may still list the step that it failed to write.
         self._manager.reload()
         left = self.steps()
