@@ -53,21 +53,21 @@ def rematerialized(
     return recompute(function) if config.model.remat == policy and not _recomputes_stage(config) else function
 
 
-def regathers(config: Config) -> bool:
+def _regathers(config: Config) -> bool:
     """Whether the backward pass gathers the weights of each pool again; see above."""
     return config.pool.groups > 1 and config.mesh.fsdp != 1 and config.model.remat != "none"
 
 
 def without_gathered_weights(config: Config, stage: type[nn.Module]) -> type[nn.Module]:
-    """The module of one pool, whose gathered weights are not kept if `regathers`."""
-    if not regathers(config):
+    """The module of one pool, whose gathered weights are not kept if `_regathers`."""
+    if not _regathers(config):
         return stage
     return nn.remat(stage, prevent_cse=False, policy=None if _recomputes_stage(config) else _all_but_placements)
 
 
 def _recomputes_stage(config: Config) -> bool:
     """Whether a pool is recomputed with its only layer."""
-    return regathers(config) and config.model.remat == "full" and config.layers_per_pool == 1
+    return _regathers(config) and config.model.remat == "full" and config.layers_per_pool == 1
 
 
 def _all_but_placements(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:

@@ -16,7 +16,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
-from unipool_jax.training.step import counts_before_gradient
+from unipool_jax.training.step import counts_before_gradient, shares_one_bank
 
 QUERY_BLOCKS = 4
 """Blocks of queries in `causal_attention`; block i sees the keys of the first i."""
@@ -257,7 +257,7 @@ def _messages(at: _Sizes) -> list[Message]:
     micro, layers = config.num_microbatches, config.model.num_layers
     counting = int(counts_before_gradient(config))
     forward, mixture = _passes(at)
-    shared = config.pool.groups == 1 and config.moe.router != "none"
+    shared = shares_one_bank(config)
     fsdp = _other(sizes, "fsdp")
     replicas = ("data", "fsdp", "expert") if config.moe.router == "none" else ("data",)
     # Several pools are gathered in the forward pass of every micro-batch, and again in the backward pass unless kept.
@@ -330,7 +330,7 @@ def _other(sizes: dict[str, int], *axes: str) -> float:
 
 def _temporaries(at: _Sizes, parameters: float) -> float:
     config, sizes, model, n = at.config, at.sizes, at.config.model, at.tokens
-    shared = config.pool.groups == 1 and config.moe.router != "none"
+    shared = shares_one_bank(config)
     pools = 1 if shared else config.pool.groups
     _, bank_parameters = _parameters(config, sizes)
     # The gathered bank and its float32 gradient, not sharded over fsdp; of per-layer pools one at a time, plus the
