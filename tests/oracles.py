@@ -152,15 +152,20 @@ class Forward:
                 out[token] += gate * expert(x[token], bank, index)
         return out
 
-    def counts(self) -> np.ndarray:
-        """Choices per layer and expert `[L, E]`."""
-        width = self.scores[0].shape[1]
-        return np.stack([np.bincount(e.reshape(-1), minlength=width) for e in self.experts])
+    def counts(self, counted: np.ndarray | None = None) -> np.ndarray:
+        """Choices per layer and expert `[L, E]`, of the positions that are `counted`, `[B, S]`."""
+        return choice_counts(self.experts, self.scores[0].shape[1], counted)
 
     def lm_loss(self, targets: np.ndarray) -> float:
         """Mean cross-entropy in nats."""
         log_probability = np.log(softmax(self.logits))
         return float(-np.take_along_axis(log_probability, targets[..., None], -1).mean())
+
+
+def choice_counts(experts: list[np.ndarray], width: int, counted: np.ndarray | None = None) -> np.ndarray:
+    """How many of the `counted` tokens went to each of `width` experts, layer by layer."""
+    chosen = [e if counted is None else e[counted.reshape(-1) > 0] for e in experts]
+    return np.stack([np.bincount(e.reshape(-1), minlength=width) for e in chosen])
 
 
 def _as_float64(tree: Any) -> Any:

@@ -77,14 +77,17 @@ def test_single_batches_are_looked_at_apart() -> None:
     """Device load of a batch is averaged over batches, of which each may lean to another side."""
     config = tiny_config("unipool", "moe.top_k=2", "moe.score_constant=one")
     state, batches = tiny_state(config), [tiny_batch(config, seed) for seed in range(2)]
+    batches[1].weights[-1] = batches[1].weights[-2, 3:] = 0
     whole = analyse(config, state.params, state.balance, lambda: batches, devices=8, draws=0)
     each = [analyse(config, state.params, state.balance, partial(list, [b]), devices=8, draws=0) for b in batches]
     assert np.array_equal(whole.counts_LE, each[0].counts_LE + each[1].counts_LE)
-    assert whole.loss == pytest.approx((each[0].loss + each[1].loss) / 2)
-    np.testing.assert_allclose(whole.common_LL, (each[0].common_LL + each[1].common_LL) / 2)
-    assert whole.batch_load is not None
-    assert whole.batch_load[0] == pytest.approx(np.mean([one.load.critical_path for one in each]))
-    assert whole.batch_load[1] == pytest.approx(np.mean([one.load.whole_model for one in each]))
+    tokens = [int(batch.weights.sum()) for batch in batches]
+    assert [one.tokens for one in each] == tokens
+    assert [whole.tokens, *whole.counts_LE.sum(axis=1)] == [tokens[0] + tokens[1], *[2 * sum(tokens)] * 4]
+    assert whole.loss == pytest.approx(np.average([one.loss for one in each], weights=tokens))
+    np.testing.assert_allclose(whole.common_LL, np.average([one.common_LL for one in each], axis=0, weights=tokens))
+    loads = [(one.load.critical_path, one.load.whole_model) for one in each]
+    assert whole.batch_load == pytest.approx(tuple(np.average(loads, axis=0, weights=tokens)))
 
 
 def test_an_ordinary_mixture_has_no_shared_pool_to_show() -> None:

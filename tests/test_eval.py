@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import oracles
 from runner import overrides
 from shared_steps import share_steps
 from unipool_jax.cli.main import execute, main
@@ -21,10 +23,12 @@ from unipool_jax.config.words import from_words
 from unipool_jax.data.corpus import Corpus, open_corpus, open_texts
 from unipool_jax.data.errors import DataError
 from unipool_jax.evaluation.requests import EvalRequest
+from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.run_folder import RunError
+from unipool_jax.training.sharding import replicated
 from unipool_jax.training.state import TrainState, init_state
 
 
@@ -105,7 +109,7 @@ def test_the_loss_is_the_mean_over_tokens(model: tuple[Config, Corpus, TrainStat
     assert result.loss == pytest.approx(total / count, rel=2e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+@pytest.mark.parametrize("batch_size", [1, 4, 16, 1000])
 @pytest.mark.parametrize("limited", [False, True])
 def test_results_do_not_depend_on_the_batch_size(
     model: tuple[Config, Corpus, TrainState], batch_size: int, limited: bool
@@ -115,6 +119,7 @@ def test_results_do_not_depend_on_the_batch_size(
     found = _result(_with(config, f"train.eval_batch_size={batch_size}"), corpus, state, limited)
     assert (found.tokens, found.bytes) == (expected.tokens, expected.bytes)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    np.testing.assert_array_equal(found.counts_LE, expected.counts_LE)
     if limited:
         assert config.train.eval_batches is not None
         assert found.tokens == config.train.eval_batches * config.train.batch_size * config.data.sequence_length
@@ -158,13 +163,41 @@ def test_without_exact_bytes_there_are_no_bits_per_byte(
     assert "bits per byte: unknown" in capsys.readouterr().out
 
 
-def test_counts_leave_padded_batches_out_where_possible(model: tuple[Config, Corpus, TrainState]) -> None:
+@pytest.fixture(scope="module")
+def routed(model: tuple[Config, Corpus, TrainState]) -> np.ndarray:
+    """Choices per layer and expert over every predicted token of the valid split, window by window, in NumPy."""
     config, corpus, state = model
-    result = _result(_with(config, "train.eval_batch_size=3"), corpus, state)
-    windows = -(-result.tokens // config.data.sequence_length)
-    full = result.tokens // config.data.sequence_length // 3
-    assert full < windows / 3
-    assert result.counts_LE.sum(axis=1).tolist() == [full * 3 * config.data.sequence_length] * config.model.num_layers
+    stream, length = _stream(corpus, "valid"), config.data.sequence_length
+    total = np.zeros((config.model.num_layers, config.experts_per_pool), np.int64)
+    bias = np.asarray(state.balance.expert_bias_GNE)
+    for start in range(0, len(stream) - 1, length):
+        inputs = stream[start : min(start + length, len(stream) - 1)]
+        total += oracles.Forward(config, state.params, inputs[None], bias).counts()
+    return total
+
+
+_FOUR = ("mesh.data=2", "mesh.expert=2")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "mesh"), [(1, ()), (4, ()), (16, ()), (1000, ()), (16, _FOUR), (1000, _FOUR)], ids=str
+)
+def test_exactly_the_predicted_tokens_are_counted(
+    model: tuple[Config, Corpus, TrainState], routed: np.ndarray, batch_size: int, mesh: tuple[str, ...]
+) -> None:
+    """Whatever the batch size: padding at the end of the last window, and rows of it, are routed but not counted."""
+    config, corpus, state = model
+    config = _with(config, "model.compute_dtype=float32", f"train.eval_batch_size={batch_size}", *mesh)
+    devices = usable_mesh(config)
+    with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
+        evaluator = Evaluator(config, corpus, ["valid"], limited=False, mesh=devices)
+        params, balance = state.params, state.balance
+        if devices is not None:
+            params, balance = jax.device_put((params, balance), replicated(devices))
+        result = evaluator.evaluate(params, balance, evaluator.fixed("valid"))
+    assert result is not None
+    assert result.counts_LE.sum(axis=1).tolist() == [result.tokens] * config.model.num_layers
+    np.testing.assert_array_equal(result.counts_LE, routed)
 
 
 def test_the_unigram_model_by_hand(model: tuple[Config, Corpus, TrainState]) -> None:

@@ -93,8 +93,8 @@ class FadedForward(oracles.Forward):
                 out[token] += scores[token, index] * oracles.expert(x[token], bank, index)
         return out
 
-    def unfaded_counts(self) -> np.ndarray:
-        return np.stack([np.bincount(e.reshape(-1), minlength=EXPERTS) for e in self.unfaded])
+    def unfaded_counts(self, counted: np.ndarray | None = None) -> np.ndarray:
+        return oracles.choice_counts(self.unfaded, EXPERTS, counted)
 
 
 def oracle_entropy(scores: list[np.ndarray], target: float) -> float:
@@ -250,6 +250,15 @@ def test_an_evaluation_fades_as_the_last_step_did() -> None:
     np.testing.assert_array_equal(sums.counts_LE, expected.counts())
     np.testing.assert_array_equal(sums.unfaded_counts_LE, expected.unfaded_counts())
     assert float(np.sum(sums.loss_B)) / batch.inputs.size == pytest.approx(expected.lm_loss(batch.targets), rel=1e-4)
+
+    # Padding is routed, and counts neither with nor without the fade: a partition is learned from both.
+    weights = np.ones_like(batch.weights)
+    weights[-2, 5:] = weights[-1] = 0
+    sums = make_eval_step(config)(
+        state.params, state.balance, batch._replace(weights=weights), jnp.zeros(64, jnp.int32)
+    )
+    np.testing.assert_array_equal(sums.counts_LE, expected.counts(weights))
+    np.testing.assert_array_equal(sums.unfaded_counts_LE, expected.unfaded_counts(weights))
 
 
 def test_entropy_of_even_and_single_use() -> None:

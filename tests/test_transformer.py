@@ -13,7 +13,9 @@ import pytest
 import oracles
 from tiny import METHODS, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config.schema import Config
-from unipool_jax.model.transformer import forward
+from unipool_jax.model.transformer import EVERY_POSITION, LayerInputs, Positions, apply, forward
+from unipool_jax.moe.mixture import Selection
+from unipool_jax.moe.routing import RoutingStats
 
 
 def _forward(config: Config, params: Any, tokens: np.ndarray, bias: Any = None) -> tuple[jax.Array, Any]:
@@ -47,6 +49,25 @@ def test_forward_matches_numpy(method: str, overrides: tuple[str, ...]) -> None:
     if method != "dense":
         found = np.asarray(stats.counts_AE).sum(2).reshape(config.model.num_layers, -1)
         np.testing.assert_array_equal(found, expected.counts())
+
+
+@pytest.mark.parametrize("method", ["dense", "unipool"])
+def test_statistics_are_about_the_counted_positions(method: str) -> None:
+    config = tiny_config(method)
+    params, tokens = tiny_state(config).params, tiny_batch(config).inputs[:2]
+    counted = np.array([[True] * 8, [True] * 3 + [False] * 5])
+    inputs = LayerInputs(Selection(jnp.zeros((config.pool.groups, config.layers_per_pool, config.experts_per_pool))))
+
+    def stats(tokens: np.ndarray, positions: Positions) -> RoutingStats:
+        return apply(config, params, tokens, inputs, positions).layers.stats
+
+    found = stats(tokens, Positions(counted_BS=jnp.asarray(counted)))
+    # Attention is causal and routing is token by token, so the same two texts alone count the same.
+    parts = [stats(tokens[:1], EVERY_POSITION), stats(tokens[1:, :3], EVERY_POSITION)]
+    for name in ("counts_AE", "score_sum_AE", "z_square_sum_A"):
+        expected = sum(np.asarray(getattr(part, name)).sum(axis=2) for part in parts)
+        np.testing.assert_allclose(np.asarray(getattr(found, name)).sum(axis=2), expected, rtol=1e-5, err_msg=name)
+    assert np.asarray(found.counts_AE).sum() == 11 * 4
 
 
 def test_changing_an_expert_changes_every_layer_that_selects_it() -> None:

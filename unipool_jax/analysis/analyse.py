@@ -36,8 +36,8 @@ class Analysis:
     """Number of tokens that visit 0, 1, 2, ... distinct experts, int64."""
     common_LL: np.ndarray
     """Fraction of choices that two layers have in common, float64."""
-    batch_load: tuple[float, float] | None
-    """Means of `DeviceLoad.critical_path` and `.whole_model` over full batches; None if there are none."""
+    batch_load: tuple[float, float]
+    """Means of `DeviceLoad.critical_path` and `.whole_model` over batches, each as often as it has tokens."""
     cosine_GEE: np.ndarray
     """Cosine between the experts of each pool."""
     devices: int
@@ -85,7 +85,6 @@ class Analysis:
         config, counts_LM = self.config, self.usage_map
         layers, load = config.model.num_layers, self.load
         pairs = self.cosine_GEE[:, *np.triu_indices(self.cosine_GEE.shape[1], 1)]
-        batch_load = self.batch_load or (None, None)
         document = {
             "model": {
                 "scale": config.scale_name,
@@ -124,7 +123,7 @@ class Analysis:
                 "by_layer": load.by_layer_L,
                 "critical_path": load.critical_path,
                 "whole_model": load.whole_model,
-                "mean_over_batches": {"critical_path": batch_load[0], "whole_model": batch_load[1]},
+                "mean_over_batches": dict(zip(("critical_path", "whole_model"), self.batch_load, strict=True)),
             },
             "probe": None if self.probe is None else _probe_json(self.probe, "language-model loss, nats per token"),
             "task_probe": None if self.task_probe is None else _task_probe_json(self.task_probe),
@@ -186,7 +185,7 @@ def analyse(
     counts_LE = np.zeros((layers, experts), np.int64)
     unique_U = np.zeros(layers * top_k + 1, np.int64)
     common_LL = np.zeros((layers, layers), np.int64)
-    batch_loads = []
+    load_sums = np.zeros(2)
     for batch in batches():
         seen = jax.device_get(step(params, balance, jax.device_put(batch), None))
         text_N = text_positions(batch)
@@ -197,9 +196,8 @@ def analyse(
         counts_LE += batch_counts_LE
         unique_U += np.bincount(usage.unique_experts(experts_LNK, groups, experts), minlength=len(unique_U))
         common_LL += usage.same_expert(experts_LNK, groups)
-        if text_N.all():
-            load = usage.device_load(batch_counts_LE, devices)
-            batch_loads.append((load.critical_path, load.whole_model))
+        load = usage.device_load(batch_counts_LE, devices)
+        load_sums += np.array([load.critical_path, load.whole_model]) * text_N.sum()
     bank = params["pools"]["bank"]
     cosine_GEE = usage.expert_similarity(*(np.asarray(bank[name]) for name in ("gate", "up", "down")))
     probed = None
@@ -213,7 +211,7 @@ def analyse(
         counts_LE=counts_LE,
         unique_U=unique_U,
         common_LL=common_LL / (tokens * top_k),
-        batch_load=tuple(np.mean(batch_loads, axis=0).tolist()) if batch_loads else None,
+        batch_load=(float(load_sums[0] / tokens), float(load_sums[1] / tokens)),
         cosine_GEE=cosine_GEE,
         devices=devices,
         probe=probed,

@@ -172,11 +172,10 @@ def _layers(analysis: Analysis) -> Part:
                 f"Summed over all layers the busiest device has only {load.whole_model:.2f} times the mean: balance "
                 "over the pool is not balance in each layer."
             )
-        if analysis.batch_load is not None:
-            words.append(
-                f"These are averages over the full text; within single batches the factors are "
-                f"{analysis.batch_load[0]:.2f} and {analysis.batch_load[1]:.2f}."
-            )
+        words.append(
+            f"These are averages over the full text; within single batches the factors are "
+            f"{analysis.batch_load[0]:.2f} and {analysis.batch_load[1]:.2f}."
+        )
     else:
         words.append("A single device has no load to balance; expert_parallel=4, for example, shows that of four.")
     draw = partial(figures.layers_figure, entropy_L, coverage_L, load.by_layer_L, experts, devices)

@@ -54,6 +54,19 @@ class LayerInputs(NamedTuple):
     """Keys and values of the positions before; None: the tokens are all there is."""
 
 
+class Positions(NamedTuple):
+    """What all layers are told of the positions of a batch."""
+
+    start_B: jax.Array | None = None
+    """With a cache, the position of each row's first token, int32."""
+    counted_BS: jax.Array | None = None
+    """Which positions routing statistics are about, bool; None is all of them. Padding is routed like text."""
+
+
+EVERY_POSITION = Positions()
+"""Rows begin at position 0, and all of them is text."""
+
+
 class LayerOutputs(NamedTuple):
     """What a layer returns besides hidden states; arrays of all layers are stacked to `[G, L/G, ...]`."""
 
@@ -69,7 +82,7 @@ def layer(
     hidden_BSD: jax.Array,
     weights: LayerWeights,
     inputs: LayerInputs,
-    start_B: jax.Array | None,
+    positions: Positions,
     experts: Experts,
 ) -> tuple[jax.Array, Experts, LayerOutputs]:
     """One pre-norm transformer layer.
@@ -79,7 +92,7 @@ def layer(
       hidden_BSD: in the compute dtype.
       weights: parameters of this layer.
       inputs: of this layer.
-      start_B: with a cache, the position of each row's first token, int32.
+      positions: of the batch.
       experts: of the layer's pool.
 
     Returns:
@@ -87,11 +100,11 @@ def layer(
     """
     model = config.model
     normed_BSD = rms_norm(hidden_BSD, weights.attention_norm_D, model.norm_epsilon)
-    attended_BSD, cache = attention(model, normed_BSD, weights.attention, inputs.cache, start_B)
+    attended_BSD, cache = attention(model, normed_BSD, weights.attention, inputs.cache, positions.start_B)
     hidden_BSD = hidden_BSD + attended_BSD
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
     block = rematerialized(config, "moe", functools.partial(mixture, config))
-    mixed = block(normed_BSD, weights.router, inputs.selection, experts)
+    mixed = block(normed_BSD, weights.router, inputs.selection, experts, positions.counted_BS)
     hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
     return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.experts_NK)
 
@@ -107,7 +120,7 @@ class Layer(nn.Module):
         self,
         carry: tuple[jax.Array, Bank | None],
         bank: Bank,
-        start_B: jax.Array | None,
+        positions: Positions,
         inputs: LayerInputs,
     ) -> tuple[tuple[jax.Array, Bank | None], LayerOutputs]:
         config, ones, width = self.config, nn.initializers.ones, (self.config.model.hidden_size,)
@@ -119,7 +132,7 @@ class Layer(nn.Module):
         )
         hidden_BSD, accumulator = carry
         function = rematerialized(config, "full", functools.partial(layer, config))
-        hidden_BSD, experts, outputs = function(hidden_BSD, weights, inputs, start_B, Experts(bank, accumulator))
+        hidden_BSD, experts, outputs = function(hidden_BSD, weights, inputs, positions, Experts(bank, accumulator))
         if not self.keep_routing:
             outputs = outputs._replace(experts_NK=None)
         return (hidden_BSD, experts.accumulator), outputs
@@ -133,7 +146,7 @@ class PoolStage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden_BSD: jax.Array, start_B: jax.Array | None, inputs: LayerInputs, experts: Experts | None
+        self, hidden_BSD: jax.Array, positions: Positions, inputs: LayerInputs, experts: Experts | None
     ) -> tuple[jax.Array, tuple[LayerOutputs, Experts | None]]:
         config, model = self.config, self.config.model
         given = experts is not None
@@ -158,7 +171,7 @@ class PoolStage(nn.Module):
         )
         # The two halves of `experts` enter the scan apart: weights in its carry would be kept once for each layer.
         (hidden_BSD, accumulator), outputs = layers(config, self.keep_routing, name="layers")(
-            (hidden_BSD, experts.accumulator), experts.weights, start_B, inputs
+            (hidden_BSD, experts.accumulator), experts.weights, positions, inputs
         )
         return hidden_BSD, (outputs, experts._replace(accumulator=accumulator) if given else None)
 
@@ -190,7 +203,7 @@ class Transformer(nn.Module):
         self,
         tokens_BS: jax.Array,
         inputs: LayerInputs,
-        start_B: jax.Array | None = None,
+        positions: Positions = EVERY_POSITION,
         experts: Experts | None = None,
     ) -> ModelOutput:
         """Apply the model.
@@ -198,7 +211,7 @@ class Transformer(nn.Module):
         Args:
           tokens_BS: token ids, int32.
           inputs: of every layer, stacked.
-          start_B: with a cache, the position of each row's first token, int32.
+          positions: of the tokens.
           experts: for G = 1, the pool's experts, `[1, ...]`, in place of those that the parameters hold.
         """
         config, model = self.config, self.config.model
@@ -217,7 +230,7 @@ class Transformer(nn.Module):
             check_constancy_invariants=self.is_initializing(),
         )
         hidden_BSD, (outputs, experts) = pools(config, self.keep_routing, name="pools")(
-            hidden_BSD, start_B, inputs, experts
+            hidden_BSD, positions, inputs, experts
         )
 
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
@@ -234,13 +247,13 @@ def apply(
     params: Any,
     tokens_BS: ArrayLike,
     inputs: LayerInputs,
-    start_B: jax.Array | None = None,
+    positions: Positions = EVERY_POSITION,
     experts: Experts | None = None,
     keep_routing: bool = False,
 ) -> ModelOutput:
     """`Transformer` as a function of its parameters; arguments as there. With `experts` the parameters need no bank."""
     model: Any = Transformer(config, keep_routing)
-    output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, start_B, experts)
+    output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, positions, experts)
     return output
 
 
@@ -279,6 +292,6 @@ def forward_cached(
     positions before them. Tokens of padding behind a row are harmless if later calls overwrite them in order.
     """
     inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE), cache)
-    output = apply(config, params, tokens_BS, inputs, start_B)
+    output = apply(config, params, tokens_BS, inputs, Positions(start_B))
     assert output.layers.cache is not None
     return output.head.logits(), output.layers.cache

@@ -68,7 +68,12 @@ class MixtureOutput(NamedTuple):
 
 
 def mixture(
-    config: Config, hidden_BSD: jax.Array, weights: RouterWeights | None, selection: Selection, experts: Experts
+    config: Config,
+    hidden_BSD: jax.Array,
+    weights: RouterWeights | None,
+    selection: Selection,
+    experts: Experts,
+    counted_BS: jax.Array | None = None,
 ) -> MixtureOutput:
     """Route every token of a layer and add up its experts' outputs; statistics are per sequence, A = B.
 
@@ -78,13 +83,15 @@ def mixture(
       weights: the layer's router; None in the dense model.
       selection: bias, factors and forced choices of the layer.
       experts: of the layer's pool.
+      counted_BS: which positions the statistics are about, bool; None is all of them.
     """
     moe, num_experts = config.moe, config.router_width
     batch, length, width = hidden_BSD.shape
     hidden_ND = constrain(hidden_BSD.reshape(-1, width), "batch", None)
     if weights is None:
         output_ND = dense_ffn(hidden_ND, experts.weights)
-        return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, _dense_stats(batch, length), None)
+        stats = _dense_stats(batch, length, counted_BS)
+        return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, None)
     logits_NE = linear(hidden_ND, weights.router_ED, (None, "embed"), transposed=True, wide=True)
     logits_NE = logits_NE.astype(moe.router_dtype)
     assert moe.router != "none"
@@ -98,6 +105,7 @@ def mixture(
         num_stat_groups=batch,
         expert_bias_E=selection.expert_bias_E if config.loss.balance == "expert_bias" else None,
         score_factor_E=selection.score_factor_E,
+        counted_N=None if counted_BS is None else constrain(counted_BS.reshape(-1), "batch"),
     )
     if selection.forced is not None:
         routing = replaced(routing, scores_NE, selection.forced, moe.router)
@@ -185,10 +193,13 @@ def _on_device(
     return output_ND, accumulator, dispatched.received[None]
 
 
-def _dense_stats(batch: int, length: int) -> RoutingStats:
+def _dense_stats(batch: int, length: int, counted_BS: jax.Array | None) -> RoutingStats:
     """Statistics of a layer whose one expert takes every token."""
+    counts_B1 = jnp.full((batch, 1), length, jnp.int32)
+    if counted_BS is not None:
+        counts_B1 = jnp.sum(counted_BS, axis=1, keepdims=True, dtype=jnp.int32)
     return RoutingStats(
-        counts_AE=jnp.full((batch, 1), length, jnp.int32),
+        counts_AE=counts_B1,
         score_sum_AE=jnp.zeros((batch, 1), jnp.float32),
         z_square_sum_A=jnp.zeros((batch,), jnp.float32),
         received_X=jnp.zeros((1,), jnp.int32),

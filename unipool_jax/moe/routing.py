@@ -128,6 +128,7 @@ def route(
     num_stat_groups: int = 1,
     expert_bias_E: jax.Array | None = None,
     score_factor_E: jax.Array | None = None,
+    counted_N: jax.Array | None = None,
 ) -> Routing:
     """Choose the `top_k` experts of each token.
 
@@ -144,6 +145,7 @@ def route(
       expert_bias_E: selection bias, float32, or None.
       score_factor_E: factor on the scores before anything else is done with them, float32, or None. An expert with
         factor 0 is not chosen, whatever its score (method M6.4).
+      counted_N: which tokens the statistics are about, bool; None is all of them. The others are routed all the same.
 
     Returns:
       `Routing` with statistics of shape `[A, E]`.
@@ -163,16 +165,22 @@ def route(
     if router == "sigmoid" and top_k > 1:
         gates_NK = gates_NK / (jnp.sum(gates_NK, axis=-1, keepdims=True) + _SIGMOID_EPSILON)
 
+    def summed(values: jax.Array, axis: int | tuple[int, ...], dtype: jnp.dtype | None = None) -> jax.Array:
+        if counted_N is not None:
+            values = jnp.where(counted_N.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
+        return jnp.sum(_in_groups(values, num_stat_groups), axis=axis, dtype=dtype)
+
     z_N = jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1))
     stats = RoutingStats(
-        counts_AE=_counts(chosen_NKE, num_stat_groups),
-        score_sum_AE=jnp.sum(_in_groups(scores_NE.astype(jnp.float32), num_stat_groups), axis=1),
-        z_square_sum_A=jnp.sum(_in_groups(z_N, num_stat_groups), axis=1),
+        counts_AE=summed(chosen_NKE, (1, 2), jnp.int32),
+        score_sum_AE=summed(scores_NE.astype(jnp.float32), 1),
+        z_square_sum_A=summed(z_N, 1),
         received_X=jnp.zeros((1,), jnp.int32),
     )
     if score_factor_E is not None:
         unfaded_NK = _largest(jax.lax.stop_gradient(own_NE), top_k)
-        stats = stats._replace(unfaded_counts_AE=_counts(_one_hot(unfaded_NK, own_NE.shape[1]), num_stat_groups))
+        unfaded_AE = summed(_one_hot(unfaded_NK, own_NE.shape[1]), (1, 2), jnp.int32)
+        stats = stats._replace(unfaded_counts_AE=unfaded_AE)
     return Routing(experts_NK, gates_NK, stats)
 
 
@@ -191,11 +199,6 @@ def _one_hot(experts_NK: jax.Array, num_experts: int) -> jax.Array:
 def _in_groups(values_NX: jax.Array, num_groups: int) -> jax.Array:
     """`[A, N / A, ...]`: equal runs of consecutive tokens."""
     return values_NX.reshape(num_groups, -1, *values_NX.shape[1:])
-
-
-def _counts(chosen_NKE: jax.Array, num_groups: int) -> jax.Array:
-    """Choices that went to each expert, int32 `[A, E]`."""
-    return jnp.sum(_in_groups(chosen_NKE, num_groups), axis=(1, 2), dtype=jnp.int32)
 
 
 class Forced(NamedTuple):

@@ -20,7 +20,7 @@ from unipool_jax.data.unigram import token_counts, unigram_loss
 from unipool_jax.parallel.mesh import num_shards
 from unipool_jax.training.metrics import perplexity
 from unipool_jax.training.sharding import process_rows, replicated, to_devices
-from unipool_jax.training.step import make_eval_step
+from unipool_jax.training.step import EvalSums, make_eval_step
 
 UNIGRAM_MAX_TOKENS = 200_000_000
 """Train splits with more tokens get no unigram baseline, which must read all of them."""
@@ -39,7 +39,7 @@ class EvalResult(NamedTuple):
     bytes: int | None
     """UTF-8 bytes of the predicted tokens."""
     counts_LE: np.ndarray
-    """Routing counts per layer and expert, int64; of batches without padding only, if there are any."""
+    """Routing counts per layer and expert, int64: each layer's sum to `tokens` times the experts per token."""
     unfaded_counts_LE: np.ndarray | None = None
     """The same without the fade of a lock; None in runs without a lock."""
 
@@ -123,7 +123,7 @@ class Evaluator:
 
         Devices return float32 sums per sequence; the host adds them in float64.
         """
-        total, pending = _Totals(self._config.data.sequence_length), None
+        total, pending = _Totals(), None
         for batch in batches:
             if cancelled():
                 return None
@@ -140,34 +140,27 @@ class Evaluator:
 class _Totals:
     """Sums over batches, on the host, in float64 and integers."""
 
-    def __init__(self, sequence_length: int) -> None:
-        self._length = sequence_length
+    def __init__(self) -> None:
         self._loss = 0.0
         self._tokens = self._bytes = 0
-        # Padding is routed like text, so the counts of padded batches are used only if there are no others.
-        self._counts: dict[bool, Any] = {True: 0, False: 0}
-        self._unfaded: dict[bool, Any] = {True: None, False: None}
-        self._full_batches = 0
+        self._counts: Any = 0
+        self._unfaded: Any = None
 
-    def add(self, sums: Any) -> None:
+    def add(self, sums: EvalSums) -> None:
         host = jax.device_get(sums)
-        full = bool(np.all(host.tokens_B == self._length))
         self._loss += float(np.sum(host.loss_B, dtype=np.float64))
         self._tokens += int(np.sum(host.tokens_B, dtype=np.float64))
         self._bytes += int(np.sum(host.bytes_B, dtype=np.int64))
-        self._counts[full] = self._counts[full] + host.counts_LE.astype(np.int64)
+        self._counts = self._counts + host.counts_LE.astype(np.int64)
         if host.unfaded_counts_LE is not None:
-            before = 0 if self._unfaded[full] is None else self._unfaded[full]
-            self._unfaded[full] = before + host.unfaded_counts_LE.astype(np.int64)
-        self._full_batches += full
+            before = 0 if self._unfaded is None else self._unfaded
+            self._unfaded = before + host.unfaded_counts_LE.astype(np.int64)
 
     def result(self, exact_bytes: bool) -> EvalResult:
         loss = self._loss / self._tokens
         bits = self._loss / math.log(2) / self._bytes if exact_bytes and self._bytes else None
-        counts = self._counts[self._full_batches > 0]
-        unfaded = self._unfaded[self._full_batches > 0]
         num_bytes = self._bytes if exact_bytes else None
-        return EvalResult(loss, perplexity(loss), bits, self._tokens, num_bytes, counts, unfaded)
+        return EvalResult(loss, perplexity(loss), bits, self._tokens, num_bytes, self._counts, self._unfaded)
 
 
 def unigram_baseline(corpus: Corpus, windows: Mapping[str, EvalWindows]) -> dict[str, dict[str, float | None]] | None:

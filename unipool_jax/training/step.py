@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.model.transformer import apply
+from unipool_jax.model.transformer import Positions, apply
 from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
 from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
 from unipool_jax.moe.capacity import overflow
@@ -45,7 +45,7 @@ class EvalSums(NamedTuple):
     bytes_B: jax.Array
     """UTF-8 bytes of the predicted tokens, int32."""
     counts_LE: jax.Array
-    """Choices per layer and expert, int32 `[L, E]`, over all positions of the batch."""
+    """Choices per layer and expert, int32 `[L, E]`, of the positions whose targets are predicted."""
     unfaded_counts_LE: jax.Array | None
     """The same without the fade of a lock that is under way; None in runs without one."""
 
@@ -333,10 +333,10 @@ def make_eval_step(
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, capacity_factor=math.inf))
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
-        output = apply(config, params, batch.inputs, layer_inputs(config, balance))
+        counted_BS = jnp.asarray(batch.weights) > 0
+        output = apply(config, params, batch.inputs, layer_inputs(config, balance), Positions(counted_BS=counted_BS))
         stats = output.layers.stats
         losses_BS = output.head.token_losses(batch.targets)
-        counted_BS = batch.weights > 0
 
         def by_layer(counts_GNAE: jax.Array) -> jax.Array:
             return jnp.sum(counts_GNAE, axis=2).reshape(config.model.num_layers, -1)
