@@ -26,6 +26,7 @@ from unipool_jax.analysis.compare import check_slices, compare, grouped, load_ru
 from unipool_jax.analysis.compare_command import compare_command
 from unipool_jax.analysis.requests import CompareRequest
 from unipool_jax.config.compose import compose_config, load_config
+from unipool_jax.config.files import write_text
 from unipool_jax.training.run_folder import CONFIG, SUMMARY, frozen_differences
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -121,7 +122,7 @@ def compare_recorded(seeds: list[int], out: Path) -> None:
     vanilla, unipool = (tuple(case for case in ROWS if case.name == name) for name in ("vanilla", "unipool"))
     if folders(vanilla) and len(folders(ROWS)) > len(folders(vanilla)):
         compare_command(CompareRequest(tuple(folders(ROWS)), out=str(out / "rows")))
-        (out / "rows" / "published.md").write_text(published_table(folders(ROWS)), encoding="utf-8")
+        write_text(out / "rows" / "published.md", published_table(folders(ROWS)))
     if folders(unipool) and folders(CONTROLS):
         compare_command(CompareRequest(tuple(folders(unipool + CONTROLS)), out=str(out / "controls")))
 

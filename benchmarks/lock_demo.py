@@ -11,7 +11,6 @@ repeated. What is kept of each run: its configuration, metrics, summary and owne
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -20,10 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from unipool_jax.analysis.history import read_history
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
+from unipool_jax.config.files import write_text
 from unipool_jax.config.schema import Config
 from unipool_jax.training.entry import run
+from unipool_jax.training.run_folder import read_summary
 
 METHODS = {
     "vanilla": ["method=vanilla"],
@@ -48,8 +50,7 @@ def configuration(method: str, seed: int, folder: Path, overrides: list[str]) ->
 
 def read_lines(run_folder: Path, kind: str) -> list[dict[str, Any]]:
     """Metrics of one kind."""
-    found = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line for line in found if line["kind"] == kind]
+    return [line for line in read_history(run_folder) if line["kind"] == kind]
 
 
 def paired(values: np.ndarray, against: np.ndarray) -> tuple[float, float]:
@@ -139,9 +140,7 @@ def main() -> int:
         valid = [read_lines(arguments.out / f"{method}-seed{seed}", "valid") for seed in seeds]
         steps = [line["step"] for line in valid[0]]
         curves[method] = np.array([[line["loss"] for line in lines] for lines in valid])
-        summaries = [
-            json.loads((arguments.out / f"{method}-seed{seed}" / "summary.json").read_text()) for seed in seeds
-        ]
+        summaries = [read_summary(arguments.out / f"{method}-seed{seed}") for seed in seeds]
         finals[method] = np.array([[s["results"]["test"]["loss"], s["tokens_per_second"]] for s in summaries])
     marks = {}
     if "unipool_lock" in arguments.methods:
@@ -149,7 +148,7 @@ def main() -> int:
         for name, stage in (("freeze", 1), ("lock", 2)):
             marks[name] = next(line["step"] for line in lines if line["lock/installed_stage"] == stage)
     text = table(curves, finals)
-    (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_text(arguments.out / "table.md", text + "\n")
     draw_curves(arguments.out / "curves.png", steps, curves, marks)
     print(text)
     return 0

@@ -15,7 +15,6 @@ chip complete.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +34,7 @@ from benchmarks.tpu_costs import (
     our_programs,
     ragged_dot_seconds,
 )
+from unipool_jax.config.files import write_json
 from unipool_jax.kernels import tpu_tiles
 
 # Experts and widths of the published scales.
@@ -110,7 +110,7 @@ def write_tiles(scales: Sequence[str], rows: Sequence[int]) -> None:
     for chip in CHIPS.values():
         problems = [Problem.draw(number, *SCALES[scale]) for scale in scales for number in rows]
         table["columns"][chip.device_kind] = best_columns(chip, problems)
-    Path(tpu_tiles.__file__).with_name("tpu_tiles.json").write_text(json.dumps(table, indent=1) + "\n")
+    write_json(Path(tpu_tiles.__file__).with_name("tpu_tiles.json"), table, indent=1)
 
 
 def best_tile_rows(chip: Chip) -> dict[int, int]:

@@ -70,7 +70,8 @@ def test_results_are_collected_as_far_as_they_are_there(tmp_path: Path) -> None:
             lines = [{"kind": "valid", "step": step, "loss": loss + 1 / step} for step in (10, 20, 30, 40)]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             result = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": None, "tokens": 10, "bytes": None}
-            summary = {"results": {"valid": result}, "experts_used": 1, "experts_total": 1, "busiest_over_mean": 1.0}
+            summary = {"step": 40, "tokens": 100, "results": {"valid": result}, "unigram": None}
+            summary |= {"tokens_per_second": None, "experts_used": 1, "experts_total": 1, "busiest_over_mean": 1.0}
             if (case.name, seed) != ("unipool_2_pools", 2):
                 (folder / "summary.json").write_text(json.dumps(summary))
                 record(case, seed, runs, out)

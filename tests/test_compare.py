@@ -38,8 +38,9 @@ def make_run(folder: Path, name: str, losses: list[float], *overrides: str, toke
         "tokens": tokens,
         "bytes": 9,
     }
-    summary = {"results": {"valid": result, "test": result}, "experts_used": 8, "experts_total": 8}
-    (path / "summary.json").write_text(json.dumps(summary | {"busiest_over_mean": 1.5}))
+    summary = {"step": STEPS[-1], "tokens": 100, "results": {"valid": result, "test": result}, "unigram": None}
+    summary |= {"tokens_per_second": None, "experts_used": 8, "experts_total": 8, "busiest_over_mean": 1.5}
+    (path / "summary.json").write_text(json.dumps(summary))
     return str(path)
 
 

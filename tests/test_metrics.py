@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from unipool_jax.analysis.history import read_history
+from unipool_jax.config.files import FileError
 from unipool_jax.config.schema import Config, ModelConfig, MoEConfig, PoolConfig
 from unipool_jax.training.flops import flops_per_token, peak_flops
 from unipool_jax.training.metrics import (
@@ -122,7 +124,7 @@ def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
 
 
 def test_a_complete_line_without_its_newline_is_torn_too(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}')
     writer = MetricsWriter(tmp_path, 5, tensorboard=False)
     writer.write("train", 6, {})
     writer.close()
@@ -203,3 +205,27 @@ def test_flops_of_the_published_182m_model() -> None:
 )
 def test_peaks_are_known_by_device_kind(kind: str, peak: float | None) -> None:
     assert peak_flops(kind) == peak
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"kind": "train", "step": "2"}', '{"kind": "train", "step": [2]}', "nonsense", "[]"]
+)
+def test_a_damaged_line_is_not_lost_in_silence(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [f'{{"kind": "train", "step": {step}}}' for step in (1, 2, 3)]
+    path.write_text("\n".join([good[0], damage, good[2]]) + "\n")
+    for read in (lambda: MetricsWriter(tmp_path, 3, tensorboard=False), lambda: read_history(tmp_path)):
+        with pytest.raises(FileError, match=r"metrics\.jsonl line 2: .*; correct or delete that line"):
+            read()
+    # Behind the lines of the checkpoint it is what a crash left.
+    MetricsWriter(tmp_path, 2, tensorboard=False).close()
+    assert path.read_text() == good[0] + "\n"
+
+
+def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    writer._stream.close()
+    writer._stream = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115 - the writer closes it
+    for write in (lambda: writer.write("train", 1, {}), writer.close):
+        with pytest.raises(FileError, match=r"metrics\.jsonl: cannot be written: No space left on device; make room"):
+            write()

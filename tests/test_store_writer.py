@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from store_fixtures import SHARD, Corpus, build, make_corpus, tree
-from unipool_jax.data import store_format, token_store
+from unipool_jax.config import files as config_files
+from unipool_jax.data import token_store
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.store_reader import building_folder
 from unipool_jax.data.token_store import open_store
@@ -73,7 +74,7 @@ def test_resume_after_a_crash_at_every_durable_write(
 def test_two_crashes_in_one_build(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, _ = corpus
     expected = tree(build(files, tmp_path / "whole").path)
-    real, count = store_format.write_atomically, [0]
+    real, count = config_files.write_atomically, [0]
 
     def crashing(path: Path, content: bytes) -> None:
         real(path, content)
@@ -81,7 +82,7 @@ def test_two_crashes_in_one_build(corpus: Corpus, tmp_path: Path, monkeypatch: p
         if count[0] in (2, 5):
             raise Crash
 
-    monkeypatch.setattr(store_format, "write_atomically", crashing)
+    monkeypatch.setattr(config_files, "write_atomically", crashing)
     for _ in range(2):
         with pytest.raises(Crash):
             build(files, tmp_path / "out")
@@ -90,15 +91,16 @@ def test_two_crashes_in_one_build(corpus: Corpus, tmp_path: Path, monkeypatch: p
 
 _KILLED = """
 import os, signal, sys
+from unipool_jax.config import files
 from unipool_jax.data import store_format, token_store
-real, count = store_format.write_atomically, [0]
+real, count = files.write_atomically, [0]
 def killing(path, content):
     real(path, content)
     count[0] += 1
     if count[0] == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
-    store_format.write_atomically = killing
+    files.write_atomically = token_store.write_atomically = killing
     token_store.build_store(
         sys.argv[2:], sys.argv[1], "bytes", progress=False, workers=2, shard_tokens=store_format.CHUNK_TOKENS
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from unipool_jax.analysis.history import read_history
 from unipool_jax.analysis.page import write_page
 from unipool_jax.analysis.report import facts, parts
 from unipool_jax.analysis.requests import AnalysisRequest
+from unipool_jax.config.files import write_json
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.config.words import to_words
 from unipool_jax.data.corpus import Corpus, open_corpus
@@ -140,7 +140,7 @@ def write_results(analysis: Analysis, folder: Path, run: Path, step: int, reques
     """Write `analysis.json`, the figures and the page into `folder`; returns the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {"run": str(run), "step": step, "split": request.split} | analysis.as_json()
-    (folder / "analysis.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "analysis.json", document, indent=1)
     config = analysis.config
     pools = "one pool" if config.pool.groups == 1 else f"{config.pool.groups} pools"
     title = f"Inside {run.name}: {config.method_name} after {step:,} steps"

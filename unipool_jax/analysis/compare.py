@@ -5,7 +5,6 @@ A pair is two runs of different groups with the same seed, and therefore the sam
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from unipool_jax.analysis.history import read_history, series_of
 from unipool_jax.analysis.probe import Difference
 from unipool_jax.config.compose import load_config
 from unipool_jax.config.schema import Config, settings
-from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, frozen_differences
+from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, frozen_differences, read_summary
 
 LATE = 0.6
 """Late training begins after this fraction of the steps (method M10.13: the final gap is less steady)."""
@@ -107,8 +106,7 @@ def load_run(folder: str) -> Run:
     path = find_run(folder)
     if not (path / SUMMARY).exists():
         raise RunError(f"{path}: no {SUMMARY}, so the run has not finished; finish it, or omit it")
-    summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-    return Run(path, load_config(path / CONFIG), summary, read_history(path))
+    return Run(path, load_config(path / CONFIG), read_summary(path), read_history(path))
 
 
 def check_slices(runs: Sequence[Run]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ from unipool_jax.analysis.compare import (
 from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.analysis.probe import Difference
 from unipool_jax.analysis.requests import CompareRequest
+from unipool_jax.config.files import write_json, write_text
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.config.words import to_words
 from unipool_jax.training.metrics import plain_json
@@ -162,8 +162,8 @@ def compare_command(request: CompareRequest) -> int:
     table = table_of(rows, baseline)
     folder = Path(request.out) if request.out else runs[0].folder.parent / "compare"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.json").write_text(json.dumps(_json(rows, baseline), indent=1) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(_markdown(table), encoding="utf-8")
+    write_json(folder / "compare.json", _json(rows, baseline), indent=1)
+    write_text(folder / "table.md", _markdown(table))
     title = f"{len(groups)} settings, {len(runs)} runs"
     subtitle = f"Paired with {baseline.name}. Runs: {', '.join(str(run.folder) for run in runs)}"
     best = min(rows, key=lambda row: row.loss.mean)

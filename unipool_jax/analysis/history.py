@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,25 @@ from typing import Any
 import numpy as np
 
 from unipool_jax.analysis.figures import Series
+from unipool_jax.training.metrics import read_metrics
 
 
 def read_history(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Complete lines of a run's metrics file, up to `last_step`; empty for imported runs, which have no such file."""
+    """Complete lines of a run's metrics file, up to `last_step`; empty for imported runs, which have no such file.
+
+    Raises:
+      FileError: a line is damaged.
+    """
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # a run that is being written, or was killed while writing
-        if last_step is None or line["step"] <= last_step:
-            lines.append(line)
-    return lines
+    records = []
+    for line in read_metrics(path):
+        if line.problem is not None:
+            raise line.problem
+        if last_step is None or line.record["step"] <= last_step:
+            records.append(line.record)
+    return records
 
 
 def series_of(history: Sequence[Mapping[str, Any]], kind: str, name: str) -> Series | None:

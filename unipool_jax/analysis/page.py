@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unipool_jax.analysis.figures import Draw, data_uri, png
+from unipool_jax.config.files import write_atomically, write_text
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -79,7 +80,7 @@ def write_page(
         if part.figure is not None:
             name, draw = part.figure
             light = png(draw)
-            (folder / f"{name}.png").write_bytes(light)
+            write_atomically(folder / f"{name}.png", light)
             body.append(
                 '<figure><picture><source media="(prefers-color-scheme: dark)" '
                 f'srcset="{data_uri(png(draw, dark=True))}">'
@@ -97,7 +98,7 @@ def write_page(
         + "\n</main>\n</body>\n</html>\n"
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

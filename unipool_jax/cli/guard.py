@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -10,21 +9,9 @@ import traceback
 from collections.abc import Callable
 
 from unipool_jax.config.errors import UserError
+from unipool_jax.config.files import remedy
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
-
-_ANOTHER, _ROOM = "choose another place, or change what is there", "make room, or choose another place"
-_PLACES = {
-    errno.EACCES: _ANOTHER,
-    errno.EPERM: _ANOTHER,
-    errno.EROFS: _ANOTHER,
-    errno.ENOTDIR: _ANOTHER,
-    errno.EISDIR: _ANOTHER,
-    errno.EEXIST: _ANOTHER,
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
-}
-"""What to do about errors of the file system that are no mistake of the program, by number."""
 
 
 def guarded(main: Callable[[], int], failure: int | None = None) -> int:
@@ -49,8 +36,8 @@ def guarded(main: Callable[[], int], failure: int | None = None) -> int:
         print("interrupted: give the same command again", file=sys.stderr)
         return _leave(EXIT_INTERRUPTED)
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno in _PLACES:
-            print(f"{error.filename or 'writing'}: {error.strerror}; {_PLACES[error.errno]}", file=sys.stderr)
+        if isinstance(error, OSError) and (advice := remedy(error)):
+            print(f"{error.filename or 'writing'}: {error.strerror}; {advice}", file=sys.stderr)
             return _leave(failure or EXIT_FAILED)
         if not _distributed():
             raise

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from unipool_jax.config.files import FileError, parse_yaml, read_text, read_yaml, write_text
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
 
@@ -99,15 +99,15 @@ def check_config_dir(folder: Folder) -> None:
     problems = []
     for path in sorted([*Path(folder).glob("*.yaml"), *Path(folder).glob("*/*.yaml")]):
         try:
-            text = path.read_text(encoding="utf-8")
-            found = yaml.safe_load(text)
+            text = read_text(path, "mend or remove it")
+            found = parse_yaml(text, str(path), "mend or remove it")
             if path.parent.name in ("method", "scale") and "@package" not in text:
                 # Hydra would put the settings into a section of the name of the group, and these have none.
                 problems.append(f"{path}: its first line must be `# @package _global_`, as in the shipped choices")
             elif not isinstance(found, dict | None):
                 problems.append(f"{path}: expected settings such as `model:`, found {type(found).__name__}")
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            problems.append(f"{path}: not a readable YAML file: {' '.join(str(error).split())}; mend or remove it")
+        except FileError as error:
+            problems.append(str(error))
     if problems:
         raise ConfigError(problems, f"--config-dir {folder}")
 
@@ -159,34 +159,17 @@ def config_yaml(config: Config) -> str:
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write `config` as YAML, atomically: a reader sees the previous file or all of the new one."""
-    target = Path(path)
-    text = config_yaml(config)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(Path(path), config_yaml(config))
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
     """Read a configuration written by `save_config`.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileError: the file cannot be read, or is no YAML.
       ConfigError: the file is not a configuration of this version.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        mapping = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: not a YAML file: {' '.join(str(error).split())}"]) from error
-    if not isinstance(mapping, dict):
-        raise ConfigError([f"{path}: expected the sections of a configuration, found {type(mapping).__name__}"])
+    mapping = read_yaml(Path(path))
     mesh = mapping.get("mesh")
     if isinstance(mesh, dict) and "receive_factor" in mesh:  # its name until 0.1.0
         mesh["capacity_factor"] = mesh.pop("receive_factor")

@@ -10,3 +10,7 @@ class UserError(Exception):
 
     exit_code: ClassVar[int] = 1
     """Of a command that it ends."""
+
+    def __init__(self, message: str = ""):
+        # Python decodes bytes of a path that are not UTF-8 to lone surrogates, which no terminal or file can take.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unipool_jax.config.compose import save_config
+from unipool_jax.config.files import write_atomically
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
@@ -102,7 +103,7 @@ def write_run(folder: Path, config: Config, weights: Weights, tokenizer_json: by
             check_same_experts(wanted, expert_hashes(_restore(checkpoints, config, 0)), str(folder))
         save_config(config, temporary / CONFIG)
         if tokenizer_json is not None:
-            (temporary / "tokenizer.json").write_bytes(tokenizer_json)
+            write_atomically(temporary / "tokenizer.json", tokenizer_json)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

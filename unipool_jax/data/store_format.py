@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from unipool_jax.config import files
 from unipool_jax.data.errors import DataError
 
 FORMAT = "unipool token store"
@@ -92,26 +93,6 @@ def json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces the content of `path`; after a crash the file holds all of the old or all of the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a store.
 
@@ -119,12 +100,9 @@ def read_json(path: Path) -> dict[str, Any]:
       DataError: unreadable or not a JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); rebuild the store") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object; rebuild the store")
-    return value
+        return files.read_json(path, "rebuild the store")
+    except files.FileError as error:
+        raise DataError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Writes the token stream of a store shard by shard, so that an interrupted build can resume."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unipool_jax.config import files
 from unipool_jax.data import store_format
 from unipool_jax.data.errors import DataError
 
@@ -124,7 +124,7 @@ class StoreWriter:
         journal["documents"] += len(kept)
         journal["carried"] = size - int(ends[done - 1]) if done else journal["carried"] + size
         self._forget(done, tokens[size:])
-        store_format.write_atomically(self.folder / _JOURNAL, json.dumps(journal).encode())
+        files.write_json(self.folder / _JOURNAL, journal)
 
     def _write_shard(self, tokens: np.ndarray) -> None:
         shards = self._journal["shards"]
@@ -202,7 +202,7 @@ class StoreWriter:
                 "sha256": store_format.file_sha256(offsets_path),
             },
         }
-        store_format.write_atomically(self.folder / store_format.MANIFEST, json.dumps(content, indent=1).encode())
+        files.write_json(self.folder / store_format.MANIFEST, content, indent=1)
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -210,4 +210,4 @@ def publish(folder: Path, out: Path) -> None:
     for name in (_JOURNAL, _LENGTHS):
         (folder / name).unlink(missing_ok=True)
     os.rename(folder, out)
-    store_format.sync_folder(out.parent)
+    files.sync_folder(out.parent)

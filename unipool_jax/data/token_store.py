@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from unipool_jax.config.files import FileError, write_atomically
 from unipool_jax.data import store_format
 from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.errors import DataError
@@ -304,7 +305,7 @@ def build_store(
                 dtype = store_format.token_dtype(tokenizer.vocab_size)
                 writer = StoreWriter(folder, key, len(paths), dtype, shard_tokens)
                 if tokenizer.definition is not None:
-                    store_format.write_atomically(folder / store_format.TOKENIZER, tokenizer.definition)
+                    write_atomically(folder / store_format.TOKENIZER, tokenizer.definition)
                 with _progress(total, progress) as report:
                     _append_all(writer, paths, field, tokenizer, workers, report)
                 writer.finish(manifest)
@@ -314,7 +315,7 @@ def build_store(
             f"{folder}: a worker process died, perhaps out of memory; repeat the command with fewer than "
             f"{workers} workers to resume after the last finished shard"
         ) from error
-    except OSError as error:
+    except (OSError, FileError) as error:
         raise cannot_write(folder, error) from error
     return _open_same(out, tokenizer, key, checked, split_order)
 

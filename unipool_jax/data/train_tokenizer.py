@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tokenizers
 
+from unipool_jax.config.files import write_atomically
 from unipool_jax.data.assets import demo_corpus_path
-from unipool_jax.data.errors import DataError
 from unipool_jax.data.readers import read_texts
 from unipool_jax.data.requests import TokenizerRequest
 from unipool_jax.data.splits import Split, split_documents
@@ -48,14 +48,11 @@ def tokenizer_command(request: TokenizerRequest) -> int:
     """Train a tokenizer and write it.
 
     Raises:
-      DataError: with what to do about it.
+      DataError, FileError: with what to do about it.
     """
     paths = [Path(file) for file in request.files]
     texts = read_texts(paths, request.field) if paths else demo_training_texts()
     trained = train_tokenizer(texts, request.vocab_size)
-    try:
-        Path(request.out).write_bytes(trained)
-    except OSError as error:
-        raise DataError(f"out={request.out}: cannot be written ({error.strerror})") from error
+    write_atomically(Path(request.out), trained)
     print(f"wrote {request.out}")
     return 0

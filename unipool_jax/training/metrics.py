@@ -7,11 +7,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+
+from unipool_jax.config.files import FileError, Line, read_lines, write_atomically, writing
 
 Value = float | int | bool | str | None | list[Any]
 
@@ -147,6 +149,9 @@ class MetricsWriter:
       resume_step: completed steps of the state that training resumes from; 0 for a new run.
       tensorboard: also write event files.
       writes: whether this process writes; in the others every method does nothing.
+
+    Raises:
+      FileError: from every method, if the disk is full or the file is damaged.
     """
 
     def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool, writes: bool = True):
@@ -154,7 +159,8 @@ class MetricsWriter:
         tensorboard = tensorboard and writes
         kept = _drop_later_lines(self.path, resume_step) if writes else []
         self.kinds_at_resume = {str(line.get("kind")) for line in kept if line.get("step") == resume_step}
-        self._stream = self.path.open("a", encoding="utf-8")
+        with writing(self.path):
+            self._stream = self.path.open("a", encoding="utf-8")
         self._events = None
         if tensorboard:
             # It imports PyTorch where that is installed, which takes longer than everything else that training imports.
@@ -165,8 +171,9 @@ class MetricsWriter:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line, and a TensorBoard scalar for each number and each element of a list."""
         line = {"kind": kind, "step": step} | plain_json(values)
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        with writing(self.path):
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
         if self._events is None:
             return
         for key, value in line.items():
@@ -180,37 +187,44 @@ class MetricsWriter:
     def sync(self) -> None:
         """Flush everything written so far to disk; a checkpoint must not be newer than the metrics on disk."""
         if self.path != Path(os.devnull):
-            os.fsync(self._stream.fileno())
+            with writing(self.path):
+                os.fsync(self._stream.fileno())
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._stream.close()
+        with writing(self.path):
+            self._stream.close()
         if self._events is not None:
             self._events.close()
 
 
 def _drop_later_lines(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep only the complete lines of `path` up to `step`, and return their content."""
+    """Keep only the complete lines of `path` up to `step`, and return their content.
+
+    Raises:
+      FileError: a line among those to keep is damaged.
+    """
     if not path.exists():
         return []
-    kept, records = [], []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if line.endswith("\n") and isinstance(record, dict) and record.get("step", 0) <= step:
+    kept: list[Line] = []
+    problem: FileError | None = None
+    for line in read_metrics(path):
+        if line.problem is not None:
+            problem = line.problem
+        elif line.record["step"] <= step and line.text.endswith(b"\n"):
+            # Damage behind these lines is what a crash leaves; before them, a line of the past would be lost.
+            if problem is not None:
+                raise problem
             kept.append(line)
-            records.append(record)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    return records
+    write_atomically(path, b"".join(line.text for line in kept))
+    return [line.record for line in kept]
+
+
+def read_metrics(path: Path) -> Iterator[Line]:
+    """The lines of a metrics file; raises FileError if it cannot be read."""
+    return read_lines(path, {"kind": str, "step": int}, "correct or delete that line")
 
 
 class Stopwatch:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from unipool_jax.config.files import read_array
 from unipool_jax.config.schema import Config
 from unipool_jax.moe.bank import BANK_AXES
 from unipool_jax.moe.placement import exchange_rounds, measured_placement
@@ -90,7 +91,7 @@ def _exchange(config: Config, mesh: Mesh, orders_GE: np.ndarray) -> Callable[[Tr
 def newest_counts(routing: Path, step: int) -> np.ndarray | None:
     """Routing counts per layer and expert of the last evaluation up to `step`, int64 `[L, E]`; None without one."""
     steps = [int(path.stem) for path in routing.glob("*.npy") if path.stem.isdigit() and int(path.stem) <= step]
-    return np.load(routing / f"{max(steps)}.npy", allow_pickle=False) if steps else None
+    return read_array(routing / f"{max(steps)}.npy", "delete it; an earlier one is then used") if steps else None
 
 
 def measured(config: Config, mesh: Mesh, counts_LE: np.ndarray) -> Placement:

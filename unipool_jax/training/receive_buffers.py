@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from unipool_jax.config.files import FileError, check_fields, read_json, write_json
 from unipool_jax.config.schema import Config
-from unipool_jax.data.store_format import write_atomically
 from unipool_jax.moe.capacity import UNMEASURED_FACTOR, rows_per_device
-from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0
+from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0, process_0_first
 
 FILE = "receive_buffers.json"
 """In the run folder: the capacity factor in use, and the size of the expert group it was measured for."""
@@ -117,17 +116,25 @@ class ReceiveBuffers:
         """The saved factor, if it was measured for an expert group of this size. Process 0 reads the file."""
         if not self._measured:
             return None
-        text = broadcast_from_process_0(
-            self._path.read_text(encoding="utf-8") if is_process_0() and self._path.exists() else "{}"
-        )
-        found = json.loads(text)
-        return float(found["receive_factor"]) if found.get("expert_devices") == self._devices else None
+        found = process_0_first(lambda: self._read_file() if is_process_0() else 0.0, (FileError,))
+        return float(broadcast_from_process_0(repr(found))) or None
+
+    def _read_file(self) -> float:
+        """0 where there is no factor for this size of the expert group."""
+        if not self._path.exists():
+            return 0.0
+        advice = "delete it; loads are then measured again"
+        found = read_json(self._path, advice)
+        check_fields(found, self._path, {"expert_devices": int, "receive_factor": float}, advice)
+        factor = found["receive_factor"]
+        if not 0 < factor < math.inf:
+            raise FileError(f"{self._path}: receive_factor is {factor}, expected more than 0; {advice}")
+        return float(factor) if found["expert_devices"] == self._devices else 0.0
 
     def _write(self) -> None:
         if not (self._measured and is_process_0()):
             return
-        text = json.dumps({"expert_devices": self._devices, "receive_factor": self.factor})
-        write_atomically(self._path, f"{text}\n".encode())
+        write_json(self._path, {"expert_devices": self._devices, "receive_factor": self.factor})
 
     def _error(self, step: int, rows: int, previous: float) -> OverflowedError:
         remedy = (

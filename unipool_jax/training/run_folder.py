@@ -6,17 +6,36 @@ runs/<name>/config.yaml  metrics.jsonl  summary.json  tensorboard/  routing/  ch
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from pathlib import Path
 from typing import Any, TextIO
 
 from unipool_jax.config.compose import differences, load_config, save_config
 from unipool_jax.config.errors import UserError
+from unipool_jax.config.files import check_fields, read_json, write_json, writing
 from unipool_jax.config.schema import Config, settings
-from unipool_jax.data.store_format import write_atomically
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
+
+_SUMMARY_FIELDS = {
+    "step": int,
+    "tokens": int,
+    "results": dict,
+    "results.valid.loss": float,
+    "results.*.loss": float,
+    "results.*.perplexity": float,
+    "results.*.bits_per_byte": float | None,
+    "results.*.tokens": int,
+    "results.*.bytes": int | None,
+    "unigram": dict | None,
+    "unigram.*.loss": float,
+    "unigram.*.bits_per_byte": float | None,
+    "tokens_per_second": float | None,
+    "experts_used": int,
+    "experts_total": int,
+    "busiest_over_mean": float,
+}
+"""What every summary has, also one of an earlier version."""
 
 _MAY_CHANGE = ("run.", "mesh.", "distributed.", "kernels.")
 _MAY_CHANGE_EXACTLY = {
@@ -91,8 +110,9 @@ class RunFolder:
             )
         if not existing and config.run.resume == "required":
             raise RunError(f"run.resume=required, but {self.path} holds no checkpoint; check run.dir and run.name")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
         try:
             if existing:
                 self._check_same_run(config)
@@ -138,12 +158,11 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None for a run that is not finished."""
-        path = self.path / SUMMARY
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return read_summary(self.path) if (self.path / SUMMARY).exists() else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the results, which marks the run as finished."""
-        write_atomically(self.path / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
+        write_json(self.path / SUMMARY, summary, indent=2)
 
     def close(self) -> None:
         """Release the lock."""
@@ -155,6 +174,19 @@ class RunFolder:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+      FileError: it is damaged.
+    """
+    path = folder / SUMMARY
+    advice = "delete it and repeat the training command, which evaluates the last checkpoint anew"
+    summary = read_json(path, advice)
+    check_fields(summary, path, _SUMMARY_FIELDS, advice)
+    return summary
 
 
 def holds_checkpoint(folder: Path) -> bool:
