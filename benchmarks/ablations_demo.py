@@ -17,13 +17,15 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from unipool_jax.analysis.compare import check_slices, compare, grouped, load_run
+from benchmarks.intervals import difference_cells, stored_losses
 from unipool_jax.analysis.compare_command import compare_command
+from unipool_jax.analysis.paired import CELLS
 from unipool_jax.analysis.requests import CompareRequest
 from unipool_jax.config.compose import compose_config, load_config
 from unipool_jax.config.files import write_text
@@ -122,26 +124,22 @@ def compare_recorded(seeds: list[int], out: Path) -> None:
     vanilla, unipool = (tuple(case for case in ROWS if case.name == name) for name in ("vanilla", "unipool"))
     if folders(vanilla) and len(folders(ROWS)) > len(folders(vanilla)):
         compare_command(CompareRequest(tuple(folders(ROWS)), out=str(out / "rows")))
-        write_text(out / "rows" / "published.md", published_table(folders(ROWS)))
+        write_text(out / "rows" / "published.md", published_table(out / "rows"))
     if folders(unipool) and folders(CONTROLS):
         compare_command(CompareRequest(tuple(folders(unipool + CONTROLS)), out=str(out / "controls")))
 
 
-def published_table(folders: list[str]) -> str:
-    """The rows beside the published ones, as Markdown."""
-    runs = [load_run(folder) for folder in folders]
-    check_slices(runs)
-    groups = grouped(runs)
-    lines = ["| row | valid loss | minus vanilla | seeds | published at 182M |", "|---|---|---|---|---|"]
-    for row in compare(groups, groups[0]):
-        name = next(iter(row.group.runs.values())).folder.name.rpartition("-seed")[0]
-        published = next(case.published for case in ROWS if case.name == name)
-        found = "-"
-        if row.difference is not None:
-            error = row.difference.standard_error
-            found = f"{row.difference.mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")
-        lines.append(f"| {name} | {row.loss.mean:.4f} | {found} | {len(row.group.runs)} | {published:+.4f} |")
-    return "\n".join(lines) + "\n"
+def published_table(comparison: Path) -> str:
+    """The rows of a comparison minus vanilla, beside the published differences, as Markdown."""
+    losses = stored_losses(comparison)
+    head = ["row", "seeds", "valid loss", *CELLS, "published at 182M"]
+    lines = [head, ["---"] * len(head)]
+    for case in (case for case in ROWS if case.name in losses):
+        found = losses[case.name]
+        cells = ["-"] * len(CELLS) if case.name == "vanilla" else difference_cells(losses, case.name, "vanilla")
+        mean = f"{statistics.fmean(found.values()):.4f}"
+        lines.append([case.name, str(len(found)), mean, *cells, f"{case.published:+.4f}"])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def main() -> int:
@@ -149,7 +147,7 @@ def main() -> int:
     names = [case.name for case in ROWS + CONTROLS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="steps of 4096 tokens")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations_demo"), help="where runs are kept")
     parser.add_argument("--out", type=Path, default=Path("results/ablations_demo"), help="where results go")

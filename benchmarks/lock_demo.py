@@ -4,14 +4,13 @@
     python -m benchmarks.lock_demo --out /tmp/try --seeds 1 --overrides train.steps=16 train.eval_every=4
 
 Every seed fixes initial weights and the order of the text, and all methods are evaluated on the same slice of the valid
-split, so differences are taken seed by seed: their mean, and its standard error over seeds. Finished runs are not
+split, so differences are taken seed by seed: their mean, and its 95% interval over seeds. Finished runs are not
 repeated. What is kept of each run: its configuration, metrics, summary and ownership maps.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.intervals import Losses, differences_table
 from unipool_jax.analysis.history import read_history
+from unipool_jax.analysis.paired import paired
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.files import write_text
@@ -53,32 +54,12 @@ def read_lines(run_folder: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in read_history(run_folder) if line["kind"] == kind]
 
 
-def paired(values: np.ndarray, against: np.ndarray) -> tuple[float, float]:
-    """Mean difference over seeds, and its standard error (NaN for one seed)."""
-    differences = values - against
-    error = differences.std(ddof=1) / math.sqrt(differences.size) if differences.size > 1 else math.nan
-    return float(differences.mean()), float(error)
-
-
-def table(curves: dict[str, np.ndarray], finals: dict[str, np.ndarray]) -> str:
-    """Markdown: final losses, and paired differences with their standard errors.
-
-    Args:
-      curves: validation loss per method, `[seeds, evaluations]`.
-      finals: per method, `[seeds, 2]`: test loss and tokens per second.
-    """
-    rows = [
-        "| run | valid loss | test loss | valid minus vanilla | valid minus unipool |",
-        "|---|---|---|---|---|",
-    ]
-    for method, curve in curves.items():
-        last = curve[:, -1]
-        cells = [method, f"{last.mean():.4f}", f"{finals[method][:, 0].mean():.4f}"]
-        for other in (BASELINE, "unipool"):
-            mean, error = paired(last, curves[other][:, -1])
-            cells.append("-" if other == method else f"{mean:+.4f} ± {error:.4f}")
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+def table(losses: Losses, tests: dict[str, np.ndarray]) -> str:
+    """Markdown: final losses, and paired differences of the validation loss; test losses are `[seeds]`."""
+    rows = [["run", "valid loss", "test loss"], ["---"] * 3]
+    for method, by_seed in losses.items():
+        rows.append([method, f"{np.mean(list(by_seed.values())):.4f}", f"{tests[method].mean():.4f}"])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows) + "\n" + differences_table(losses)
 
 
 def draw_curves(path: Path, steps: list[int], curves: dict[str, np.ndarray], marks: dict[str, int]) -> None:
@@ -93,8 +74,9 @@ def draw_curves(path: Path, steps: list[int], curves: dict[str, np.ndarray], mar
         style: dict[str, Any] = {"label": method, "color": f"C{index}"}
         losses.plot(steps, curve.mean(axis=0), marker="o", markersize=3, **style)
         if method != BASELINE:
-            each = [paired(curve[:, i], curves[BASELINE][:, i]) for i in range(len(steps))]
-            differences.errorbar(steps, [m for m, _ in each], yerr=[e for _, e in each], capsize=2, **style)
+            each = [paired(line.tolist()) for line in (curve - curves[BASELINE]).T]
+            error = [value.standard_error or 0.0 for value in each]
+            differences.errorbar(steps, [value.mean for value in each], yerr=error, capsize=2, **style)
     for axes, name in ((losses, "validation loss (nats)"), (differences, f"minus {BASELINE}, same seed (nats)")):
         for label, step in marks.items():
             axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
@@ -135,20 +117,21 @@ def main() -> int:
         print("no table: it needs vanilla and unipool")
         return 0
 
-    curves, finals, steps = {}, {}, []
+    curves, tests, steps = {}, {}, []
     for method in arguments.methods:
         valid = [read_lines(arguments.out / f"{method}-seed{seed}", "valid") for seed in seeds]
         steps = [line["step"] for line in valid[0]]
         curves[method] = np.array([[line["loss"] for line in lines] for lines in valid])
         summaries = [read_summary(arguments.out / f"{method}-seed{seed}") for seed in seeds]
-        finals[method] = np.array([[s["results"]["test"]["loss"], s["tokens_per_second"]] for s in summaries])
+        tests[method] = np.array([summary["results"]["test"]["loss"] for summary in summaries])
     marks = {}
     if "unipool_lock" in arguments.methods:
         lines = read_lines(arguments.out / "unipool_lock-seed1", "valid")
         for name, stage in (("freeze", 1), ("lock", 2)):
             marks[name] = next(line["step"] for line in lines if line["lock/installed_stage"] == stage)
-    text = table(curves, finals)
-    write_text(arguments.out / "table.md", text + "\n")
+    losses = {m: dict(zip(seeds, curve[:, -1].tolist(), strict=True)) for m, curve in curves.items()}
+    text = table(losses, tests)
+    write_text(arguments.out / "table.md", text)
     draw_curves(arguments.out / "curves.png", steps, curves, marks)
     print(text)
     return 0

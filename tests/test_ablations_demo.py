@@ -78,9 +78,9 @@ def test_results_are_collected_as_far_as_they_are_there(tmp_path: Path) -> None:
     compare_recorded([1, 2], out)
     published = (out / "rows" / "published.md").read_text().splitlines()
     assert published[2:] == [
-        "| vanilla | 6.5000 | - | 2 | +0.0000 |",
-        "| unipool | 6.2120 | -0.2880 ± 0.0000 | 2 | -0.0288 |",
-        "| unipool_2_pools | 5.8960 | -0.1040 | 1 | -0.0104 |",
+        "| vanilla | 2 | 6.5000 | - | - | - | - | +0.0000 |",
+        "| unipool | 2 | 6.2120 | -0.2880 | -0.2880 to -0.2880 | 0 | not shown: 2 of at least 3 pairs | -0.0288 |",
+        "| unipool_2_pools | 1 | 5.8960 | -0.1040 | - | - | not shown: 1 of at least 3 pairs | -0.0104 |",
     ]
     assert (out / "controls" / "report.html").exists()
     assert (out / "runs" / "half_pool-seed2" / "config.yaml").exists()

@@ -11,6 +11,7 @@ import pytest
 
 from unipool_jax.analysis.compare import check_slices, compare, families, grouped, load_run, mean_and_error
 from unipool_jax.analysis.compare_command import compare_parts
+from unipool_jax.analysis.paired import Paired
 from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config, save_config
 from unipool_jax.config.schema import ConfigError
@@ -69,18 +70,22 @@ def test_pairs_and_standard_errors_by_hand(sweep: list[str]) -> None:
     vanilla, ours, small = compare(groups, groups[0])
     assert vanilla.loss.mean == pytest.approx(5.5)
     assert vanilla.loss.standard_error == pytest.approx(0.5 / math.sqrt(3))
-    assert (vanilla.difference, vanilla.pairs) == (None, 0)
+    assert (vanilla.difference, vanilla.baseline) == (None, None)
     assert ours.difference is not None
     assert ours.late is not None
     # Differences -0.1, -0.2, -0.6: mean -0.3; squares of deviations 0.04, 0.01, 0.09 over 2; s = sqrt(0.07).
     assert ours.difference.mean == pytest.approx(-0.3)
     assert ours.difference.standard_error == pytest.approx(math.sqrt(0.07 / 3))
+    # Student's t with 2 degrees of freedom: 4.3027 standard errors to each side.
+    assert ours.difference.interval == pytest.approx((-0.3 - 4.30265 * 0.152753, -0.3 + 4.30265 * 0.152753), rel=1e-4)
+    assert ours.difference.reading == "not shown: the interval holds 0"
     # Late: evaluations after step 60 differ by -0.4 and by the final gap: -0.25, -0.3, -0.5, mean -0.35.
     assert ours.late.mean == pytest.approx(-0.35)
     assert ours.late.standard_error == pytest.approx(math.sqrt((0.1**2 + 0.05**2 + 0.15**2) / 2 / 3))
     # Paired, the error is much smaller than that of the losses themselves, whose seeds differ more than the methods.
     assert small.difference is not None
-    assert (small.difference.mean, small.difference.standard_error, small.pairs) == (0.0, None, 1)
+    assert small.difference == Paired(0.0, 1)
+    assert small.difference.reading == "not shown: 1 of at least 3 pairs"
 
 
 def test_one_value_has_no_error() -> None:
@@ -97,7 +102,17 @@ def test_a_common_level_of_a_seed_cancels(tmp_path: Path) -> None:
     groups = grouped([load_run(folder) for folder in folders])
     difference = compare(groups, groups[0])[1].difference
     assert difference is not None
-    assert (difference.mean, difference.standard_error) == (-0.25, 0.0)
+    assert (difference.mean, difference.standard_error, difference.interval) == (-0.25, 0.0, (-0.25, -0.25))
+    assert difference.reading == "not shown: 2 of at least 3 pairs"
+
+
+def test_no_common_seed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [
+        make_run(tmp_path, "v1", [5.0] * 5, "method=vanilla", "train.seed=1"),
+        make_run(tmp_path, "u2", [4.0] * 5, "train.seed=2"),
+    ]
+    assert execute(["compare", *folders, f"out={tmp_path / 'out'}"]) == 0
+    assert "not shown: no seed in common" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -183,7 +198,14 @@ def test_sweeps_are_found(tmp_path: Path) -> None:
     sizes = families(groups, {"pool.experts", "pool.fraction"})
     assert [group.name for group in sizes[2]] == ["unipool", "unipool fraction=0.5", "unipool experts=16"]
     titles = [part.title for part in compare_parts(compare(groups, groups[0]), groups[0])]
-    assert titles == ["Results", "Over training", "Balance over training", "Smaller pools", "Granularity"]
+    assert titles == [
+        "Results",
+        "Differences",
+        "Over training",
+        "Balance over training",
+        "Smaller pools",
+        "Granularity",
+    ]
 
 
 def test_every_scale_and_granularity_has_its_own_baseline(tmp_path: Path) -> None:
@@ -246,7 +268,9 @@ def check_page(path: Path) -> References:
     return page
 
 
-def test_the_command_writes_table_figures_and_page(sweep: list[str], tmp_path: Path) -> None:
+def test_the_command_writes_table_figures_and_page(
+    sweep: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert execute(["compare", *sweep, f"out={out}"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
@@ -259,9 +283,33 @@ def test_the_command_writes_table_figures_and_page(sweep: list[str], tmp_path: P
     ]
     assert check_page(out / "report.html").images == 3
     rows = (out / "table.md").read_text().splitlines()
-    assert len(rows) == 5
     assert rows[3].startswith("| unipool fraction=1 | 3 | 5.2000 ± ")
-    assert "| -0.3000 ± 0.1528 | 3 | -0.3500 ± 0.0764 |" in rows[3]
+    # With 2 degrees of freedom, p of |t| is 1 - t / sqrt(2 + t^2): t is 0.3 / 0.1528, then 0.35 / 0.0764.
+    assert rows[6:] == [
+        "|  | minus | of | pairs | difference | 95% interval | p | reading |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| unipool fraction=1 | vanilla | last evaluation | 3 | -0.3000 | -0.9572 to +0.3572 | 0.19 | "
+        "not shown: the interval holds 0 |",
+        "| unipool fraction=1 | vanilla | late training | 3 | -0.3500 | -0.6786 to -0.0214 | 0.044 | shown |",
+        "| unipool fraction=0.5 | vanilla | last evaluation | 1 | +0.0000 | - | - | not shown: 1 of at least 3 pairs |",
+        "| unipool fraction=0.5 | vanilla | late training | 1 | -0.2500 | - | - | not shown: 1 of at least 3 pairs |",
+    ]
+    printed = capsys.readouterr().out
+    for cell in ("95% interval", "-0.6786 to -0.0214", "0.044", "not shown: the interval holds 0"):
+        assert cell in printed
+        assert cell in (out / "report.html").read_text()
     document = json.loads((out / "compare.json").read_text())
     assert document["baseline"] == "vanilla"
-    assert document["groups"][1]["valid_loss_by_seed"] == {"1": 4.9, "2": 5.8, "3": 4.9}
+    ours, small = document["groups"][1:]
+    assert ours["valid_loss_by_seed"] == {"1": 4.9, "2": 5.8, "3": 4.9}
+    assert ours["late_difference"]["interval"] == pytest.approx([-0.6786, -0.0214], abs=1e-4)
+    assert (ours["late_difference"]["shown"], ours["difference"]["shown"]) == (True, False)
+    assert small["difference"] == {
+        "mean": 0.0,
+        "pairs": 1,
+        "standard_error": None,
+        "interval": None,
+        "p": None,
+        "shown": False,
+        "reading": "not shown: 1 of at least 3 pairs",
+    }

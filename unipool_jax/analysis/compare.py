@@ -16,6 +16,7 @@ import numpy as np
 
 from unipool_jax.analysis.figures import Series
 from unipool_jax.analysis.history import read_history, series_of
+from unipool_jax.analysis.paired import Paired, paired
 from unipool_jax.analysis.probe import Difference
 from unipool_jax.config.compose import load_config
 from unipool_jax.config.schema import Config, settings
@@ -88,13 +89,11 @@ class Row:
     loss: Difference
     """Mean final validation loss over seeds, with its standard error."""
     baseline: Group | None
-    """The group it is paired with (see `counterpart`); None for a baseline."""
-    difference: Difference | None
-    """Paired difference of the final validation loss to the baseline; None for a baseline and without pairs."""
-    late: Difference | None
-    """The same for the mean loss of the evaluations of late training."""
-    pairs: int
-    """Seeds in common with the baseline."""
+    """The group it is compared with (see `counterpart`); None for a baseline."""
+    difference: Paired | None
+    """Of the final validation loss to the baseline, paired by seed; None for a baseline and without common seeds."""
+    late: Paired | None
+    """The same for the mean loss of the evaluations of late training; None with fewer than two of them."""
 
 
 def load_run(folder: str) -> Run:
@@ -244,15 +243,15 @@ def compare(groups: Sequence[Group], baseline: Group) -> list[Row]:
         other = counterpart(group, groups, baseline)
         seeds = [seed for seed in group.runs if seed in other.runs]
         if group is baseline or group is other or not seeds:
-            rows.append(Row(group, loss, None, None, None, 0))
+            rows.append(Row(group, loss, None if group in (baseline, other) else other, None, None))
             continue
-        difference = mean_and_error([group.runs[seed].loss - other.runs[seed].loss for seed in seeds])
+        difference = paired([group.runs[seed].loss - other.runs[seed].loss for seed in seeds])
         series, late = paired_series(group, other), None
         if series is not None:
             last = min(group.config.train.steps, other.config.train.steps)
             rest = series.y[:, series.x > LATE * last]
-            late = mean_and_error(rest.mean(axis=1).tolist()) if rest.shape[1] > 1 else None
-        rows.append(Row(group, loss, other, difference, late, len(seeds)))
+            late = paired(rest.mean(axis=1).tolist()) if rest.shape[1] > 1 else None
+        rows.append(Row(group, loss, other, difference, late))
     return rows
 
 

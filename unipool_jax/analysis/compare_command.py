@@ -26,7 +26,7 @@ from unipool_jax.analysis.compare import (
     paired_series,
 )
 from unipool_jax.analysis.page import Part, Table, write_page
-from unipool_jax.analysis.probe import Difference
+from unipool_jax.analysis.paired import CELLS, FEWEST, Paired
 from unipool_jax.analysis.requests import CompareRequest
 from unipool_jax.config.files import write_json, write_text
 from unipool_jax.config.schema import ConfigError
@@ -37,24 +37,21 @@ _POOL_SIZE = {"pool.experts", "pool.fraction"}
 _GRANULARITY = {"moe.experts_per_layer", "moe.top_k", "pool.experts"}
 
 
-def table_of(rows: Sequence[Row], baseline: Group) -> Table:
-    """The comparison as text."""
-    head = ["", "seeds", "valid loss", f"minus {baseline.config.method_name}", "pairs", "late difference", "test loss"]
-    head += ["bits per byte", "experts used", "busiest over mean"]
+def table_of(rows: Sequence[Row]) -> Table:
+    """The groups as text."""
+    head = ["", "seeds", "valid loss", "test loss", "bits per byte", "experts used", "busiest over mean"]
     lines = []
     for row in rows:
         summaries = [run.summary for run in row.group.runs.values()]
         tests = [s["results"]["test"]["loss"] for s in summaries if "test" in s["results"]]
         bits = [s["results"]["valid"]["bits_per_byte"] for s in summaries]
         used = sorted({f"{s['experts_used']} of {s['experts_total']}" for s in summaries})
+        error = "" if row.loss.standard_error is None else f" ± {row.loss.standard_error:.4f}"
         lines.append(
             [
                 row.group.name,
                 str(len(summaries)),
-                _value(row.loss),
-                "-" if row.difference is None else _value(row.difference, "+"),
-                str(row.pairs) if row.pairs else "-",
-                "-" if row.late is None else _value(row.late, "+"),
+                f"{row.loss.mean:.4f}{error}",
                 f"{np.mean(tests):.4f}" if tests else "-",
                 "-" if None in bits else f"{np.mean(bits):.4f}",
                 ", ".join(used),
@@ -64,23 +61,39 @@ def table_of(rows: Sequence[Row], baseline: Group) -> Table:
     return Table(head, lines)
 
 
-def _value(value: Difference, sign: str = "") -> str:
-    error = "" if value.standard_error is None else f" ± {value.standard_error:.4f}"
-    return f"{value.mean:{sign}.4f}{error}"
+def differences_of(rows: Sequence[Row]) -> Table:
+    """The paired differences as text, with what they show."""
+    head = ["", "minus", "of", "pairs", *CELLS]
+    lines = []
+    for row in rows:
+        if row.baseline is not None and row.difference is None:
+            lines.append([row.group.name, row.baseline.name, "-", "0", "-", "-", "-", "not shown: no seed in common"])
+        for name, value in (("last evaluation", row.difference), ("late training", row.late)):
+            if value is None or row.baseline is None:
+                continue
+            lines.append([row.group.name, row.baseline.name, name, str(value.pairs), *value.cells()])
+    return Table(head, lines)
 
 
 def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
     """The sections of the page: table, curves, load, and the published sweeps where the runs make one up."""
     groups = [row.group for row in rows]
     words = [
-        f"Validation loss at the end of training, in nats per token. Differences are paired with "
-        f"{baseline.config.method_name} of the same scale and granularity: same "
-        "seed, so same batches, and same validation text; negative is better. ± is one standard error over seeds; "
-        "without it there is only one seed, and a difference of one seed cannot be told from luck.",
-        f"The late difference averages over the evaluations of the last {100 - 100 * LATE:.0f}% of the steps, and is "
-        "steadier than the last evaluation alone. Load and experts are those of the last evaluation.",
+        "Validation loss at the end of training, in nats per token; ± is one standard error over seeds. Load and "
+        "experts are those of the last evaluation."
     ]
-    found = [Part("Results", words, table=table_of(rows, baseline))]
+    found = [Part("Results", words, table=table_of(rows))]
+    differences = differences_of(rows)
+    if differences.rows:
+        words = [
+            f"Paired with {baseline.config.method_name} of the same scale and granularity: same seed, so same batches, "
+            "and same validation text; negative is better. The interval is that of Student's t over seeds. A "
+            f"difference is shown by at least {FEWEST} pairs and an interval without 0; whatever is not shown may be "
+            "luck. Every row stands alone: of twenty rows without any difference, one is expected to be shown.",
+            f"Late training averages over the evaluations of the last {100 - 100 * LATE:.0f}% of the steps, and is "
+            "steadier than the last evaluation alone.",
+        ]
+        found.append(Part("Differences", words, table=differences))
     found += _curves(rows, baseline)
     name = "load/busiest_over_mean"
     loads = {group.name: series for group in groups if (series := group.series("train", name)) is not None}
@@ -159,18 +172,20 @@ def compare_command(request: CompareRequest) -> int:
     groups = grouped(runs)
     baseline = _baseline(groups, request.baseline)
     rows = compare(groups, baseline)
-    table = table_of(rows, baseline)
+    tables = [table for table in (table_of(rows), differences_of(rows)) if table.rows]
     folder = Path(request.out) if request.out else runs[0].folder.parent / "compare"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "compare.json", _json(rows, baseline), indent=1)
-    write_text(folder / "table.md", _markdown(table))
+    write_text(folder / "table.md", "\n".join(map(_markdown, tables)))
     title = f"{len(groups)} settings, {len(runs)} runs"
     subtitle = f"Paired with {baseline.name}. Runs: {', '.join(str(run.folder) for run in runs)}"
-    best = min(rows, key=lambda row: row.loss.mean)
-    facts = {"lowest valid loss": f"{best.loss.mean:.4f}", "has it": best.group.name, "baseline": baseline.name}
+    found = [row.difference for row in rows if row.difference is not None]
+    shown = f"{sum(difference.shown for difference in found)} of {len(found)}"
+    facts = {"baseline": baseline.name, "runs": str(len(runs)), "differences shown": shown}
     command = shlex.join(["unipool", "compare", *to_words(request)])
     page = write_page(folder, title, subtitle, facts, compare_parts(rows, baseline), command)
-    _print(table)
+    for table in tables:
+        _print(table)
     print(f"report: {page}")
     return 0
 
@@ -187,8 +202,11 @@ def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
 
 
 def _json(rows: Sequence[Row], baseline: Group) -> dict[str, Any]:
-    def plain(value: Difference | None) -> Mapping[str, Any] | None:
-        return None if value is None else value._asdict()
+    def plain(value: Paired | None) -> Mapping[str, Any] | None:
+        if value is None:
+            return None
+        interval = None if value.interval is None else list(value.interval)
+        return value._asdict() | {"interval": interval, "shown": value.shown, "reading": value.reading}
 
     document = {
         "baseline": baseline.name,
@@ -196,12 +214,12 @@ def _json(rows: Sequence[Row], baseline: Group) -> dict[str, Any]:
             {
                 "name": row.group.name,
                 "runs": {str(seed): str(run.folder) for seed, run in row.group.runs.items()},
-                "valid_loss": plain(row.loss),
+                "valid_loss": row.loss._asdict(),
                 "valid_loss_by_seed": {str(seed): run.loss for seed, run in row.group.runs.items()},
                 "baseline": row.baseline.name if row.baseline else None,
                 "difference": plain(row.difference),
                 "late_difference": plain(row.late),
-                "pairs": row.pairs,
+                "pairs": row.difference.pairs if row.difference else 0,
             }
             for row in rows
         ],

@@ -1,0 +1,121 @@
+"""The tables in `results/*/README.md` against the files beside them, and no claim without an interval."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.intervals import difference_cells, differences_table, main, stored_losses
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+LOCK, ABLATIONS, METHODS = (RESULTS / name for name in ("lock_demo", "ablations_demo", "demo_methods"))
+
+
+def rows_of(folder: Path, first: str) -> dict[str, list[str]]:
+    """Rows of the table in the folder's README whose head starts with these cells, by their first word."""
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(first))
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[name.split()[0].rstrip(":")] = cells
+    return rows
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_lock_tables() -> None:
+    losses = stored_losses(LOCK)
+    assert {name: sorted(by_seed) for name, by_seed in losses.items()} == {
+        name: [1, 2, 3] for name in ("random_from_start", "unipool", "unipool_lock", "vanilla")
+    }
+    for name, (valid, test) in rows_of(LOCK, "| run | valid loss").items():
+        summaries = [summary_of(LOCK / f"{name}-seed{seed}")["results"] for seed in (1, 2, 3)]
+        assert valid == f"{statistics.fmean(s['valid']['loss'] for s in summaries):.4f}"
+        assert test == f"{statistics.fmean(s['test']['loss'] for s in summaries):.4f}"
+    text = (LOCK / "README.md").read_text(encoding="utf-8")
+    for line in differences_table(losses).splitlines()[2:]:
+        assert line in text
+
+
+def test_lock_coverage_is_as_said() -> None:
+    """In a freeze no run has every layer at 0.95; two layers of seed 3 have it, and two of each seed at the lock."""
+    above, ranges = {50: [0, 0, 0], 100: [0, 0, 0]}, []
+    for seed in (1, 2, 3):
+        for line in (LOCK / f"unipool_lock-seed{seed}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if values["kind"] == "valid" and values["step"] in above:
+                coverage = values["lock/layer_coverage"]
+                above[values["step"]][seed - 1] = sum(value >= 0.95 for value in coverage)
+                assert values["lock/assignment"] == "best_effort"
+                if values["step"] == 50:
+                    ranges.append(f"{min(coverage):.2f} to {max(coverage):.2f}")
+    assert above == {50: [0, 0, 2], 100: [2, 2, 2]}
+    text = (LOCK / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    for words in ranges:
+        assert words in text
+
+
+def test_ablation_tables() -> None:
+    losses = stored_losses(ABLATIONS / "rows")
+    rows = rows_of(ABLATIONS, "| row | valid loss")
+    assert list(rows) == list(losses)
+    for name, (valid, *difference, _) in rows.items():
+        assert valid == f"{statistics.fmean(losses[name].values()):.4f}"
+        assert difference == (["-"] * 3 if name == "vanilla" else difference_cells(losses, name, "vanilla")[:3])
+    losses = stored_losses(ABLATIONS / "runs")
+    controls = rows_of(ABLATIONS, "| run | experts")
+    assert sorted(controls) == sorted(losses)
+    for name, (experts, valid, *difference, load) in controls.items():
+        summaries = [summary_of(ABLATIONS / "runs" / f"{name}-seed{seed}") for seed in (1, 2)]
+        assert experts == str(summaries[0]["experts_total"])
+        assert valid == f"{statistics.fmean(losses[name].values()):.4f}"
+        assert difference == (["-"] * 3 if name == "unipool" else difference_cells(losses, name, "unipool")[:3])
+        assert load == f"{statistics.fmean(s['busiest_over_mean'] for s in summaries):.1f}"
+
+
+def test_the_table_of_methods() -> None:
+    rows = rows_of(METHODS, "| run | valid loss")
+    assert len(rows) == 10
+    for name, cells in rows.items():
+        summary = summary_of(METHODS / name)
+        valid, test = summary["results"]["valid"], summary["results"]["test"]
+        expected = [f"{valid['loss']:.4f}", f"{test['loss']:.4f}", f"{valid['bits_per_byte']:.4f}"]
+        expected += [f"{summary['experts_used']} of {summary['experts_total']}", f"{summary['busiest_over_mean']:.2f}"]
+        assert cells[:5] == expected
+
+
+def test_the_front_page_quotes_the_interval() -> None:
+    losses = stored_losses(LOCK)
+    _, interval, _, reading = difference_cells(losses, "vanilla", "unipool")
+    assert reading == "shown"
+    low, high = (float(end) for end in interval.split(" to "))
+    page = " ".join((RESULTS.parent / "docs" / "index.md").read_text(encoding="utf-8").split())
+    assert f"{low:.3f} to {high:.3f}" in page
+
+
+def test_intervals_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seed, loss in [("a", 1, 2.0), ("a", 2, 3.0), ("b", 1, 2.5), ("c", 3, 1.0)]:
+        folder = tmp_path / f"{name}-seed{seed}"
+        folder.mkdir()
+        (folder / "summary.json").write_text(json.dumps({"results": {"valid": {"loss": loss}}}))
+    monkeypatch.setattr("sys.argv", ["intervals", str(tmp_path), "--minus", "a"])
+    assert main() == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| b | a | +0.5000 | - | - | not shown: 1 of at least 3 pairs |",
+        "| c | a | - | - | - | not shown: no seed in common |",
+    ]
+    monkeypatch.setattr("sys.argv", ["intervals", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="give the folder of a study"):
+        main()
