@@ -22,7 +22,7 @@ from unipool_jax.analysis.figures import Series
 from unipool_jax.analysis.history import read_history, series_of
 from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.analysis.probe import Condition, Difference, Probe
-from unipool_jax.analysis.report import facts, parts
+from unipool_jax.analysis.report import _probe, facts, parts
 from unipool_jax.analysis.requests import AnalysisRequest
 from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config, save_config
@@ -181,7 +181,7 @@ def test_light_and_dark_have_the_right_paper() -> None:
 def test_probe_figure_and_page(tmp_path: Path) -> None:
     one = Difference(0.1, 0.01)
     conditions = [Condition(c, g, [one, one], one) for c in ("full_pool", "top_8") for g in ("learned", "own")]  # type: ignore[arg-type]
-    probe = Probe(3.0, [2, 3], 1, conditions)
+    probe = Probe(3.0, [2, 3], 1, conditions, 10)
     page = write_page(
         tmp_path,
         "<b>title</b> & more",
@@ -194,6 +194,21 @@ def test_probe_figure_and_page(tmp_path: Path) -> None:
     assert "&lt;b&gt;title&lt;/b&gt; &amp; more" in text
     assert "a &lt; b" in text
     assert check_page(page).images == 1
+
+
+@pytest.mark.parametrize(
+    ("mean", "items", "said"),
+    [
+        (0.1, 30, "+0.0795 to +0.1205; that the choice matters is shown."),
+        # Ten standard errors, but of two windows.
+        (0.1, 2, "that the choice matters is not shown: 2 of at least 3 pairs."),
+        (0.01, 30, "-0.0105 to +0.0305; that the choice matters is not shown: the interval holds 0."),
+    ],
+)
+def test_the_probe_says_what_it_shows(mean: float, items: int, said: str) -> None:
+    value = Difference(mean, 0.01)
+    part = _probe(Probe(3.0, [2, 3], 1, [Condition("full_pool", "learned", [value], value)], items), compose_config([]))
+    assert said in " ".join(part.words)
 
 
 def test_dense_models_are_refused(tmp_path: Path) -> None:

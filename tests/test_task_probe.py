@@ -111,7 +111,7 @@ def test_only_multiple_choice(tmp_path: Path) -> None:
 def test_means_over_tasks_by_hand() -> None:
     def of(learned: float, mean: float, error: float | None) -> Probe:
         value = Difference(mean, error)
-        return Probe(learned, [2], 1, [Condition("full_pool", "own", [value], value)])
+        return Probe(learned, [2], 1, [Condition("full_pool", "own", [value], value)], 10)
 
     found = mean_probe([of(0.5, -0.1, 0.03), of(0.7, -0.3, 0.04)])
     assert found.learned == pytest.approx(0.6)

@@ -52,13 +52,18 @@ class Paired(NamedTuple):
 
 def paired(differences: Sequence[float]) -> Paired:
     """The mean of differences, one for each seed, with its interval."""
+    count = len(differences)
+    error = float(np.std(differences, ddof=1)) / math.sqrt(count) if count > 1 else None
+    return paired_of(float(np.mean(differences)), error, count)
+
+
+def paired_of(mean: float, error: float | None, count: int) -> Paired:
+    """A mean of `count` differences whose standard error is known; None for a single one."""
     # A second of import that only comparisons need.
     from scipy.stats import t
 
-    count, mean = len(differences), float(np.mean(differences))
-    if count < 2:
+    if error is None:
         return Paired(mean, count)
-    error = float(np.std(differences, ddof=1)) / math.sqrt(count)
     half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
     # Equal differences leave no doubt about their mean; only none at all is what chance gives.
     p = float(2 * t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)

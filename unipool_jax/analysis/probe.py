@@ -84,6 +84,8 @@ class Probe(NamedTuple):
     """Probed layers, counted from 0."""
     draws: int
     conditions: list[Condition]
+    items: int
+    """Windows, or questions, over which the standard errors are."""
 
 
 def deep_half(layers: int) -> list[int]:
@@ -140,7 +142,7 @@ def probe(measure: Measure, counts_LE: np.ndarray, top_k: int, layers: Sequence[
                     sums_I[row] += measure(Intervention(layer, candidates_E, gates, draw)).sums_I / draws
             by_layer = [paired_difference(row_I, base) for row_I in sums_I]
             conditions.append(Condition(name, gates, by_layer, paired_difference(sums_I.mean(axis=0), base)))
-    return Probe(float(base.sums_I.sum() / base.weights_I.sum()), list(layers), draws, conditions)
+    return Probe(float(base.sums_I.sum() / base.weights_I.sum()), list(layers), draws, conditions, len(base.sums_I))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

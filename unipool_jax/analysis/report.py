@@ -12,6 +12,7 @@ from unipool_jax.analysis import figures, usage
 from unipool_jax.analysis.analyse import Analysis
 from unipool_jax.analysis.history import series_of
 from unipool_jax.analysis.page import Part, Table
+from unipool_jax.analysis.paired import paired_of
 from unipool_jax.analysis.probe import Condition, Difference, Probe
 from unipool_jax.config.schema import Config
 
@@ -226,22 +227,18 @@ def _similarity(analysis: Analysis) -> Part:
 
 def _probe(probe: Probe, config: Config) -> Part:
     first = probe.conditions[0]
-    error = first.average.standard_error
+    added = paired_of(first.average.mean, first.average.standard_error, probe.items)
     words = [
         "Does it matter which expert a token visits? One layer of the deep half at a time routes every token at "
         "random; the bars are the loss that this adds, with one standard error over windows of text. Large bars mean "
         "that the learned routing carries information; bars near zero mean that any expert would do.",
     ]
-    if error is None:
-        verdict = ""
-    elif first.average.mean > 3 * error:
-        verdict = ", more than three standard errors: the learned routing matters"
-    else:
-        verdict = ", within three standard errors of zero: no sign that the learned routing matters"
+    _, interval, _, reading = added.cells()
     words.append(
         f"Random experts from the full pool, with the gates of the learned routing, add {_signed(first.average)} nats "
         f"per token to the loss of {probe.learned:.4f}, on average over layers {probe.layers[0]} to "
-        f"{probe.layers[-1]}{verdict}."
+        f"{probe.layers[-1]}. 95% interval over {probe.items} windows of text: {interval}; that the choice matters is "
+        f"{reading}."
     )
     if len(probe.conditions) > 2:
         words.append(

@@ -133,7 +133,13 @@ def mean_probe(probes: Sequence[Probe]) -> Probe:
         by_layer = [_mean(values) for values in zip(*(condition.by_layer for condition in same), strict=True)]
         average = _mean([condition.average for condition in same])
         conditions.append(Condition(same[0].candidates, same[0].gates, by_layer, average))
-    return Probe(float(np.mean([one.learned for one in probes])), first.layers, first.draws, conditions)
+    return Probe(
+        float(np.mean([one.learned for one in probes])),
+        first.layers,
+        first.draws,
+        conditions,
+        sum(p.items for p in probes),
+    )
 
 
 def _mean(values: Sequence[Difference]) -> Difference:
