@@ -1,0 +1,213 @@
+"""Memory traffic, FLOPs and times of the planner against a ledger: every array of a step, how often it is moved.
+
+The ledger is written from the table in `docs/planner.md`, with the sizes of one small model as literal numbers.
+"""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from planned import small
+from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.schema import Config
+from unipool_jax.planner import links, roofline, work
+from unipool_jax.training.state import init_state
+
+# Four layers, D = 256, F = 640, V = 1024; 32 experts; two micro-batches of 8 x 256 tokens on four devices.
+LAYERS, D, F, V, EXPERTS, MICRO, TOKENS = 4, 256, 640, 1024, 32, 2, 512
+SIZES = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
+SPLIT = {"data": 1, "fsdp": 1, "expert": 2, "tensor": 2}
+TOPOLOGY = parse_topology("v5p:2x2x1")
+HALF, FULL = 2, 4
+"""Bytes of a bfloat16 and of a float32 number."""
+
+
+def counted(config: Config, sizes: dict[str, int]) -> dict[str, work.Work]:
+    return {item.name: item for item in work.count(config, sizes, TOPOLOGY).work}
+
+
+def moved(*ledger: tuple[float, float, float]) -> float:
+    """Bytes of (elements, bytes of an element, times it is read or written)."""
+    return sum(elements * size * times for elements, size, times in ledger)
+
+
+@pytest.mark.parametrize("method", ["unipool", "vanilla"])
+def test_the_optimizer_moves_eight_numbers_a_parameter(method: str) -> None:
+    """The gradient is read for its norm and for the update; weight and two moments are read and written."""
+    config = small(method)
+    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)).params)
+    sizes = {jax.tree_util.keystr(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    matrices = sum(size for name, size in sizes.items() if "scale" not in name and "norm" not in name)
+    reads, writes = 2 + 1 + 2, 1 + 2
+    one_device = counted(config, dict.fromkeys(SIZES, 1))["optimiser"]
+    assert one_device.bytes == matrices * FULL * (reads + writes)
+    assert (one_device.flops, one_device.unpadded_flops) == (0, 0)
+    # Over fsdp every matrix is halved, over the expert axis the experts once more.
+    bank = 3 * D * F * EXPERTS
+    assert counted(config, SIZES)["optimiser"].bytes == ((matrices - bank) / 2 + bank / 4) * 32
+
+
+@pytest.mark.parametrize("sizes", [SIZES, SPLIT], ids=["fsdp", "tensor"])
+def test_the_output_head_moves_its_logits(sizes: dict[str, int]) -> None:
+    """22 bytes a logit: written, read for maximum and sum, read again backward, and its bfloat16 gradient."""
+    config, tensor = small("unipool"), sizes["tensor"]
+    tokens = 8 * 256 / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    logits, matrix = tokens * V / tensor, V * D / tensor
+    head = counted(config, sizes)["output head and loss"]
+    assert head.bytes == MICRO * moved(
+        (logits, FULL, 3),  # written, and read twice: for the softmax and for the target
+        (logits, FULL, 1),  # read backward
+        (logits, HALF, 3),  # their gradient: written, and read for two products
+        (matrix, HALF, 3),  # one product forward, two backward
+    )
+    assert head.flops == head.unpadded_flops == MICRO * 3 * 2 * tokens * D * V / tensor
+    embedding = counted(config, sizes)["embedding"]
+    assert embedding.bytes == MICRO * moved((V * D, HALF, 2), (tokens * D, HALF, 4))
+    assert embedding.flops == 0
+
+
+@pytest.mark.parametrize(
+    ("remat", "mixture", "layer"),
+    # One pass forward and one that counts tokens before the gradient; recomputation adds one.
+    [("none", 2, 2), ("moe", 3, 2), ("full", 3, 3)],
+)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_layer_moves_what_the_ledger_says(remat: str, mixture: int, layer: int, top_k: int) -> None:
+    config = small("unipool", f"model.remat={remat}", f"moe.top_k={top_k}", "model.num_kv_heads=2")
+    found, times = counted(config, SIZES), LAYERS * MICRO
+    rows, kv = TOKENS * top_k, 128
+    # Room for three times the rows that arrive under even routing, but never more than all rows of both devices.
+    buffer = min(3 * rows, 2 * rows)
+
+    weights = D * D + 2 * D * kv + D * D
+    activations = TOKENS * (4 * D + 2 * kv)
+    assert found["projections"].bytes == times * (layer + 2) * moved((weights, HALF, 1), (activations, HALF, 1))
+    assert found["projections"].flops == times * (layer + 2) * 2 * TOKENS * weights
+
+    # Four blocks of 64 queries, of which block i sees 64 (i + 1) keys: 5/8 of all.
+    scores = TOKENS / 256 * 4 * sum(64 * 64 * (block + 1) for block in range(4))
+    assert found["attention scores"].bytes == times * moved((scores, FULL, 2 * layer), (scores, FULL, 5))
+    # Scores twice and values once forward; four backward, and the scores again unless full recomputation has them.
+    products = 3 * layer + 4 + (remat != "full")
+    assert found["attention scores"].unpadded_flops == times * products * 2 * scores * 64
+    # Heads of 64 channels fill half of a matrix unit of 128.
+    assert found["attention scores"].flops == 2 * found["attention scores"].unpadded_flops
+
+    assert found["norms and sums"].bytes == times * (layer + 2) * moved((TOKENS * D, HALF, 10))
+    router = moved((TOKENS * D, HALF, 1), (TOKENS * EXPERTS, FULL, 4))
+    assert found["router"].bytes == times * (mixture + 2) * router
+    assert found["router"].flops == times * (mixture + 2) * 2 * TOKENS * D * EXPERTS
+
+    # Sorted, sent, received and combined: each read and written. The receive buffer is cleared, and written.
+    dispatch = moved((rows * D, HALF, 4 * 2), (buffer * D, HALF, 2))
+    assert found["dispatch"].bytes == times * (mixture + 1) * dispatch
+
+    bank = 3 * D * F * EXPERTS / 2
+    forward = moved(
+        (bank, HALF, 1),
+        (rows * D, HALF, 1),  # into gate and up
+        (rows * F, HALF, 1),  # into down
+        (buffer * F, HALF, 3),  # gate, up and their product, written for rows of no expert too
+        (buffer * D, HALF, 1),
+    )
+    backward = moved(
+        (bank, HALF, 1),
+        (rows * D, HALF, 1),  # gradient of the output
+        (rows * F, HALF, 4),  # gate and up, and their gradients
+        (buffer * F, HALF, 3),
+        (buffer * D, HALF, 1),
+        (rows * D, HALF, 3),  # operands of the bank's three gradients
+        (rows * F, HALF, 3),
+        (bank, FULL, 2),  # the running gradient, read and written
+    )
+    assert found["experts forward"].bytes == times * mixture * forward
+    assert found["experts backward"].bytes == times * backward
+    flops = 2 * rows * 3 * D * F
+    assert found["experts forward"].unpadded_flops == times * mixture * flops
+    assert found["experts backward"].unpadded_flops == times * 2 * flops
+    padding = found["experts backward"].flops / found["experts backward"].unpadded_flops
+    assert padding == found["experts forward"].flops / found["experts forward"].unpadded_flops > 1
+
+    traffic = work.count(config, SIZES, TOPOLOGY).bank_traffic_bytes
+    assert traffic == times * moved((bank, HALF, mixture + 1), (bank, FULL, 2))
+
+
+def test_one_device_has_no_receive_buffer() -> None:
+    config, alone = small("unipool"), dict.fromkeys(SIZES, 1)
+    assert counted(config, alone)["dispatch"].bytes == LAYERS * MICRO * (3 + 1) * moved((8 * 256 * D, HALF, 8))
+
+
+def test_a_dense_model_dispatches_nothing() -> None:
+    found = counted(small("dense"), SIZES)
+    assert not {"router", "dispatch"} & set(found)
+    # No router counts tokens first: one pass, and one of recomputation. Its block is whole on every device.
+    rows, bank = TOKENS, 3 * D * F
+    expected = moved((bank, HALF, 1), (rows * D, HALF, 2), (rows * F, HALF, 4))
+    assert found["experts forward"].bytes == LAYERS * MICRO * 2 * expected
+    assert found["experts forward"].flops == LAYERS * MICRO * 2 * 2 * rows * bank
+
+
+def test_half_of_a_width_on_each_of_two_devices() -> None:
+    """Over the tensor axis: projections, scores, and the width of an expert; norms and dispatch are whole."""
+    whole, halves = (counted(small("unipool"), sizes) for sizes in (SIZES | {"fsdp": 1}, SPLIT))
+    for name in ("projections", "attention scores", "output head and loss"):
+        assert halves[name].bytes == whole[name].bytes / 2
+        assert halves[name].flops == whole[name].flops / 2
+    for name in ("norms and sums", "router", "dispatch", "embedding"):
+        assert halves[name].bytes == whole[name].bytes
+    assert halves["experts forward"].unpadded_flops == whole["experts forward"].unpadded_flops / 2
+
+
+@pytest.mark.parametrize("micro", [4, 8, 16])
+def test_micro_batches_move_weights_again_and_activations_once(micro: int) -> None:
+    config = small("unipool", f"train.microbatch_size={micro}", "loss.pool_statistics=previous")
+    found, times = counted(config, SIZES), 16 // micro
+    head = moved((16 * 256 / 4 * V, 1, 22), (V * D * times, HALF, 3))
+    assert found["output head and loss"].bytes == head
+    assert found["optimiser"].bytes == counted(small("unipool"), SIZES)["optimiser"].bytes
+
+
+# Times
+
+
+def test_an_operation_takes_its_slower_resource(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak 100 FLOP/s and 10 B/s, of which nine tenths are reached; collectives are added in full."""
+    topology = TOPOLOGY._replace(chip=TOPOLOGY.chip._replace(flops=100.0, hbm_bandwidth=10.0))
+    items = (work.Work("a", 180.0, 90.0, 9.0), work.Work("b", 9.0, 9.0, 27.0), work.Work("c", 90.0, 90.0, 9.0))
+    messages = (
+        work.Message("x", "all-gather", ("fsdp",), 3, 5.0),
+        work.Message("y", "all-gather", ("fsdp",), 1, 7.0),
+        work.Message("z", "all-reduce", ("data", "expert"), 2, 1.0),
+    )
+    counts = work.Counts(items, messages, 0, 0, 0, 0)
+    monkeypatch.setattr(roofline, "count", lambda *_: counts)
+    monkeypatch.setattr(links, "span", lambda *_: None)
+    monkeypatch.setattr(links, "seconds", lambda kind, sent, *_: sent / 4)
+    config = small("unipool")
+    found = roofline.estimate(config, SIZES, topology, None)
+    assert [tuple(part) for part in found.parts] == [
+        ("a", pytest.approx(2.0), "matrix unit"),
+        ("b", pytest.approx(3.0), "memory"),
+        ("c", pytest.approx(1.0), "matrix unit"),
+        ("all-gather over fsdp", (3 * 5 + 7) / 4, "links"),
+        ("all-reduce over data x expert", 2 / 4, "links"),
+    ]
+    assert found.seconds == pytest.approx(6 + 6)
+    assert found.seconds_by_bound() == {
+        "matrix unit": pytest.approx(3.0), "memory": pytest.approx(3.0), "links": pytest.approx(6.0)
+    }  # fmt: skip
+    assert found.tokens_per_second == pytest.approx(16 * 256 / 12)
+    weights = LAYERS * (2 * D * D + 2 * D * 128 + 3 * D * F + D * EXPERTS) + D * V
+    model = 6 * (weights + LAYERS * D * 256) * 16 * 256 / 4
+    assert found.model_flops == model
+    assert found.utilisation == pytest.approx(model / (12 * 100))
+    # Hidden behind six seconds of work, as much again of links costs nothing.
+    assert found.utilisation_with_hidden_links == pytest.approx(model / (6 * 100))
+
+
+def test_what_was_compiled_replaces_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "span", lambda *_: None)
+    monkeypatch.setattr(links, "seconds", lambda kind, sent, *_: sent)
+    found = roofline.estimate(small("unipool"), SIZES, TOPOLOGY, None, compiled=[])
+    assert not any(part.bound == "links" for part in found.parts)
