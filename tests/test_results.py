@@ -106,10 +106,12 @@ def test_the_front_page_quotes_the_interval() -> None:
 def test_intervals_of_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, seed, loss in [("a", 1, 2.0), ("a", 2, 3.0), ("b", 1, 2.5), ("c", 3, 1.0)]:
-        folder = tmp_path / f"{name}-seed{seed}"
-        folder.mkdir()
-        (folder / "summary.json").write_text(json.dumps({"results": {"valid": {"loss": loss}}}))
+    losses = {"a": {"1": 2.0, "2": 3.0}, "b": {"1": 2.5}, "c": {"3": 1.0}}
+    groups = [
+        {"runs": {seed: f"runs/{name}-seed{seed}" for seed in by_seed}, "valid_loss_by_seed": by_seed}
+        for name, by_seed in losses.items()
+    ]
+    (tmp_path / "compare.json").write_text(json.dumps({"groups": groups}))
     monkeypatch.setattr("sys.argv", ["intervals", str(tmp_path), "--minus", "a"])
     assert main() == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
