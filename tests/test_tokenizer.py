@@ -181,17 +181,20 @@ def test_special_tokens_truncation_and_padding_of_a_definition_do_not_act() -> N
 
 
 def test_byte_counts_exist_only_where_they_are_exact() -> None:
-    exact = parse_tokenizer("a", _definition(_byte_fallback(prepend=False), "</s>"))
+    pieces = parse_tokenizer("a", _definition(_byte_fallback(prepend=False), "</s>"))
     text = " a aa \u00e9\U0001f469\n"
-    ids = exact.encode_batch([text])[0]
-    assert exact.token_bytes is not None
-    assert exact.token_bytes[ids].sum() == len(text.encode())
-    assert exact.decode(ids) == text
+    ids = pieces.encode_batch([text])[0]
+    assert pieces.piece_bytes is not None
+    assert pieces.piece_bytes[ids].sum() == len(text.encode())
+    assert pieces.decode(ids) == text
     assert 258 in ids
+    assert pieces.token_bytes is None  # U+2581 in a text counts as a space
     for inexact in (_byte_fallback(prepend=True), _byte_level(prefix_space=True)):
-        assert parse_tokenizer("b", _definition(inexact, "</s>")).token_bytes is None
+        assert parse_tokenizer("b", _definition(inexact, "</s>")).piece_bytes is None
     lossy = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    assert parse_tokenizer("c", _definition(lossy, "</s>")).token_bytes is None
+    assert parse_tokenizer("c", _definition(lossy, "</s>")).piece_bytes is None
     nfc = _byte_level()
     nfc.normalizer = tokenizers.normalizers.NFC()
-    assert parse_tokenizer("d", _definition(nfc, "</s>")).token_bytes is not None
+    composing = parse_tokenizer("d", _definition(nfc, "</s>"))
+    assert composing.piece_bytes is not None
+    assert composing.token_bytes is None  # exact for texts that are composed already

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.losses import loss_report
 from unipool_jax.data.readers import file_format
 from unipool_jax.data.requests import DataRequest
 from unipool_jax.data.splits import SPLIT_NAMES
@@ -41,7 +42,9 @@ def data_command(request: DataRequest) -> int:
 def _describe(store: TokenStore) -> str:
     tokens = {name: int(store.document_lengths(store.split_documents(name)).sum()) for name in SPLIT_NAMES}
     parts = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
-    return f"{store.path}: {store.num_documents:,} documents, {store.num_tokens:,} tokens ({parts})"
+    described = f"{store.path}: {store.num_documents:,} documents, {store.num_tokens:,} tokens ({parts})"
+    report = loss_report(store)
+    return described if report is None else f"{described}\n{report}"
 
 
 def _plan(request: DataRequest) -> list[tuple[tuple[str, ...], Path]]:

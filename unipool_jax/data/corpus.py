@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 
 from unipool_jax.config.schema import DataConfig
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.losses import loss_report
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
 from unipool_jax.data.token_store import TokenStore, cached_store, demo_corpus_path, open_store
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,9 +33,14 @@ class Corpus(NamedTuple):
         return [split for split in SPLIT_NAMES if self.num_tokens(split) >= 2]
 
     def token_bytes(self, vocab_size: int) -> np.ndarray | None:
-        """UTF-8 bytes per token, int32 `[vocab_size]`, 0 for padding ids; None where no exact table exists."""
-        table = self.tokenizer.token_bytes
+        """UTF-8 bytes per token, int32 `[vocab_size]`, 0 for padding ids; None where they do not add up to a text."""
+        table = self.tokenizer.piece_bytes if all(map(self._is_exact, self.stores)) else None
         return None if table is None else np.pad(table.astype(np.int32), (0, vocab_size - len(table)))
+
+    def _is_exact(self, store: TokenStore) -> bool:
+        """Whether the bytes of each document are those of its tokens: counted when the store was built."""
+        counts = [entry.get("inexact_documents") for entry in store.manifest.get("inputs", [])]
+        return self.tokenizer.lossless or (bool(counts) and all(count == 0 for count in counts))
 
 
 def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
@@ -53,10 +60,14 @@ def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     if data.source == "stores":
-        return Corpus(tokenizer, [_open(path, tokenizer, data) for path in data.stores])
-    files: Sequence[str | Path] = [demo_corpus_path()] if data.source == "demo" else data.files
-    store = cached_store(files, data.cache_dir, tokenizer, data.split, data.split_order, progress=True)
-    return Corpus(tokenizer, [store])
+        stores = [_open(path, tokenizer, data) for path in data.stores]
+    else:
+        files: Sequence[str | Path] = [demo_corpus_path()] if data.source == "demo" else data.files
+        stores = [cached_store(files, data.cache_dir, tokenizer, data.split, data.split_order, progress=True)]
+    for store in stores:
+        if report := loss_report(store):
+            print(report, file=sys.stderr)
+    return Corpus(tokenizer, stores)
 
 
 def open_texts(data: DataConfig, files: Sequence[str], vocab_size: int) -> Corpus:

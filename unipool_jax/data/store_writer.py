@@ -10,10 +10,18 @@ import numpy as np
 from unipool_jax.config import files
 from unipool_jax.data import store_format
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.losses import Losses
 
 _JOURNAL = "journal.json"
 _LENGTHS = "lengths.bin"
-_COUNTS = ("documents", "empty_documents", "text_bytes")
+_COUNTS = (
+    "documents",
+    "empty_documents",
+    "text_bytes",
+    "changed_documents",
+    "lost_characters",
+    "inexact_documents",
+)
 
 
 class Encoded(NamedTuple):
@@ -23,6 +31,7 @@ class Encoded(NamedTuple):
     first: int  # index of the first record within that file
     lengths: np.ndarray  # [n] int64, tokens per record including end of document; 0 if empty
     text_bytes: np.ndarray  # [n] int64, UTF-8 bytes per record
+    losses: Losses  # [n]
     tokens: np.ndarray  # [sum(lengths)], the store's dtype
 
 
@@ -146,10 +155,14 @@ class StoreWriter:
             counts["documents"] += int(np.count_nonzero(encoded.lengths[:here]))
             counts["empty_documents"] += int(np.count_nonzero(encoded.lengths[:here] == 0))
             counts["text_bytes"] += int(encoded.text_bytes[:here].sum())
+            lost = encoded.losses.part(slice(here))
+            counts["changed_documents"] += int(lost.changed.sum())
+            counts["lost_characters"] += int(lost.characters.sum())
+            counts["inexact_documents"] += int(lost.inexact.sum())
             if here:
                 self._journal["next"] = [encoded.file, encoded.first + here]
             if here < len(encoded.lengths):
-                rest = encoded.lengths[here:], encoded.text_bytes[here:]
+                rest = encoded.lengths[here:], encoded.text_bytes[here:], encoded.losses.part(slice(here, None))
                 waiting.append(Encoded(encoded.file, encoded.first + here, *rest, tokens[:0]))
         if waiting:
             # Only the total of the waiting tokens matters, so the first entry can hold all of them.

@@ -20,12 +20,13 @@ from unipool_jax.config.files import FileError, write_atomically
 from unipool_jax.data import store_format
 from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.losses import Losses, check_not_empty, measure
 from unipool_jax.data.opening import open_store
-from unipool_jax.data.readers import DocumentFile, Record, document_text, file_format
+from unipool_jax.data.readers import DocumentFile, Record, document_text, file_format, unit
 from unipool_jax.data.splits import PILE_SPLIT, check_split
 from unipool_jax.data.store_reader import TokenStore, building_folder
 from unipool_jax.data.store_writer import Encoded, StoreWriter, cannot_write, publish
-from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer
+from unipool_jax.data.tokenizer import SlowTokenizerError, Tokenizer, TokenizerError, load_tokenizer, parse_tokenizer
 
 __all__ = ["TokenStore", "build_store", "cached_store", "demo_corpus_path", "open_store"]
 
@@ -33,23 +34,44 @@ __all__ = ["TokenStore", "build_store", "cached_store", "demo_corpus_path", "ope
 _BATCH_BYTES = 1 << 21
 _BATCH_RECORDS = 4096
 
-_Numbers = tuple[np.ndarray, np.ndarray, np.ndarray]
+_Numbers = tuple[np.ndarray, np.ndarray, Losses, np.ndarray]
 
 
 def _encode(tokenizer: Tokenizer, path: Path, field: str, records: list[Record]) -> _Numbers:
-    """(lengths, text bytes, tokens) of consecutive records; see `Encoded`."""
+    """(lengths, text bytes, losses, tokens) of consecutive records; see `Encoded`."""
     texts = [document_text(path, record, field) for record in records]
     eod = np.array([tokenizer.eod], np.int32)
     pieces: list[np.ndarray] = []
     lengths = np.zeros(len(texts), np.int64)
-    for index, ids in enumerate(tokenizer.encode_batch(texts)):
+    rows = _token_rows(tokenizer, path, records, texts)
+    for index, ids in enumerate(rows):
         if len(ids):
             pieces += [ids, eod]
             lengths[index] = len(ids) + 1
     tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
     dtype = store_format.token_dtype(tokenizer.vocab_size)
     text_bytes = np.array([len(text.encode()) for text in texts], np.int64)
-    return lengths, text_bytes, tokens.astype(dtype)
+    return lengths, text_bytes, measure(tokenizer, texts, rows), tokens.astype(dtype)
+
+
+def _token_rows(tokenizer: Tokenizer, path: Path, records: list[Record], texts: list[str]) -> list[np.ndarray]:
+    """The ids of each text; errors name the file and the line of the text that cannot be encoded."""
+    kind = unit(path)
+    try:
+        rows = tokenizer.encode_batch(texts)
+    except SlowTokenizerError as error:  # trying again, one by one, would take as long
+        raise DataError(f"{path}, {kind}s {records[0][0]} to {records[-1][0]}: {error}") from error
+    except TokenizerError:
+        rows = []
+        for (number, _), text in zip(records, texts, strict=True):
+            try:
+                rows += tokenizer.encode_batch([text])
+            except TokenizerError as error:
+                raise DataError(f"{path}, {kind} {number}: {error}") from error
+    for (number, _), text, row in zip(records, texts, rows, strict=True):
+        if not len(row):
+            check_not_empty(tokenizer, text, f"{path}, {kind} {number}")
+    return rows
 
 
 class _WorkerDiedError(Exception):

@@ -4,23 +4,33 @@ Four kinds, by name: `bytes` (no vocabulary file), `demo` (8192-entry byte-level
 the demo corpus), `gpt2` (50257, files shipped), or the path of any local `tokenizer.json`.
 
 Text is data: a document that spells an end-of-document token (`<|endoftext|>`) is encoded as the
-characters it is made of and never yields that token's id.
+characters it is made of and never yields that token's id, whatever kind of model has it among its pieces.
 """
 
 import functools
 import hashlib
+import itertools
 import json
-import re
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 
 from unipool_jax.data.assets import read_asset
+from unipool_jax.data.definition import (
+    Definition,
+    has_patterns,
+    is_lossless,
+    load_core,
+    parse_definition,
+    piece_bytes,
+    repaired,
+    unknown_id,
+    unspelled,
+)
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.time_limit import within
 
 END_OF_TEXT = "<|endoftext|>"
 BUILT_IN = ("bytes", "demo", "gpt2")
@@ -28,17 +38,19 @@ BUILT_IN = ("bytes", "demo", "gpt2")
 # Names of the end-of-document token in published tokenizer.json files, most specific first.
 _EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
-# Texts on which the byte counts of an unknown tokenizer are verified: leading and repeated spaces,
-# line ends, control characters, combining marks, four-byte characters, an unassigned code point
-# and a spelled-out special token.
-_PROBES = (
-    "Plain words, 12345 numbers; and punctuation!",
-    "  two leading blanks\tand\n\n\nline ends \r\n ",
-    "x\x00\x07\x1b\x7f\u00a0\u2028y",
-    "na\u00efve e\u0301 \u1e9b\u0323 \ufb01 \u00c5 \uac00 \u6f22\u5b57 \u0639\u0631\u0628\u064a",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1fa\U0001f1f3 \U000e0001 \u0378 \ufffd",
-    "<|endoftext|> </s> <unk> \u2581",
-)
+# Texts on which regular expressions backtrack: repetitions that cannot go on to the end.
+_REPETITIONS = tuple(unit * 1000 + "!x" for unit in ("a", "ab", "A", " ", "\n", "1", "-", "\u00e9", "a "))
+
+# Encoding a text may take this long, and a second more for every so many bytes: a thousand times what it needs.
+_SECONDS, _BYTES_PER_SECOND = 60.0, 20_000
+
+
+class TokenizerError(DataError):
+    """A text that a tokenizer cannot encode."""
+
+
+class SlowTokenizerError(TokenizerError):
+    """A text that a tokenizer did not encode in time."""
 
 
 class Tokenizer:
@@ -49,9 +61,11 @@ class Tokenizer:
       vocab_size: ids are `0 .. vocab_size-1`.
       eod: id of the end-of-document token.
       sha256: hash of the definition; tokenizers with equal hashes give the same ids.
-      token_bytes: `[vocab_size]` int32, UTF-8 bytes of text per token (0 for eod), so that the
-        byte count of a sequence is a sum; None where no such table is exact (for example, where a
-        tokenizer inserts a space before each document).
+      lossless: whether every text is the concatenation of its tokens, byte for byte. Of texts of other tokenizers,
+        `losses.measure` counts what is lost.
+      piece_bytes: `[vocab_size]` int32, UTF-8 bytes of text per token (0 for eod); None where tokens are not pieces of
+        the text, for example where a tokenizer inserts a space or changes letters. Unless `lossless`, its sum is the
+        byte count of some texts and not of others.
       definition: content of the `tokenizer.json`, None for built-in tokenizers.
     """
 
@@ -59,16 +73,36 @@ class Tokenizer:
     vocab_size: int
     eod: int
     sha256: str
-    token_bytes: np.ndarray | None
+    lossless: bool
+    piece_bytes: np.ndarray | None
     definition: bytes | None = None
 
+    @property
+    def token_bytes(self) -> np.ndarray | None:
+        """`piece_bytes` where the byte count of every text is their sum, else None."""
+        return self.piece_bytes if self.lossless else None
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array of ids per text, without the end-of-document token."""
+        """One int32 array of ids per text, without the end-of-document token.
+
+        Raises:
+          TokenizerError: a text cannot be encoded, or not in reasonable time.
+        """
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         raise NotImplementedError
+
+    def decode_after(self, before: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of `ids` where they follow `before`.
+
+        A decoder drops the space before the first word, and cannot read half of a letter: the two are decoded together.
+        """
+        start, whole = self.decode(before), self.decode(np.concatenate([before, ids]))
+        # They differ where a decoder treats the end of a text differently, or `before` ends within a letter.
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(start, whole, strict=False))
+        return whole[sum(1 for _ in same) :]
 
 
 class ByteTokenizer(Tokenizer):
@@ -78,9 +112,10 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     eod = 256
     sha256 = hashlib.sha256(b"UTF-8 bytes, 256 = end of document").hexdigest()
+    lossless = True
 
     def __init__(self) -> None:
-        self.token_bytes = np.append(np.ones(256, np.int32), np.int32(0))
+        self.piece_bytes = np.append(np.ones(256, np.int32), np.int32(0))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
@@ -92,81 +127,102 @@ class ByteTokenizer(Tokenizer):
         return END_OF_TEXT.join(text.decode(errors="replace") for text in texts)
 
 
-class BpeTokenizer(Tokenizer):
+class VocabularyTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` package, with a known end-of-document token."""
 
     def __init__(
         self,
         name: str,
         core: tokenizers.Tokenizer,
+        definition: Definition,
         eod: int,
         sha256: str,
-        definition: bytes | None = None,
+        content: bytes | None = None,
     ):
-        core.no_truncation()
-        core.no_padding()
-        core.encode_special_tokens = True  # a special token spelled in a text is text
-        self._core = core
+        self._core = _for_text(core)
+        self._definition = definition
         self.name = name
         self.vocab_size = max(core.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = eod
         self.sha256 = sha256
-        self.definition = definition
+        self.definition = content
+        self.lossless = is_lossless(definition)
 
     @functools.cached_property
-    def token_bytes(self) -> np.ndarray | None:  # type: ignore[override]
-        return _token_bytes(self._core, self.vocab_size, self.eod)
+    def piece_bytes(self) -> np.ndarray | None:  # type: ignore[override]
+        return piece_bytes(self._core, self._definition, self.vocab_size, self.eod)
+
+    @functools.cached_property
+    def unknown(self) -> int | None:
+        """Id of the token that stands for unknown text, if there is one."""
+        return unknown_id(self._core, self._definition)
+
+    @functools.cached_property
+    def _unspelled(self) -> tokenizers.Tokenizer:
+        """The same tokenizer where no text spells the end token."""
+        end = self._core.id_to_token(self.eod)
+        assert end is not None
+        return _for_text(load_core(self.name, unspelled(self._definition, end)))
+
+    def check_patterns(self) -> None:
+        """Raises SlowTokenizerError if a regular expression of the definition backtracks on plain repetitions."""
+        if not has_patterns(self._definition):
+            return
+        for text in _REPETITIONS:
+            try:
+                within(_SECONDS / 6, lambda text=text: self._core.encode_batch_fast([text]))  # type: ignore[misc]
+            except TimeoutError as error:
+                raise self._slow(len(text), _SECONDS / 6) from error
+            except BaseException as error:
+                if "retry-limit" in str(error):
+                    raise self._slow(len(text), _SECONDS / 6) from error
+                if not isinstance(error, Exception):
+                    raise
+                # Characters without a token: found where a text has them.
+
+    def _slow(self, size: int, limit: float) -> "SlowTokenizerError":
+        return SlowTokenizerError(
+            f"tokenizer {self.name}: {size:,} characters took more than {limit:.0f} seconds; simplify the regular "
+            "expressions in its pre_tokenizer and normalizer, which backtrack without end on this text"
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
+        rows = self._encoded(self._core, texts)
+        # The package keeps added tokens out of texts, but a model may have the end token among its pieces.
+        spelled = [number for number, row in enumerate(rows) if (row == self.eod).any()]
+        if spelled:
+            for number, row in zip(
+                spelled, self._encoded(self._unspelled, [texts[number] for number in spelled]), strict=True
+            ):
+                rows[number] = row
+                if (row == self.eod).any():
+                    raise TokenizerError(f"tokenizer {self.name}: makes its end token of this text; use another one")
+        return rows
+
+    def _encoded(self, core: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+        size = sum(map(len, texts))
+        limit = _SECONDS + size / _BYTES_PER_SECOND
+        try:
+            # Of the package's ways to encode, the one that releases the interpreter lock.
+            encodings = within(limit, lambda: core.encode_batch_fast(list(texts), add_special_tokens=False))
+        except TimeoutError as error:
+            raise self._slow(size, limit) from error
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # the package raises bare Exception, or a panic, which is no Exception
+            raise TokenizerError(f"tokenizer {self.name}: cannot encode this text ({error})") from error
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._core.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=False)
 
 
-def _token_bytes(core: tokenizers.Tokenizer, vocab_size: int, eod: int) -> np.ndarray | None:
-    """Byte length of every token, or None if summing them does not give the length of a text.
-
-    Byte-level tokens spell one byte per character; byte-fallback tokens are `<0xNN>` or text with
-    U+2581 for a space. The table is used only if it is exact on `_PROBES`. A tokenizer that
-    normalizes to NFC is compared with the NFC form of the text.
-    """
-    definition = json.loads(core.to_str())
-    byte_level = "ByteLevel" in _component_types(definition.get("decoder"))
-    added = {token["id"]: token for token in definition.get("added_tokens") or []}
-    if any((t["lstrip"] or t["rstrip"]) and not t["special"] for t in added.values()):
-        return None  # such a token absorbs an unknown amount of white space
-    lengths = np.zeros(vocab_size, np.int32)
-    for token, index in core.get_vocab(with_added_tokens=True).items():
-        if index in added:
-            lengths[index] = len(token.encode())
-        elif byte_level:
-            lengths[index] = len(token)
-        elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-            lengths[index] = 1
-        else:
-            lengths[index] = len(token.replace("\u2581", " ").encode())
-    lengths[eod] = 0
-    nfc = _component_types(definition.get("normalizer")) == ["NFC"]
-    for probe in _PROBES:
-        if not byte_level:
-            probe = probe.replace("\u2581", "")  # a space in such a tokenizer, by design
-        text = unicodedata.normalize("NFC", probe) if nfc else probe
-        ids = core.encode(probe, add_special_tokens=False).ids
-        if int(lengths[ids].sum()) != len(text.encode()):
-            return None
-    return lengths
-
-
-def _component_types(component: dict[str, Any] | None) -> list[str]:
-    """Type names of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
-    if component is None:
-        return []
-    for key in ("normalizers", "pretokenizers", "decoders"):
-        if key in component:
-            return [name for part in component[key] for name in _component_types(part)]
-    return [component["type"]]
+def _for_text(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """`core`, which then encodes every text in full and as text."""
+    core.no_truncation()
+    core.no_padding()
+    core.encode_special_tokens = True  # a special token spelled in a text is text
+    return core
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -203,7 +259,9 @@ def _load_built_in(name: str) -> Tokenizer:
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=pairs))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
-    return BpeTokenizer(name, core, vocab[END_OF_TEXT], hashlib.sha256(encoder + merges).hexdigest())
+    definition = json.loads(core.to_str())
+    sha256 = hashlib.sha256(encoder + merges).hexdigest()
+    return VocabularyTokenizer(name, core, definition, vocab[END_OF_TEXT], sha256)
 
 
 def parse_tokenizer(name: str, definition: bytes) -> Tokenizer:
@@ -212,12 +270,15 @@ def parse_tokenizer(name: str, definition: bytes) -> Tokenizer:
     Raises:
       DataError: the content cannot be parsed, or has no known end-of-document token.
     """
-    try:
-        core = tokenizers.Tokenizer.from_str(definition.decode())
-    except Exception as error:  # the package raises bare Exception for a bad definition
-        raise DataError(f"{name}: not a tokenizer.json of the tokenizers package ({error})") from error
-    eods = [core.token_to_id(token) for token in _EOD_NAMES]
-    eod = next((index for index in eods if index is not None), None)
-    if eod is None:
+    core, parsed = parse_definition(name, definition)
+    end = next((token for token in _EOD_NAMES if core.token_to_id(token) is not None), None)
+    if end is None:
         raise DataError(f"{name}: no end-of-document token; add one of {', '.join(_EOD_NAMES)} to its vocabulary")
-    return BpeTokenizer(name, core, eod, hashlib.sha256(definition).hexdigest(), definition)
+    fixed = repaired(parsed, end)
+    if fixed != parsed:
+        core = load_core(name, fixed)
+    eod = core.token_to_id(end)
+    assert eod is not None
+    tokenizer = VocabularyTokenizer(name, core, fixed, eod, hashlib.sha256(definition).hexdigest(), definition)
+    tokenizer.check_patterns()
+    return tokenizer

@@ -64,10 +64,10 @@ def generate_texts(request: GenerateRequest) -> list[str]:
         generate(config, params, balance.expert_bias_GNE, prompts_BS, lengths_B, key, sampling, factors)
     )
     rows = [
-        tokens[start:end]
+        (tokens[:start], tokens[start:end])
         for tokens, start, end in zip(generated.tokens_BT, lengths_B, generated.lengths_B, strict=True)
     ]
-    return [tokenizer.decode(row[row != tokenizer.eod]) for row in rows]
+    return [tokenizer.decode_after(prompt, row[row != tokenizer.eod]) for prompt, row in rows]
 
 
 def generate_command(request: GenerateRequest) -> int:

@@ -177,7 +177,10 @@ class UniPoolLM(LM):
         bias = model.balance.expert_bias_GNE
         found = jax.device_get(generate(model.config, model.params, bias, tokens_BS, lengths_B, key, sampling, factors))
         drawn = [found.tokens_BT[row, lengths_B[row] : found.lengths_B[row]] for row in range(len(prompts))]
-        return [model.tokenizer.decode(tokens[tokens != sampling.end_token]) for tokens in drawn]
+        return [
+            model.tokenizer.decode_after(prompt, tokens[tokens != sampling.end_token])
+            for prompt, tokens in zip(prompts, drawn, strict=True)
+        ]
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

@@ -168,10 +168,8 @@ def unigram_baseline(corpus: Corpus, windows: Mapping[str, EvalWindows]) -> dict
     if corpus.num_tokens("train") > UNIGRAM_MAX_TOKENS:
         return None
     train_counts = token_counts(corpus.stores, "train")
-    losses = {
-        name: unigram_loss(train_counts, window.target_counts(), corpus.tokenizer.token_bytes)
-        for name, window in windows.items()
-    }
+    table = corpus.token_bytes(len(train_counts))
+    losses = {name: unigram_loss(train_counts, window.target_counts(), table) for name, window in windows.items()}
     return {name: {"loss": x.nats_per_token, "bits_per_byte": x.bits_per_byte} for name, x in losses.items()}
 
 
