@@ -11,6 +11,8 @@ import numpy as np
 
 from unipool_jax.config.schema import DataConfig
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.inputs import find_inputs
+from unipool_jax.data.pieces import plan_cut
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
 from unipool_jax.data.token_store import TokenStore, cached_store, demo_corpus_path, open_store
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -54,9 +56,12 @@ def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
         )
     if data.source == "stores":
         return Corpus(tokenizer, [_open(path, tokenizer, data) for path in data.stores])
-    files: Sequence[str | Path] = [demo_corpus_path()] if data.source == "demo" else data.files
-    store = cached_store(files, data.cache_dir, tokenizer, data.split, data.split_order, progress=True)
-    return Corpus(tokenizer, [store])
+    place = data.cache_dir, tokenizer, data.split, data.split_order
+    if data.source == "demo":
+        return Corpus(tokenizer, [cached_store([demo_corpus_path()], *place, progress=True)])
+    inputs = find_inputs(data.files)
+    cut = plan_cut(inputs.files, data.split, data.split_order)
+    return Corpus(tokenizer, [cached_store(inputs.files, *place, progress=True, cut=cut, notes=[inputs.note()])])
 
 
 def open_texts(data: DataConfig, files: Sequence[str], vocab_size: int) -> Corpus:
