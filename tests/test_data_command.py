@@ -42,10 +42,13 @@ def test_one_store_per_file(text: Path, tmp_path: Path, capsys: pytest.CaptureFi
     shutil.copy(text, tmp_path / "b.jsonl")
     files = [str(text), str(tmp_path / "b.jsonl")]
     options = [f"out={tmp_path / 'out'}", "tokenizer=bytes", "workers=1", "progress=false", "per_file=true"]
+    options.append("split=[8,1,1]")
     assert main(["data", *files, *options]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
     assert open_store(tmp_path / "out" / "b").num_documents == 10
-    assert main(["data", files[0], files[0], *options]) == 2
+    (tmp_path / "c").mkdir()
+    shutil.copy(text, tmp_path / "c" / "a.jsonl")
+    assert main(["data", files[0], f"{tmp_path}/c/a.jsonl", *options]) == 2
     assert "two files have one name" in capsys.readouterr().err
 
 

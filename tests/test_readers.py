@@ -13,7 +13,7 @@ from pyarrow import Table, parquet
 from pyarrow import array as arrow_array
 
 from unipool_jax.data.errors import DataError
-from unipool_jax.data.readers import SUFFIXES, read_texts
+from unipool_jax.data.readers import PLAIN_TEXT, SUFFIXES, read_texts
 
 TEXTS = ["first\nwith lines", "", "na\u00efve \U0001f469", "x" * 300_000]
 
@@ -40,7 +40,7 @@ def write_documents(path: Path, texts: list[str], field: str = "text") -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".txt"])
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix not in PLAIN_TEXT])
 @pytest.mark.parametrize("field", ["text", "content"])
 def test_formats_give_the_same_documents(tmp_path: Path, suffix: str, field: str) -> None:
     path = write_documents(tmp_path / f"a{suffix}", TEXTS, field)

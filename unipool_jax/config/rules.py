@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from unipool_jax.config import lock_schedule, mesh_rules
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.paths import named_files
 from unipool_jax.config.ranges import MAX_EXPERTS, RANGES
 from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
 
@@ -277,8 +278,11 @@ def _sources(config: Config) -> Iterator[str]:
             yield f"data.{name}=[]: data.source={source} needs at least one; set data.{name}=[PATH,...]"
     if data.source == "files":
         for path in data.files:
-            if not _is_file(path):
-                yield f"data.files: {path!r} is not an existing file; correct the path or remove it"
+            if not _names_files(path):
+                yield (
+                    f"data.files: {path!r} is not an existing file, a folder of files or a pattern that matches one; "
+                    "correct the path or remove it"
+                )
     if data.source == "stores":
         for path in data.stores:
             if not (_is_dir(path) or (_is_file(f"{path}.bin") and _is_file(f"{path}.idx"))):
@@ -392,6 +396,10 @@ def _is_file(path: str) -> bool:
 
 def _is_dir(path: str) -> bool:
     return _is_path(path) and _safe(Path(path).is_dir)
+
+
+def _names_files(word: str) -> bool:
+    return _is_path(word) and _safe(lambda: bool(named_files(word)))
 
 
 def _safe(ask: Callable[[], bool]) -> bool:

@@ -220,7 +220,8 @@ class DataConfig:
     """`demo`: the corpus in the package; `files`: data.files, tokenized once into data.cache_dir; `stores`:
     data.stores."""
     files: tuple[str, ...] = ()
-    """Text, jsonl (plain, .gz, .zst or .xz) or parquet files, with data.source=files."""
+    """Files (.txt, .text, .md, .markdown, .rst, .jsonl with or without .gz, .zst or .xz, .parquet), folders of them, or
+    patterns, with data.source=files. Fewer than twenty documents are cut into pieces, see docs/data.md."""
     stores: tuple[str, ...] = ()
     """Token stores built by `unipool data`, or prefixes of Megatron pairs (PREFIX.bin and PREFIX.idx),
     with data.source=stores."""

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.inputs import find_inputs
 from unipool_jax.data.losses import loss_report
+from unipool_jax.data.pieces import plan_cut
 from unipool_jax.data.readers import file_format
 from unipool_jax.data.requests import DataRequest
 from unipool_jax.data.splits import SPLIT_NAMES
@@ -24,7 +26,8 @@ def data_command(request: DataRequest) -> int:
         store.verify()
         print(_describe(store))
         return 0
-    for files, out in _plan(request):
+    inputs = find_inputs(request.files)
+    for files, out in _plan(request, inputs.files):
         store = build_store(
             files,
             out,
@@ -34,6 +37,8 @@ def data_command(request: DataRequest) -> int:
             field=request.field,
             workers=request.workers or os.cpu_count() or 1,
             progress=request.progress,
+            cut=plan_cut(files, request.split, request.split_order, request.field),
+            notes=[inputs.note()],
         )
         print(_describe(store))
     return 0
@@ -47,16 +52,13 @@ def _describe(store: TokenStore) -> str:
     return described if report is None else f"{described}\n{report}"
 
 
-def _plan(request: DataRequest) -> list[tuple[tuple[str, ...], Path]]:
+def _plan(request: DataRequest, files: list[Path]) -> list[tuple[list[Path], Path]]:
     """(files, store) pairs to build."""
     assert request.out is not None
     out = Path(request.out)
     if not request.per_file:
-        return [(request.files, out)]
-    plan: list[tuple[tuple[str, ...], Path]] = []
-    for file in request.files:
-        name = Path(file).name
-        plan.append(((file,), out / name[: -len(file_format(Path(file)))]))
+        return [(files, out)]
+    plan = [([file], out / file.name[: -len(file_format(file))]) for file in files]
     if len({store for _, store in plan}) < len(plan):
         raise DataError("per_file=true: two files have one name; give them different names")
     return plan

@@ -12,7 +12,9 @@ import numpy as np
 
 from unipool_jax.config.schema import DataConfig
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.inputs import find_inputs
 from unipool_jax.data.losses import loss_report
+from unipool_jax.data.pieces import plan_cut
 from unipool_jax.data.splits import SPLIT_NAMES, SplitName
 from unipool_jax.data.token_store import TokenStore, cached_store, demo_corpus_path, open_store
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,12 +64,21 @@ def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
     if data.source == "stores":
         stores = [_open(path, tokenizer, data) for path in data.stores]
     else:
-        files: Sequence[str | Path] = [demo_corpus_path()] if data.source == "demo" else data.files
-        stores = [cached_store(files, data.cache_dir, tokenizer, data.split, data.split_order, progress=True)]
+        stores = [_cached(data, tokenizer)]
     for store in stores:
         if report := loss_report(store):
             print(report, file=sys.stderr)
     return Corpus(tokenizer, stores)
+
+
+def _cached(data: DataConfig, tokenizer: Tokenizer) -> TokenStore:
+    """The store of data.files or of the demo corpus, built if it is not in the cache."""
+    place = data.cache_dir, tokenizer, data.split, data.split_order
+    if data.source == "demo":
+        return cached_store([demo_corpus_path()], *place, progress=True)
+    inputs = find_inputs(data.files)
+    cut = plan_cut(inputs.files, data.split, data.split_order)
+    return cached_store(inputs.files, *place, progress=True, cut=cut, notes=[inputs.note()])
 
 
 def open_texts(data: DataConfig, files: Sequence[str], vocab_size: int) -> Corpus:

@@ -17,7 +17,10 @@ from typing import IO, Any
 
 from unipool_jax.data.errors import DataError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
+PLAIN_TEXT = (".txt", ".text", ".md", ".markdown", ".rst")
+"""Endings of files that are one document each, read as they are."""
+
+SUFFIXES = (*PLAIN_TEXT, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
 
 Record = tuple[int, Any]
 """(number of the line or row, from 1; the undecoded line, or the value of the parquet column)."""
@@ -31,6 +34,11 @@ def file_format(path: Path) -> str:
     raise DataError(f"{path}: unknown file format; the name must end in one of {', '.join(SUFFIXES)}")
 
 
+def is_readable(path: Path) -> bool:
+    """Whether the name ends in one of `SUFFIXES`."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
 def unit(path: Path) -> str:
     """What the number of a record counts in this file: `row` or `line`."""
     return "row" if file_format(path) == ".parquet" else "line"
@@ -39,7 +47,7 @@ def unit(path: Path) -> str:
 class DocumentFile:
     """Raw records of one file, one per document, in file order.
 
-    A `.txt` file is one document. Use as a context manager, and iterate once.
+    A file of `PLAIN_TEXT` is one document. Use as a context manager, and iterate once.
 
     Raises:
       DataError: while iterating: a damaged or truncated file, no documents, a blank line before the
@@ -84,7 +92,7 @@ class DocumentFile:
             raise DataError(f"{self._path}, line 1: no documents in this file")
 
     def _records(self) -> Iterator[Record]:
-        if self._format == ".txt":
+        if self._format in PLAIN_TEXT:
             if content := self._raw.read():
                 yield 1, content
         elif self._format == ".parquet":
@@ -195,11 +203,11 @@ def document_text(path: Path, record: Record, field: str) -> str:
         try:
             text = payload.decode()
         except UnicodeDecodeError as error:
-            if file_format(path) == ".txt":
+            if file_format(path) in PLAIN_TEXT:
                 line = payload.count(b"\n", 0, error.start) + 1
                 place = f"{path}, line {line}"
             raise DataError(f"{place}: not UTF-8 (byte 0x{payload[error.start]:02x} at offset {error.start})") from None
-        payload = text if file_format(path) == ".txt" else _json_field(place, text, field)
+        payload = text if file_format(path) in PLAIN_TEXT else _json_field(place, text, field)
     if not isinstance(payload, str):
         raise DataError(f"{place}: {field!r} is {type(payload).__name__}, expected text")
     try:

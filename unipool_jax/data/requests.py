@@ -25,7 +25,8 @@ class DataRequest:
     """
 
     files: Annotated[tuple[str, ...], Positional()] = ()
-    """Text, jsonl(.gz/.zst/.xz) or parquet files."""
+    """Files (.txt, .text, .md, .markdown, .rst, .jsonl with or without .gz, .zst or .xz, .parquet), folders of them, or
+    patterns."""
     out: str | None = None
     """Store to build."""
     tokenizer: str = "gpt2"
@@ -64,7 +65,7 @@ class TokenizerRequest:
     """
 
     files: Annotated[tuple[str, ...], Positional()] = ()
-    """Text, jsonl or parquet files; none is the demo corpus."""
+    """Files, folders or patterns, as for `unipool data`; none is the demo corpus."""
     out: str
     """File to write, for example tokenizer.json."""
     vocab_size: Annotated[int, Range(257, 4_194_304)] = DEMO_VOCAB_SIZE

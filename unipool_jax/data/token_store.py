@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, get_context, resource_tracker
@@ -22,6 +23,7 @@ from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.losses import Losses, check_not_empty, measure
 from unipool_jax.data.opening import open_store
+from unipool_jax.data.pieces import RULE, Cut, cut_records
 from unipool_jax.data.readers import DocumentFile, Record, document_text, file_format, unit
 from unipool_jax.data.splits import PILE_SPLIT, check_split
 from unipool_jax.data.store_reader import TokenStore, building_folder
@@ -163,7 +165,7 @@ def _encoders(tokenizer: Tokenizer, workers: int) -> Iterator[Sequence[_Here | _
 
 
 def _batches(
-    files: Sequence[Path], field: str, start: tuple[int, int], report: Callable[[int], None]
+    files: Sequence[Path], field: str, cut: Cut | None, start: tuple[int, int], report: Callable[[int], None]
 ) -> Iterator[tuple[int, int, list[Record]]]:
     """(file index, index of its first record, records) from record `start` on.
 
@@ -175,7 +177,8 @@ def _batches(
         with DocumentFile(files[index], field) as documents:
             batch: list[Record] = []
             size = first = 0
-            for count, record in enumerate(documents):
+            records = documents if cut is None else cut_records(files[index], iter(documents), field, cut)
+            for count, record in enumerate(records):
                 if count < skip:
                     first = count + 1
                     continue
@@ -197,6 +200,7 @@ def _append_all(
     writer: StoreWriter,
     files: Sequence[Path],
     field: str,
+    cut: Cut | None,
     tokenizer: Tokenizer,
     workers: int,
     report: Callable[[int, int], None],
@@ -212,7 +216,7 @@ def _append_all(
         report(position, writer.num_tokens)
 
     with _encoders(tokenizer, workers) as encoders:
-        batches = _batches(files, field, writer.next_record, report_bytes)
+        batches = _batches(files, field, cut, writer.next_record, report_bytes)
         for (file, first, records), encoder in zip(batches, itertools.cycle(encoders), strict=False):
             if len(waiting) == len(encoders):
                 append_oldest()  # encoders take turns, so the oldest result is this encoder's
@@ -256,6 +260,8 @@ def build_store(
     progress: bool = True,
     shard_tokens: int = store_format.SHARD_TOKENS,
     input_hashes: Sequence[str] | None = None,
+    cut: Cut | None = None,
+    notes: Sequence[str | None] = (),
 ) -> TokenStore:
     """Tokenizes `files`, in order, into the store `out`; each document ends with one end-of-document token.
 
@@ -272,6 +278,8 @@ def build_store(
       progress: show a progress bar on stderr.
       shard_tokens: tokens per shard file, the most that an interruption can lose.
       input_hashes: content hashes that identify the inputs; default: size and modification time.
+      cut: how to cut the texts into documents; None keeps them.
+      notes: sentences about the inputs, printed to stderr when the store is built and not when it is opened.
 
     Raises:
       DataError: bad input (names file and line), no text, an invalid setting, an `out` that holds
@@ -300,6 +308,7 @@ def build_store(
         "field": field,
         "shard_tokens": shard_tokens,
         "inputs": list(input_hashes or [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats]),
+        **_cut_identity(cut),
     }
     manifest: dict[str, Any] = {
         "tokenizer": {
@@ -312,6 +321,7 @@ def build_store(
         "split": list(checked),
         "split_order": split_order,
         "inputs": [{"name": path.name, "bytes": stat.st_size} for path, stat in zip(paths, stats, strict=True)],
+        **_cut_identity(cut),
     }
     key = store_format.json_sha256(identity)
     folder = building_folder(out)
@@ -328,8 +338,11 @@ def build_store(
                 writer = StoreWriter(folder, key, len(paths), dtype, shard_tokens)
                 if tokenizer.definition is not None:
                     write_atomically(folder / store_format.TOKENIZER, tokenizer.definition)
+                for note in (*notes, None if cut is None else cut.note()):
+                    if note is not None:
+                        print(note, file=sys.stderr)
                 with _progress(total, progress) as report:
-                    _append_all(writer, paths, field, tokenizer, workers, report)
+                    _append_all(writer, paths, field, cut, tokenizer, workers, report)
                 writer.finish(manifest)
             publish(folder, out)
     except _WorkerDiedError as error:
@@ -340,6 +353,11 @@ def build_store(
     except (OSError, FileError) as error:
         raise cannot_write(folder, error) from error
     return _open_same(out, tokenizer, key, checked, split_order)
+
+
+def _cut_identity(cut: Cut | None) -> dict[str, Any]:
+    """What a cut adds to the identity of a store; nothing without one."""
+    return {} if cut is None else {"cut": {"rule": RULE, "characters": cut.size}}
 
 
 def _open_same(out: Path, tokenizer: Tokenizer, key: str, split: Sequence[float], split_order: str) -> TokenStore:
@@ -363,6 +381,8 @@ def cached_store(
     field: str = "text",
     workers: int = 1,
     progress: bool = False,
+    cut: Cut | None = None,
+    notes: Sequence[str | None] = (),
 ) -> TokenStore:
     """The store of `files`, built in `cache_dir` on first use.
 
@@ -378,7 +398,8 @@ def cached_store(
         hashes = [store_format.file_sha256(Path(file)) for file in files]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot open ({error.strerror})") from error
-    key = store_format.json_sha256([store_format.VERSION, hashes, tokenizer.sha256, field, checked, split_order])
+    parts = [store_format.VERSION, hashes, tokenizer.sha256, field, checked, split_order]
+    key = store_format.json_sha256([*parts, *_cut_identity(cut).items()])
     return build_store(
         files,
         Path(cache_dir) / key[:24],
@@ -389,4 +410,6 @@ def cached_store(
         workers=workers,
         progress=progress,
         input_hashes=hashes,
+        cut=cut,
+        notes=notes,
     )

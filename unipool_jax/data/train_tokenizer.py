@@ -8,6 +8,7 @@ import tokenizers
 
 from unipool_jax.config.files import write_atomically
 from unipool_jax.data.assets import demo_corpus_path
+from unipool_jax.data.inputs import find_inputs
 from unipool_jax.data.readers import read_texts
 from unipool_jax.data.requests import TokenizerRequest
 from unipool_jax.data.splits import Split, split_documents
@@ -50,7 +51,7 @@ def tokenizer_command(request: TokenizerRequest) -> int:
     Raises:
       DataError, FileError: with what to do about it.
     """
-    paths = [Path(file) for file in request.files]
+    paths = find_inputs(request.files).files
     texts = read_texts(paths, request.field) if paths else demo_training_texts()
     trained = train_tokenizer(texts, request.vocab_size)
     write_atomically(Path(request.out), trained)

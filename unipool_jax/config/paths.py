@@ -1,0 +1,41 @@
+"""Which files a word on a command line means: a file, the files of a folder, or those that a pattern matches."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+
+def named_files(word: str) -> list[Path]:
+    """The files that `word` names: itself, all files below a folder, or all that a glob pattern matches.
+
+    Sorted by path, so that every machine reads them in the same order. `**` matches folders at any depth; hidden files
+    and folders count only where they are named. A file whose own name looks like a pattern is that file.
+
+    Returns:
+      The files; none for a word that names no file.
+
+    Raises:
+      OSError: a folder that cannot be read.
+    """
+    path = Path(word).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(_below(path), key=str)
+    matched = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    files = {path for path in matched if path.is_file()}
+    return sorted(files.union(*(_below(path) for path in matched if path.is_dir())), key=str)
+
+
+def _below(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.is_file()]
+    return found
