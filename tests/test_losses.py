@@ -156,14 +156,18 @@ JAPANESE = "\u3053\u3093\u306b\u3061\u306f"
 
 def test_documents_that_vanish_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus, file = write(tmp_path, ["english", " \n", JAPANESE], letters())
-    assert main(["data", str(corpus), f"out={tmp_path / 'store'}", f"tokenizer={file}", "workers=1"]) == 2
+    assert (
+        main(["data", str(corpus), f"out={tmp_path / 'store'}", f"tokenizer={file}", "workers=1", "split=[1,0,0]"]) == 2
+    )
     assert f"corpus.jsonl, line 3: tokenizer {file}: none of 5 characters" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 
 def test_what_a_corpus_lost_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus, file = write(tmp_path, ["one two", f"three {JAPANESE}", f"{JAPANESE}!", " "], letters())
-    assert main(["data", str(corpus), f"out={tmp_path / 'store'}", f"tokenizer={file}", "workers=1"]) == 0
+    assert (
+        main(["data", str(corpus), f"out={tmp_path / 'store'}", f"tokenizer={file}", "workers=1", "split=[1,0,0]"]) == 0
+    )
     said = "changed 2 of 4 documents and lost 10 of their characters"
     assert said in capsys.readouterr().out
     data = DataConfig(source="stores", stores=(str(tmp_path / "store"),), tokenizer=str(file))
