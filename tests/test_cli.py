@@ -286,8 +286,8 @@ def test_a_folder_of_ones_own_choices_is_laid_over(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"# @package _global_\nmodel: [", "not a readable YAML file"),
-        (b"\xff", "not a readable YAML file"),
+        (b"# @package _global_\nmodel: [", "not YAML"),
+        (b"\xff", "not UTF-8"),
         (b"# @package _global_\n- 1", "expected settings"),
         (b"model: {num_layers: 3}", "its first line must be `# @package _global_`"),
     ],

@@ -207,9 +207,7 @@ def test_peaks_are_known_by_device_kind(kind: str, peak: float | None) -> None:
     assert peak_flops(kind) == peak
 
 
-@pytest.mark.parametrize(
-    "damage", ['{"kind": "train", "step": "2"}', '{"kind": "train", "step": [2]}', "nonsense", "[]"]
-)
+@pytest.mark.parametrize("damage", ['{"kind": "train", "step": "2"}', '{"kind": "valid", "step": [2]}', "nonsense", ""])
 def test_a_damaged_line_is_not_lost_in_silence(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "metrics.jsonl"
     good = [f'{{"kind": "train", "step": {step}}}' for step in (1, 2, 3)]

@@ -203,7 +203,7 @@ def _edit_manifest(folder: Path, **changes: object) -> None:
         (lambda f: (f / "document_offsets.npy").unlink(), r"document_offsets\.npy: missing"),
         (lambda f: (f / "tokens/zarr.json").unlink(), "damaged store"),
         (lambda f: (f / "tokens/zarr.json").write_text("{"), "damaged store"),
-        (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: not JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json: expected a JSON object"),
         (lambda f: _edit_manifest(f, version=99), "version 99; expected"),
         (lambda f: _edit_manifest(f, format="other"), "format 'other'"),
