@@ -14,6 +14,7 @@ import pytest
 
 from runner import Runner, assert_same, final_state, overrides
 from unipool_jax.config.compose import compose_config
+from unipool_jax.training.metrics import CLOCKED
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def _arguments(folder: Path, steps: int) -> list[str]:
 def _metrics(run: Path) -> list[dict]:
     """The metrics file without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines]
 
 
 def _saved(run: Path) -> set[int]:

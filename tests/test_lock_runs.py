@@ -30,6 +30,7 @@ from unipool_jax.moe.lock_lifecycle import LockError
 from unipool_jax.training import evaluate, loop
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.entry import run
+from unipool_jax.training.metrics import CLOCKED
 from unipool_jax.training.run_folder import run_name
 
 STEPS, FREEZE, LOCK = 12, 4, 8
@@ -80,7 +81,7 @@ def lines(config: Config, kind: str | None = None) -> list[dict[str, Any]]:
     """Metrics without what depends on the clock."""
     found = [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")}
+        {key: value for key, value in line.items() if key not in CLOCKED}
         for line in found
         if kind in (None, line["kind"])
     ]

@@ -25,7 +25,9 @@ from unipool_jax.data.errors import DataError
 from unipool_jax.training import evaluate, loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints
 from unipool_jax.training.entry import run
+from unipool_jax.training.metrics import CLOCKED
 from unipool_jax.training.run_folder import RunError, RunFolder, find_run, run_name
+from unipool_jax.training.sessions import read_sessions
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import make_eval_step, make_train_step
 
@@ -67,7 +69,7 @@ def lines(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Metrics of a run without what depends on the clock."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")}
+        {key: value for key, value in line.items() if key not in CLOCKED}
         for line in found
         if kind in (None, line["kind"])
     ]
@@ -132,6 +134,33 @@ def test_a_run_leaves_everything_that_is_promised(uninterrupted: tuple[Config, P
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["results"]["valid"]["loss"] == lines(folder, "valid")[-1]["loss"]
     assert {"valid", "test"} == summary["results"].keys() == summary["unigram"].keys()
+    assert summary["skipped_steps"] == 0
+
+
+def test_the_speed_of_the_summary_is_that_of_the_run(uninterrupted: tuple[Config, Path]) -> None:
+    config, folder = uninterrupted
+    text = (folder / "metrics.jsonl").read_text()
+    found = [line for line in map(json.loads, text.splitlines()) if line["kind"] == "train"]
+    # Of 12 steps all but the first, which was compiled; 2 between lines, and 1 before the first line.
+    steps = [1, 2, 2, 2, 2, 2]
+    tokens = [line["tokens_per_second"] * line["seconds"] for line in found]
+    assert tokens == pytest.approx([count * config.tokens_per_step for count in steps])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["tokens_per_second"] == pytest.approx(sum(tokens) / sum(line["seconds"] for line in found))
+    assert summary["tokens_per_second_median"] == np.median([line["tokens_per_second"] for line in found])
+    assert summary["mfu"] is None
+
+
+def test_a_run_keeps_what_it_printed_and_where(uninterrupted: tuple[Config, Path]) -> None:
+    folder = uninterrupted[1]
+    log = (folder / "log.txt").read_text()
+    said = ["==== 20", "compiling the training step\n", "compiled after ", "step  2/12  loss ", "elapsed"]
+    said += ["compiling the evaluation\n", "valid loss"]
+    places = [log.index(text) for text in [*said, "tokens per second: ", "experts in use"]]
+    assert places == sorted(places)
+    (session,) = read_sessions(folder)
+    assert (session["step"], session["exit_code"]) == (0, 0)
+    assert session["compile_seconds"] > 0
 
 
 @pytest.mark.parametrize(("signum", "code", "at"), [(signal.SIGTERM, 143, 5), (signal.SIGINT, 130, 8)])
@@ -161,6 +190,11 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     assert_same(final_state(config, uninterrupted[1]), final_state(config, folder_of(config)))
     # The evaluation that the signal at step 8 put off is made up for, in its place.
     assert lines(folder_of(config)) == lines(uninterrupted[1])
+    assert [(s["step"], s["exit_code"]) for s in read_sessions(folder_of(config))] == [(0, code), (at, 0)]
+    log = (folder_of(config) / "log.txt").read_text()
+    assert log.count("==== ") == 2
+    assert f"saved step {at}" in log
+    assert " s as the last time\n" in log
 
 
 def test_a_signal_between_two_looks_waits_for_the_next_step(
@@ -245,11 +279,15 @@ def test_a_nonfinite_step_stops_the_run_and_overwrites_nothing(
     assert not (folder_of(config) / "summary.json").exists()
 
 
-def test_nonfinite_steps_can_be_skipped(configure: Callable[..., Config], after_step: Callable[[Hook], None]) -> None:
+def test_nonfinite_steps_can_be_skipped(
+    configure: Callable[..., Config], after_step: Callable[[Hook], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     config = configure("train.nonfinite=skip")
     after_step(poison(3, 6))
     assert loop.train(config) == 0
     assert [line["step"] for line in lines(folder_of(config), "skipped")] == [3, 6]
+    assert json.loads((folder_of(config) / "summary.json").read_text())["skipped_steps"] == 2
+    assert "steps skipped (train.nonfinite=skip): 2" in capsys.readouterr().out
 
 
 def test_a_real_nonfinite_gradient_is_caught(

@@ -16,6 +16,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.balance import load_fractions, pool_loss
+from unipool_jax.training.optimizer import make_schedule
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import make_eval_step, make_train_step
 
@@ -145,6 +146,28 @@ def test_a_non_finite_step_leaves_everything_but_the_step_count() -> None:
     jax.tree.map(np.testing.assert_array_equal, new_state._replace(step=state.step), state)
     _, metrics = _step(config, state, batch)
     assert metrics["finite"]
+
+
+def test_the_learning_rate_reported_is_that_of_the_update() -> None:
+    """A skipped step makes no update, and the schedule goes on from the last one that was made."""
+    config = tiny_config("unipool")
+    step, batches = make_train_step(config), [tiny_batch(config, seed) for seed in range(3)]
+    infinite = batches[0]._replace(weights=np.full_like(batches[0].weights, np.inf))
+
+    def run(*batches: Batch) -> tuple[list[float], TrainState]:
+        state, rates = tiny_state(config), []
+        for batch in batches:
+            state, metrics = step(state, batch)
+            rates.append(float(metrics["learning_rate"]))
+        return rates, state
+
+    plain, expected = run(*batches)
+    assert plain == [float(make_schedule(config.optimizer, config.train.steps)(count)) for count in range(3)]
+    assert len(set(plain)) == 3
+    skipping, state = run(batches[0], infinite, *batches[1:])
+    assert skipping == [plain[0], plain[1], *plain[1:]]
+    # The same parameters to the bit, so those were the rates in use.
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state.params, expected.params))
 
 
 def test_a_step_is_traced_once_and_so_is_its_successor() -> None:

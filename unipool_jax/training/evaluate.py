@@ -72,6 +72,8 @@ class Evaluator:
         self._corpus = corpus
         self._mesh = mesh
         self._step = make_eval_step(config, mesh)
+        self.compiled = False
+        """Whether an evaluation has been started before."""
         table = corpus.token_bytes(config.model.vocab_size)
         self.exact_bytes = table is not None
         place = None if mesh is None else replicated(mesh)
@@ -123,7 +125,7 @@ class Evaluator:
 
         Devices return float32 sums per sequence; the host adds them in float64.
         """
-        total, pending = _Totals(), None
+        self.compiled, total, pending = True, _Totals(), None
         for batch in batches:
             if cancelled():
                 return None

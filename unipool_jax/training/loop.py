@@ -6,8 +6,9 @@ import contextlib
 import io
 import math
 import sys
+import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,14 +27,13 @@ from unipool_jax.moe.lock_lifecycle import LossExcessError
 from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0, process_0_first
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
+from unipool_jax.training.console import LOG, Progress, copied_to
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_per_token, peak_flops
 from unipool_jax.training.initial import initial_state
 from unipool_jax.training.locking import Locking, open_lock
 from unipool_jax.training.metrics import (
     MetricsWriter,
-    Progress,
-    Stopwatch,
     device_loads,
     load_metrics,
     perplexity,
@@ -42,7 +42,9 @@ from unipool_jax.training.metrics import (
 from unipool_jax.training.placement import Placement, measured, newest_counts
 from unipool_jax.training.receive_buffers import OverflowedError, ReceiveBuffers
 from unipool_jax.training.run_folder import RunError, RunFolder
+from unipool_jax.training.sessions import Session, command_line, utc_now
 from unipool_jax.training.sharding import misplaced_banks, process_rows, report, to_devices
+from unipool_jax.training.speed import Speed
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
@@ -83,6 +85,8 @@ def train(config: Config) -> int:
                 print(f"{folder.path} is finished; to train again, set another run.name or delete the folder")
                 _print_summary(config, summary)
             return 0
+        if is_process_0():
+            stack.enter_context(copied_to(folder.path / LOG, f"{utc_now()} {command_line()}"))
         corpus = process_0_first(lambda: open_corpus(config.data, config.model.vocab_size), (UserError, OSError))
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus, mesh)
@@ -96,9 +100,12 @@ def train(config: Config) -> int:
                 MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard, writes=is_process_0()),
             )
         )
+        session = stack.enter_context(
+            process_0_first(lambda: Session(folder.path, start, writes=is_process_0()), (UserError, OSError))
+        )
         stop = stack.enter_context(StopRequest().listening())
         buffers = ReceiveBuffers(config, mesh, folder.path, meta)
-        run = _Run(config, folder, checkpoints, corpus, writer, stop, start, mesh, lock, buffers)
+        run = _Run(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers)
         run.announce(state)
         try:
             state = run.place(state)
@@ -110,20 +117,13 @@ def train(config: Config) -> int:
             run.progress.message("")
             if is_process_0():
                 print(error, file=sys.stderr)
-            return EXIT_LOSS_EXCESS if isinstance(error, LossExcessError) else EXIT_NONFINITE
+            return session.ended(EXIT_LOSS_EXCESS if isinstance(error, LossExcessError) else EXIT_NONFINITE)
         except InterruptedRunError as interruption:
             run.progress.message(
                 f"{interruption}: saved step {checkpoints.steps()[-1]} in {folder.path}; the same command resumes there"
             )
-            return 128 + interruption.signum
-    return 0
-
-
-class _Reported(NamedTuple):
-    """A point in training at which throughput was measured."""
-
-    step: int
-    seconds: float
+            return session.ended(128 + interruption.signum)
+        return session.ended(0)
 
 
 class _Run:
@@ -136,6 +136,7 @@ class _Run:
         checkpoints: Checkpoints,
         corpus: Corpus,
         writer: MetricsWriter,
+        session: Session,
         stop: StopRequest,
         start: int,
         mesh: Mesh | None,
@@ -143,8 +144,8 @@ class _Run:
         buffers: ReceiveBuffers,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
-        self.writer, self.stop, self.start, self.mesh, self.lock = writer, stop, start, mesh, lock
-        self.buffers = buffers
+        self.writer, self.session, self.stop, self.start, self.mesh = writer, session, stop, start, mesh
+        self.lock, self.buffers = lock, buffers
         self.validated = broadcast_from_process_0("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
         self.placement: Placement | None = None
         self.progress = Progress(config.train.steps, None if is_process_0() else io.StringIO())
@@ -152,12 +153,11 @@ class _Run:
         # `valid` is always included, so that a run without validation text fails before its first step.
         self.splits = [name for name in names if name == "valid" or name in corpus.splits()]
         self.evaluator = Evaluator(self.structure, corpus, self.splits, limited=True, mesh=mesh)
-        self.watch = Stopwatch()
-        self.mark: _Reported | None = None
-        self.rate: float | None = None
+        self.speed = Speed(config.tokens_per_step, writer.intervals)
         self.valid: EvalResult | None = None
         peak = peak_flops(jax.local_devices()[0].device_kind)
         self.peak = None if peak is None else peak * self.num_devices
+        self.compiling = 0.0
 
     @property
     def num_devices(self) -> int:
@@ -223,6 +223,7 @@ class _Run:
             state = self.validate(state, start)
         built = self.buffers.configured(self.structure)
         train_step = make_train_step(built, self.mesh)
+        self.compile(self.session.compile_seconds)
         for step, batch in enumerate(self.batches(), start + 1):
             placed = self.on_devices(batch)
             if self.lock is not None:
@@ -246,9 +247,7 @@ class _Run:
                 self.report(*pending)
                 pending = None
                 if first:
-                    # Exclude compilation from throughput.
-                    self.watch.start()
-                    self.mark = _Reported(step, self.watch.seconds)
+                    self.compiled(step)
             if evaluate and not stopping:
                 state = self.validate(state, step)
                 stopping = self.stop.requested()
@@ -258,9 +257,25 @@ class _Run:
                 self.raise_if_interrupted()
             if (wanted := self.buffers.configured(self.structure)) != built and not last:
                 # A lock or another capacity factor changes shapes: compile again.
-                built, compiled, self.mark = wanted, step + 1, None
+                built, compiled = wanted, step + 1
                 train_step = make_train_step(built, self.mesh)
+                self.compile(None)
         return state
+
+    def compile(self, expected: float | None) -> None:
+        """Say that the next step is compiled first, which took `expected` seconds before."""
+        self.speed.drop()
+        about = "" if expected is None else f", about {expected:.0f} s as the last time"
+        self.progress.message(f"compiling the training step{about}")
+        self.compiling = time.perf_counter()
+
+    def compiled(self, step: int) -> None:
+        """Say how long that took, and begin to measure speed."""
+        seconds = time.perf_counter() - self.compiling
+        self.progress.message(f"compiled after {seconds:.1f} s, with step {step}")
+        if step == self.start + 1:
+            self.session.compiled(seconds)
+        self.speed.start(step)
 
     def due(self, step: int, every: int) -> bool:
         """Whether `step` is a multiple of `every` (0: never)."""
@@ -301,20 +316,20 @@ class _Run:
         host = jax.device_get(metrics)
         values: dict[str, Any] = {key: host[key] for key in sorted(host) if np.ndim(host[key]) == 0 and key != "finite"}
         loss = float(host["loss/lm"])
-        self.measure_rate(step)
-        mfu = None
-        if self.rate is not None and self.peak is not None:
-            mfu = flops_per_token(self.config) * self.rate / self.peak
+        measured = self.speed.interval(step)
+        rate, seconds = (None, None) if measured is None else measured
         values |= {"perplexity": perplexity(loss), "tokens": step * self.config.tokens_per_step}
-        values |= {"tokens_per_second": self.rate, "mfu": mfu}
+        values |= {"tokens_per_second": rate, "seconds": seconds, "mfu": self.utilization(rate)}
         if "router_scale_L" in host:
             values["router_scale"] = host["router_scale_L"]
         values |= self.loads(host) | {"overflow": self.buffers.take_overflow()}
         self.writer.write("train", step, values)
-        left = None
-        if self.rate is not None:
-            left = (self.config.train.steps - step) * self.config.tokens_per_step / self.rate
-        self.progress.step(step, loss, float(host["learning_rate"]), self.rate, left)
+        left = self.speed.left(step, self.config.train.steps)
+        self.progress.step(step, loss, float(host["learning_rate"]), rate, left)
+
+    def utilization(self, rate: float | None) -> float | None:
+        """Model FLOPs utilization at `rate` tokens per second."""
+        return None if rate is None or self.peak is None else flops_per_token(self.config) * rate / self.peak
 
     def loads(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Load balance of experts and, with expert parallelism, of devices."""
@@ -330,15 +345,6 @@ class _Run:
         if self.placement is not None:
             return self.placement.counts(counts_LE)
         return counts_LE if self.lock is None else self.lock.in_pool_order(counts_LE)
-
-    def measure_rate(self, step: int) -> None:
-        """Update the tokens per second since the previous measurement."""
-        if self.mark is None or step <= self.mark.step:
-            return
-        now = _Reported(step, self.watch.seconds)
-        elapsed = max(now.seconds - self.mark.seconds, 1e-9)
-        self.rate = (now.step - self.mark.step) * self.config.tokens_per_step / elapsed
-        self.mark = now
 
     def report_nonfinite(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Write the losses and the gradient norm; raise `NonFiniteError` unless such steps are skipped."""
@@ -368,7 +374,9 @@ class _Run:
           The state to continue with: an evaluation can fix or lock the ownership of experts.
         """
         config = self.config
-        self.watch.stop()
+        self.speed.pause()
+        if not self.evaluator.compiled:
+            self.progress.message("compiling the evaluation")
         if config.train.eval_slice == "moving":
             batches = self.evaluator.moving(math.ceil(step / (config.train.eval_every or step)) - 1)
         else:
@@ -386,8 +394,7 @@ class _Run:
             self.progress.message(
                 f"step {step}  valid loss {self.valid.loss:.4f}  {self.valid.perplexity:.3f} perplexity"
             )
-        if self.mark is not None:
-            self.watch.start()
+        self.speed.resume()
         if self.lock is not None:
             before, state = self.structure, self.lock.apply(state)
             if self.structure != before:
@@ -400,7 +407,7 @@ class _Run:
         Returns:
           The state to continue with.
         """
-        self.watch.stop()
+        self.speed.pause()
         self.writer.sync()
         meta = make_meta(self.config, step, self.corpus.tokenizer.sha256) | self.buffers.document()
         if self.lock is not None:
@@ -412,7 +419,7 @@ class _Run:
             state = self.placement.apply(state)
         if self.buffers.resize():
             self.progress.message(f"receive buffers: new capacity factor {self.buffers.factor:g}")
-        self.watch.start()
+        self.speed.resume()
         return state
 
     def raise_if_interrupted(self) -> None:
@@ -423,7 +430,7 @@ class _Run:
 
     def finish(self, state: TrainState) -> dict[str, Any]:
         """Evaluate the final model, and write and return the summary of the run."""
-        self.watch.stop()
+        self.speed.pause()
         self.checkpoints.wait()
         if self.valid is None:
             self.validate(state, self.config.train.steps)
@@ -440,10 +447,13 @@ class _Run:
             "tokens": self.config.train.steps * self.config.tokens_per_step,
             "results": {name: result.as_json() for name, result in found.items()},
             "unigram": unigram_baseline(self.corpus, windows),
-            "tokens_per_second": self.rate,
+            "tokens_per_second": self.speed.mean,
+            "tokens_per_second_median": self.speed.median,
+            "mfu": self.utilization(self.speed.mean),
             "experts_used": loads["experts/used"],
             "experts_total": self.config.total_experts,
             "busiest_over_mean": loads["load/busiest_over_mean"],
+            "skipped_steps": self.writer.kinds["skipped"],
             "overflow": self.buffers.total,
             "version": VERSION,
             "git_commit": git_commit(),
@@ -454,13 +464,20 @@ class _Run:
 
 
 def _print_summary(config: Config, summary: dict[str, Any]) -> None:
-    rate = summary["tokens_per_second"]
+    # Summaries of earlier versions lack what is asked for with `get`, and their speed is that of the last interval.
+    rate, median = summary["tokens_per_second"], summary.get("tokens_per_second_median")
+    speed = "not measured" if rate is None else f"{rate:,.0f}"
+    if median is not None:
+        speed += f" over the run, {median:,.0f} in the median interval"
     facts = {
-        "tokens per second": "not measured" if rate is None else f"{rate:,.0f}",
+        "tokens per second": speed,
         "experts in use": f"{summary['experts_used']} of {summary['experts_total']}",
         "busiest expert over mean load": f"{summary['busiest_over_mean']:.2f}",
     }
-    # Summaries of earlier versions have no such count.
+    if (mfu := summary.get("mfu")) is not None:
+        facts["model FLOPs utilization"] = f"{mfu:.1%}"
+    if skipped := summary.get("skipped_steps"):
+        facts["steps skipped (train.nonfinite=skip)"] = f"{skipped:,}"
     if dropped := summary.get("overflow"):
         facts["rows dropped (mesh.overflow=drop)"] = f"{dropped:,}"
     title = f"{config.scale_name} {config.method_name} after {summary['step']} steps, {summary['tokens']:,} tokens"

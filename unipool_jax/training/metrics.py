@@ -1,21 +1,25 @@
-"""Metrics derived from routing counts, the files they are written to, and the progress line."""
+"""Metrics derived from routing counts, and the files they are written to."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
-import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from unipool_jax.config.files import FileError, Line, read_lines, write_atomically, writing
+from unipool_jax.training.sessions import utc_now
+from unipool_jax.training.speed import Interval
 
 Value = float | int | bool | str | None | list[Any]
+
+CLOCKED = ("time", "seconds", "tokens_per_second", "mfu")
+"""What depends on the clock in a line of metrics; the rest of a resumed run is that of an uninterrupted one."""
 
 _COVERAGE_TOP = 16
 _SET_SIZES = (1, 2, 3, 5, 8, 10, 16, 20, 32, 48, 64)
@@ -123,8 +127,8 @@ def routing_diagnostics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinity if that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss); infinity if that overflows, NaN for NaN."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def plain_json(value: Any) -> Any:
@@ -139,10 +143,12 @@ def plain_json(value: Any) -> Any:
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` (one JSON object per line: kind, step, values) and TensorBoard events.
+    """Writes `metrics.jsonl` (one JSON object per line: kind, step, time, values) and TensorBoard events.
 
     On resume, lines of later steps and an incomplete last line are dropped, so that the file equals that of an
-    uninterrupted run. `kinds_at_resume` holds the kinds of the remaining lines of `resume_step`.
+    uninterrupted run but for what is `CLOCKED`. `kinds_at_resume` holds the kinds of the remaining lines of
+    `resume_step`, `intervals` what they tell of the speed so far, and `kinds` the number of lines of each kind, those
+    written later included.
 
     Args:
       folder: the run folder.
@@ -159,6 +165,8 @@ class MetricsWriter:
         tensorboard = tensorboard and writes
         kept = _drop_later_lines(self.path, resume_step) if writes else []
         self.kinds_at_resume = {str(line.get("kind")) for line in kept if line.get("step") == resume_step}
+        self.kinds = Counter(str(line.get("kind")) for line in kept)
+        self.intervals = [found for line in kept if (found := _interval(line)) is not None]
         with writing(self.path):
             self._stream = self.path.open("a", encoding="utf-8")
         self._events = None
@@ -170,7 +178,8 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line, and a TensorBoard scalar for each number and each element of a list."""
-        line = {"kind": kind, "step": step} | plain_json(values)
+        self.kinds[kind] += 1
+        line = {"kind": kind, "step": step, "time": utc_now()} | plain_json(values)
         with writing(self.path):
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
@@ -200,6 +209,14 @@ class MetricsWriter:
             self._events.close()
 
 
+def _interval(line: Mapping[str, Any]) -> Interval | None:
+    """The speed that a line tells; None where it tells none, as those of earlier versions."""
+    rate, seconds = line.get("tokens_per_second"), line.get("seconds")
+    if line.get("kind") != "train" or not isinstance(rate, int | float) or not isinstance(seconds, int | float):
+        return None
+    return Interval(float(rate), float(seconds))
+
+
 def _drop_later_lines(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep only the complete lines of `path` up to `step`, and return their content.
 
@@ -225,73 +242,3 @@ def _drop_later_lines(path: Path, step: int) -> list[dict[str, Any]]:
 def read_metrics(path: Path) -> Iterator[Line]:
     """The lines of a metrics file; raises FileError if it cannot be read."""
     return read_lines(path, {"kind": str, "step": int}, "correct or delete that line")
-
-
-class Stopwatch:
-    """Measures the seconds of training, without compilation, evaluation and saving."""
-
-    def __init__(self) -> None:
-        self._total = 0.0
-        self._started: float | None = None
-
-    def start(self) -> None:
-        """Start or resume; no effect while running."""
-        if self._started is None:
-            self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        """Pause."""
-        self._total, self._started = self.seconds, None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds measured so far."""
-        return self._total + (time.perf_counter() - self._started if self._started is not None else 0.0)
-
-
-def format_seconds(seconds: float) -> str:
-    """`75` as `1:15`, `3700` as `1:01:40`, days as `2d 03:00:00`."""
-    days, rest = divmod(max(0, round(seconds)), 86_400)
-    hours, rest = divmod(rest, 3600)
-    minutes, rest = divmod(rest, 60)
-    if days:
-        return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}"
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class Progress:
-    """A progress line that is rewritten in place on a terminal; one line per step elsewhere."""
-
-    def __init__(self, steps: int, stream: TextIO | None = None):
-        self._steps = steps
-        self._stream = stream or sys.stdout
-        self._in_place = self._stream.isatty()
-        self._open_line = False
-
-    def step(self, step: int, loss: float, learning_rate: float, rate: float | None, left: float | None) -> None:
-        """Show one step.
-
-        Args:
-          step: completed steps.
-          loss: language-model loss, nats.
-          learning_rate: of this step.
-          rate: tokens per second; None while unknown.
-          left: remaining seconds; None while unknown.
-        """
-        text = f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  lr {learning_rate:.2e}"
-        if rate is not None:
-            text += f"  {rate:,.0f} tokens/s"
-        if left is not None:
-            text += f"  {format_seconds(left)} left"
-        if self._in_place:
-            self._stream.write(f"\r{text}\x1b[K")
-            self._open_line = True
-        else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
-
-    def message(self, text: str) -> None:
-        """Print a line that stays."""
-        self._stream.write(("\n" if self._open_line else "") + text + "\n")
-        self._stream.flush()
-        self._open_line = False

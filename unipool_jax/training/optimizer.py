@@ -26,7 +26,7 @@ def warmup_steps(config: OptimizerConfig, steps: int) -> int:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate as a function of completed steps.
+    """The learning rate as a function of the updates made so far.
 
     Linear from 0 to the peak during warm-up, then half a cosine down to the minimum at `steps`, constant afterwards.
     With warm-up, the first update therefore has learning rate 0 (the moments still update).
@@ -51,6 +51,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         return jnp.where(t < warmup, rising, falling)
 
     return schedule
+
+
+def next_learning_rate(config: OptimizerConfig, steps: int, opt_state: Any) -> jax.Array:
+    """The learning rate of the update that follows `opt_state`, float32.
+
+    The schedule counts updates, which after a skipped step are fewer than steps.
+    """
+    count = optax.tree.get(opt_state, "ScaleByScheduleState").count
+    return jnp.asarray(make_schedule(config, steps)(count), jnp.float32)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ from unipool_jax.moe.capacity import overflow
 from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.parallel.mesh import constrain, on_mesh
-from unipool_jax.training.optimizer import make_optimizer, make_schedule
+from unipool_jax.training.optimizer import make_optimizer, next_learning_rate
 from unipool_jax.training.sharding import replicated, state_shardings
 from unipool_jax.training.state import BalanceState, TrainState, join_bank, layer_inputs, split_bank, state_shapes
 
@@ -277,10 +277,9 @@ def updated_state(
     kept = (state.params, state.opt_state, state.balance)
     params, opt_state, balance = jax.tree.map(lambda new, old: jnp.where(applied, new, old), changed, kept)
 
-    schedule = make_schedule(config.optimizer, config.train.steps)
     metrics = found.metrics | {
         "grad_norm": grad_norm,
-        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "learning_rate": next_learning_rate(config.optimizer, config.train.steps, state.opt_state),
         "finite": finite,
         "counts_LE": found.counts_GNE.reshape(config.model.num_layers, -1),
     }
