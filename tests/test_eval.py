@@ -22,6 +22,7 @@ from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.config.words import from_words
 from unipool_jax.data.corpus import Corpus, open_corpus, open_texts
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.pipeline import Batch, WindowSource
 from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.training import loop
@@ -138,11 +139,41 @@ def test_the_fixed_slice_repeats_and_the_moving_one_moves(model: tuple[Config, C
     assert targets(evaluator.moving(2)) == slices[2]
 
 
-def test_a_moving_slice_is_used_in_training(model: tuple[Config, Corpus, TrainState], tmp_path: Path) -> None:
+def test_moving_slices_are_consecutive_windows_of_one_shuffled_split(model: tuple[Config, Corpus, TrainState]) -> None:
+    """Evaluation j reads windows j n to (j + 1) n - 1; the order of windows is drawn for all evaluations at once."""
+    config = _with(model[0], "train.eval_every=5", "train.eval_slice=moving", "train.eval_batch_size=3")
+    evaluator = Evaluator(config, model[1], ["valid"], limited=True)
+    assert config.train.eval_batches is not None
+    size, evaluations = config.train.eval_batches * config.train.batch_size, 20 // 5 + 1
+    length, seed = config.data.sequence_length, config.train.seed
+    source = WindowSource(model[1].stores, "valid", length, size * evaluations, seed)
+    for number in range(evaluations):
+        batches = list(evaluator.moving(number))
+        assert len(batches) == -(-size // 3)
+        real = np.concatenate([batch.weights for batch in batches]).any(axis=1)
+        assert real.sum() == size
+        expected = source.batch(range(number * size, (number + 1) * size))
+        for name in ("inputs", "targets", "weights"):
+            found = np.concatenate([getattr(batch, name) for batch in batches])[real]
+            np.testing.assert_array_equal(found, getattr(expected, name))
+
+
+def test_a_moving_slice_is_used_in_training(
+    model: tuple[Config, Corpus, TrainState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, moving = [], Evaluator.moving
+
+    def noted(evaluator: Evaluator, number: int) -> Iterator[Batch]:
+        used.append(number)
+        return moving(evaluator, number)
+
+    monkeypatch.setattr(Evaluator, "moving", noted)
     config = _with(model[0], "train.eval_every=8", "train.eval_slice=moving", f"run.dir={tmp_path}")
     assert loop.train(config) == 0
     lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "valid"] == [8, 16, 20]
+    # Each evaluation has its own, the one after the last step too, however few steps it follows the one before.
+    assert used == [0, 1, 2]
 
 
 def test_evaluation_stops_when_asked(model: tuple[Config, Corpus, TrainState]) -> None:

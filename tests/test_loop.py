@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import signal
@@ -161,6 +162,19 @@ def test_a_run_keeps_what_it_printed_and_where(uninterrupted: tuple[Config, Path
     (session,) = read_sessions(folder)
     assert (session["step"], session["exit_code"]) == (0, 0)
     assert session["compile_seconds"] > 0
+
+
+def test_the_logged_learning_rate_is_that_of_the_step(uninterrupted: tuple[Config, Path]) -> None:
+    """Step s is update s - 1 of the schedule: one warm-up step, then half a cosine over the other eleven."""
+    config, folder = uninterrupted
+    optimizer = config.optimizer
+    assert round(optimizer.warmup_fraction * 12) == 1
+    for line in lines(folder, "train"):
+        cosine = math.cos(math.pi * (line["step"] - 1 - 1) / 11)
+        expected = (
+            optimizer.min_learning_rate + (optimizer.learning_rate - optimizer.min_learning_rate) * (1 + cosine) / 2
+        )
+        assert line["learning_rate"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("signum", "code", "at"), [(signal.SIGTERM, 143, 5), (signal.SIGINT, 130, 8)])
