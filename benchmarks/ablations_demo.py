@@ -29,7 +29,8 @@ from unipool_jax.analysis.paired import CELLS
 from unipool_jax.analysis.requests import CompareRequest
 from unipool_jax.config.compose import compose_config, load_config
 from unipool_jax.config.files import write_text
-from unipool_jax.training.run_folder import CONFIG, SUMMARY, frozen_differences
+from unipool_jax.config.settings_table import frozen_differences
+from unipool_jax.training.run_folder import CONFIG, SUMMARY
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 SETTINGS = ["scale=demo", "model.num_layers=12", "run.tensorboard=false", "train.keep_checkpoints=1"]

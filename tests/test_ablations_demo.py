@@ -12,7 +12,7 @@ from benchmarks.ablations_demo import CONTROLS, ROWS, TRAIN, command_of, compare
 from unipool_jax.config.compose import compose_config, save_config
 from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config
-from unipool_jax.training.run_folder import frozen_differences
+from unipool_jax.config.settings_table import frozen_differences
 
 
 def config_of(name: str, *more: str) -> Config:

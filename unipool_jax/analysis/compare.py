@@ -20,21 +20,14 @@ from unipool_jax.analysis.paired import Paired, paired
 from unipool_jax.analysis.probe import Difference
 from unipool_jax.config.compose import load_config
 from unipool_jax.config.schema import Config, settings
-from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, frozen_differences, read_summary
+from unipool_jax.config.settings_table import TABLE, frozen_differences, measured_settings
+from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, read_summary
 
 LATE = 0.6
 """Late training begins after this fraction of the steps (method M10.13: the final gap is less steady)."""
 
-_SLICE = (
-    "data.source",
-    "data.files",
-    "data.stores",
-    "data.tokenizer",
-    "data.sequence_length",
-    "data.split",
-    "data.split_order",
-    "train.eval_slice",
-)
+_NAMES = {"scale_name", "method_name"}
+"""Change no number, but a run of another name is another experiment."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +128,13 @@ def check_slices(runs: Sequence[Run]) -> None:
 def _slice(config: Config) -> dict[str, Any]:
     """The settings that determine the validation text."""
     values, train = settings(config), config.train
-    found = {name: values[name] for name in _SLICE}
+    names = [name for name, effect in TABLE.items() if effect.place] + measured_settings(config)
+    found = {name: values[name] for name in names if name != "train.eval_batches"}
     found["train.eval_batches x train.batch_size"] = (
         None if train.eval_batches is None else train.eval_batches * train.batch_size
     )
     if train.eval_slice == "moving":
-        found |= {"train.steps": train.steps, "train.eval_every": train.eval_every}
+        found["train.steps"] = train.steps
     return found
 
 
@@ -153,7 +147,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     found: list[dict[int, Run]] = []
     for run in runs:
         for members in found:
-            if not set(frozen_differences(next(iter(members.values())).config, run.config)) - {"train.seed"}:
+            if not _apart(next(iter(members.values())).config, run.config):
                 if run.seed in members:
                     raise RunError(
                         f"{members[run.seed].folder} and {run.folder}: same settings and train.seed={run.seed}; "
@@ -168,6 +162,13 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     return [Group(name, members) for name, members in zip(names, found, strict=True)]
 
 
+def _apart(a: Config, b: Config) -> set[str]:
+    """Settings that make two runs of the same text different experiments; the seed does not."""
+    ours, theirs = settings(a), settings(b)
+    names = {name for name in _NAMES if ours[name] != theirs[name]}
+    return {*frozen_differences(a, b, places=False), *names} - {"train.seed"}
+
+
 def _name(config: Config, configs: Sequence[Config]) -> str:
     """The method, with the settings that are unusual among its groups, and with the scale if there are several.
 
@@ -177,7 +178,7 @@ def _name(config: Config, configs: Sequence[Config]) -> str:
     if len({other.scale_name for other in configs}) > 1:
         name = f"{config.scale_name} {name}"
     kin = [o for o in configs if (o.scale_name, o.method_name) == (config.scale_name, config.method_name)]
-    varying = {setting for other in kin for setting in frozen_differences(config, other)} - {"train.seed"}
+    varying = {setting for other in kin for setting in _apart(config, other)}
     for setting in (setting for setting in settings(config) if setting in varying):
         first, *rest = Counter(settings(other)[setting] for other in kin).most_common()
         value = settings(config)[setting]
@@ -260,7 +261,7 @@ def families(groups: Sequence[Group], free: set[str]) -> list[list[Group]]:
     found: list[list[Group]] = []
     for group in groups:
         for members in found:
-            if not set(frozen_differences(members[0].config, group.config)) - free - {"train.seed"}:
+            if not _apart(members[0].config, group.config) - free:
                 members.append(group)
                 break
         else:

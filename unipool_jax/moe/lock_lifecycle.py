@@ -17,11 +17,11 @@ import numpy as np
 from unipool_jax.config.errors import UserError
 from unipool_jax.config.lock_schedule import make_schedule
 from unipool_jax.config.schema import Config
+from unipool_jax.config.settings_table import TABLE, kind
 from unipool_jax.moe.assignment import Assignment, assign, expert_ids, random_assignment, smoothed_counts
 
 VERSION = 1
 
-_MAY_CHANGE = {"solver_seconds"}
 _ROUNDING = 1e-12
 
 
@@ -227,10 +227,10 @@ def from_document(config: Config, document: Mapping[str, Any] | None, step: int)
 def problems(config: Config, record: LockRecord, step: int) -> list[str]:
     """Every broken invariant of a record after `step` steps (method M6.9); empty for a sound one."""
     found = []
-    kept = {name: value for name, value in record.settings.items() if name not in _MAY_CHANGE}
-    wanted = {name: value for name, value in _settings(config).items() if name not in _MAY_CHANGE}
+    kept, wanted = record.settings, _settings(config)
     for name in sorted(kept.keys() | wanted.keys()):
-        if kept.get(name) != wanted.get(name):
+        free = f"lock.{name}" in TABLE and kind(f"lock.{name}", config) == "free"
+        if not free and kept.get(name) != wanted.get(name):
             found.append(f"lock.{name}={wanted.get(name)}: it was {kept.get(name)} when the run began")
     for name, was, now in (
         ("train.steps", record.steps, config.train.steps),

@@ -146,6 +146,6 @@ class ReceiveBuffers:
         return OverflowedError(
             f"stopped at step {step}: {rows} rows overflowed the receive buffers; the busiest device received "
             f"{self._busiest_load:.2f} times the mean, its buffer holds {previous:g} times\n"
-            f"The step was not applied. {remedy}. mesh.expert_placement=measured balances loads; mesh.overflow=drop "
-            "drops such rows"
+            f"The step was not applied. {remedy}. mesh.expert_placement=measured balances loads; a new run "
+            "with mesh.overflow=drop drops such rows"
         )

@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from unipool_jax.config.compose import differences, load_config, save_config
+from unipool_jax.config.compose import load_config, save_config
 from unipool_jax.config.errors import UserError
 from unipool_jax.config.files import check_fields, read_json, write_json, writing
 from unipool_jax.config.schema import Config, settings
+from unipool_jax.config.settings_table import frozen_differences, reason
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
 
@@ -37,20 +38,6 @@ _SUMMARY_FIELDS = {
 }
 """What every summary has, also one of an earlier version."""
 
-_MAY_CHANGE = ("run.", "mesh.", "distributed.", "kernels.")
-_MAY_CHANGE_EXACTLY = {
-    "mode",
-    "data.num_threads",
-    "data.cache_dir",
-    "train.log_every",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.eval_batch_size",
-    "train.nonfinite",
-    "lock.solver_seconds",
-}
-
 
 class RunError(UserError, RuntimeError):
     """The run folder cannot be used as requested; the message says why and what to do."""
@@ -66,17 +53,6 @@ def run_name(config: Config) -> str:
 def run_folder(config: Config) -> Path:
     """The folder of a run, which need not exist."""
     return Path(config.run.dir) / run_name(config)
-
-
-def frozen_differences(stored: Config, wanted: Config) -> list[str]:
-    """Settings that differ although they determine the numbers that a run computes.
-
-    `train.microbatch_size` is one of them only where losses depend on it; otherwise it may change with the mesh.
-    """
-    free = _MAY_CHANGE_EXACTLY
-    if stored.microbatch_loss is None and wanted.microbatch_loss is None:
-        free = free | {"train.microbatch_size"}
-    return [name for name in differences(stored, wanted) if not name.startswith(_MAY_CHANGE) and name not in free]
 
 
 class RunFolder:
@@ -142,9 +118,10 @@ class RunFolder:
         changed = frozen_differences(stored, config)
         if changed:
             before, now = settings(stored), settings(config)
-            reason = stored.microbatch_loss or config.microbatch_loss
-            why = {"train.microbatch_size": f" (losses depend on it with {reason})"}
-            lines = [f"  - {name}: {before[name]!r} there, {now[name]!r} now{why.get(name, '')}" for name in changed]
+            lines = [
+                f"  - {name}: {before[name]!r} there, {now[name]!r} now{reason(name, stored, config)}"
+                for name in changed
+            ]
             raise RunError(
                 f"{self.path} holds a run with other settings:\n"
                 + "\n".join(lines)
