@@ -12,6 +12,7 @@ import numpy as np
 
 from unipool_jax.config.schema import DataConfig
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.hashing import REMEMBERED
 from unipool_jax.data.inputs import find_inputs
 from unipool_jax.data.losses import loss_report
 from unipool_jax.data.pieces import plan_cut
@@ -25,6 +26,8 @@ class Corpus(NamedTuple):
 
     tokenizer: Tokenizer
     stores: list[TokenStore]
+    names: tuple[str, ...] = ()
+    """What each store was made of, for people: files, or its own path."""
 
     def num_tokens(self, split: SplitName) -> int:
         """Tokens in one split of all stores."""
@@ -62,13 +65,14 @@ def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     if data.source == "stores":
-        stores = [_open(path, tokenizer, data) for path in data.stores]
+        stores, names = [_open(path, tokenizer, data) for path in data.stores], data.stores
     else:
         stores = [_cached(data, tokenizer)]
+        names = ("the demo corpus" if data.source == "demo" else ", ".join(data.files),)
     for store in stores:
         if report := loss_report(store):
             print(report, file=sys.stderr)
-    return Corpus(tokenizer, stores)
+    return Corpus(tokenizer, stores, names)
 
 
 def _cached(data: DataConfig, tokenizer: Tokenizer) -> TokenStore:
@@ -89,6 +93,7 @@ def open_texts(data: DataConfig, files: Sequence[str], vocab_size: int) -> Corpu
 
 def _open(path: str, tokenizer: Tokenizer, data: DataConfig) -> TokenStore:
     """Open one of `data.stores`; only Megatron pairs take their split from `data`."""
-    if Path(path).is_dir():
-        return open_store(path, tokenizer)
-    return open_store(path, tokenizer, data.split, data.split_order)
+    split = () if Path(path).is_dir() else (data.split, data.split_order)
+    store = open_store(path, tokenizer, *split)
+    store.memory = Path(data.cache_dir) / REMEMBERED
+    return store

@@ -15,8 +15,8 @@ from typing import cast
 import numpy as np
 
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.hashing import Remembered
 from unipool_jax.data.splits import SplitOrder, check_split
-from unipool_jax.data.store_format import file_sha256, json_sha256
 from unipool_jax.data.store_reader import TokenStore
 from unipool_jax.data.tokenizer import Tokenizer
 
@@ -99,9 +99,12 @@ class MegatronTokenStore(TokenStore):
     def document_lengths(self, documents: np.ndarray) -> np.ndarray:
         return self._lengths[documents].astype(np.int64)
 
-    def fingerprint(self) -> str:
-        """As for other stores, but of the index only: hashing the `.bin` would read the full corpus."""
-        return json_sha256([self.tokenizer_sha256, self.split, self.split_order, file_sha256(self._index)])
+    def _block_hashes(self) -> list[str]:
+        """Computed from the `.bin`, because a pair records no hashes; of a large pair once, then remembered."""
+        size = self._bin.stat().st_size + self._index.stat().st_size
+        remembered = Remembered(self.path, self.memory, size)
+        blocks = super()._block_hashes
+        return remembered.get("tokens", [self._bin, self._index], lambda: " ".join(blocks())).split()
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -221,6 +221,7 @@ class EvalWindows:
         max_windows: int | None = None,
     ):
         self.stores = _as_stores(stores)
+        self._split = split
         self.sequence_length = sequence_length
         if sequence_length < 1 or (max_windows is not None and max_windows < 1):
             raise DataError(f"sequence_length={sequence_length} max_windows={max_windows}: must be positive")
@@ -240,6 +241,11 @@ class EvalWindows:
 
     def __len__(self) -> int:
         return -(-self.num_targets // self.sequence_length)
+
+    def fingerprint(self) -> str:
+        """Hash of everything that determines the windows and their targets."""
+        stores = [store.fingerprint() for store in self.stores]
+        return json_sha256([stores, self._split, self.sequence_length, self.num_targets])
 
     def _ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Tokens `start .. stop-1` of the concatenated streams, as (stream, start, stop) within each stream."""

@@ -1,13 +1,14 @@
 """Read-only random access to token stores."""
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unipool_jax.data import store_format
+from unipool_jax.data import hashing, store_format
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.splits import (
     Split,
@@ -47,6 +48,8 @@ class TokenStore:
     split_order: SplitOrder
     text_bytes: int | None
     manifest: dict[str, Any]
+    memory: Path | None = None
+    """Folder that remembers hashes of large stores; see `hashing`."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -85,9 +88,28 @@ class TokenStore:
         lengths -= self.document_offsets[documents]
         return lengths
 
+    @functools.cached_property
+    def content(self) -> str:
+        """Hash of the tokens and of where documents end, whatever files hold them.
+
+        Raises:
+          DataError: the store was changed after it was built.
+        """
+        offsets = hashlib.sha256(self.document_offsets.astype("<i8").tobytes()).hexdigest()
+        return store_format.json_sha256([offsets, self._block_hashes()])
+
     def fingerprint(self) -> str:
         """Hash of the contents; stores with equal fingerprints have the same tokens and splits."""
-        raise NotImplementedError
+        return store_format.json_sha256([self.tokenizer_sha256, self.split, self.split_order, self.content])
+
+    def _block_hashes(self) -> list[str]:
+        """Hashes of consecutive blocks of `store_format.SHARD_TOKENS` tokens."""
+        size = store_format.SHARD_TOKENS
+        return [self._hash_block(start, start + size) for start in range(0, self.num_tokens, size)]
+
+    def _hash_block(self, start: int, stop: int) -> str:
+        tokens = self.read(start, min(stop, self.num_tokens))
+        return hashing.tokens_sha256(tokens, store_format.token_dtype(self.vocab_size))
 
     def verify(self) -> None:
         """Compares every file with its recorded hash; raises DataError that names the file."""
@@ -183,14 +205,41 @@ class ZarrTokenStore(TokenStore):
         except (ValueError, OSError) as error:
             raise DataError(f"{self.path}: damaged store ({error}); rebuild it") from error
 
-    def fingerprint(self) -> str:
-        hashes = [recorded["sha256"] for _, recorded in self._files]
-        return store_format.json_sha256([self.tokenizer_sha256, self.split, self.split_order, hashes])
+    def _block_hashes(self) -> list[str]:
+        """One hash a shard: recorded in the manifest, and computed where the shard may have changed since.
+
+        All of a small store is computed. Of a large one it is what is newer than the manifest, which is written last,
+        and what has no recorded hash (stores of earlier versions). Document offsets are always compared.
+        """
+        offsets, recorded = self._files[0]
+        if store_format.file_sha256(offsets) != recorded["sha256"]:
+            raise _changed(offsets)
+        size = sum(recorded["bytes"] for _, recorded in self._files)
+        manifest = hashing.last_change(self.path / store_format.MANIFEST)
+        remembered = hashing.Remembered(self.path, self.memory, size)
+        hashes = []
+        for index, (path, recorded) in enumerate(self._files[1:]):
+            known = recorded.get("tokens_sha256")
+            if known is None or size <= hashing.SMALL or hashing.last_change(path) > manifest:
+                start = index * self._shard_tokens
+                compute = functools.partial(self._hash_block, start, start + self._shard_tokens)
+                found = remembered.get(str(index), [path], compute)
+                if known not in (None, found):
+                    raise _changed(path)
+                known = found
+            hashes.append(known)
+        return hashes
 
     def verify(self) -> None:
         for path, recorded in self._files:
             if store_format.file_sha256(path) != recorded["sha256"]:
                 raise DataError(f"{path}: sha256 differs from the manifest; rebuild the store")
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(
+        f"{path}: changed after its store was built; copy the store again, or delete its folder and build it anew"
+    )
 
 
 def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:

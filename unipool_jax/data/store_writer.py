@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unipool_jax.config import files
-from unipool_jax.data import store_format
+from unipool_jax.data import hashing, store_format
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.losses import Losses
 
@@ -143,7 +143,13 @@ class StoreWriter:
             self._array[start : start + len(tokens)].write(tokens).result()
         except Exception as error:  # TensorStore reports a full disk as one of several types
             raise cannot_write(path, error) from error
-        shards.append({"bytes": path.stat().st_size, "sha256": store_format.file_sha256(path)})
+        shards.append(
+            {
+                "bytes": path.stat().st_size,
+                "sha256": store_format.file_sha256(path),
+                "tokens_sha256": hashing.tokens_sha256(tokens, self._dtype),
+            }
+        )
 
     def _forget(self, done: int, tokens: np.ndarray) -> None:
         """Removes the first `done` waiting records and counts them; `tokens` are those that remain."""
@@ -198,7 +204,7 @@ class StoreWriter:
             file.flush()
             os.fsync(file.fileno())
         journal = self._journal
-        content = {
+        document = {
             "format": store_format.FORMAT,
             "version": store_format.VERSION,
             **manifest,
@@ -215,7 +221,7 @@ class StoreWriter:
                 "sha256": store_format.file_sha256(offsets_path),
             },
         }
-        files.write_json(self.folder / store_format.MANIFEST, content, indent=1)
+        files.write_json(self.folder / store_format.MANIFEST, document, indent=1)
 
 
 def publish(folder: Path, out: Path) -> None:

@@ -21,6 +21,7 @@ from unipool_jax.config.files import FileError, write_atomically
 from unipool_jax.data import store_format
 from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.errors import DataError
+from unipool_jax.data.hashing import REMEMBERED, remembered_sha256
 from unipool_jax.data.losses import Losses, check_not_empty, measure
 from unipool_jax.data.opening import open_store
 from unipool_jax.data.pieces import RULE, Cut, cut_records
@@ -323,6 +324,8 @@ def build_store(
         "inputs": [{"name": path.name, "bytes": stat.st_size} for path, stat in zip(paths, stats, strict=True)],
         **_cut_identity(cut),
     }
+    for entry, digest in zip(manifest["inputs"], input_hashes or (), strict=False):
+        entry["sha256"] = digest
     key = store_format.json_sha256(identity)
     folder = building_folder(out)
     if (out / store_format.MANIFEST).is_file():  # finished; must also open in a read-only folder
@@ -395,12 +398,12 @@ def cached_store(
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     checked = check_split(split, split_order)
     try:
-        hashes = [store_format.file_sha256(Path(file)) for file in files]
+        hashes = [remembered_sha256(Path(file), Path(cache_dir) / REMEMBERED) for file in files]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot open ({error.strerror})") from error
     parts = [store_format.VERSION, hashes, tokenizer.sha256, field, checked, split_order]
     key = store_format.json_sha256([*parts, *_cut_identity(cut).items()])
-    return build_store(
+    store = build_store(
         files,
         Path(cache_dir) / key[:24],
         tokenizer,
@@ -413,3 +416,5 @@ def cached_store(
         cut=cut,
         notes=notes,
     )
+    store.memory = Path(cache_dir) / REMEMBERED
+    return store
