@@ -259,7 +259,7 @@ def test_the_command_reports_valid_and_test(run: tuple[Config, Path], capsys: py
     assert execute(["eval", f"run={run[1]}"]) == 0
     newest = _json(capsys)
     assert list(newest) == ["valid", "test"]
-    assert list(newest["valid"]) == ["loss", "perplexity", "bits_per_byte", "tokens", "bytes"]
+    assert list(newest["valid"]) == ["loss", "perplexity", "bits_per_byte", "tokens", "bytes", "text"]
     assert execute(["eval", f"checkpoint={run[1] / 'checkpoints' / '20'}", "splits=[test]"]) == 0
     assert _json(capsys) == {"test": newest["test"]}
     assert execute(["eval", f"run={run[1].parent / 'latest'}", "step=10", "splits=[valid]"]) == 0

@@ -21,6 +21,7 @@ from unipool_jax.analysis.probe import Difference
 from unipool_jax.config.compose import load_config
 from unipool_jax.config.schema import Config, settings
 from unipool_jax.config.settings_table import TABLE, frozen_differences, measured_settings
+from unipool_jax.data.identity import text_differences
 from unipool_jax.training.run_folder import CONFIG, SUMMARY, RunError, find_run, read_summary
 
 LATE = 0.6
@@ -102,33 +103,44 @@ def load_run(folder: str) -> Run:
 
 
 def check_slices(runs: Sequence[Run]) -> None:
-    """Reject runs that were not evaluated on the same text.
+    """Reject runs that did not read the same text, or were not evaluated on the same part of it.
+
+    Text is compared by fingerprint. Where a run of an earlier version has none, paths and counts of tokens must be
+    equal, which cannot tell files that were edited in place.
 
     Raises:
-      RunError: lists the settings that differ, with their values.
+      RunError: lists what differs.
     """
     first, problems = runs[0], []
     for run in runs[1:]:
-        before, now = _slice(first.config), _slice(run.config)
-        problems += [
-            f"  - {name}: {before.get(name)!r} in {first.folder}, {now.get(name)!r} in {run.folder}"
+        known = "text" in first.summary and "text" in run.summary
+        before, now = _slice(first.config, places=not known), _slice(run.config, places=not known)
+        found = [
+            f"{name}: {before.get(name)!r} in {first.folder}, {now.get(name)!r} in {run.folder}"
             for name in before | now
             if before.get(name) != now.get(name)
         ]
-        tokens = [run.summary["results"]["valid"]["tokens"] for run in (first, run)]
-        if not problems and tokens[0] != tokens[1] and first.config.train.eval_slice == "fixed":
-            problems.append(
-                f"  - {tokens[0]} valid tokens in {first.folder}, {tokens[1]} in {run.folder}: the files differ"
+        if known:
+            texts = text_differences(first.summary["text"], run.summary["text"])
+            found += [f"{line} ({first.folder}, {run.folder})" for line in texts]
+        ours, theirs = (each.summary["results"]["valid"] for each in (first, run))
+        fixed = first.config.train.eval_slice == "fixed"
+        if not found and fixed and ours["tokens"] != theirs["tokens"]:
+            found.append(
+                f"{ours['tokens']} valid tokens in {first.folder}, {theirs['tokens']} in {run.folder}: the files differ"
             )
+        if not found and fixed and known and ours.get("text") != theirs.get("text"):
+            found.append(f"valid text: {ours.get('text')} in {first.folder}, {theirs.get('text')} in {run.folder}")
+        problems += [f"  - {line}" for line in found]
     if problems:
         lines = "\n".join(problems)
         raise RunError(f"runs evaluated on different text cannot be compared:\n{lines}\nCompare them separately.")
 
 
-def _slice(config: Config) -> dict[str, Any]:
-    """The settings that determine the validation text."""
+def _slice(config: Config, *, places: bool) -> dict[str, Any]:
+    """The settings that determine the validation text, with or without where it lies."""
     values, train = settings(config), config.train
-    names = [name for name, effect in TABLE.items() if effect.place] + measured_settings(config)
+    names = [name for name, effect in TABLE.items() if effect.place and places] + measured_settings(config)
     found = {name: values[name] for name in names if name != "train.eval_batches"}
     found["train.eval_batches x train.batch_size"] = (
         None if train.eval_batches is None else train.eval_batches * train.batch_size

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import sys
 import time
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from unipool_jax.data.store_format import file_sha256, write_atomically
+from unipool_jax.config.files import FileError, read_json, write_json
+from unipool_jax.data.store_format import file_sha256
 
 REMEMBERED = "hashes"
 """Folder inside `data.cache_dir` that remembers hashes."""
@@ -67,8 +67,8 @@ class Remembered:
         self._told = size < _TOLD
         if self._file is not None:
             # A damaged file costs no more than reading the content again.
-            with contextlib.suppress(OSError, ValueError):
-                self._known = dict(json.loads(self._file.read_bytes()))
+            with contextlib.suppress(FileError):
+                self._known = read_json(self._file)
 
     def get(self, part: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
         """`compute()`, or what it gave before for the same untouched `files`."""
@@ -82,9 +82,8 @@ class Remembered:
         value = compute()
         if self._file is not None and time.time() - max(map(last_change, files)) / 1e9 > _SETTLED:
             self._known[part] = [signs, value]
-            with contextlib.suppress(OSError):
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._file, json.dumps(self._known).encode())
+            with contextlib.suppress(FileError):
+                write_json(self._file, self._known)
         return value
 
 

@@ -53,12 +53,15 @@ Target = Mapping[str, Any]
 """Item name -> pytree of `jax.ShapeDtypeStruct` (with shardings, or for the default device)."""
 
 
-def make_meta(config: Config, step: int, tokenizer_sha256: str | None) -> dict[str, Any]:
-    """The JSON document stored beside the arrays."""
+def make_meta(
+    config: Config, step: int, tokenizer_sha256: str | None, text: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The JSON document stored beside the arrays; `text` is the identity of the text (`data/identity.py`), if known."""
     return {
         "step": step,
         "data_position": {"step": step, "sequences": step * config.train.batch_size, "seed": config.train.seed},
         "tokenizer_sha256": tokenizer_sha256,
+        **({} if text is None else {"text": dict(text)}),
         "config": json.loads(json.dumps(to_mapping(config))),
         "versions": {"unipool_jax": VERSION}
         | {name: importlib.metadata.version(name) for name in LIBRARIES}

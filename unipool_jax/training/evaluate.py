@@ -16,6 +16,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.data.corpus import Corpus
 from unipool_jax.data.pipeline import Batch, EvalWindows, WindowSource, evaluation_batches, moving_evaluation_batches
 from unipool_jax.data.splits import SplitName
+from unipool_jax.data.store_format import json_sha256
 from unipool_jax.data.unigram import token_counts, unigram_loss
 from unipool_jax.parallel.mesh import num_shards
 from unipool_jax.training.metrics import perplexity
@@ -42,10 +43,22 @@ class EvalResult(NamedTuple):
     """Routing counts per layer and expert, int64: each layer's sum to `tokens` times the experts per token."""
     unfaded_counts_LE: np.ndarray | None = None
     """The same without the fade of a lock; None in runs without a lock."""
+    text: str | None = None
+    """Fingerprint of the evaluated text, its tokenizer and windows; None where batches came without one."""
 
-    def as_json(self) -> dict[str, float | int | None]:
-        """The numbers, without the counts."""
+    def as_json(self) -> dict[str, float | int | str | None]:
+        """The numbers and the fingerprint, without the counts."""
         return {key: value for key, value in self._asdict().items() if "counts" not in key}
+
+
+class TextBatches:
+    """The batches of an evaluation, each time from the first, and the fingerprint of their text."""
+
+    def __init__(self, make: Callable[[], Iterator[Batch]], fingerprint: Callable[[], str]):
+        self._make, self.fingerprint = make, fingerprint
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._make()
 
 
 class Evaluator:
@@ -98,11 +111,12 @@ class Evaluator:
         """The text of `split` as windows; raises DataError if it is empty."""
         return EvalWindows(self._corpus.stores, split, self._config.data.sequence_length, self._max_windows)
 
-    def fixed(self, split: SplitName) -> Iterator[Batch]:
+    def fixed(self, split: SplitName) -> TextBatches:
         """Batches over the same text at every evaluation."""
-        return evaluation_batches(self.windows(split), **self._options)
+        windows = self.windows(split)
+        return TextBatches(lambda: evaluation_batches(windows, **self._options), windows.fingerprint)
 
-    def moving(self, evaluation: int) -> Iterator[Batch]:
+    def moving(self, evaluation: int) -> TextBatches:
         """Batches over the next slice of the shuffled valid split (the published protocol).
 
         Args:
@@ -112,7 +126,10 @@ class Evaluator:
         size = self._max_windows or len(self.windows("valid"))
         total = size * (config.train.steps // max(config.train.eval_every, 1) + 1)
         source = WindowSource(self._corpus.stores, "valid", config.data.sequence_length, total, config.train.seed)
-        return moving_evaluation_batches(source, evaluation, size, **self._options)
+        return TextBatches(
+            lambda: moving_evaluation_batches(source, evaluation, size, **self._options),
+            lambda: json_sha256([source.fingerprint(), evaluation, size]),
+        )
 
     def evaluate(
         self,
@@ -136,7 +153,8 @@ class Evaluator:
             pending = sums
         if pending is not None:
             total.add(pending)
-        return total.result(self.exact_bytes)
+        text = batches.fingerprint() if isinstance(batches, TextBatches) else None
+        return total.result(self.exact_bytes)._replace(text=text)
 
 
 class _Totals:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.corpus import Corpus
+from unipool_jax.data.identity import SHOWN, text_differences, text_identity
 from unipool_jax.moe.lock_lifecycle import structure
+from unipool_jax.parallel.processes import is_process_0
 from unipool_jax.training.checkpoint import Checkpoints
-from unipool_jax.training.run_folder import RunError
+from unipool_jax.training.run_folder import RunError, known_text
 from unipool_jax.training.sharding import memory_problem
 from unipool_jax.training.state import TrainState, init_state, state_shapes
 
@@ -18,7 +24,8 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
     """The state of the newest complete checkpoint, or a new one from `train.seed`.
 
     Raises:
-      RunError: the checkpoint was trained with another tokenizer, or there is none and `run.resume=required`.
+      RunError: the checkpoint was trained with another tokenizer or on another text, or there is none and
+        `run.resume=required`.
       CheckpointError: the checkpoint cannot be used.
       ConfigError: the state exceeds the memory of the devices.
     """
@@ -37,4 +44,23 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
             f"data.tokenizer={config.data.tokenizer}: its definition (sha256 {corpus.tokenizer.sha256[:12]}) differs "
             f"from the one this run was trained with ({str(trained_with)[:12]}); restore that one or start a new run"
         )
+    _check_text(checkpoints.directory.parent, restored.meta, corpus)
     return TrainState(**restored.items)
+
+
+def _check_text(run: Path, meta: Mapping[str, Any], corpus: Corpus) -> None:
+    found = text_identity(corpus)
+    stored = known_text(run, meta)
+    if stored is None:
+        if is_process_0():
+            print(
+                f"{run}: saved by a version that did not record which text it read, so it cannot be told whether this "
+                f"is the same; from now on it is (fingerprint {found['fingerprint'][:SHOWN]})"
+            )
+        return
+    if changed := text_differences(stored, found):
+        raise RunError(
+            f"{run} was trained on another text:\n"
+            + "\n".join(f"  - {line}" for line in changed)
+            + "\nRestore that text to resume the run, or train on this one under another run.name."
+        )

@@ -19,6 +19,7 @@ from unipool_jax.config.files import write_array
 from unipool_jax.config.schema import Config
 from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.data.corpus import Corpus, open_corpus
+from unipool_jax.data.identity import text_identity
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
 from unipool_jax.kernels.implementations import resolve
@@ -90,6 +91,7 @@ def train(config: Config) -> int:
         corpus = process_0_first(lambda: open_corpus(config.data, config.model.vocab_size), (UserError, OSError))
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus, mesh)
+        folder.record(config, text_identity(corpus))
         start = int(jax.device_get(state.step))
         meta = checkpoints.meta(start) if checkpoints.steps() else None
         lock = open_lock(config, folder.path, meta, start, mesh)
@@ -409,7 +411,8 @@ class _Run:
         """
         self.speed.pause()
         self.writer.sync()
-        meta = make_meta(self.config, step, self.corpus.tokenizer.sha256) | self.buffers.document()
+        text = text_identity(self.corpus)
+        meta = make_meta(self.config, step, self.corpus.tokenizer.sha256, text) | self.buffers.document()
         if self.lock is not None:
             meta |= self.lock.document(step)
         if self.placement is not None:
@@ -446,6 +449,7 @@ class _Run:
             "step": self.config.train.steps,
             "tokens": self.config.train.steps * self.config.tokens_per_step,
             "results": {name: result.as_json() for name, result in found.items()},
+            "text": text_identity(self.corpus),
             "unigram": unigram_baseline(self.corpus, windows),
             "tokens_per_second": self.speed.mean,
             "tokens_per_second_median": self.speed.median,

@@ -1,12 +1,13 @@
 """The folder of one run: its name, its lock, and whether a configuration may resume it.
 
-runs/<name>/config.yaml  metrics.jsonl  summary.json  tensorboard/  routing/  checkpoints/<step>/
+runs/<name>/config.yaml  text.json  metrics.jsonl  summary.json  tensorboard/  routing/  checkpoints/<step>/
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +17,7 @@ from unipool_jax.config.files import check_fields, read_json, write_json, writin
 from unipool_jax.config.schema import Config, settings
 from unipool_jax.config.settings_table import frozen_differences, reason
 
-CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
+CONFIG, SUMMARY, TEXT, CHECKPOINTS = "config.yaml", "summary.json", "text.json", "checkpoints"
 
 _SUMMARY_FIELDS = {
     "step": int,
@@ -92,7 +93,8 @@ class RunFolder:
         try:
             if existing:
                 self._check_same_run(config)
-            save_config(config, self.path / CONFIG)
+            else:
+                save_config(config, self.path / CONFIG)
         except BaseException:
             self.close()
             raise
@@ -115,7 +117,9 @@ class RunFolder:
 
     def _check_same_run(self, config: Config) -> None:
         stored = load_config(self.path / CONFIG)
-        changed = frozen_differences(stored, config)
+        # Text may have moved where its fingerprint can be compared: in a run that knows it and reads it again.
+        known = (self.path / TEXT).exists() and not (self.path / SUMMARY).exists()
+        changed = frozen_differences(stored, config, places=not known)
         if changed:
             before, now = settings(stored), settings(config)
             lines = [
@@ -132,6 +136,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / CHECKPOINTS
+
+    def record(self, config: Config, text: Mapping[str, Any]) -> None:
+        """Write the settings and the identity of the text that training goes on with, once both are checked."""
+        if self._lock is not None:
+            save_config(config, self.path / CONFIG)
+            write_json(self.path / TEXT, text, indent=1)
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None for a run that is not finished."""
@@ -164,6 +174,21 @@ def read_summary(folder: Path) -> dict[str, Any]:
     summary = read_json(path, advice)
     check_fields(summary, path, _SUMMARY_FIELDS, advice)
     return summary
+
+
+def known_text(folder: Path, meta: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The identity of the text of a run, from a checkpoint's meta document or from the run's folder; None in runs of
+    earlier versions, which do not know it.
+
+    Raises:
+      FileError: the file is damaged.
+    """
+    found = (meta or {}).get("text")
+    if found is None and (folder / TEXT).exists():
+        found = read_json(folder / TEXT, "delete it if the text is that of the run: it is written anew")
+    if found is not None:
+        check_fields(found, folder, {"fingerprint": str, "tokenizer_sha256": str, "texts": list})
+    return found
 
 
 def holds_checkpoint(folder: Path) -> bool:
