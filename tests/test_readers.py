@@ -7,6 +7,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import zstandard
 from pyarrow import Table, parquet
@@ -130,6 +131,102 @@ def test_parquet_defects(tmp_path: Path) -> None:
     parquet.write_table(Table.from_arrays([latin], names=["text"]), path)
     with pytest.raises(DataError, match=r"a\.parquet, row 2: not UTF-8"):
         list(read_texts([path]))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()),
+    ],
+    ids=str,
+)
+def test_all_kinds_of_text_columns(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    texts, path = ["a", "na\u00efve", "", "a"], tmp_path / "a.parquet"
+    parquet.write_table(Table.from_arrays([arrow_array(texts).cast(kind)], names=["text"]), path)
+    assert list(read_texts([path])) == texts
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        arrow_array([b"a"]),
+        arrow_array([b"a"]).cast(pyarrow.large_binary()),
+        arrow_array([b"a"]).dictionary_encode(),
+        arrow_array([["a"]]),
+        arrow_array([{"a": "b"}]),
+        pyarrow.nulls(1),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_columns_that_are_no_text_are_refused(tmp_path: Path, column: pyarrow.Array) -> None:
+    parquet.write_table(Table.from_arrays([column], names=["text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"column 'text' holds .*, not text; cast it to string"):
+        list(read_texts([tmp_path / "a.parquet"]))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = Table.from_arrays([arrow_array(["a"]), arrow_array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="2 columns are called 'text'"):
+        list(read_texts([tmp_path / "a.parquet"]))
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    text, lines, packed = tmp_path / "a.txt", tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    text.write_bytes(MARK + "caf\u00e9\ufeff".encode())
+    lines.write_bytes(MARK + b'{"text": "a"}\n' + MARK + b'{"text": "\\ufeffb"}\n')  # files put together
+    packed.write_bytes(gzip.compress(MARK + b'{"text": "c"}\n'))
+    assert list(read_texts([text, lines, packed])) == ["caf\u00e9\ufeff", "a", "\ufeffb", "c"]
+    text.write_bytes(MARK)
+    with pytest.raises(DataError, match="no documents"):
+        list(read_texts([text]))
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.xz"])
+def test_other_codings_are_named(tmp_path: Path, coding: str, suffix: str) -> None:
+    content = json.dumps({"text": "words"}).encode(coding)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(lzma.compress(content) if suffix.endswith("xz") else content)
+    with pytest.raises(DataError, match=rf"a{suffix}: is UTF-.*iconv"):
+        list(read_texts([path]))
+
+
+def test_a_line_or_value_has_a_largest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unipool_jax.data.readers.MAX_DOCUMENT_BYTES", 1 << 20)
+    for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet"):
+        path = write_documents(tmp_path / f"a{suffix}", ["short", "x" * ((1 << 20) - 100)])
+        assert len(list(read_texts([path]))) == 2
+        path = write_documents(path, ["short", "x" * ((1 << 20) + 1), "never read"])
+        with pytest.raises(DataError, match=rf"a{suffix}, (line|row) 2: longer than 1 MiB"):
+            list(read_texts([path]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["line\n" * 100, "\u00e9" * 100, "x" * 64, "x" * 65, "\U0001f469x" * 40 + "\n"],
+    ids=["lines", "two bytes", "just", "more", "four bytes"],
+)
+def test_long_text_files_are_cut_at_lines_or_letters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr("unipool_jax.data.readers.MAX_DOCUMENT_BYTES", 64)
+    (tmp_path / "a.txt").write_bytes(MARK + text.encode())
+    parts = list(read_texts([tmp_path / "a.txt"]))
+    assert "".join(parts) == text
+    assert all(len(part.encode()) <= 64 for part in parts)
+    assert len(parts) == -(-len(text.encode()) // 60) or len(text) < 66
+    if "\n" in text[:64]:
+        assert all(part.endswith("\n") for part in parts)
+    (tmp_path / "a.txt").write_bytes(b"line\n" * 100 + b"\xff")
+    with pytest.raises(DataError, match=r"a\.txt, line 101: not UTF-8"):
+        list(read_texts([tmp_path / "a.txt"]))
 
 
 @pytest.mark.parametrize(("suffix", "package"), [(".jsonl.zst", "zstandard"), (".parquet", "pyarrow")])

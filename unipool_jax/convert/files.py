@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from unipool_jax.config.parsing import from_mapping
-from unipool_jax.config.schema import Config, to_mapping
+from unipool_jax.config.schema import Config, ConfigError, ModelConfig, MoEConfig, to_mapping
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.layouts import LAYOUT_NAMES, Layout, LayoutName, make_layout
+from unipool_jax.convert.safetensors_file import Header, read_header
 from unipool_jax.convert.weights import (
     ExpertHashes,
     Weights,
+    check_count,
     check_same_experts,
     empty_weights,
     expert_hashes,
     hash_arrays,
+    unallocated_weights,
 )
+
+_FREE = {"model.init_std", "model.compute_dtype", "model.remat", "moe.experts_per_layer", "moe.router_dtype"}
+"""Settings of the model that do not say what its weights compute, or that their shapes show."""
 
 _DTYPES = ("F32", "BF16", "F16")
 _SHOWN = 12
@@ -76,18 +85,22 @@ def read_file(path: Path, layout_name: LayoutName, config: Config) -> Weights:
       ConversionError: the file is not safetensors, has missing or unknown tensors, other shapes or dtypes, layers that
         do not share their pool, or experts whose hashes differ from its metadata.
     """
+    header = read_header(path)
+    expected = unallocated_weights(config)
+    check_count(expected, sum(math.prod(tensor.shape) for tensor in header.tensors.values()), str(path))
+    problems = _problems(header, make_layout(layout_name, config, expected))
+    if problems:
+        more = [f"  - and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise ConversionError(
+            f"{path} does not match the {layout_name} layout of this configuration "
+            f"({config.scale_name} {config.method_name}, {config.total_experts} experts):\n"
+            + "\n".join([f"  - {problem}" for problem in problems[:_SHOWN]] + more)
+        )
+    _check_same_model(path, _noted_config(path, header), config)
+    names = header.tensors.keys()
     weights = empty_weights(config)
     layout = make_layout(layout_name, config, weights)
     with _open(path) as file:
-        names = set(file.keys())
-        problems = _problems(file, names, layout)
-        if problems:
-            more = [f"  - and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-            raise ConversionError(
-                f"{path} does not match the {layout_name} layout of this configuration "
-                f"({config.scale_name} {config.method_name}, {config.total_experts} experts):\n"
-                + "\n".join([f"  - {problem}" for problem in problems[:_SHOWN]] + more)
-            )
         pieces: dict[tuple[int, int], list[np.ndarray]] = {}
         hashes: ExpertHashes = {}
         for name, tensor in layout.tensors.items():
@@ -105,48 +118,93 @@ def read_file(path: Path, layout_name: LayoutName, config: Config) -> Weights:
                     f"{path}: {copy} differs from {original}, but these layers share one pool in the configuration; "
                     "check pool.groups"
                 )
-        metadata = file.metadata() or {}
     check_same_experts(hashes, expert_hashes(weights), str(path))
-    if "experts" in metadata:
-        check_same_experts(_parse_hashes(metadata["experts"]), hashes, str(path))
+    if "experts" in header.metadata:
+        check_same_experts(_noted_hashes(path, header), hashes, str(path))
     return weights
 
 
-def _parse_hashes(text: str) -> ExpertHashes:
+def _noted_hashes(path: Path, header: Header) -> ExpertHashes:
     hashes = {}
-    for key, value in json.loads(text).items():
-        pool, _, expert = key.partition(".")
-        hashes[int(pool), int(expert)] = value
+    noted = _json(path, header, "experts")
+    try:
+        for key, value in noted.items():
+            pool, _, expert = key.partition(".")
+            hashes[int(pool), int(expert)] = str(value)
+    except (AttributeError, ValueError) as error:
+        raise ConversionError(f"{path}: its metadata 'experts' must be hashes by POOL.EXPERT") from error
     return hashes
+
+
+def _noted_config(path: Path, header: Header) -> Config | None:
+    if "config" not in header.metadata:
+        return None
+    try:
+        return from_mapping(_json(path, header, "config"))
+    except ConfigError as error:
+        raise ConversionError(f"{path}: its metadata holds a configuration that cannot be used:\n{error}") from error
+
+
+def _json(path: Path, header: Header, name: str) -> Any:
+    try:
+        return json.loads(header.metadata[name])
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path}: its metadata {name!r} is not JSON ({error})") from error
+
+
+def _check_same_model(path: Path, noted: Config | None, config: Config) -> None:
+    """Raises ConversionError if the file says that its weights are of a model that computes something else.
+
+    Shapes agree in many settings that matter: the base of the positions, the number of heads, the router.
+    """
+    if noted is None:
+        return
+    theirs, ours = _settings_of_function(noted), _settings_of_function(config)
+    different = [f"  - {name}={ours[name]}, in the file {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    if different:
+        raise ConversionError(
+            "\n".join([f"{path}: its weights are of another model; leave these settings out:", *different])
+        )
+
+
+def _settings_of_function(config: Config) -> dict[str, Any]:
+    """The settings, by name, that say what a model computes from its weights."""
+    sections: dict[str, ModelConfig | MoEConfig] = {"model": config.model, "moe": config.moe}
+    values = {
+        f"{section}.{field.name}": getattr(part, field.name)
+        for section, part in sections.items()
+        for field in dataclasses.fields(part)
+        if f"{section}.{field.name}" not in _FREE
+    }
+    biased = config.loss.balance == "expert_bias"
+    return values | {"pool.groups": config.pool.groups, "loss.balance=expert_bias": biased}
 
 
 def read_description(path: Path) -> tuple[LayoutName | None, Config | None]:
     """The layout and configuration that `write_file` stored in the file; None for files from elsewhere."""
-    with _open(path) as file:
-        metadata = file.metadata() or {}
-    layout = metadata.get("layout")
-    config = from_mapping(json.loads(metadata["config"])) if "config" in metadata else None
-    return (layout if layout in LAYOUT_NAMES else None), config
+    header = read_header(path)
+    layout = next((name for name in LAYOUT_NAMES if name == header.metadata.get("layout")), None)
+    return layout, _noted_config(path, header)
 
 
 def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, "np")
     except (OSError, SafetensorError) as error:
-        advice = " (a .pt file holds pickled objects; unipool_jax/convert/layouts.py shows how to re-save it)"
-        raise ConversionError(f"{path}: not a readable safetensors file: {error}{advice}") from error
+        raise ConversionError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _problems(file: safe_open, names: set[str], layout: Layout) -> list[str]:
+def _problems(header: Header, layout: Layout) -> list[str]:
     """One message for each tensor that is missing, unknown, or of another shape or dtype."""
+    names = header.tensors.keys()
     problems = [f"{name}: missing" for name in layout.tensors if name not in names]
     known = layout.tensors.keys() | layout.copies.keys()
     problems += [f"{name}: not part of this model" for name in sorted(names - known)]
     for name in sorted(names & known):
         wanted = layout.tensors[layout.copies.get(name, name)].shape
-        found = file.get_slice(name)
-        if tuple(found.get_shape()) != wanted:
-            problems.append(f"{name}: shape {list(found.get_shape())}, expected {list(wanted)}")
-        if found.get_dtype() not in _DTYPES:
-            problems.append(f"{name}: dtype {found.get_dtype()}, expected one of {', '.join(_DTYPES)}")
+        found = header.tensors[name]
+        if found.shape != wanted:
+            problems.append(f"{name}: shape {list(found.shape)}, expected {list(wanted)}")
+        if found.dtype not in _DTYPES:
+            problems.append(f"{name}: dtype {found.dtype}, expected one of {', '.join(_DTYPES)}")
     return problems

@@ -33,6 +33,23 @@ def empty_weights(config: Config) -> Weights:
     return Weights(params, np.zeros(state.balance.expert_bias_GNE.shape, np.float32))
 
 
+def unallocated_weights(config: Config) -> Weights:
+    """`Weights` of the right shapes without memory: what a file must hold before memory is taken for it."""
+    state = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), state.params)
+    return Weights(params, np.broadcast_to(np.float32(0), state.balance.expert_bias_GNE.shape))
+
+
+def check_count(wanted: Weights, stored: int, what: str) -> None:
+    """Raises ConversionError if a model has far more weights than the `stored` numbers of a file.
+
+    A list of all that is missing would be as long as the configuration claims.
+    """
+    count = sum(leaf.size for leaf in jax.tree.leaves(wanted.params))
+    if count > 4 * stored + 1000:
+        raise ConversionError(f"{what}: holds {stored:,} numbers, but the model of its configuration has {count:,}")
+
+
 def hash_arrays(arrays: list[np.ndarray]) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the float32 values in row-major order."""
     digest = hashlib.sha256()

@@ -22,8 +22,20 @@ PLAIN_TEXT = (".txt", ".text", ".md", ".markdown", ".rst")
 
 SUFFIXES = (*PLAIN_TEXT, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
 
+MAX_DOCUMENT_BYTES = 1 << 25
+"""Of one document, or line that holds it: tokenizing takes a dozen times as much memory. Longer text files are cut."""
+
 Record = tuple[int, Any]
 """(number of the line or row, from 1; the undecoded line, or the value of the parquet column)."""
+
+_UTF8_MARK = b"\xef\xbb\xbf"
+_OTHER_MARKS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""Byte order marks; UTF-32 first, whose mark starts with that of UTF-16."""
 
 
 def file_format(path: Path) -> str:
@@ -47,7 +59,8 @@ def unit(path: Path) -> str:
 class DocumentFile:
     """Raw records of one file, one per document, in file order.
 
-    A file of `PLAIN_TEXT` is one document. Use as a context manager, and iterate once.
+    A file of `PLAIN_TEXT` is one document; larger than `MAX_DOCUMENT_BYTES` it is several, cut at ends of lines. Use as
+    a context manager, and iterate once.
 
     Raises:
       DataError: while iterating: a damaged or truncated file, no documents, a blank line before the
@@ -93,23 +106,67 @@ class DocumentFile:
 
     def _records(self) -> Iterator[Record]:
         if self._format in PLAIN_TEXT:
-            if content := self._raw.read():
-                yield 1, content
+            yield from self._texts()
         elif self._format == ".parquet":
             yield from _parquet_records(self._path, self._raw, self._field)
         else:
             yield from self._lines()
 
+    def _texts(self) -> Iterator[Record]:
+        number, content = 1, _without_mark(self._path, self._raw.read(MAX_DOCUMENT_BYTES + 1))
+        content += self._raw.read(MAX_DOCUMENT_BYTES + 1 - len(content))
+        while len(content) > MAX_DOCUMENT_BYTES:
+            end = content.rfind(b"\n", 0, MAX_DOCUMENT_BYTES) + 1 or _last_character(content, MAX_DOCUMENT_BYTES)
+            yield number, content[:end]
+            number += content.count(b"\n", 0, end)
+            content = content[end:]
+            content += self._raw.read(MAX_DOCUMENT_BYTES + 1 - len(content))
+        if content:
+            yield number, content
+
     def _lines(self) -> Iterator[Record]:
         blank = 0
         with _decompressed(self._path, self._raw, self._format) as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(iter(lambda: stream.readline(MAX_DOCUMENT_BYTES + 1), b""), start=1):
+                if len(line) > MAX_DOCUMENT_BYTES:
+                    raise _too_long(self._path, number)
+                line = _without_mark(self._path, line)
                 if not line.strip():
                     blank = blank or number
                     continue
                 if blank:
                     raise DataError(f"{self._path}, line {blank}: blank line; expected an object")
                 yield number, line
+
+
+def _without_mark(path: Path, content: bytes) -> bytes:
+    """`content` without the byte order mark that some editors write at the head of UTF-8.
+
+    Raises:
+      DataError: it is UTF-16 or UTF-32.
+    """
+    if content.startswith(_UTF8_MARK):
+        return content[len(_UTF8_MARK) :]
+    coding = next((name for mark, name in _OTHER_MARKS.items() if content.startswith(mark)), None)
+    # UTF-16 without a mark is UTF-8 with a zero in every second byte.
+    head = content[:4096]
+    if coding is None and 4 * head.count(0) > len(head) > 1:
+        coding = "UTF-16 or UTF-32"
+    if coding is not None:
+        raise DataError(f"{path}: is {coding}; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 {path.name}")
+    return content
+
+
+def _last_character(content: bytes, limit: int) -> int:
+    """Where the last character of UTF-8 that starts before `limit` starts."""
+    return next((end for end in range(limit, limit - 4, -1) if content[end] & 0xC0 != 0x80), limit)
+
+
+def _too_long(path: Path, number: int) -> DataError:
+    return DataError(
+        f"{path}, {unit(path)} {number}: longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the most that a document may "
+        "have; cut it into several documents"
+    )
 
 
 def _decompressed(path: Path, raw: IO[bytes], suffix: str) -> IO[bytes]:
@@ -178,13 +235,22 @@ def _parquet_records(path: Path, raw: IO[bytes], field: str) -> Iterator[Record]
         schema = table.schema_arrow
         if field not in schema.names:
             raise DataError(f"{path}, row 1: no column {field!r}; choose one of {', '.join(schema.names)} with --field")
+        if schema.names.count(field) > 1:
+            raise DataError(
+                f"{path}, row 1: {schema.names.count(field)} columns are called {field!r}; rename all but one"
+            )
         kind = schema.field(field).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(f"{path}, row 1: column {field!r} holds {kind}, not text")
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
+        value_kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if value_kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+            raise DataError(f"{path}, row 1: column {field!r} holds {kind}, not text; cast it to string")
+        # Few rows at a time, since each may be a long document.
+        for batch in table.iter_batches(batch_size=32, columns=[field]):
             for value in batch.column(0):
                 row += 1
-                yield row, value.as_py()
+                text = value.as_py()
+                if text is not None and len(text) > MAX_DOCUMENT_BYTES:
+                    raise _too_long(path, row)
+                yield row, text
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, row {row}: not UTF-8 ({error})") from error
     except (pyarrow.ArrowException, OSError) as error:
@@ -204,7 +270,7 @@ def document_text(path: Path, record: Record, field: str) -> str:
             text = payload.decode()
         except UnicodeDecodeError as error:
             if file_format(path) in PLAIN_TEXT:
-                line = payload.count(b"\n", 0, error.start) + 1
+                line = payload.count(b"\n", 0, error.start) + number
                 place = f"{path}, line {line}"
             raise DataError(f"{place}: not UTF-8 (byte 0x{payload[error.start]:02x} at offset {error.start})") from None
         payload = text if file_format(path) in PLAIN_TEXT else _json_field(place, text, field)
