@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
+from unipool_jax.config.schema import Config, DistributedConfig
+from unipool_jax.parallel.processes import joined
 
 
 def run_two(file: str, devices: int, *arguments: str) -> None:
@@ -34,6 +36,8 @@ def run_two(file: str, devices: int, *arguments: str) -> None:
 def join() -> list[str]:
     """Become one of the two processes; the other arguments of `run_two`."""
     address, process, *arguments = sys.argv[1:]
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, 2, int(process))
+    distributed = DistributedConfig(coordinator=address, num_processes=2, process_id=int(process))
+    connection = joined(Config(distributed=distributed))
+    connection.__enter__()
+    atexit.register(connection.__exit__, None, None, None)
     return arguments

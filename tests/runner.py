@@ -77,6 +77,8 @@ class Runner:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": os.environ["CPU_XLA_FLAGS"].replace("_device_count=8", f"_device_count={devices}"),
+            # As `entry.run` sets it for several processes; here JAX is imported before.
+            "TF_CPP_MIN_LOG_LEVEL": "3",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

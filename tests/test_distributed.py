@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unipool_jax.parallel.processes import announced_processes
+from unipool_jax.parallel.launch import announced_processes
 
 NAMES = (
     "TPU_PROCESS_ADDRESSES",

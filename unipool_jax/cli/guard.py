@@ -41,12 +41,7 @@ def guarded(main: Callable[[], int], failure: int | None = None) -> int:
             return _leave(failure or EXIT_FAILED)
         if not _distributed():
             raise
-        from unipool_jax.parallel.processes import lost_peer
-
-        if lost := lost_peer(error):
-            print(lost, file=sys.stderr)
-        else:
-            traceback.print_exc()
+        traceback.print_exc()
         return _leave(EXIT_FAILED)
 
 

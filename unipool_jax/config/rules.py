@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unipool_jax.config import lock_schedule, mesh_rules
+from unipool_jax.config.addresses import split_address
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.paths import named_files
@@ -340,6 +341,11 @@ def _processes(config: Config) -> Iterator[str]:
         yield (
             f"distributed.process_id={found.process_id}: must be below distributed.num_processes={found.num_processes}"
         )
+    if found.coordinator is not None:
+        try:
+            split_address(found.coordinator)
+        except ValueError as error:
+            yield f"distributed.coordinator={found.coordinator}: {error}"
 
 
 @_rule()

@@ -1,72 +1,152 @@
 """Training in several processes: connecting them, and decisions that all of them must share.
 
-JAX's distributed runtime connects the processes and detects when one dies. All run the same program; only process 0
-writes files and prints.
+All run the same program; only process 0 writes files and prints. What they say to each other outside of computations
+goes over the lines of `peers`; JAX's distributed runtime serves computations and checkpoints.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import json
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from unipool_jax.config.errors import UserError
-from unipool_jax.config.schema import ConfigError, DistributedConfig
+from unipool_jax.config.schema import Config
+from unipool_jax.parallel.agreement import Facts, difference, facts
+from unipool_jax.parallel.launch import find_place, one_of_several
+from unipool_jax.parallel.peers import RESUME, PeerError, Peers, connect
 
 Found = TypeVar("Found")
 
+_JAX_WAITS = 30
+"""Seconds by which JAX's own limits exceed ours, so that a sentence comes before its stack."""
 
-class PeerError(UserError, RuntimeError):
-    """Another process failed, so this one stops too; the message says which and why."""
+_JAX_GRACE = 3.0
+"""Seconds that an error of JAX's client waits for the sentence."""
 
-
-def announced_processes() -> int:
-    """Number of processes according to the launcher (Slurm step, Open MPI, Cloud TPU hosts); 1 without one.
-
-    The hosts of a TPU slice are read from the variables that JAX reads, in the same order.
-    """
-    hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", "")).split(",")
-    slices, *counts = (
-        int(value) if (value := os.environ.get(name, "")).isdigit() else 1
-        for name in ("MEGASCALE_NUM_SLICES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    )
-    return max(len(hosts) * slices, *counts, 1)
+_peers: Peers | None = None
+"""The other processes; None in a process alone."""
 
 
-def start(config: DistributedConfig) -> None:
-    """Connect to the other processes, if any. Must run before JAX initializes its devices.
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[None]:
+    """Connect to the other processes, if any, and tell them how the block ended.
+
+    Must be entered before JAX initializes its devices. A process is connected until it ends.
 
     Raises:
-      ConfigError: the other processes cannot be found or reached.
+      ConfigError: the settings or the launcher do not say where the other processes are.
+      PeerError: they cannot be reached, or run something else.
     """
-    explicit = config.coordinator is not None
-    if not explicit and (config.launch == "single" or (config.launch == "auto" and announced_processes() == 1)):
+    if not one_of_several(config.distributed):
+        yield
         return
-    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(
-            coordinator_address=config.coordinator,
-            num_processes=config.num_processes,
-            process_id=config.process_id,
-            initialization_timeout=config.start_timeout_seconds,
-            heartbeat_timeout_seconds=config.timeout_seconds,
-        )
-    except (RuntimeError, ValueError) as error:
-        given = f"distributed.coordinator={config.coordinator}" if explicit else f"distributed.launch={config.launch}"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            [
-                f"{given}: cannot connect to the other processes ({reason}); start all of them within "
-                f"distributed.start_timeout_seconds={config.start_timeout_seconds}, name process 0 with "
-                "distributed.coordinator=HOST:PORT, or set distributed.launch=single"
-            ]
-        ) from error
+        _start(config)
+        yield
+    except BaseException as error:
+        if lost := lost_peer(error):
+            raise lost from error
+        if _peers is not None:
+            # A PeerError is known to all.
+            _peers.stop("" if isinstance(error, PeerError) else _reason(error))
+        raise
+    if _peers is not None:
+        _peers.finish()
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _start(config: Config) -> None:
+    global _peers
+    own = facts(config)
+    if _peers is None:
+        limits, place = config.distributed, find_place(config.distributed)
+        _peers = connect(place, own, limits.start_timeout_seconds, limits.timeout_seconds)
+        if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        with _losses_reported():
+            jax.distributed.initialize(
+                coordinator_address=place.coordinator,
+                num_processes=place.processes,
+                process_id=place.number,
+                local_device_ids=place.local_device_ids,
+                initialization_timeout=limits.start_timeout_seconds + _JAX_WAITS,
+                heartbeat_timeout_seconds=limits.timeout_seconds + _JAX_WAITS,
+            )
+    else:
+        must_agree(own)
+    must_agree(_devices())
+
+
+def _devices() -> dict[str, str]:
+    local = jax.local_devices()
+    kinds = sorted({device.device_kind for device in local})
+    return {"devices of each process": f"{len(local)} x {', '.join(kinds)}"}
+
+
+def must_agree(own: Facts) -> None:
+    """Compare facts of this process with those of the others; every process must call it.
+
+    Raises:
+      PeerError: in all processes, naming the facts that differ.
+    """
+    if _peers is None:
+        return
+    text = _peers.decide(json.dumps(dict(own)), lambda texts: difference([json.loads(text) for text in texts]))
+    if text:
+        raise PeerError(text)
+
+
+@contextlib.contextmanager
+def _losses_reported() -> Iterator[None]:
+    """Let a loss that JAX's client notices end this process with our message instead of a stack.
+
+    `jax.distributed.initialize` does not pass on the callback for losses. Up to 0.12, calling it fails besides, because
+    its argument has no type in Python, which ends in C++'s handler for uncaught exceptions: so that is set too.
+    """
+    from jax._src.lib import _jax
+
+    make_client = _jax.get_distributed_runtime_client
+    _jax.get_distributed_runtime_client = functools.partial(make_client, missed_heartbeat_callback=_lost)
+    with contextlib.suppress(OSError, AttributeError):  # another library of C++
+        set_handler = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+        set_handler.argtypes, set_handler.restype = [_Handler], _Handler
+        _handlers.append(_Handler(_lost))
+        _handlers.append(set_handler(_handlers[0]))
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = make_client
+
+
+_Handler = ctypes.CFUNCTYPE(None)
+_handlers: list[Callable[[], None]] = []
+"""Ours, which C++ holds, and the one before it."""
+
+
+def _lost(*status: object) -> None:
+    """Called from a thread of C++ when JAX's client lost the others, or for any uncaught exception of C++."""
+    assert _peers is not None
+    # A loss is noticed on our lines too, which end this process.
+    _peers.wait_for_verdict(_JAX_GRACE)
+    reason = "JAX's runtime ended it" + "".join(f": {text}" for text in status)
+    print(f"process {_peers.number} stops because {reason}\n{RESUME}", file=sys.stderr, flush=True)
+    _peers.stop(reason)
+    if not status and len(_handlers) == 2:
+        _handlers[1]()
+    os._exit(PeerError.exit_code)
 
 
 def is_process_0() -> bool:
@@ -75,52 +155,34 @@ def is_process_0() -> bool:
 
 
 def broadcast_from_process_0(text: str) -> str:
-    """The `text` of process 0, in every process. A collective: all processes must call it."""
-    if jax.process_count() == 1:
-        return text
-    data = np.frombuffer(text.encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    padded = np.zeros(size, np.uint8)
-    if is_process_0():
-        padded[:] = data
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
+    """The `text` of process 0, in every process. All processes must call it."""
+    return text if _peers is None else _peers.decide(text, lambda texts: texts[0])
 
 
 def all_agree(mine: bool) -> bool:
-    """Whether `mine` is True in every process. A collective: all processes must call it."""
-    return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(mine)).min())
+    """Whether `mine` is True in every process. All processes must call it."""
+    if _peers is None:
+        return mine
+    return bool(_peers.decide("yes" if mine else "", lambda texts: "yes" if all(texts) else ""))
 
 
-def process_0_first(action: Callable[[], Found], expected: tuple[type[Exception], ...]) -> Found:
+def process_0_first(action: Callable[[], Found]) -> Found:
     """Run `action` in process 0 and, when it has finished, in the others, which may read the files it wrote.
 
-    Args:
-      action: called once in every process.
-      expected: exceptions it may raise in process 0, which re-raises them.
-
-    Returns:
-      The result of this process's call.
-
-    Raises:
-      PeerError: in the other processes, if `action` raised one of `expected` in process 0.
+    An error in process 0 ends the others, see `joined`.
     """
-    if jax.process_count() == 1:
-        return action()
-    if not is_process_0():
-        if problem := broadcast_from_process_0(""):
-            raise PeerError(problem)
-        return action()
-    try:
+    if is_process_0():
         result = action()
-    except expected as error:
-        broadcast_from_process_0(f"process 0 stopped: {error}")
-        raise
+        broadcast_from_process_0("")
+        return result
     broadcast_from_process_0("")
-    return result
+    return action()
 
 
 def lost_peer(error: BaseException) -> PeerError | None:
     """What to report instead of `error` if it looks as if another process was lost, else None.
+
+    If the lines between the processes notice which one it was, this process ends with that message instead.
 
     JAX has no exception type for this: the text of its backends' errors is all there is. From within a save it comes as
     a ValueError that begins with the status ("UNKNOWN: Gloo AllGather failed").
@@ -128,15 +190,14 @@ def lost_peer(error: BaseException) -> PeerError | None:
     signs = ("gloo", "nccl", "connection", "peer", "coordination", "heartbeat", "unavailable", "deadline")
     text = str(error).strip()
     status = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", text)
-    if jax.process_count() == 1 or not (status or isinstance(error, jax.errors.JaxRuntimeError)):
+    if _peers is None or not (status or isinstance(error, jax.errors.JaxRuntimeError)):
         return None
     if not any(sign in text.lower() for sign in signs):
         return None
-    return PeerError(
-        f"process {jax.process_index()} stopped because it lost another one, whose output may say why: "
-        f"{text.splitlines()[0]}\n"
-        "Start all processes again with the same command; they resume from the newest complete checkpoint."
-    )
+    _peers.wait_for_verdict()
+    reason = f"it lost another process, whose output may say why: {text.splitlines()[0]}"
+    _peers.stop(reason)
+    return PeerError(f"process {_peers.number} stopped because {reason}\n{RESUME}")
 
 
 class Vote:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import jax
+import os
 
 from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config, ConfigError
-from unipool_jax.kernels.implementations import platform_problem
-from unipool_jax.parallel.processes import start
+from unipool_jax.parallel.launch import one_of_several
 
 
 def run(config: Config) -> int:
@@ -22,11 +21,18 @@ def run(config: Config) -> int:
 
         print(describe(config))
         return 0
-    # The same random numbers on any number of devices.
-    jax.config.update("jax_threefry_partitionable", True)
-    start(config.distributed)
-    if problem := platform_problem(config.kernels.implementation):
-        raise ConfigError([problem])
+    if one_of_several(config.distributed):
+        # Before JAX is imported: what its runtime logs when it loses a process, the lines between them say better.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
+    from unipool_jax.kernels.implementations import platform_problem
+    from unipool_jax.parallel.processes import joined
     from unipool_jax.training.loop import train
 
-    return train(config)
+    # The same random numbers on any number of devices.
+    jax.config.update("jax_threefry_partitionable", True)
+    with joined(config):
+        if problem := platform_problem(config.kernels.implementation):
+            raise ConfigError([problem])
+        return train(config)

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from unipool_jax.config.errors import UserError
 from unipool_jax.config.files import write_array
 from unipool_jax.config.schema import Config
 from unipool_jax.config.version import VERSION, git_commit
@@ -26,7 +25,7 @@ from unipool_jax.kernels.implementations import resolve
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.moe.lock_lifecycle import LossExcessError
 from unipool_jax.parallel.mesh import usable_mesh
-from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0, process_0_first
+from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0, must_agree, process_0_first
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.console import LOG, Progress, copied_to
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
@@ -71,15 +70,13 @@ def train(config: Config) -> int:
     Raises:
       ConfigError, RunError, CheckpointError, DataError, LockError, AssignmentError: something the user can correct;
         earlier checkpoints are intact.
-      PeerError: process 0 raised one of these.
+      PeerError: the processes do not run the same thing, or one was lost.
     """
     mesh = usable_mesh(config)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        folder = stack.enter_context(
-            process_0_first(lambda: RunFolder(config, writes=is_process_0()), (UserError, OSError))
-        )
+        folder = stack.enter_context(process_0_first(lambda: RunFolder(config, writes=is_process_0())))
         summary = folder.read_summary()
         if summary is not None:
             if is_process_0():
@@ -88,7 +85,8 @@ def train(config: Config) -> int:
             return 0
         if is_process_0():
             stack.enter_context(copied_to(folder.path / LOG, f"{utc_now()} {command_line()}"))
-        corpus = process_0_first(lambda: open_corpus(config.data, config.model.vocab_size), (UserError, OSError))
+        corpus = process_0_first(lambda: open_corpus(config.data, config.model.vocab_size))
+        must_agree({"text of the run (fingerprint)": " ".join(store.fingerprint() for store in corpus.stores)})
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus, mesh)
         folder.record(config, text_identity(corpus))
@@ -102,9 +100,7 @@ def train(config: Config) -> int:
                 MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard, writes=is_process_0()),
             )
         )
-        session = stack.enter_context(
-            process_0_first(lambda: Session(folder.path, start, writes=is_process_0()), (UserError, OSError))
-        )
+        session = stack.enter_context(process_0_first(lambda: Session(folder.path, start, writes=is_process_0())))
         stop = stack.enter_context(StopRequest().listening())
         buffers = ReceiveBuffers(config, mesh, folder.path, meta)
         run = _Run(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers)

@@ -116,7 +116,7 @@ class ReceiveBuffers:
         """The saved factor, if it was measured for an expert group of this size. Process 0 reads the file."""
         if not self._measured:
             return None
-        found = process_0_first(lambda: self._read_file() if is_process_0() else 0.0, (FileError,))
+        found = process_0_first(lambda: self._read_file() if is_process_0() else 0.0)
         return float(broadcast_from_process_0(repr(found))) or None
 
     def _read_file(self) -> float:
