@@ -313,3 +313,19 @@ def test_the_command_writes_table_figures_and_page(
         "shown": False,
         "reading": "not shown: 1 of at least 3 pairs",
     }
+
+
+def test_the_results_of_a_comparison_are_not_taken_for_runs(
+    sweep: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are among runs/*: in a folder, or with out=runs as files."""
+    out = tmp_path / "out"
+    words = ["compare", *sweep[:2], str(out), str(out / "compare.json"), f"out={out}"]
+    assert execute(["compare", *sweep[:2], f"out={out}"]) == 0
+    capsys.readouterr()
+    assert execute(words) == 0
+    said = capsys.readouterr().out
+    assert f"{out}: results of an earlier comparison, left out" in said
+    assert f"{out / 'compare.json'}: a file and no run, left out" in said
+    with pytest.raises(ConfigError, match=r"1 run folder\(s\) given: a comparison needs two or more"):
+        execute(["compare", sweep[0], str(out)])

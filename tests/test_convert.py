@@ -210,6 +210,9 @@ def test_from_run_to_run_on_the_command_line(
     assert main(["convert", "import", "file=a.safetensors", "run=runs/c", "method=unipool"]) == 1
     assert main(["convert", "upgrade"]) == main(["convert"]) == main(["convert", "export", "colour=red"]) == 2
     assert capsys.readouterr().err.count("already exists") == 2
+    assert main(["convert", "export", "run=runs/a", "out=there/w.pt"]) == 2
+    said = capsys.readouterr().err
+    assert "out=there/w.pt: the file will hold safetensors; name it so, for example out=there/w.safetensors" in said
 
 
 def test_training_and_evaluation_go_on_from_an_imported_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

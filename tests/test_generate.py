@@ -11,9 +11,10 @@ import pytest
 from runner import overrides
 from unipool_jax.cli.main import execute, main
 from unipool_jax.config.compose import compose_config
-from unipool_jax.config.schema import ConfigError
+from unipool_jax.config.schema import Config, ConfigError, DataConfig
 from unipool_jax.config.words import from_words
-from unipool_jax.evaluation.generate import generate_texts
+from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.evaluation.generate import encode_prompts, generate_texts
 from unipool_jax.evaluation.requests import GenerateRequest
 from unipool_jax.model.transformer import forward
 from unipool_jax.training import loop
@@ -79,6 +80,16 @@ def test_no_run_no_step_and_too_many_positions(folder: Path, tmp_path: Path) -> 
     ):
         generate_texts(GenerateRequest(str(folder), ("a" * 8, "a" * 9), max_tokens=8))
     assert main(["generate", f"run={folder}", "prompt=x", "max_tokens=16"]) == 2
+    with pytest.raises(ConfigError, match=r"prompt='b{16}': 16 tokens; with max_tokens=1 a prompt .* 1 to 15.*prompt$"):
+        generate_texts(GenerateRequest(str(folder), ("b" * 16,)))
+
+
+def test_by_default_a_text_is_as_long_as_the_model_has_positions(folder: Path) -> None:
+    """16 here, fewer than the 64 tokens that a model with more of them draws."""
+    (text,) = generate_texts(GenerateRequest(str(folder), ("pool",), temperature=0))
+    assert text == generate_texts(GenerateRequest(str(folder), ("pool",), max_tokens=12, temperature=0))[0]
+    tokenizer, config = load_tokenizer("bytes"), Config(data=DataConfig(sequence_length=100))
+    assert [encode_prompts(["x" * n], tokenizer, config, None)[2] for n in (1, 36, 37, 99)] == [64, 64, 63, 1]
 
 
 def test_a_changed_tokenizer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,6 +160,11 @@ def test_a_run_keeps_what_it_printed_and_where(uninterrupted: tuple[Config, Path
     said += ["compiling the evaluation\n", "valid loss"]
     places = [log.index(text) for text in [*said, "tokens per second: ", "experts in use"]]
     assert places == sorted(places)
+    # What a run writes is for whoever the umask lets read it.
+    made = [path for path in folder.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    (folder / ".lock").unlink()
+    (folder / ".lock").touch()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {stat.S_IMODE((folder / ".lock").stat().st_mode)}
     (session,) = read_sessions(folder)
     assert (session["step"], session["exit_code"]) == (0, 0)
     assert session["compile_seconds"] > 0

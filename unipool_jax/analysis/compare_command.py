@@ -32,6 +32,10 @@ from unipool_jax.config.files import write_json, write_text
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.config.words import to_words
 from unipool_jax.training.metrics import plain_json
+from unipool_jax.training.run_folder import CONFIG
+
+RESULTS = "compare.json"
+"""In the folder of results, which it tells from the folder of a run."""
 
 _POOL_SIZE = {"pool.experts", "pool.fraction"}
 _GRANULARITY = {"moe.experts_per_layer", "moe.top_k", "pool.experts"}
@@ -167,7 +171,7 @@ def compare_command(request: CompareRequest) -> int:
     Raises:
       ConfigError, RunError: with what to do about it.
     """
-    runs = [load_run(folder) for folder in request.runs]
+    runs = [load_run(folder) for folder in _without_results(request.runs)]
     check_slices(runs)
     groups = grouped(runs)
     baseline = _baseline(groups, request.baseline)
@@ -175,7 +179,7 @@ def compare_command(request: CompareRequest) -> int:
     tables = [table for table in (table_of(rows), differences_of(rows)) if table.rows]
     folder = Path(request.out) if request.out else runs[0].folder.parent / "compare"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "compare.json", _json(rows, baseline), indent=1)
+    write_json(folder / RESULTS, _json(rows, baseline), indent=1)
     write_text(folder / "table.md", "\n".join(map(_markdown, tables)))
     title = f"{len(groups)} settings, {len(runs)} runs"
     subtitle = f"Paired with {baseline.name}. Runs: {', '.join(str(run.folder) for run in runs)}"
@@ -188,6 +192,26 @@ def compare_command(request: CompareRequest) -> int:
         _print(table)
     print(f"report: {page}")
     return 0
+
+
+def _without_results(folders: Sequence[str]) -> list[str]:
+    """The folders without the results of an earlier comparison, files or a folder, which `runs/*` names too.
+
+    Raises:
+      ConfigError: fewer than two are left.
+    """
+    found = []
+    for folder in folders:
+        path = Path(folder)
+        if path.is_file():
+            print(f"{folder}: a file and no run, left out")
+        elif (path / RESULTS).exists() and not (path / CONFIG).exists():
+            print(f"{folder}: results of an earlier comparison, left out")
+        else:
+            found.append(folder)
+    if len(found) < 2:
+        raise ConfigError([f"{len(found)} run folder(s) given: a comparison needs two or more"])
+    return found
 
 
 def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:

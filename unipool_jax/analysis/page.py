@@ -22,9 +22,11 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .4rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
 p { margin: .5rem 0; } .quiet, figcaption { color: var(--quiet); font-size: .9rem; }
 figure { margin: 1rem 0; } img { display: block; width: 100%; height: auto; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+.wide { width: fit-content; max-width: calc(100vw - 2.5rem); overflow-x: auto;
+  position: relative; left: 50%; transform: translateX(-50%); }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; }
-td { white-space: nowrap; }
+td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 9rem; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom-width: 2px; vertical-align: bottom; }
 ul.facts { list-style: none; padding: 0; margin: 1.2rem 0; display: grid; gap: .7rem;
   grid-template-columns: repeat(auto-fit, minmax(9.2rem, 1fr)); }

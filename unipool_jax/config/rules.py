@@ -180,9 +180,13 @@ def _switch(config: Config) -> Iterator[str]:
     if not loss.switch_coefficient:
         yield "loss.switch_coefficient=0.0: balances nothing; set a positive weight or loss.balance=none"
     if microbatch % loss.switch_group_sequences:
+        group, batch = loss.switch_group_sequences, config.train.batch_size
+        whole = [n for n in _divisors_of(batch) if n % group == 0]
+        near = min(whole, key=lambda n: abs(n - microbatch), default=None)
+        first = "" if near is None else f"set train.microbatch_size={near}, or, for another loss, "
         yield (
-            f"loss.switch_group_sequences={loss.switch_group_sequences}: must divide "
-            f"train.microbatch_size={microbatch}; choose one of {_divisors(microbatch)}"
+            f"loss.switch_group_sequences={group}: must divide train.microbatch_size={microbatch}, as a Switch loss "
+            f"is computed over that many sequences of one micro-batch; {first}choose one of {_divisors(microbatch)}"
         )
 
 
@@ -212,13 +216,16 @@ def _learning_rates(config: Config) -> Iterator[str]:
         yield f"optimizer.min_learning_rate={low}: must not exceed optimizer.learning_rate={peak}; lower it"
 
 
-@_rule("train.batch_size", "train.microbatch_size")
+@_rule("train.batch_size", "train.microbatch_size", "loss.switch_group_sequences")
 def _microbatches(config: Config) -> Iterator[str]:
-    batch, microbatch = config.train.batch_size, config.train.microbatch_size
+    batch, microbatch, group = config.train.batch_size, config.train.microbatch_size, config.loss.switch_group_sequences
     if batch % microbatch:
+        fitting = [n for n in _divisors_of(batch) if n <= microbatch]
+        whole = [n for n in fitting if config.loss.balance != "switch" or n % group == 0]
+        with_group = "" if whole else f", with loss.switch_group_sequences={math.gcd(group, fitting[-1])}"
         yield (
             f"train.microbatch_size={microbatch}: must divide train.batch_size={batch}; "
-            f"the largest that fits is {max(n for n in range(1, microbatch + 1) if batch % n == 0)}"
+            f"the largest that fits is {(whole or fitting)[-1]}{with_group}"
         )
 
 
@@ -376,10 +383,15 @@ def _experts_source(config: Config) -> str:
     return parts if config.pool.fraction == 1 else f"pool.fraction={config.pool.fraction} of {parts}"
 
 
+def _divisors_of(number: int) -> list[int]:
+    """The divisors of `number`, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
 def _divisors(number: int) -> str:
     """The divisors of `number` as text; the smallest and the largest of a number with many."""
-    found = [n for n in range(1, number + 1) if number % n == 0]
-    shown = [str(n) for n in found]
+    shown = [str(n) for n in _divisors_of(number)]
     return ", ".join(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-5:]])
 
 

@@ -35,6 +35,16 @@ class ExportRequest:
     layout: LayoutName = "twin"
     """Names and shapes of the tensors: those of the PyTorch twin, or of Megatron-LM."""
 
+    def problems(self) -> Iterator[str]:
+        """A name that says something else than the file holds."""
+        name = Path(self.out).name
+        if not name.endswith(".safetensors"):
+            stem = name.removesuffix(Path(name).suffix) or "model"
+            yield (
+                f"out={self.out}: the file will hold safetensors; name it so, for example "
+                f"out={Path(self.out).with_name(stem)}.safetensors (PyTorch reads it with safetensors.torch.load_file)"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportRequest:

@@ -16,28 +16,31 @@ from unipool_jax.moe.lock import score_factors
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
 
+DEFAULT_TOKENS = 64
+"""Tokens drawn for each prompt, where the model has the positions for them."""
+
 
 def encode_prompts(
-    prompts: Sequence[str], tokenizer: Tokenizer, config: Config, max_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the prompts, int32 `[B, S]` padded with zeros, and their lengths, int32 `[B]`.
+    prompts: Sequence[str], tokenizer: Tokenizer, config: Config, max_tokens: int | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens of the prompts, int32 `[B, S]` padded with zeros, their lengths, int32 `[B]`, and the tokens to draw.
 
     Raises:
       ConfigError: a prompt without tokens, or one that leaves fewer than `max_tokens` of the model's positions.
     """
-    rows = tokenizer.encode_batch(prompts)
-    room = config.data.sequence_length - max_tokens
+    rows, positions = tokenizer.encode_batch(prompts), config.data.sequence_length
+    wanted = max_tokens or max(1, min(DEFAULT_TOKENS, positions - max(len(row) for row in rows)))
+    room, lower = positions - wanted, "" if wanted == 1 else " or lower max_tokens"
     problems = [
-        f"prompt={text!r}: {len(row)} tokens; with max_tokens={max_tokens} a prompt can have 1 to {max(room, 0)}, as "
-        f"the model was trained on {config.data.sequence_length} positions (data.sequence_length); "
-        "shorten the prompt or lower max_tokens"
+        f"prompt={text!r}: {len(row)} tokens; with max_tokens={wanted} a prompt can have 1 to {max(room, 0)}, as "
+        f"the model was trained on {positions} positions (data.sequence_length); shorten the prompt{lower}"
         for text, row in zip(prompts, rows, strict=True)
         if not 1 <= len(row) <= room
     ]
     if problems:
         raise ConfigError(problems)
     lengths_B = np.array([len(row) for row in rows], np.int32)
-    return np.stack([np.pad(row, (0, int(lengths_B.max()) - len(row))) for row in rows]), lengths_B
+    return np.stack([np.pad(row, (0, int(lengths_B.max()) - len(row))) for row in rows]), lengths_B, wanted
 
 
 def generate_texts(request: GenerateRequest) -> list[str]:
@@ -56,9 +59,9 @@ def generate_texts(request: GenerateRequest) -> list[str]:
                 f"data.tokenizer={config.data.tokenizer}: differs from the tokenizer that {checkpoints.path(step)} was "
                 "trained with; restore that one"
             )
-        prompts_BS, lengths_B = encode_prompts(request.prompt, tokenizer, config, request.max_tokens)
+        prompts_BS, lengths_B, max_tokens = encode_prompts(request.prompt, tokenizer, config, request.max_tokens)
         config, params, balance = restore_model(checkpoints, config, step)
-    sampling = Sampling(tokenizer.vocab_size, tokenizer.eod, request.max_tokens, request.temperature, request.top_p)
+    sampling = Sampling(tokenizer.vocab_size, tokenizer.eod, max_tokens, request.temperature, request.top_p)
     key, factors = jax.random.key(request.seed), score_factors(config, balance.lock)
     generated = jax.device_get(
         generate(config, params, balance.expert_bias_GNE, prompts_BS, lengths_B, key, sampling, factors)

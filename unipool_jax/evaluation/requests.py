@@ -105,8 +105,8 @@ class GenerateRequest:
     """Text to go on with; may be given several times."""
     step: Annotated[int | None, STEP] = None
     """Which checkpoint of the run; null is the newest."""
-    max_tokens: Annotated[int, Range(1, 1_048_576)] = 64
-    """Tokens drawn at most for each prompt."""
+    max_tokens: Annotated[int | None, Range(1, 1_048_576)] = None
+    """Tokens drawn at most for each prompt; null is 64, or what the prompts leave of the positions of the model."""
     temperature: Annotated[float, Range(0, 1e6)] = 0.8
     """Logits are divided by it; 0 takes the most probable token each time."""
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95

@@ -182,7 +182,7 @@ class _Run:
         if counts_before_gradient(config):
             self.progress.message(
                 f"the exact pool loss over {config.num_microbatches} micro-batches needs a second forward pass per "
-                "step; train.microbatch_size=train.batch_size or loss.pool_statistics=previous avoids it"
+                f"step; train.microbatch_size={config.train.batch_size} or loss.pool_statistics=previous avoids it"
             )
         if self.num_devices < jax.device_count():
             self.progress.message(f"{jax.device_count()} devices are available; mesh.data=-1 would use all of them")
