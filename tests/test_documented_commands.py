@@ -6,17 +6,20 @@ import itertools
 import json
 import re
 import shlex
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from unipool_jax.cli.commands import COMMANDS, MULTIRUN, Command
+from unipool_jax.cli.guard import EXIT_FAILED
 from unipool_jax.cli.training import sweep_jobs
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.rules import problems
-from unipool_jax.config.schema import Config, settings
+from unipool_jax.config.schema import Config, ConfigError, settings
 from unipool_jax.config.words import fields_of, from_words
+from unipool_jax.training.loop import EXIT_LOSS_EXCESS, EXIT_NONFINITE
 
 ROOT = Path(__file__).parent.parent
 PATTERNS = ("*.md", "docs/*.md", "results/*/README.md", "notebooks/*.ipynb")
@@ -122,3 +125,9 @@ def test_named_settings_exist(page: Path) -> None:
     named = set(SETTING.findall(text_of(page)))
     known = set(settings(Config())) | OWN_SETTINGS
     assert sorted(named - known) == []
+
+
+def test_every_exit_code_is_documented() -> None:
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", text_of(ROOT / "docs" / "runs.md"), re.MULTILINE)}
+    signals = {128 + number for number in (signal.SIGINT, signal.SIGTERM)}
+    assert codes == {0, EXIT_FAILED, ConfigError.exit_code, EXIT_NONFINITE, EXIT_LOSS_EXCESS} | signals
