@@ -140,13 +140,14 @@ def test_a_run_leaves_everything_that_is_promised(uninterrupted: tuple[Config, P
 
 
 def test_the_speed_of_the_summary_is_that_of_the_run(uninterrupted: tuple[Config, Path]) -> None:
-    config, folder = uninterrupted
+    folder = uninterrupted[1]
     text = (folder / "metrics.jsonl").read_text()
     found = [line for line in map(json.loads, text.splitlines()) if line["kind"] == "train"]
     # Of 12 steps all but the first, which was compiled; 2 between lines, and 1 before the first line.
     steps = [1, 2, 2, 2, 2, 2]
+    assert [line["tokens"] for line in found] == [count * 4 * 16 for count in (2, 4, 6, 8, 10, 12)]
     tokens = [line["tokens_per_second"] * line["seconds"] for line in found]
-    assert tokens == pytest.approx([count * config.tokens_per_step for count in steps])
+    assert tokens == pytest.approx([count * 4 * 16 for count in steps])
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["tokens_per_second"] == pytest.approx(sum(tokens) / sum(line["seconds"] for line in found))
     assert summary["tokens_per_second_median"] == np.median([line["tokens_per_second"] for line in found])

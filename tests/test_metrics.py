@@ -13,7 +13,7 @@ import pytest
 from unipool_jax.analysis.history import read_history
 from unipool_jax.config.files import FileError
 from unipool_jax.config.schema import Config, ModelConfig, MoEConfig, PoolConfig
-from unipool_jax.training.flops import flops_per_token, peak_flops
+from unipool_jax.training.flops import flops_per_token, peak_flops, utilization
 from unipool_jax.training.metrics import (
     MetricsWriter,
     load_metrics,
@@ -163,6 +163,21 @@ def test_flops_of_the_published_182m_model() -> None:
     two = flops_per_token(Config(moe=MoEConfig(top_k=2))) - flops_per_token(Config())
     assert two == 6 * 12 * 3 * 768 * 3072
     assert flops_per_token(Config(model=ModelConfig(remat="none"))) == flops_per_token(Config())
+
+
+def test_utilization_counts_all_devices() -> None:
+    """The published 182M dense model, 100,000 tokens per second on eight v5e chips of 197 TFLOP/s."""
+    config = Config(moe=MoEConfig(router="none", experts_per_layer=1), pool=PoolConfig(groups=12))
+    flops = 6 * (18_874_368 + 12 * 3 * 768 * 3072 + 51200 * 768) + 6 * 12 * 768 * 1024
+    assert utilization(config, 1e5, "TPU v5 lite", 8) == pytest.approx(flops * 1e5 / (8 * 197e12))
+    assert utilization(config, None, "TPU v5 lite", 8) is None
+    assert utilization(config, 1e5, "cpu", 8) is None
+
+
+def test_heads_that_share_keys_have_fewer_weights() -> None:
+    """Width 768 in 12 heads of 64: keys and values of 4 heads save 2 x 2/3 x 768 x 768 weights a layer."""
+    whole, shared = (Config(model=ModelConfig(num_kv_heads=heads)) for heads in (12, 4))
+    assert flops_per_token(whole) - flops_per_token(shared) == 6 * 12 * 2 * 768 * (768 - 4 * 64)
 
 
 @pytest.mark.parametrize(

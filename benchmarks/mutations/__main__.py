@@ -35,8 +35,10 @@ from benchmarks.mutations.sites import Mutation, find
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("moe", "training", "evaluation", "planner", "data")
-SKIPPED = ("notebooks", "wheel", "docs", "project_files", "launch", "layers")
+SKIPPED = ("notebooks", "wheel", "docs", "documented_commands", "project_files", "launch", "layers", "results")
 """Test files that say nothing about what the code computes."""
+SLOW = ("pallas_gpu", "pallas_tpu", "pytorch_parity", "processes", "real_tasks", "mesh_runs")
+"""Test files of minutes: compilers of other devices, another framework, several processes."""
 SURVIVED, UNCOVERED = "survived", "uncovered"
 
 Calls = dict[str, dict[str, Any]]
@@ -94,7 +96,7 @@ def calls_of_tests(tree: Path, folder: Path, limit: float) -> Calls:
     found: Calls = {}
     for path in sorted((tree / "tests").glob("test_*.py")):
         name = path.stem.removeprefix("test_")
-        if name in SKIPPED:
+        if name in SKIPPED + SLOW:
             continue
         kept = folder / f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}.json"
         if not kept.exists():

@@ -73,7 +73,8 @@ class MoEConfig:
     top_k: int = 1
     """Experts k that each token is routed to in each layer."""
     router_dtype: DType = "float32"
-    """Dtype of router logits, scores and gates; `bfloat16` reproduces the published runs."""
+    """Dtype of router logits and scores; `bfloat16` reproduces the published runs. Gates are the chosen scores, kept in
+    float32."""
     score_constant: Literal["monte_carlo", "one"] = "monte_carlo"
     """NormRouter's constant scale c: its published Monte Carlo estimate, or 1."""
     score_epsilon: float = 1e-8
@@ -294,7 +295,7 @@ class KernelsConfig:
     """Implementation of the experts' grouped matrix products."""
 
     implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
-    """`auto` takes the fastest for the platform; the choice is printed at the start of a run."""
+    """`auto` takes the one made for the platform (docs/kernels.md); the choice is printed at the start of a run."""
 
 
 @dataclass(frozen=True)

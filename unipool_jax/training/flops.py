@@ -48,3 +48,11 @@ def peak_flops(device_kind: str) -> float | None:
     kind = device_kind.lower()
     matches = [name for name in PEAK_BF16_FLOPS if all(part in kind.split() or name in kind for part in name.split())]
     return PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None
+
+
+def utilization(config: Config, tokens_per_second: float | None, device_kind: str, devices: int) -> float | None:
+    """Model FLOPs utilization (MFU) of all `devices` together; None without a speed, or a peak of such devices."""
+    peak = peak_flops(device_kind)
+    if tokens_per_second is None or peak is None:
+        return None
+    return flops_per_token(config) * tokens_per_second / (peak * devices)

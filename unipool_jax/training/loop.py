@@ -29,7 +29,7 @@ from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.console import LOG, Progress, copied_to
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
-from unipool_jax.training.flops import flops_per_token, peak_flops
+from unipool_jax.training.flops import utilization
 from unipool_jax.training.initial import initial_state
 from unipool_jax.training.locking import Locking, open_lock
 from unipool_jax.training.metrics import (
@@ -153,8 +153,6 @@ class _Run:
         self.evaluator = Evaluator(self.structure, corpus, self.splits, limited=True, mesh=mesh)
         self.speed = Speed(config.tokens_per_step, writer.intervals)
         self.valid: EvalResult | None = None
-        peak = peak_flops(jax.local_devices()[0].device_kind)
-        self.peak = None if peak is None else peak * self.num_devices
         self.compiling = 0.0
 
     @property
@@ -327,7 +325,7 @@ class _Run:
 
     def utilization(self, rate: float | None) -> float | None:
         """Model FLOPs utilization at `rate` tokens per second."""
-        return None if rate is None or self.peak is None else flops_per_token(self.config) * rate / self.peak
+        return utilization(self.config, rate, jax.local_devices()[0].device_kind, self.num_devices)
 
     def loads(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Load balance of experts and, with expert parallelism, of devices."""
