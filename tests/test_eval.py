@@ -27,7 +27,7 @@ from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints
-from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
+from unipool_jax.training.evaluate import EvalResult, Evaluator, TextBatches, print_results, unigram_baseline
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.sharding import replicated
 from unipool_jax.training.state import TrainState, init_state
@@ -163,7 +163,7 @@ def test_a_moving_slice_is_used_in_training(
 ) -> None:
     used, moving = [], Evaluator.moving
 
-    def noted(evaluator: Evaluator, number: int) -> Iterator[Batch]:
+    def noted(evaluator: Evaluator, number: int) -> TextBatches:
         used.append(number)
         return moving(evaluator, number)
 
