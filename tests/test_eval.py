@@ -22,7 +22,7 @@ from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.config.words import from_words
 from unipool_jax.data.corpus import Corpus, open_corpus, open_texts
 from unipool_jax.data.errors import DataError
-from unipool_jax.data.pipeline import Batch, WindowSource
+from unipool_jax.data.pipeline import WindowSource
 from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.training import loop
