@@ -148,6 +148,37 @@ def test_files_that_changed_are_noticed(tmp_path: Path) -> None:
         check_slices([load_run(a), load_run(b)])
 
 
+def with_text(folder: str, fingerprint: str, evaluated: str = "1") -> str:
+    """The run with this identity of its text."""
+    path = Path(folder) / "summary.json"
+    summary = json.loads(path.read_text())
+    entry = {"name": "a.txt", "path": "store", "fingerprint": fingerprint, "documents": 9, "tokens": 1000}
+    summary["text"] = {"fingerprint": fingerprint, "tokenizer_sha256": "t", "texts": [entry]}
+    summary["results"]["valid"]["text"] = evaluated
+    path.write_text(json.dumps(summary))
+    return folder
+
+
+def test_text_is_compared_by_fingerprint_where_runs_know_it(tmp_path: Path) -> None:
+    """Equal paths and counts of tokens may hide other text; equal text may lie elsewhere."""
+
+    def run(name: str, *words: str) -> str:
+        return make_run(tmp_path, name, [5.0] * 5, "data=text", "data.tokenizer=demo", *words)
+
+    first = with_text(run("a", "data.files=[a.txt]", "method=vanilla"), "f1")
+    edited = with_text(run("b", "data.files=[a.txt]"), "f2")
+    moved = with_text(run("c", "data.files=[b.txt]"), "f1")
+    part = with_text(run("d", "data.files=[a.txt]"), "f1", evaluated="2")
+    unknown = run("e", "data.files=[b.txt]")
+    with pytest.raises(RunError, match=r"a\.txt: fingerprint f1 \(9 documents, 1,000 tokens\) there, fingerprint f2"):
+        execute(["compare", first, edited])
+    with pytest.raises(RunError, match=r"valid text: 1 in .*a, 2 in .*d"):
+        execute(["compare", first, part])
+    with pytest.raises(RunError, match=r"data\.files"):
+        execute(["compare", first, unknown])
+    assert execute(["compare", first, moved]) == 0
+
+
 def test_what_cannot_be_compared_is_refused(sweep: list[str], tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"same settings and train\.seed=1"):
         grouped(

@@ -86,10 +86,11 @@ def train(config: Config) -> int:
         if is_process_0():
             stack.enter_context(copied_to(folder.path / LOG, f"{utc_now()} {command_line()}"))
         corpus = process_0_first(lambda: open_corpus(config.data, config.model.vocab_size))
-        must_agree({"text of the run (fingerprint)": " ".join(store.fingerprint() for store in corpus.stores)})
+        text = process_0_first(lambda: text_identity(corpus))
+        must_agree({"text of the run (fingerprint)": text["fingerprint"]})
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus, mesh)
-        folder.record(config, text_identity(corpus))
+        process_0_first(lambda: folder.record(config, text))
         start = int(jax.device_get(state.step))
         meta = checkpoints.meta(start) if checkpoints.steps() else None
         lock = open_lock(config, folder.path, meta, start, mesh)
