@@ -19,7 +19,7 @@ from unipool_jax.config.words import to_words
 from unipool_jax.data.corpus import Corpus, open_corpus
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.evaluation.scoring import LanguageModel
-from unipool_jax.evaluation.target import evaluated_config
+from unipool_jax.evaluation.target import check_tokenizer, evaluated_config, reads_own_text
 from unipool_jax.evaluation.tasks_command import require_harness
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.evaluate import Evaluator
@@ -69,14 +69,12 @@ def open_run(request: AnalysisRequest) -> OpenedRun:
     with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(request.step)
         meta = checkpoints.meta(step)
-        config = evaluated_config(meta["config"], request.overrides)
+        config = evaluated_config(run, meta, request.overrides)
         if config.moe.router == "none":
             raise RunError(f"{run}: moe.router=none, a dense model: there is no routing to analyse")
         corpus = open_corpus(config.data, config.model.vocab_size)
-        if corpus.tokenizer.sha256 != meta["tokenizer_sha256"]:
-            raise RunError(
-                f"data.tokenizer={config.data.tokenizer}: not the one that {checkpoints.path(step)} was trained with"
-            )
+        check_tokenizer(corpus.tokenizer, meta, checkpoints.path(step))
+        reads_own_text(run, meta, corpus)
         # After a lock each layer has a pool of its own.
         config, params, balance = restore_model(checkpoints, config, step)
     evaluator = Evaluator(config, corpus, [request.split], limited=True)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,22 @@ MAX_SWEEP = 1000
 Folder = str | os.PathLike[str]
 
 
-def compose_config(overrides: Sequence[str] = (), config_dir: Folder | None = None) -> Config:
+def compose_config(
+    overrides: Sequence[str] = (), config_dir: Folder | None = None, base: Config | None = None
+) -> Config:
     """The configuration of `unipool train OVERRIDES`; not yet validated.
 
     Args:
       overrides: as on the command line, for example `["scale=182m", "pool.fraction=0.5"]`.
       config_dir: folder of your own choices, laid over the shipped ones: a file there wins over the shipped file of the
         same name, and its groups add to the shipped groups.
+      base: values of settings that no choice sets; None is the schema's defaults.
 
     Raises:
       ConfigError: an override that Hydra cannot apply, an unknown key, a value of the wrong type, or a file of
         `config_dir` that cannot be read.
     """
-    loader = _loader(config_dir)
+    loader = _loader(config_dir, base)
     try:
         node = loader.load_configuration("config", list(overrides), RunMode.RUN)
     except _HYDRA_ERRORS as error:
@@ -57,6 +61,39 @@ def compose_config(overrides: Sequence[str] = (), config_dir: Folder | None = No
     with open_dict(node):
         del node["hydra"]
     return config_from_omegaconf(node)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Choices and settings of a command line, to be laid over a configuration."""
+
+    words: tuple[str, ...]
+    config_dir: Folder | None = None
+
+    def onto(self, base: Config) -> Config:
+        """`base` with these choices and settings; what they do not name stays. Not yet validated.
+
+        A choice of `scale` or `mesh` leaves the text alone: only `data=CHOICE` and `data.NAME=VALUE` change it.
+
+        Raises:
+          ConfigError: as `compose_config`.
+        """
+        named = {word.partition("=")[0].lstrip("+~") for word in self.words}
+        groups = {"data", "mesh", "scale", "method"}
+        # A scale overrides the choice of data, for which there must be one.
+        left_out = groups - named - ({"data"} if "scale" in named else set())
+        found = compose_config([*(f"~{group}" for group in sorted(left_out)), *self.words], self.config_dir, base)
+        before, data = to_mapping(base)["data"], to_mapping(found)["data"]
+        if "data" not in named:
+            data = before | {name: value for name, value in data.items() if f"data.{name}" in named}
+        if data["source"] != before["source"]:
+            # The lists of the source before are of no use to the new one, which would refuse them.
+            data |= {name: () for name in ("files", "stores") if f"data.{name}" not in named}
+        return from_mapping(to_mapping(found) | {"data": data})
+
+    def names(self, group: str) -> bool:
+        """Whether they choose from `group`."""
+        return any(word.partition("=")[0].lstrip("+") == group for word in self.words)
 
 
 def sweep(overrides: Sequence[str], config_dir: Folder | None = None) -> list[list[str]]:
@@ -125,10 +162,10 @@ def choice_files(config_dir: Folder | None = None) -> dict[str, dict[str, Path]]
 _HYDRA_ERRORS = (HydraException, OmegaConfBaseException, ValueError, AssertionError)
 
 
-def _loader(config_dir: Folder | None) -> ConfigLoader:
+def _loader(config_dir: Folder | None, base: Config | None = None) -> ConfigLoader:
     """Hydra's loader of configurations; `config_dir` comes before `configs/`."""
     # Because the schema holds every key, each can be overridden without `+`, and Hydra refuses a key that is not there.
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_mapping(Config())))
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_mapping(base or Config())))
     path = create_config_search_path(str(CONFIG_DIR))
     if config_dir is not None:
         check_config_dir(config_dir)

@@ -108,7 +108,8 @@ TABLE: dict[str, Effect] = {
     "train.nonfinite": Effect(
         why="until a step is not finite both are the same; then `stop` has no way on but `skip`, and the step is logged"
     ),
-    **dict.fromkeys(("data.source", "data.files", "data.stores", "data.tokenizer"), _PLACE),
+    "data.source": Effect(place=True, why=_PLACE.why),
+    **dict.fromkeys(("data.files", "data.stores", "data.tokenizer"), _PLACE),
     **dict.fromkeys(("data.sequence_length", "data.split", "data.split_order"), _TEXT),
     **dict.fromkeys(("data.cache_dir", "data.num_threads"), _LOCAL),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.expert_placement"), _MESH),
@@ -117,13 +118,16 @@ TABLE: dict[str, Effect] = {
     **dict.fromkeys(("mesh.capacity_factor", "mesh.overflow"), Effect(numbers=drops, why=_DROPPED)),
     **dict.fromkeys(
         (
-            *("distributed.launch", "distributed.coordinator", "distributed.num_processes", "distributed.process_id"),
-            *("distributed.timeout_seconds", "distributed.start_timeout_seconds", "run.dir"),
+            *("distributed.launch", "distributed.coordinator", "distributed.process_id"),
+            *("run.dir", "run.tensorboard"),
         ),
         _LOCAL,
     ),
+    **dict.fromkeys(
+        ("distributed.num_processes", "distributed.timeout_seconds", "distributed.start_timeout_seconds"), _FREE
+    ),
     **dict.fromkeys(("plan.search", "plan.compiled", "plan.figure", "mode"), _FREE),
-    **dict.fromkeys(("run.name", "run.resume", "run.tensorboard", "scale_name", "method_name"), _FREE),
+    **dict.fromkeys(("run.name", "run.resume", "scale_name", "method_name"), _FREE),
 }
 """Every setting of the schema by its dotted name; a test fails for one that is missing."""
 

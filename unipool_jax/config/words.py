@@ -56,7 +56,7 @@ class Accepts:
 
 @dataclass(frozen=True)
 class Composed:
-    """This field is the `Config` that the words which no other field takes compose; None without such words."""
+    """This field is the `Choices` that no other field takes; None without such words."""
 
 
 @dataclass(frozen=True)
@@ -253,10 +253,11 @@ class _Reader:
         if self.accepts is not None:
             self.values[self.accepts.name] = tuple(self.overrides.items())
         if self.composed is not None and self.left:
-            from unipool_jax.config.compose import compose_config
+            from unipool_jax.config.compose import Choices, compose_config
 
+            self.values[self.composed.name] = Choices(tuple(self.left), config_dir)
             try:
-                self.values[self.composed.name] = compose_config(self.left, config_dir)
+                compose_config(self.left, config_dir)
             except ConfigError as error:
                 self.problems += error.problems
         if not self.problems:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from unipool_jax.config.compose import compose_config
+from unipool_jax.config.compose import Choices, compose_config
 from unipool_jax.config.rules import validate
-from unipool_jax.config.schema import ConfigError
+from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.convert.files import read_description, read_file, write_file
 from unipool_jax.convert.gguf import read_gguf
+from unipool_jax.convert.inheritance import Origin, imported_config, origin_of, same_text, upcycled_config
 from unipool_jax.convert.layouts import LAYOUT_NAMES
 from unipool_jax.convert.requests import ExportRequest, ImportRequest, UpcycleRequest
 from unipool_jax.convert.runs import read_run, write_run
@@ -22,7 +24,8 @@ def export_command(request: ExportRequest) -> int:
       RunError, CheckpointError, ConversionError: with what to do about it.
     """
     config, weights = read_run(request.run, request.step)
-    count = write_file(Path(request.out), request.layout, config, weights)
+    origin = origin_of(request.run, request.step)
+    count = write_file(Path(request.out), request.layout, config, weights, origin)
     print(f"{request.out}: {config.scale_name} {config.method_name} in the {request.layout} layout, {count} experts")
     return 0
 
@@ -33,20 +36,31 @@ def import_command(request: ImportRequest) -> int:
     Raises:
       ConfigError, ConversionError: with what to do about it.
     """
-    file, folder = Path(request.file), Path(request.run)
+    file, folder, choices = Path(request.file), Path(request.run), request.config
     if file.suffix == ".gguf":
-        config, weights, tokenizer = read_gguf(file)
-        write_run(folder, config, weights, tokenizer)
-        print(f"{folder}: dense model of {config.model.num_layers} layers from {file}, at step 0")
+        described, weights, tokenizer = read_gguf(file)
+        config = imported_config(described, choices, str(file))
+        _validate(config)
+        write_run(folder, config, weights, Origin(tokenizer))
+        print(f"{folder}: dense model of {config.model.num_layers} layers from {file}, at step 0; {_text_of(config)}")
         return 0
-    noted_layout, noted_config = read_description(file)
+    noted_layout, noted_config, origin = read_description(file)
     layout = request.layout or noted_layout
     if layout is None:
         raise ConfigError([f"layout=: {file} does not name its layout; choose one of {', '.join(LAYOUT_NAMES)}"])
-    config = request.config or noted_config or compose_config()
-    validate(config)
-    count = write_run(folder, config, read_file(file, layout, config))
-    print(f"{folder}: {config.scale_name} {config.method_name} from {file}, {count} experts, at step 0")
+    if noted_config is None:
+        config = compose_config() if choices is None else compose_config(choices.words, choices.config_dir)
+    else:
+        config = noted_config if choices is None else choices.onto(noted_config)
+        if not same_text(config.data, noted_config.data):
+            kept = origin.tokenizer if config.data.tokenizer == noted_config.data.tokenizer else None
+            origin = Origin(kept)
+    _validate(config)
+    count = write_run(folder, config, read_file(file, layout, config), origin)
+    print(
+        f"{folder}: {config.scale_name} {config.method_name} from {file}, {count} experts, at step 0; "
+        f"{_text_of(config)}"
+    )
     return 0
 
 
@@ -56,9 +70,24 @@ def upcycle_command(request: UpcycleRequest) -> int:
     Raises:
       ConfigError, RunError, CheckpointError, ConversionError: with what to do about it.
     """
-    target = request.config or compose_config()
-    validate(target)
     config, weights = read_run(request.run, request.step)
-    count = write_run(Path(request.out), target, upcycle(config, weights, target, request.noise))
-    print(f"{request.out}: {target.scale_name} {target.method_name}, {count} experts, at step 0")
+    origin = origin_of(request.run, request.step)
+    choices = request.config or Choices(("method=unipool",))
+    target = upcycled_config(config, choices)
+    _validate(target)
+    kept = Origin(text=origin.text if same_text(config.data, target.data) else None)
+    count = write_run(Path(request.out), target, upcycle(config, weights, target, request.noise), kept)
+    print(f"{request.out}: {target.scale_name} {target.method_name}, {count} experts, at step 0; {_text_of(target)}")
     return 0
+
+
+def _validate(config: Config) -> None:
+    """Raises ConfigError for what cannot be run; text is read later, perhaps on another machine."""
+    validate(dataclasses.replace(config, mode="describe"))
+
+
+def _text_of(config: Config) -> str:
+    """Which text training will read."""
+    data = config.data
+    names = {"demo": ["the demo corpus"], "files": data.files, "stores": data.stores}[data.source]
+    return f"its text is {', '.join(names)}"

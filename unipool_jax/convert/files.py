@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, ConfigError, ModelConfig, MoEConfig, to_mapping
 from unipool_jax.convert.errors import ConversionError
+from unipool_jax.convert.inheritance import Origin, noted_origin
 from unipool_jax.convert.layouts import LAYOUT_NAMES, Layout, LayoutName, make_layout
 from unipool_jax.convert.safetensors_file import Header, read_header
 from unipool_jax.convert.weights import (
@@ -36,11 +37,13 @@ _DTYPES = ("F32", "BF16", "F16")
 _SHOWN = 12
 
 
-def write_file(path: Path, layout_name: LayoutName, config: Config, weights: Weights) -> int:
+def write_file(
+    path: Path, layout_name: LayoutName, config: Config, weights: Weights, origin: Origin | None = None
+) -> int:
     """Write all weights as float32.
 
     The file is written under a temporary name, read back, compared with `weights` expert by expert, and only then
-    renamed. Its metadata holds the configuration and the hash of every expert.
+    renamed. Its metadata holds the configuration, the origin of the weights and the hash of every expert.
 
     Returns:
       The number of experts.
@@ -57,6 +60,7 @@ def write_file(path: Path, layout_name: LayoutName, config: Config, weights: Wei
         "layout": layout_name,
         "config": json.dumps(to_mapping(config)),
         "experts": json.dumps({f"{pool}.{expert}": value for (pool, expert), value in wanted.items()}),
+        **(origin or Origin()).notes(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -180,11 +184,11 @@ def _settings_of_function(config: Config) -> dict[str, Any]:
     return values | {"pool.groups": config.pool.groups, "loss.balance=expert_bias": biased}
 
 
-def read_description(path: Path) -> tuple[LayoutName | None, Config | None]:
-    """The layout and configuration that `write_file` stored in the file; None for files from elsewhere."""
+def read_description(path: Path) -> tuple[LayoutName | None, Config | None, Origin]:
+    """The layout, configuration and origin that `write_file` stored in the file; None for files from elsewhere."""
     header = read_header(path)
     layout = next((name for name in LAYOUT_NAMES if name == header.metadata.get("layout")), None)
-    return layout, _noted_config(path, header)
+    return layout, _noted_config(path, header), noted_origin(header.metadata, str(path))
 
 
 def _open(path: Path) -> safe_open:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from unipool_jax.config.compose import Choices
 from unipool_jax.config.ranges import Range
-from unipool_jax.config.schema import Config
 from unipool_jax.config.words import Composed, Positional
 
 LayoutName = Literal["twin", "megatron"]
@@ -51,11 +51,12 @@ class ImportRequest:
     """Make a run of a file of weights, at step 0 with a fresh optimizer.
 
     A file that `convert export` wrote names its own layout and configuration. For other files give the layout and the
-    settings of the model as for `unipool train`. A GGUF file (LLaMA-style, dense) describes itself.
+    settings of the model as for `unipool train`. A GGUF file (LLaMA-style, dense) describes itself; its text, length of
+    training and optimizer are for you to choose.
 
         unipool convert import demo.safetensors run=runs/imported
         unipool convert import published.safetensors layout=megatron run=runs/182m scale=182m method=unipool
-        unipool convert import SmolLM2-135M.gguf run=runs/smollm2
+        unipool convert import SmolLM2-135M.gguf run=runs/smollm2 data=text data.files=[notes.jsonl]
     """
 
     file: Annotated[str, Positional()]
@@ -64,21 +65,21 @@ class ImportRequest:
     """Folder of the new run, for example runs/imported; it must not exist."""
     layout: LayoutName | None = None
     """Names and shapes of the tensors; null is what the file says."""
-    config: Annotated[Config | None, Composed()] = None
-    """Choices and settings of the model, as for `unipool train`."""
+    config: Annotated[Choices | None, Composed()] = None
+    """Choices and settings, as for `unipool train`; over those that the file holds."""
 
     def problems(self) -> Iterator[str]:
         """What does not go together."""
-        if Path(self.file).suffix == ".gguf" and (self.config is not None or self.layout is not None):
-            yield f"file={self.file}: a GGUF file describes its model; leave layout= and settings of the model out"
+        if Path(self.file).suffix == ".gguf" and self.layout is not None:
+            yield f"file={self.file}: a GGUF file describes its model; leave layout={self.layout} out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpcycleRequest:
     """Make a model of another architecture that computes the same, if there is one, as a new run at step 0.
 
-    Give its settings as for `unipool train`. With NormRouter, layers of such a model never come to share experts;
-    noise gives up equality for that.
+    Give what is new as for `unipool train`; text, tokenizer, length of training and all else are those of the run. With
+    NormRouter, layers of such a model never come to share experts; noise gives up equality for that.
 
         unipool convert upcycle runs/dense out=runs/mixture method=vanilla moe.experts_per_layer=4
         unipool convert upcycle runs/dense out=runs/pool method=unipool noise=0.01
@@ -92,5 +93,5 @@ class UpcycleRequest:
     """Folder of the new run, for example runs/mixture; it must not exist."""
     noise: Annotated[float, Range(0, 1e6)] = 0.0
     """Standard deviation of what is added to the weights of the experts; 0 computes the same as before."""
-    config: Annotated[Config | None, Composed()] = None
-    """Choices and settings of the new model, as for `unipool train`."""
+    config: Annotated[Choices | None, Composed()] = None
+    """Choices and settings of the new model, as for `unipool train`; all others are those of the run."""

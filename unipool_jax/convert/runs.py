@@ -14,14 +14,15 @@ import numpy as np
 
 from unipool_jax.config.compose import save_config
 from unipool_jax.config.files import write_atomically
-from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
+from unipool_jax.convert.inheritance import Origin
 from unipool_jax.convert.weights import Weights, check_same_experts, expert_hashes
 from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
 from unipool_jax.training.checkpoint import Checkpoints, make_meta, restore_model
+from unipool_jax.training.opening import opened_config
 from unipool_jax.training.optimizer import make_optimizer
-from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, find_run
+from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, find_run
 from unipool_jax.training.state import TrainState, init_balance
 
 
@@ -36,9 +37,10 @@ def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
       RunError, CheckpointError: no such checkpoint, or it cannot be read.
       ConversionError: the checkpoint holds a partition of UniPool-lock.
     """
-    with Checkpoints(find_run(run) / CHECKPOINTS, read_only=True) as checkpoints:
+    folder = find_run(run)
+    with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(step)
-        config = from_mapping(checkpoints.meta(step)["config"])
+        config = opened_config(folder, checkpoints.meta(step))
         return config, _restore(checkpoints, config, step)
 
 
@@ -57,7 +59,7 @@ def as_numpy(params: Any, expert_bias_GNE: Any) -> Weights:
     return Weights(jax.tree.map(np.array, jax.device_get(params)), np.array(expert_bias_GNE))
 
 
-def write_run(folder: Path, config: Config, weights: Weights, tokenizer_json: bytes | None = None) -> int:
+def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | None = None) -> int:
     """Write a run folder with a checkpoint of step 0: `weights` and a new optimizer state.
 
     `unipool eval FOLDER` evaluates it; `unipool train` with the settings of `config` and this `run.dir` and `run.name`
@@ -68,7 +70,7 @@ def write_run(folder: Path, config: Config, weights: Weights, tokenizer_json: by
       folder: must not exist.
       config: of the model; its run.dir and run.name are replaced by those of `folder`.
       weights: of the model.
-      tokenizer_json: a tokenizer to store in the folder and use; None keeps data.tokenizer.
+      origin: of the weights: a tokenizer to use in place of data.tokenizer, and the text they were trained on.
 
     Returns:
       The number of experts.
@@ -80,11 +82,12 @@ def write_run(folder: Path, config: Config, weights: Weights, tokenizer_json: by
         raise ConversionError(f"{folder}: already exists; choose another name or delete it")
     place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name)
     config = dataclasses.replace(config, run=place)
-    if tokenizer_json is None:
+    origin, name = origin or Origin(), str(folder / TOKENIZER)
+    if origin.tokenizer is None:
         tokenizer = load_tokenizer(config.data.tokenizer)
     else:
-        name = str(folder / "tokenizer.json")
-        tokenizer = parse_tokenizer(name, tokenizer_json)
+        tokenizer = parse_tokenizer(name, origin.tokenizer)
+    if tokenizer.definition is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
     params = jax.tree.map(jnp.asarray, weights.params)
     state = TrainState(
@@ -98,12 +101,12 @@ def write_run(folder: Path, config: Config, weights: Weights, tokenizer_json: by
     temporary.mkdir(parents=True)
     try:
         with Checkpoints(temporary / CHECKPOINTS) as checkpoints:
-            checkpoints.save(0, state._asdict(), make_meta(config, 0, tokenizer.sha256))
+            checkpoints.save(0, state._asdict(), make_meta(config, 0, tokenizer.sha256, origin.text))
             checkpoints.wait()
             check_same_experts(wanted, expert_hashes(_restore(checkpoints, config, 0)), str(folder))
         save_config(config, temporary / CONFIG)
-        if tokenizer_json is not None:
-            write_atomically(temporary / "tokenizer.json", tokenizer_json)
+        if tokenizer.definition is not None:
+            write_atomically(temporary / TOKENIZER, tokenizer.definition)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -22,7 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from unipool_jax.config.schema import Config
+from unipool_jax.config.compose import differences
+from unipool_jax.config.schema import Config, settings
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.weights import Weights, empty_weights
 from unipool_jax.moe.routing import norm_constant
@@ -51,8 +52,11 @@ def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0
     Raises:
       ConversionError: the `model` settings differ, or no weights of `target` compute the same function.
     """
-    if config.model != target.model:
-        raise ConversionError("model: these settings differ from those of the source; use the same")
+    ours, theirs = settings(target), settings(config)
+    other = [name for name in differences(config, target) if name.startswith("model.") and name != "model.remat"]
+    if other:
+        listed = "\n".join(f"  - {name}={ours[name]}: the source has {theirs[name]}" for name in other)
+        raise ConversionError(f"an upcycled model has the backbone of its source; leave these settings out:\n{listed}")
     new = empty_weights(target)
     backbone = ("embedding", "output", "final_norm")
     for name in backbone:

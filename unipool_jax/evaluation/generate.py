@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unipool_jax.evaluation.requests import GenerateRequest
+from unipool_jax.evaluation.target import check_tokenizer
 from unipool_jax.model.sampling import Sampling, generate
 from unipool_jax.moe.lock import score_factors
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
-from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
+from unipool_jax.training.opening import opened_config
+from unipool_jax.training.run_folder import CHECKPOINTS, find_run
 
 DEFAULT_TOKENS = 64
 """Tokens drawn for each prompt, where the model has the positions for them."""
@@ -49,16 +50,13 @@ def generate_texts(request: GenerateRequest) -> list[str]:
     Raises:
       ConfigError, RunError, CheckpointError, DataError: with what to do about it.
     """
-    with Checkpoints(find_run(request.run) / CHECKPOINTS, read_only=True) as checkpoints:
+    run = find_run(request.run)
+    with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(request.step)
         meta = checkpoints.meta(step)
-        config = from_mapping(meta["config"])
+        config = opened_config(run, meta)
         tokenizer = load_tokenizer(config.data.tokenizer)
-        if tokenizer.sha256 != meta["tokenizer_sha256"]:
-            raise RunError(
-                f"data.tokenizer={config.data.tokenizer}: differs from the tokenizer that {checkpoints.path(step)} was "
-                "trained with; restore that one"
-            )
+        check_tokenizer(tokenizer, meta, checkpoints.path(step))
         prompts_BS, lengths_B, max_tokens = encode_prompts(request.prompt, tokenizer, config, request.max_tokens)
         config, params, balance = restore_model(checkpoints, config, step)
     sampling = Sampling(tokenizer.vocab_size, tokenizer.eod, max_tokens, request.temperature, request.top_p)

@@ -12,7 +12,7 @@ from rich.table import Table
 from unipool_jax.data.tokenizer import load_tokenizer
 from unipool_jax.evaluation.requests import EvalRequest, TaskRequest
 from unipool_jax.evaluation.scoring import LanguageModel
-from unipool_jax.evaluation.target import evaluated_config, locate
+from unipool_jax.evaluation.target import check_tokenizer, evaluated_config, locate
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.metrics import plain_json
 from unipool_jax.training.run_folder import RunError
@@ -56,12 +56,9 @@ def open_model(request: EvalRequest) -> tuple[LanguageModel, str]:
     with Checkpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.find(step)
         meta = checkpoints.meta(step)
-        config = evaluated_config(meta["config"], request.overrides)
+        config = evaluated_config(folder.parent, meta, request.overrides, text=False)
         tokenizer = load_tokenizer(config.data.tokenizer)
-        if tokenizer.sha256 != meta["tokenizer_sha256"]:
-            raise RunError(
-                f"data.tokenizer={config.data.tokenizer}: not the one that {checkpoints.path(step)} was trained with"
-            )
+        check_tokenizer(tokenizer, meta, checkpoints.path(step))
         title = f"{checkpoints.path(step)}: {config.scale_name} {config.method_name}"
         config, params, balance = restore_model(checkpoints, config, step)
     return LanguageModel(config, params, balance, tokenizer), title

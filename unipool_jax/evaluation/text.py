@@ -15,7 +15,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.data.corpus import open_corpus, open_texts
 from unipool_jax.data.splits import SplitName
 from unipool_jax.evaluation.requests import EvalRequest
-from unipool_jax.evaluation.target import evaluated_config, locate
+from unipool_jax.evaluation.target import check_tokenizer, evaluated_config, locate, reads_own_text
 from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results
@@ -30,6 +30,9 @@ class Evaluation(NamedTuple):
     config: Config
     results: dict[str, EvalResult]
     """By split, or `text` for files."""
+    own_text: bool | None
+    """Whether it is the text that the run was trained beside; None in a run of an earlier version, which does not say.
+    """
 
 
 def evaluate_text(request: EvalRequest) -> Evaluation:
@@ -42,13 +45,12 @@ def evaluate_text(request: EvalRequest) -> Evaluation:
     with Checkpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.find(step)
         meta = checkpoints.meta(step)
-        # The files are evaluated; they are not what the model was trained on.
-        replaced = [(name, value) for name, value in request.overrides if name != "data.files"]
-        config = evaluated_config(meta["config"], replaced)
+        # Of files that are given, nothing of the run's own text is read, which need not be there.
+        files = [("data.source", "files"), ("data.stores", ())] if request.files else []
+        config = evaluated_config(folder.parent, meta, [*request.overrides, *files])
         mesh = usable_mesh(config)
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            results = _evaluate(config, request, checkpoints, step, meta, mesh)
-        return Evaluation(checkpoints.path(step), config, results)
+            return _evaluate(config, request, checkpoints, step, meta, mesh)
 
 
 def evaluate_command(request: EvalRequest) -> int:
@@ -64,7 +66,7 @@ def evaluate_command(request: EvalRequest) -> int:
     found = evaluate_text(request)
     table = {name: result.as_json() for name, result in found.results.items()}
     print_results(table, title=f"{found.checkpoint}: {found.config.scale_name} {found.config.method_name}")
-    print(json.dumps({"results": plain_json(table)}))
+    print(json.dumps({"results": plain_json(table), "own_text": found.own_text}))
     return 0
 
 
@@ -75,7 +77,7 @@ def _evaluate(
     step: int,
     meta: Mapping[str, Any],
     mesh: Mesh | None,
-) -> dict[str, EvalResult]:
+) -> Evaluation:
     vocab_size = config.model.vocab_size
     splits: dict[str, SplitName]
     if request.files:
@@ -86,11 +88,10 @@ def _evaluate(
         splits = {split: split for split in request.splits or present}
     if not splits:
         raise RunError(f"data.split={config.data.split}: valid and test are empty; use splits=[train]")
-    if corpus.tokenizer.sha256 != meta["tokenizer_sha256"]:
-        raise RunError(
-            f"data.tokenizer={config.data.tokenizer}: not the tokenizer that {checkpoints.path(step)} was trained with"
-        )
-    config, params, balance = restore_model(checkpoints, config, step, mesh)
-    evaluator = Evaluator(config, corpus, splits=list(splits.values()), limited=False, mesh=mesh)
+    check_tokenizer(corpus.tokenizer, meta, checkpoints.path(step))
+    own = False if request.files else reads_own_text(checkpoints.directory.parent, meta, corpus)
+    _, params, balance = model = restore_model(checkpoints, config, step, mesh)
+    evaluator = Evaluator(model.config, corpus, splits=list(splits.values()), limited=False, mesh=mesh)
     results = {name: evaluator.evaluate(params, balance, evaluator.fixed(split)) for name, split in splits.items()}
-    return {name: result for name, result in results.items() if result is not None}
+    found = {name: result for name, result in results.items() if result is not None}
+    return Evaluation(checkpoints.path(step), config, found, own)

@@ -9,29 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unipool_jax.config.schema import Config, settings
+from unipool_jax.config.settings_table import shared_settings
 from unipool_jax.config.version import VERSION, git_commit
 
 Facts = Mapping[str, str]
-
-MAY_DIFFER = frozenset(
-    {
-        # Where a process is, and how it was started.
-        "distributed.launch",
-        "distributed.coordinator",
-        "distributed.process_id",
-        # Places on its own machine; the fingerprint says whether they hold the same text.
-        "data.files",
-        "data.stores",
-        "data.cache_dir",
-        "data.tokenizer",
-        # Neither changes a number nor the order in which processes meet.
-        "data.num_threads",
-        "run.tensorboard",
-        # Compared as an absolute path.
-        "run.dir",
-    }
-)
-"""Settings that need not be the same in all processes of a run."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
@@ -41,7 +22,9 @@ _MOST_LINES = 20
 
 def facts(config: Config) -> dict[str, str]:
     """Settings, code, packages and environment: what is known before JAX starts."""
-    found = {name: str(value) for name, value in settings(config).items() if name not in MAY_DIFFER}
+    values = settings(config)
+    found = {name: str(values[name]) for name in shared_settings()}
+    # On a file system that all share.
     found["run.dir"] = os.path.abspath(config.run.dir)
     found["code of unipool_jax"] = _code()
     for package in (*_PACKAGES, *_PLUGINS):

@@ -62,6 +62,8 @@ def make_meta(
         "data_position": {"step": step, "sequences": step * config.train.batch_size, "seed": config.train.seed},
         "tokenizer_sha256": tokenizer_sha256,
         **({} if text is None else {"text": dict(text)}),
+        # Relative paths in the configuration are relative to it.
+        "started_in": str(Path.cwd()),
         "config": json.loads(json.dumps(to_mapping(config))),
         "versions": {"unipool_jax": VERSION}
         | {name: importlib.metadata.version(name) for name in LIBRARIES}

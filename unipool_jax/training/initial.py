@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.corpus import Corpus
 from unipool_jax.data.identity import SHOWN, text_differences, text_identity
@@ -44,21 +45,29 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
             f"data.tokenizer={config.data.tokenizer}: its definition (sha256 {corpus.tokenizer.sha256[:12]}) differs "
             f"from the one this run was trained with ({str(trained_with)[:12]}); restore that one or start a new run"
         )
-    _check_text(checkpoints.directory.parent, restored.meta, corpus)
+    _check_text(checkpoints.directory.parent, restored.meta, corpus, config)
     return TrainState(**restored.items)
 
 
-def _check_text(run: Path, meta: Mapping[str, Any], corpus: Corpus) -> None:
+def _check_text(run: Path, meta: Mapping[str, Any], corpus: Corpus, config: Config) -> None:
+    """Refuse another text than that of the checkpoint; a converted model may go on with one that is named."""
     found = text_identity(corpus)
     stored = known_text(run, meta)
     if stored is None:
-        if is_process_0():
+        if is_process_0() and meta["step"]:
             print(
                 f"{run}: saved by a version that did not record which text it read, so it cannot be told whether this "
                 f"is the same; from now on it is (fingerprint {found['fingerprint'][:SHOWN]})"
             )
         return
     if changed := text_differences(stored, found):
+        data = from_mapping(meta["config"]).data
+        inherited = (data.source, data.files, data.stores)
+        if meta["step"] == 0 and (config.data.source, config.data.files, config.data.stores) != inherited:
+            if is_process_0():
+                names = ", ".join(text["name"] for text in stored["texts"])
+                print(f"{run}: made of a model that was trained on another text, {names}")
+            return
         raise RunError(
             f"{run} was trained on another text:\n"
             + "\n".join(f"  - {line}" for line in changed)

@@ -90,7 +90,7 @@ def train(config: Config) -> int:
         must_agree({"text of the run (fingerprint)": text["fingerprint"]})
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
         state = initial_state(config, checkpoints, corpus, mesh)
-        process_0_first(lambda: folder.record(config, text))
+        process_0_first(lambda: folder.record(config, text, corpus.tokenizer.definition))
         start = int(jax.device_get(state.step))
         meta = checkpoints.meta(start) if checkpoints.steps() else None
         lock = open_lock(config, folder.path, meta, start, mesh)

@@ -1,6 +1,7 @@
 """The folder of one run: its name, its lock, and whether a configuration may resume it.
 
-runs/<name>/config.yaml  text.json  metrics.jsonl  summary.json  tensorboard/  routing/  checkpoints/<step>/
+runs/<name>/config.yaml  text.json  tokenizer.json  metrics.jsonl  summary.json  tensorboard/  routing/
+            checkpoints/<step>/
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import Any, TextIO
 
 from unipool_jax.config.compose import load_config, save_config
 from unipool_jax.config.errors import UserError
-from unipool_jax.config.files import check_fields, read_json, write_json, writing
+from unipool_jax.config.files import check_fields, read_json, write_atomically, write_json, writing
 from unipool_jax.config.schema import Config, settings
 from unipool_jax.config.settings_table import frozen_differences, reason
 
-CONFIG, SUMMARY, TEXT, CHECKPOINTS = "config.yaml", "summary.json", "text.json", "checkpoints"
+CONFIG, SUMMARY, TEXT, TOKENIZER, CHECKPOINTS = (
+    "config.yaml", "summary.json", "text.json", "tokenizer.json", "checkpoints"
+)  # fmt: skip
 
 _SUMMARY_FIELDS = {
     "step": int,
@@ -118,7 +121,9 @@ class RunFolder:
     def _check_same_run(self, config: Config) -> None:
         stored = load_config(self.path / CONFIG)
         # Text may have moved where its fingerprint can be compared: in a run that knows it and reads it again.
-        known = (self.path / TEXT).exists() and not (self.path / SUMMARY).exists()
+        # At step 0, after a conversion, nothing has been read yet.
+        finished, started = (self.path / SUMMARY).exists(), saved_steps(self.path) != [0]
+        known = not finished and ((self.path / TEXT).exists() or not started)
         changed = frozen_differences(stored, config, places=not known)
         if changed:
             before, now = settings(stored), settings(config)
@@ -137,9 +142,17 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
-    def record(self, config: Config, text: Mapping[str, Any]) -> None:
-        """Write the settings and the identity of the text that training goes on with, once both are checked."""
+    def record(self, config: Config, text: Mapping[str, Any], tokenizer: bytes | None) -> None:
+        """Write what training goes on with, once it is checked: settings, identity of the text, and tokenizer.
+
+        Args:
+          config: of the run.
+          text: see `data/identity.py`.
+          tokenizer: its tokenizer.json; None for a built-in one.
+        """
         if self._lock is not None:
+            if tokenizer is not None:
+                write_atomically(self.path / TOKENIZER, tokenizer)
             save_config(config, self.path / CONFIG)
             write_json(self.path / TEXT, text, indent=1)
 
@@ -193,7 +206,12 @@ def known_text(folder: Path, meta: Mapping[str, Any] | None) -> dict[str, Any] |
 
 def holds_checkpoint(folder: Path) -> bool:
     """Whether a run folder has at least one complete checkpoint."""
-    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+    return bool(saved_steps(folder))
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending."""
+    return sorted(int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit())
 
 
 def find_run(wanted: str) -> Path:
