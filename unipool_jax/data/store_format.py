@@ -51,6 +51,10 @@ def open_array(folder: Path, dtype: np.dtype[Any], shard_tokens: int, *, write: 
 
     It is created far longer than needed, because its length is known only at the end.
     """
+    try:
+        files.check_name((folder / TOKENS).resolve())
+    except files.FileError as error:
+        raise DataError(str(error)) from error
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     checksum = {"name": "crc32c"}
     sharding = {

@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from unipool_jax.config.errors import UserError
-from unipool_jax.config.files import FileError, read_json
+from unipool_jax.config.files import FileError, check_name, read_json
 from unipool_jax.config.schema import Config, to_mapping
 from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.moe.lock_lifecycle import structure
@@ -126,6 +126,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int | None = None, *, read_only: bool = False):
         self.directory = directory.absolute()
+        check_name(self.directory)
         self.read_only = read_only
         if read_only and not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such folder of checkpoints")
