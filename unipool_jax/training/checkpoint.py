@@ -38,7 +38,7 @@ from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.parallel.processes import PeerError, all_agree, broadcast_from_process_0, lost_peer
 from unipool_jax.training.checked_arrays import CheckedSave
-from unipool_jax.training.late_errors import hush_late_readers
+from unipool_jax.training.late_errors import hush_late_errors
 from unipool_jax.training.state import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -127,6 +127,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int | None = None, *, read_only: bool = False):
         self.directory = directory.absolute()
         check_name(self.directory)
+        hush_late_errors()
         self.read_only = read_only
         if read_only and not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such folder of checkpoints")
@@ -290,7 +291,6 @@ class Checkpoints:
             target = target(document)
         self._compare(step, document["layout"], target)
         arrays = {name: leaves for name, tree in target.items() if (leaves := _placed(flatten(tree)))}
-        hush_late_readers()
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
             for name in arrays:
                 self._check_item(step, name, document)

@@ -1,8 +1,8 @@
 """Errors that nobody waits for any more.
 
-Orbax ends a read at its first error and closes its event loop. TensorStore's other reads then report to a loop that is
-gone, or to a future that nobody asks, and Python prints a traceback for each, before or after the one message that
-says what is damaged.
+Orbax ends a read or a save at its first error and closes its event loop. TensorStore's other operations then report to
+a loop that is gone, or to a future that nobody asks, and Python prints a traceback for each, before or after the one
+message that says what is wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 @functools.cache
-def hush_late_readers() -> None:
+def hush_late_errors() -> None:
     """Print no such tracebacks from now on; every other one as before."""
     before = sys.unraisablehook
 
