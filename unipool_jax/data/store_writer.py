@@ -143,9 +143,7 @@ class StoreWriter:
             self._array[start : start + len(tokens)].write(tokens).result()
         except Exception as error:  # TensorStore reports a full disk as one of several types
             raise cannot_write(path, error) from error
-        shards.append(
-            store_format.file_record(path) | {"tokens_sha256": hashing.tokens_sha256(tokens, self._dtype)}
-        )
+        shards.append(store_format.file_record(path) | {"tokens_sha256": hashing.tokens_sha256(tokens, self._dtype)})
 
     def _forget(self, done: int, tokens: np.ndarray) -> None:
         """Removes the first `done` waiting records and counts them; `tokens` are those that remain."""
