@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import resource
+import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from unipool_jax.config.schema import Config
-from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, make_meta
+from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, flatten, layout, make_meta
 
 OPTIMIZER = optax.adamw(1e-3, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params))
 
@@ -158,6 +160,83 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path,
         assert (tmp_path / "2.damaged").is_dir()
         save(checkpoints, 2)
         assert checkpoints.restore(target()).step == 2
+
+
+def _flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 8
+    path.write_bytes(content)
+
+
+def _largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda step: _flip(_largest(step / "params"), 1000), id="a bit of an array"),
+        pytest.param(lambda step: _flip(_largest(step / "params"), -1000), id="another bit of it"),
+        pytest.param(lambda step: _flip(_largest(step / "opt_state"), 200), id="a bit of compressed zeros"),
+        pytest.param(lambda step: _flip(step / "meta" / "metadata", 40), id="a bit of the document"),
+        pytest.param(lambda step: _flip(step / "params" / "_METADATA", 30), id="a bit of an index"),
+        pytest.param(lambda step: _flip(step / "params" / "manifest.ocdbt", 60), id="a bit of the manifest"),
+        pytest.param(lambda step: _replace(step.parent / "1" / "params", step / "params"), id="parameters of step 1"),
+        pytest.param(lambda step: _replace(step.parent / "1" / "meta", step / "meta"), id="the document of step 1"),
+        pytest.param(lambda step: _replace(step.parent / "1", step), id="all of step 1 under another name"),
+    ],
+)
+def test_no_damage_is_silent(tmp_path: Path, damage: Callable[[Path], None], capfd: pytest.CaptureFixture[str]) -> None:
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        save(checkpoints, 1, 2)
+    damage(tmp_path / "2")
+    capfd.readouterr()
+    with Checkpoints(tmp_path, read_only=True) as reader:
+        with pytest.raises(CheckpointError, match=r"2: .*\nTry step 1 instead"):
+            reader.restore(target(), step=2)
+        with pytest.warns(UserWarning, match=r"damaged.*resuming from step 1"):
+            assert_equal(reader.restore(target()).items, items(make_state(1)))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def _replace(source: Path, place: Path) -> None:
+    shutil.rmtree(place)
+    shutil.copytree(source, place)
+
+
+def test_items_of_two_saves_of_one_step_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            save(checkpoints, 1)
+    _replace(tmp_path / "a" / "1" / "opt_state", tmp_path / "b" / "1" / "opt_state")
+    with Checkpoints(tmp_path / "b", read_only=True) as reader:
+        assert_equal(reader.restore({"params": target()["params"]}).items["params"], make_state(1).params)
+        with pytest.raises(CheckpointError, match="opt_state is not of the same save as meta"):
+            reader.restore(target())
+
+
+def test_checkpoints_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """They have no checksums, no hash and no number of a save."""
+    meta = make_meta(Config(), 1, "abc")
+    arrays = {name: ocp.args.StandardSave(flatten(tree)) for name, tree in items(make_state(1)).items()}
+    document = ocp.args.JsonSave({**meta, "layout": layout(items(make_state(1)))})
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.Composite(**arrays, meta=document))
+    with Checkpoints(tmp_path, read_only=True) as reader:
+        restored = reader.restore(target())
+    assert_equal(restored.items, items(make_state(1)))
+    assert restored.meta == meta
+
+
+def test_a_second_damaged_checkpoint_of_a_step_has_a_name_of_its_own(tmp_path: Path) -> None:
+    for name in ("2.damaged", "2.damaged.2"):
+        (tmp_path / name / "params").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        save(checkpoints, 1, 2)
+        _damage(tmp_path / "2", "truncated data")
+        with pytest.warns(UserWarning, match=r"renamed to 2\.damaged\.3"):
+            assert checkpoints.restore(target()).step == 1
+    assert (tmp_path / "2.damaged.3" / "params").is_dir()
 
 
 def test_nothing_is_renamed_when_all_are_damaged(tmp_path: Path) -> None:

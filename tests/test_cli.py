@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -282,6 +283,14 @@ def test_a_folder_of_ones_own_choices_is_laid_over(tmp_path: Path, capsys: pytes
     assert yaml.safe_load(capsys.readouterr().out)["scale_name"] == "tiny"
     assert main(["train", f"--config-dir={mine}", "--help"]) == 0
     assert "scale=tiny\n      My own tiny." in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    for words in (["train", f"run.name={name}"], ["eval", f"run={name}"], ["data", "build", f"files=[{name}.txt]"]):
+        assert main(words) == 2
+        assert r"caf\udce9" in (error := capsys.readouterr().err)
+        assert "not UTF-8; rename" in error
 
 
 @pytest.mark.parametrize(

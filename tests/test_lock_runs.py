@@ -180,6 +180,50 @@ def test_a_signal_at_a_boundary_loses_nothing(
     assert lines(config, "valid") == lines(uninterrupted, "valid")
 
 
+class _Killed(BaseException):
+    """Ends a run as `kill -9` does: after it nothing is saved."""
+
+
+@pytest.mark.parametrize("at", [2, FREEZE])
+def test_an_evaluation_that_no_checkpoint_has_seen_is_seen_again(
+    uninterrupted: Config, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """A signal puts off the evaluation after a step, and the resumed run is killed between it and the next save."""
+    config, make = configure(), loop.make_train_step
+
+    def after(step: int, happens: Callable[[], None]) -> Callable[..., Any]:
+        def making(config: Config, mesh: Any = None) -> Any:
+            train_step = make(config, mesh)
+
+            def train(state: Any, batch: Any) -> Any:
+                state, metrics = train_step(state, batch)
+                if int(jax.device_get(state.step)) == step:
+                    happens()
+                return state, metrics
+
+            return train
+
+        return making
+
+    def kill() -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_train_step", after(at, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        assert loop.train(config) == 128 + signal.SIGTERM
+        assert meta_of(config, at)["lock"]["observed"] < at
+        patch.setattr(loop, "make_train_step", after(at + 1, kill))
+        with pytest.raises(_Killed):
+            loop.train(config)
+    assert [line["step"] for line in lines(config, "valid")][-1] == at
+    assert loop.train(config) == 0
+    after_lock = uninterrupted.after_lock()
+    assert_same(final_state(after_lock, folder_of(uninterrupted)), final_state(after_lock, folder_of(config)))
+    assert lines(config, "valid") == lines(uninterrupted, "valid")
+    assert meta_of(config, STEPS)["lock"] == meta_of(uninterrupted, STEPS)["lock"]
+    assert meta_of(config, 6)["lock"]["history"] == meta_of(uninterrupted, 6)["lock"]["history"]
+
+
 def test_losses_too_high_stop_the_run_with_a_code_of_their_own(
     configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

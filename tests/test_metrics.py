@@ -13,6 +13,7 @@ import pytest
 from unipool_jax.analysis.history import read_history
 from unipool_jax.config.files import FileError
 from unipool_jax.config.schema import Config, ModelConfig, MoEConfig, PoolConfig
+from unipool_jax.training.events import Events
 from unipool_jax.training.flops import flops_per_token, peak_flops, utilization
 from unipool_jax.training.metrics import (
     MetricsWriter,
@@ -222,3 +223,13 @@ def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
     for write in (lambda: writer.write("train", 1, {}), writer.close):
         with pytest.raises(FileError, match=r"metrics\.jsonl: cannot be written: No space left on device; make room"):
             write()
+
+
+def test_a_full_disk_ends_a_run_that_writes_events(tmp_path: Path) -> None:
+    """A thread that died of it would leave the run waiting for ever."""
+    events = Events(tmp_path, 1)
+    events._file._py_recordio_writer._writer.close()
+    events._file._py_recordio_writer._writer = Path("/dev/full").open("wb")  # noqa: SIM115 - the writer closes it
+    events.add_scalar("train/loss", 1.0, 1)
+    with pytest.raises(FileError, match="cannot be written: No space left on device; make room"):
+        events.flush()

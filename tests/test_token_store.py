@@ -192,7 +192,15 @@ def test_wrong_tokenizer_and_split_are_refused(corpus: Corpus, tmp_path: Path) -
 
 def _edit_manifest(folder: Path, **changes: object) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    manifest = json.loads(path.read_text()) | changes
+    manifest["manifest_sha256"] = store_format.manifest_sha256(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def _flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 4
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +209,11 @@ def _edit_manifest(folder: Path, **changes: object) -> None:
         (lambda f: (f / "tokens/c/1").unlink(), r"tokens/c/1: missing, expected \d+ bytes"),
         (lambda f: os.truncate(f / "tokens/c/1", 100), "tokens/c/1: 100 bytes, expected"),
         (lambda f: (f / "document_offsets.npy").unlink(), r"document_offsets\.npy: missing"),
-        (lambda f: (f / "tokens/zarr.json").unlink(), "damaged store"),
-        (lambda f: (f / "tokens/zarr.json").write_text("{"), "damaged store"),
+        (lambda f: (f / "tokens/zarr.json").unlink(), r"tokens/zarr\.json: cannot be read"),
+        (lambda f: (f / "tokens/zarr.json").write_text("{"), r"tokens/zarr\.json: sha256 differs"),
+        (lambda f: _flip(f / "document_offsets.npy", 140), r"document_offsets\.npy: sha256 differs"),
+        (lambda f: _flip(f / "manifest.json", 300), r"manifest\.json: (differs from its own hash|not JSON)"),
+        (lambda f: _edit_manifest(f, tokens="many"), r"manifest\.json: incomplete"),
         (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: not JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json: expected a JSON object"),
         (lambda f: _edit_manifest(f, version=99), "version 99; expected"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -27,6 +28,10 @@ def guarded(main: Callable[[], int], failure: int | None = None) -> int:
     """
     # Orbax and Abseil log every failure with its traceback before raising it; the exception says the same once.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name or a letter that the terminal cannot show must not end a command.
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main()
     except UserError as error:

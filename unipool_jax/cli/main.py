@@ -27,6 +27,9 @@ def execute(words: Sequence[str]) -> int:
     Raises:
       UserError: with what to do about it.
     """
+    if foreign := [word for word in words if not _is_utf8(word)]:
+        problem = "not UTF-8; rename the file or folder, or name a link to it"
+        raise ConfigError([f"{word}: {problem}" for word in foreign], "the command line")
     command, rest = find(list(words))
     if command is None and list(words[:1]) in (["--help"], ["-h"]):  # `unipool --help train`
         command, rest = find(list(words[1:]))
@@ -53,6 +56,11 @@ def execute(words: Sequence[str]) -> int:
     else:
         jobs = [Job("", configured(settings, config_dir, command.mode))]
     return print_configs(jobs) if PRINT_CONFIG.name in options else run_jobs(jobs, command.load_function())
+
+
+def _is_utf8(word: str) -> bool:
+    """Whether a word came as UTF-8; Python decodes other bytes to lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
 def _show(page: str, code: int = 0) -> int:

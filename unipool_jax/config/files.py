@@ -55,6 +55,14 @@ def remedy(error: OSError) -> str | None:
     return _REMEDIES.get(error.errno or 0)
 
 
+def check_name(path: Path) -> None:
+    """Raises FileError for a path with bytes that are not UTF-8, which libraries in C++ cannot take."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{path}: a name that is not UTF-8; rename it, or use a link with another name") from error
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raises FileError where the block fails to write `path`."""

@@ -1,7 +1,8 @@
 """The layout of a token store on disk, and file operations that keep it consistent.
 
     STORE/
-      manifest.json          written last; a folder without it is not a store
+      manifest.json          written last; a folder without it is not a store. Has the sha256 of the other files
+                             and of itself
       document_offsets.npy   int64 [D+1]: document d is tokens offsets[d] .. offsets[d+1]-1
       tokens/                zarr3 array of uint16 or uint32, sharded, zstd, crc32c per chunk
       tokenizer.json         only for a tokenizer that is not built in
@@ -15,7 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from unipool_jax.data.errors import DataError
 FORMAT = "unipool token store"
 VERSION = 1
 MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest_sha256"
 OFFSETS = "document_offsets.npy"
 TOKENS = "tokens"
 TOKENIZER = "tokenizer.json"
+ARRAY_METADATA = "tokens/zarr.json"
 
 # A random read decompresses one chunk; a shard is one file, and what a resumed build repeats at most.
 CHUNK_TOKENS = 1 << 13
@@ -48,6 +51,10 @@ def open_array(folder: Path, dtype: np.dtype[Any], shard_tokens: int, *, write: 
 
     It is created far longer than needed, because its length is known only at the end.
     """
+    try:
+        files.check_name((folder / TOKENS).resolve())
+    except files.FileError as error:
+        raise DataError(str(error)) from error
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     checksum = {"name": "crc32c"}
     sharding = {
@@ -86,6 +93,16 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """What a manifest says about a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """Hash of a manifest without its own hash."""
+    return json_sha256({key: value for key, value in manifest.items() if key != MANIFEST_HASH})
 
 
 def json_sha256(value: Any) -> str:

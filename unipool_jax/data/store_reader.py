@@ -133,10 +133,15 @@ class ZarrTokenStore(TokenStore):
                 f"{path}: format {found[0]!r} version {found[1]!r}; expected "
                 f"{store_format.FORMAT!r} version {store_format.VERSION}: rebuild the store"
             )
+        # Stores of earlier versions have no such hash.
+        if manifest.get(store_format.MANIFEST_HASH) not in (None, store_format.manifest_sha256(manifest)):
+            raise DataError(f"{path / store_format.MANIFEST}: differs from its own hash; rebuild the store")
         self.manifest = manifest
         try:
             self._read_manifest(manifest)
-        except (KeyError, TypeError) as error:
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path / store_format.MANIFEST}: incomplete ({error!r}); rebuild the store") from error
         asked = check_split(split or self.split, split_order or self.split_order)
         if asked != self.split or (split_order or self.split_order) != self.split_order:
@@ -162,6 +167,10 @@ class ZarrTokenStore(TokenStore):
         self._files = [(self.path / store_format.OFFSETS, manifest["document_offsets"])] + [
             (store_format.shard_path(self.path, index), shard) for index, shard in enumerate(manifest["shards"])
         ]
+        # Without checksums of their own, as the shards have. Earlier versions did not record the second.
+        self._unchecked = self._files[:1]
+        if "array_metadata" in manifest:
+            self._unchecked += [(self.path / store_format.ARRAY_METADATA, manifest["array_metadata"])]
 
     def _check_files(self) -> None:
         for path, recorded in self._files:
@@ -171,6 +180,7 @@ class ZarrTokenStore(TokenStore):
                     f"{path}: {'missing' if size is None else f'{size} bytes'}, expected "
                     f"{recorded['bytes']} bytes; copy the store again or rebuild it"
                 )
+        _compare(self._unchecked)
         try:
             self._array = store_format.open_array(self.path, self.dtype, self._shard_tokens, write=False)
             mapped = np.load(self.path / store_format.OFFSETS, mmap_mode="r", allow_pickle=False)
@@ -231,9 +241,18 @@ class ZarrTokenStore(TokenStore):
         return hashes
 
     def verify(self) -> None:
-        for path, recorded in self._files:
-            if store_format.file_sha256(path) != recorded["sha256"]:
-                raise DataError(f"{path}: sha256 differs from the manifest; rebuild the store")
+        _compare(self._files)
+
+
+def _compare(files: list[tuple[Path, dict[str, Any]]]) -> None:
+    """Raises DataError unless files have the hashes in the manifest."""
+    for path, recorded in files:
+        try:
+            found = store_format.file_sha256(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); copy the store again or rebuild it") from error
+        if found != recorded["sha256"]:
+            raise DataError(f"{path}: sha256 differs from the manifest; copy the store again or rebuild it")
 
 
 def _changed(path: Path) -> DataError:

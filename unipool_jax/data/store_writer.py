@@ -143,13 +143,7 @@ class StoreWriter:
             self._array[start : start + len(tokens)].write(tokens).result()
         except Exception as error:  # TensorStore reports a full disk as one of several types
             raise cannot_write(path, error) from error
-        shards.append(
-            {
-                "bytes": path.stat().st_size,
-                "sha256": store_format.file_sha256(path),
-                "tokens_sha256": hashing.tokens_sha256(tokens, self._dtype),
-            }
-        )
+        shards.append(store_format.file_record(path) | {"tokens_sha256": hashing.tokens_sha256(tokens, self._dtype)})
 
     def _forget(self, done: int, tokens: np.ndarray) -> None:
         """Removes the first `done` waiting records and counts them; `tokens` are those that remain."""
@@ -216,11 +210,10 @@ class StoreWriter:
             "build_key": journal["key"],
             "shard_tokens": self._shard_tokens,
             "shards": journal["shards"],
-            "document_offsets": {
-                "bytes": offsets_path.stat().st_size,
-                "sha256": store_format.file_sha256(offsets_path),
-            },
+            "document_offsets": store_format.file_record(offsets_path),
+            "array_metadata": store_format.file_record(self.folder / store_format.ARRAY_METADATA),
         }
+        document[store_format.MANIFEST_HASH] = store_format.manifest_sha256(document)
         files.write_json(self.folder / store_format.MANIFEST, document, indent=1)
 
 

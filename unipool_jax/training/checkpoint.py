@@ -3,16 +3,22 @@
 A checkpoint `checkpoints/<step>/` has one item per field of the training state (`params`, `opt_state`, `balance`,
 `step`), so that evaluation reads only the parameters, and `meta`, a JSON document with the step (which is also the data
 position: batches are a pure function of seed and step), the configuration, library versions, and the shape and dtype of
-every array. Orbax writes into a temporary folder and renames it when everything is on disk; a process that is killed
-while saving leaves only a temporary folder, which the next manager removes.
+every array. What is read is checked: every chunk of an array by its checksum (`checked_arrays`), the document by its
+hash, and that all are of one save by the number that it drew.
+
+Orbax writes into a temporary folder and renames it when everything is on disk; a process that is killed while saving
+leaves only a temporary folder, which the next manager removes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,15 +32,18 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from unipool_jax.config.errors import UserError
+from unipool_jax.config.files import FileError, check_name, read_json
 from unipool_jax.config.schema import Config, to_mapping
 from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.parallel.processes import PeerError, all_agree, broadcast_from_process_0, lost_peer
+from unipool_jax.training.checked_arrays import CheckedSave
+from unipool_jax.training.late_errors import hush_late_errors
 from unipool_jax.training.state import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Raised when a damaged checkpoint is read. Other errors (out of memory, a lost device) have other causes.
-_DAMAGED = (ValueError, KeyError, FileNotFoundError)
+_DAMAGED = (ValueError, KeyError, FileNotFoundError, NotADirectoryError, FileError)
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -48,6 +57,10 @@ class Restored(NamedTuple):
     items: dict[str, Any]
     meta: dict[str, Any]
 
+
+_HASH, _ITEM_METADATA = "sha256", "_METADATA"
+_OWN = ("layout", "save", _HASH)
+"""What `Checkpoints` adds to a meta document."""
 
 Target = Mapping[str, Any]
 """Item name -> pytree of `jax.ShapeDtypeStruct` (with shardings, or for the default device)."""
@@ -72,6 +85,12 @@ def make_meta(
     }
 
 
+def _hash_of(document: Mapping[str, Any]) -> str:
+    """sha256 of a meta document without its own hash, independent of the order of keys."""
+    rest = {key: value for key, value in document.items() if key != _HASH}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves by dotted name, without empty arrays, which Orbax rejects."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -89,7 +108,7 @@ def unflatten(target: Any, values: Mapping[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(pick, target)
 
 
-def _layout(items: Mapping[str, Any]) -> dict[str, str]:
+def layout(items: Mapping[str, Any]) -> dict[str, str]:
     """`item.name -> dtype[shape]` of every stored array."""
     return {
         f"{item}.{name}": f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
@@ -109,6 +128,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int | None = None, *, read_only: bool = False):
         self.directory = directory.absolute()
+        check_name(self.directory)
+        hush_late_errors()
         self.read_only = read_only
         if read_only and not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such folder of checkpoints")
@@ -163,10 +184,12 @@ class Checkpoints:
           CheckpointError: this save cannot start, or the previous one failed.
         """
         arrays = {name: leaves for name, tree in items.items() if (leaves := flatten(tree))}
-        arguments = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
-        document = ocp.args.JsonSave({**meta, "layout": _layout(items)})
+        belongs = {"step": step, "save": broadcast_from_process_0(uuid.uuid4().hex)}
+        arguments = {name: CheckedSave(leaves, custom_metadata=belongs) for name, leaves in arrays.items()}
+        document = {**meta, **belongs, "layout": layout(items)}
+        document[_HASH] = _hash_of(document)
         try:
-            self._manager.save(step, args=ocp.args.Composite(**arguments, meta=document))
+            self._manager.save(step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(document)))
         except Exception as error:
             raise self._failure(error) from error
 
@@ -203,8 +226,8 @@ class Checkpoints:
           CheckpointError: it cannot be read.
         """
         try:
-            return dict(self._document(step))
-        except (*_DAMAGED, TypeError) as error:
+            return self._document(step)
+        except _DAMAGED as error:
             raise CheckpointError(f"{self.path(step)}: damaged checkpoint: {_first_line(error)}") from error
 
     def restore(self, target: Target | Callable[[Mapping[str, Any]], Target], step: int | None = None) -> Restored:
@@ -241,30 +264,51 @@ class Checkpoints:
         )
         raise CheckpointError(f"damaged checkpoint:\n{details}\n{advice}")
 
-    def _document(self, step: int) -> Any:
+    def _document(self, step: int) -> dict[str, Any]:
         with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
-            return handler.restore(self.path(step) / "meta")
+            document: Any = handler.restore(self.path(step) / "meta")
+        if not isinstance(document, dict) or not isinstance(document.get("layout"), dict):
+            raise ValueError("the meta document is empty or unreadable")
+        # Checkpoints of earlier versions have neither a hash nor the number of a save.
+        if _HASH in document and document[_HASH] != _hash_of(document):
+            raise ValueError("the meta document differs from its hash")
+        if document["step"] != step:
+            raise ValueError(f"the meta document is of step {document['step']}")
+        return document
+
+    def _check_item(self, step: int, name: str, document: Mapping[str, Any]) -> None:
+        """Raise an error of damage if an item is not of the same save as the meta document."""
+        # Not `StandardCheckpointHandler.metadata`, which opens every array and reads the shardings at the save.
+        found = read_json(self.path(step) / name / _ITEM_METADATA).get("custom_metadata") or {}
+        for key in ("step", "save"):
+            wanted = document.get("save") and document[key]
+            if found.get(key) != wanted:
+                raise ValueError(f"{name} is not of the same save as meta: its {key} is {found.get(key)}, not {wanted}")
 
     def _read(self, step: int, target: Target | Callable[[Mapping[str, Any]], Target]) -> Restored:
         # Through Orbax's handlers, because its manager ends a restore with a barrier, at which the other processes
         # would wait for one that has found damage.
         document = self._document(step)
-        if not isinstance(document, dict) or not isinstance(document.get("layout"), dict):
-            raise ValueError("the meta document is empty or unreadable")
         if callable(target):
             target = target(document)
         self._compare(step, document["layout"], target)
         arrays = {name: leaves for name, tree in target.items() if (leaves := _placed(flatten(tree)))}
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-            values = {
-                name: handler.restore(self.path(step) / name, args=ocp.args.StandardRestore(leaves))
-                for name, leaves in arrays.items()
-            }
+            for name in arrays:
+                self._check_item(step, name, document)
+            values = {name: self._restore_item(handler, step, name, leaves) for name, leaves in arrays.items()}
         items = {name: unflatten(tree, values[name] if name in arrays else {}) for name, tree in target.items()}
-        return Restored(step, items, {key: value for key, value in document.items() if key != "layout"})
+        return Restored(step, items, {key: value for key, value in document.items() if key not in _OWN})
+
+    def _restore_item(self, handler: ocp.StandardCheckpointHandler, step: int, name: str, leaves: Target) -> Any:
+        try:
+            return handler.restore(self.path(step) / name, args=ocp.args.StandardRestore(leaves))
+        except (KeyError, TypeError, AttributeError, NotImplementedError) as error:
+            # Orbax reads its own files without checking them.
+            raise ValueError(f"{name}: unreadable metadata ({type(error).__name__}: {error})") from error
 
     def _compare(self, step: int, stored: Mapping[str, str], target: Mapping[str, Any]) -> None:
-        wanted = _layout(target)
+        wanted = layout(target)
         present = {name: layout for name, layout in stored.items() if name.split(".")[0] in target}
         problems = [
             f"  - {name}: {present.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} expected"
@@ -282,13 +326,18 @@ class Checkpoints:
         for step, error in damaged.items():
             message = f"{self.path(step)} is damaged ({_first_line(error)}); resuming from step {used}"
             if not self.read_only and jax.process_index() == 0:
-                renamed = self.path(step).with_name(f"{step}.damaged")
+                renamed = self._damaged_name(step)
                 self.path(step).rename(renamed)
                 message += f"; the damaged checkpoint was renamed to {renamed.name}"
             warnings.warn(message, stacklevel=3)
         if damaged:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._manager.reload()
+
+    def _damaged_name(self, step: int) -> Path:
+        """`<step>.damaged`, or with a number behind it if there are damaged checkpoints of this step already."""
+        names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged.{count}" for count in itertools.count(2)))
+        return next(path for name in names if not (path := self.directory / name).exists())
 
 
 class Model(NamedTuple):

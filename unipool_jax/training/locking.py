@@ -100,6 +100,10 @@ class Locking:
                 )
         return self._install(state)
 
+    def has_seen(self, step: int) -> bool:
+        """Whether the evaluation after `step` steps is in the record, which metrics may be ahead of."""
+        return self.record.observed >= step
+
     def check(self, step: int) -> None:
         """Raise LockError if the record does not allow the update after `step` steps."""
         check_step(self._config, self.record, step)

@@ -215,8 +215,9 @@ class _Run:
         settings, start = self.config.train, self.start
         compiled = start + 1
         pending: tuple[int, dict[str, jax.Array]] | None = None
-        if start and self.due(start, settings.eval_every) and not self.validated:
-            # The run was interrupted between this step and its evaluation.
+        seen = self.validated and (self.lock is None or self.lock.has_seen(start))
+        if start and self.due(start, settings.eval_every) and not seen:
+            # The run was interrupted between this step and its evaluation, or between that and the next checkpoint.
             state = self.validate(state, start)
         built = self.buffers.configured(self.structure)
         train_step = make_train_step(built, self.mesh)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from unipool_jax.config.files import FileError, Line, read_lines, write_atomically, writing
+from unipool_jax.training.events import Events
 from unipool_jax.training.sessions import utc_now
 from unipool_jax.training.speed import Interval
 
@@ -169,12 +170,9 @@ class MetricsWriter:
         self.intervals = [found for line in kept if (found := _interval(line)) is not None]
         with writing(self.path):
             self._stream = self.path.open("a", encoding="utf-8")
-        self._events = None
+        self._events: Events | None = None
         if tensorboard:
-            # It imports PyTorch where that is installed, which takes longer than everything else that training imports.
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+            self._events = Events(folder / "tensorboard", resume_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line, and a TensorBoard scalar for each number and each element of a list."""
