@@ -12,6 +12,7 @@ from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config, ConfigError, MeshConfig, to_mapping
 from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.kernels.implementations import platform_problem
+from unipool_jax.parallel.accelerators import check_platforms, warn_of_idle_accelerator
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run
 
 
@@ -37,6 +38,8 @@ def evaluated_config(trained: Mapping[str, Any], overrides: Sequence[tuple[str, 
     alone = dataclasses.replace(from_mapping(trained), mesh=MeshConfig(data=1))
     config = with_overrides(alone, overrides)
     validate(config)
+    check_platforms()
+    warn_of_idle_accelerator()
     if problem := platform_problem(config.kernels.implementation):
         raise ConfigError([problem])
     return config

@@ -21,6 +21,7 @@ import numpy as np
 
 from unipool_jax.config.errors import UserError
 from unipool_jax.config.schema import Config
+from unipool_jax.parallel.accelerators import check_platforms
 from unipool_jax.parallel.agreement import Facts, difference, facts
 from unipool_jax.parallel.launch import find_place, one_of_several
 from unipool_jax.parallel.peers import RESUME, PeerError, Peers, connect
@@ -91,6 +92,7 @@ def _start(config: Config) -> None:
 
 
 def _devices() -> dict[str, str]:
+    check_platforms()
     local = jax.local_devices()
     kinds = sorted({device.device_kind for device in local})
     return {"devices of each process": f"{len(local)} x {', '.join(kinds)}"}
