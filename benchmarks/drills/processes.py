@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.drills.tally import Tally, arguments
 
 _ROOT = Path(__file__).parents[2]
-_START, _TIMEOUT, _MARGIN = 25, 5, 15
+_START, _TIMEOUT, _MARGIN = 25, 5, 30
 """`distributed.start_timeout_seconds`, `distributed.timeout_seconds`, and what importing and ending may add."""
 _STACK = re.compile(r"Traceback|terminate called|\.cc:\d+\]|Segmentation|Fatal Python")
 _RUN = (
@@ -189,7 +189,7 @@ def mistakes(place: Place, taken: int) -> Iterator[Mistake]:
     other = f"distributed.coordinator=127.0.0.1:{free_port()}"
     yield Mistake("a wrong port", f"{unreached}|did not come", [[], [other]], apart=True)
     busy = f"distributed.coordinator=127.0.0.1:{taken}"
-    yield Mistake("a port in use", "cannot listen at port|no process 0 that waits", [[busy]] * 2, within=20, apart=True)
+    yield Mistake("a port in use", "cannot listen at port|no process 0 that waits", [[busy]] * 2, apart=True)
     twice = "was given to two processes"
     yield Mistake("one number twice", f"process_id=1 {twice}", [[], [], ["distributed.process_id=1"]], 3)
     yield Mistake("two process 0s", f"process_id=0 {twice}", [[], [], ["distributed.process_id=0"]], 3)
@@ -204,7 +204,9 @@ def mistakes(place: Place, taken: int) -> Iterator[Mistake]:
         "a number that is too high", "process_id=2: must be below distributed.num_processes=2", high, within=_MARGIN
     )
     absent = "no-such-file.jsonl"
-    yield Mistake("a file that one has not", absent, [[], [f"data.files=[{absent}]"]], within=2 * _START, apart=True)
+    # Its own check of settings ends the one without the file before it could call the others.
+    lacks = f"{absent}|process 1 of 2 did not come"
+    yield Mistake("a file that one has not", lacks, [[], [f"data.files=[{absent}]"]], apart=True)
     yield Mistake("a file that none has", absent, [[f"data.files=[{absent}]"]] * 2, within=2 * _START, apart=True)
 
 

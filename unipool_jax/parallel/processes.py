@@ -24,7 +24,8 @@ from unipool_jax.config.schema import Config
 from unipool_jax.parallel.accelerators import check_platforms
 from unipool_jax.parallel.agreement import Facts, difference, facts
 from unipool_jax.parallel.launch import find_place, one_of_several
-from unipool_jax.parallel.peers import RESUME, PeerError, Peers, connect
+from unipool_jax.parallel.meeting import connect
+from unipool_jax.parallel.peers import RESUME, PeerError, Peers
 
 Found = TypeVar("Found")
 
@@ -82,7 +83,6 @@ def _start(config: Config) -> None:
                 coordinator_address=place.coordinator,
                 num_processes=place.processes,
                 process_id=place.number,
-                local_device_ids=place.local_device_ids,
                 initialization_timeout=limits.start_timeout_seconds + _JAX_WAITS,
                 heartbeat_timeout_seconds=limits.timeout_seconds + _JAX_WAITS,
             )
