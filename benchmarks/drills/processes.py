@@ -31,7 +31,7 @@ _START, _TIMEOUT, _MARGIN = 25, 5, 30
 _STACK = re.compile(r"Traceback|terminate called|\.cc:\d+\]|Segmentation|Fatal Python")
 _RUN = (
     "model.num_layers=2 model.hidden_size=32 model.num_heads=2 model.num_kv_heads=2 model.ffn_size=48 "
-    "model.vocab_size=257 data.sequence_length=32 moe.experts_per_layer=4 train.batch_size=12 train.microbatch_size=12 "
+    "model.vocab_size=257 data.sequence_length=48 moe.experts_per_layer=4 train.batch_size=12 train.microbatch_size=12 "
     "train.eval_batch_size=12 train.eval_every=0 train.checkpoint_every=20 train.log_every=1 run.tensorboard=false "
     "data.source=files data.tokenizer=bytes data.split=[8,1,1] mesh=auto mesh.data=-1 train.steps=2000 run.name=drill "
     f"distributed.timeout_seconds={_TIMEOUT} distributed.start_timeout_seconds={_START}"
@@ -100,6 +100,10 @@ class Place:
                     subprocess.Popen(command, env=variables, stdout=log, stderr=log, text=True, cwd=self.folder)
                 )
         return logs
+
+    def all_run(self) -> bool:
+        """Whether none has ended."""
+        return all(process.poll() is None for process in self._started)
 
     def send(self, index: int, number: signal.Signals) -> None:
         """Send a signal to one of the processes."""
@@ -234,7 +238,7 @@ def try_loss(tally: Tally, place: Place, chance: random.Random) -> None:
     try:
         logs = place.start([[]] * processes, processes, free_port(), {})
         began = time.monotonic()
-        while time.monotonic() - began < (moment if early else 180):
+        while time.monotonic() - began < (moment if early else 300) and place.all_run():
             if not early and f"step {moment:>4}/" in logs[0].read_text():
                 break
             time.sleep(0.02)
