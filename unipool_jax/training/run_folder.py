@@ -41,7 +41,7 @@ _SUMMARY_FIELDS = {
 """What every summary has, also one of an earlier version."""
 
 _SEEN_WITHIN = 60.0
-"""Seconds after which what another machine wrote must be visible on shared storage; NFS may cache its absence so long."""
+"""Seconds after which a file of another machine must be visible on shared storage; NFS may cache its absence."""
 
 
 class RunError(UserError, RuntimeError):
