@@ -237,6 +237,10 @@ def test_the_others_say_who_was_lost(three: Callable[[str], Three], lost: int, n
         assert f"pid {processes.each[lost].pid}" in text
         assert what in text
         assert text.count("\n") == 2, text
+    if number == signal.SIGSTOP and lost:
+        # What was only stopped hears of it from process 0 when it goes on.
+        processes.each[lost].send_signal(signal.SIGCONT)
+        assert processes.ends(lost) == [(1, said)]
 
 
 def test_why_one_stops_is_told_to_all(three: Callable[[str], Three]) -> None:

@@ -138,10 +138,9 @@ class Peers:
         while self.number == 0 and self.lines and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def _tell(self, text: str, apart_from: Line | None = None) -> None:
+    def _tell(self, text: str) -> None:
         for line in list(self.lines.values()):
-            if line is not apart_from:
-                line.send("stop", text)
+            line.send("stop", text)
 
     def add(self, line: Line) -> None:
         """Take in a process that has said who it is."""
@@ -194,20 +193,23 @@ class Peers:
             elif kind == "finished":
                 line.finished = True
             elif kind == "stop":
-                self._end(values[0], line)
+                self._end(values[0])
 
     def _remove(self, line: Line) -> None:
         del self.lines[line.number]
         self._selector.unregister(line.stream)
 
     def _lose(self, line: Line, what: str) -> None:
+        text = f"{line.name} {what}; its output may say why.\n{RESUME}"
+        # One that was only stopped hears of it when it goes on.
+        line.send("stop", text)
         self._remove(line)
-        self._end(f"{line.name} {what}; its output may say why.\n{RESUME}", line)
+        self._end(text)
 
-    def _end(self, text: str, source: Line) -> None:
+    def _end(self, text: str) -> None:
         if not self._leaving.acquire(blocking=False):
             return
-        self._tell(text, source)
+        self._tell(text)
         # In a thread of its own, so that this one goes on to notice who has ended.
         threading.Thread(target=self._exit, args=(text,)).start()
 
