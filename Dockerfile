@@ -1,4 +1,4 @@
-# docker build --build-arg JAX_EXTRA=tpu -t unipool_jax .      (or JAX_EXTRA=cuda12, or nothing for CPU)
+# docker build --build-arg JAX_EXTRA=tpu -t unipool_jax:tpu .      (or cuda12, cuda13; without it, for CPU)
 # Python 3.12 and newer get the newest JAX of the lock.
 FROM python:3.13-slim
 ARG JAX_EXTRA=

@@ -17,6 +17,10 @@ COMPILE := $(VENV)/bin/uv pip compile --no-config --quiet --universal --generate
 # Of two files of one version pip takes the one marked +cpu. For a GPU build: make TORCH_FROM= test
 TORCH_FROM ?= --extra-index-url https://download.pytorch.org/whl/cpu
 PYTEST_FLAGS ?=
+# Of JAX, which sees a GPU or a TPU only through it: make venv ACCELERATOR=cuda12
+PLUGINS := cuda12 cuda13 tpu
+ACCELERATOR ?=
+$(if $(filter-out $(PLUGINS),$(ACCELERATOR)),$(error ACCELERATOR=$(ACCELERATOR): there are $(PLUGINS)))
 # The fast half leaves out what trains whole runs, starts processes or compiles many steps, and what needs PyTorch.
 LONG := ablations_demo analyse checkpoint_processes convert crash_resume eval harness launch lock lock_lifecycle lock_runs \
 	loop mesh mesh_runs notebooks probe processes sampling shared_gradient step transformer transport upcycle
@@ -32,7 +36,7 @@ KEEP_MEMORY := GLIBC_TUNABLES=$(M).hugetlb=1:$(M).mmap_max=0:$(M).trim_threshold
 help:  ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-venv: $(VENV)/core.stamp  ## Make .venv with what training needs
+venv: $(VENV)/core.stamp $(ACCELERATOR:%=$(VENV)/%.stamp)  ## Make .venv with what training needs; with ACCELERATOR=cuda12, cuda13 or tpu
 
 demo: $(VENV)/core.stamp  ## Train the demo model, evaluate it, print a table; goes on with, or shows, what is in runs/demo
 	$(KEEP_MEMORY) $(RUN) train.py run.name=demo
@@ -95,6 +99,12 @@ $(VENV)/core.stamp: requirements.lock $(VENV)/python.stamp
 
 $(VENV)/test.stamp: requirements-test.lock $(VENV)/python.stamp
 	$(call pip_install,requirements-test.lock)
+	@touch $@
+
+# In the version that belongs to the locked JAX.
+$(PLUGINS:%=$(VENV)/%.stamp): $(VENV)/core.stamp
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-input \
+		"jax[$(basename $(@F))]==$$($(RUN) -c 'import jax; print(jax.__version__)')"
 	@touch $@
 
 $(VENV)/docs.stamp: requirements-docs.lock $(VENV)/python.stamp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import math
 import os
 import random
@@ -84,3 +85,30 @@ def test_the_image_runs_the_same_program() -> None:
     assert job()["template"]["spec"]["containers"][0]["command"] == ["python", "train.py"]
     for name in re.findall(r"^COPY (\S+) ", text, re.MULTILINE):
         assert (ROOT / name).exists(), name
+
+
+def test_recipes_name_an_environment_with_the_plugin() -> None:
+    """Which is one of the extras of JAX that setup.cfg, the Makefile and the image offer."""
+    assert "make venv ACCELERATOR=cuda12" in (ROOT / "launch" / "slurm.sbatch").read_text()
+    manifest, image = (
+        (ROOT / "launch" / "gke_tpu.yaml").read_text(),
+        job()["template"]["spec"]["containers"][0]["image"],
+    )
+    assert f"docker build --build-arg JAX_EXTRA=tpu -t {image} ." in manifest
+    assert '"jax[$JAX_EXTRA]==' in (ROOT / "Dockerfile").read_text()
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for plugin in ("cuda12", "cuda13", "tpu"):
+        assert setup["options.extras_require"][plugin].strip() == f"jax[{plugin}]"
+
+
+def test_make_adds_the_plugin_of_an_accelerator(tmp_path: Path) -> None:
+    def dry(accelerator: str) -> subprocess.CompletedProcess[str]:
+        words = ["make", "--dry-run", "venv", f"VENV={tmp_path}", f"ACCELERATOR={accelerator}"]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert '"jax[tpu]==' in dry("tpu").stdout
+    assert "jax[" not in dry("").stdout
+    wrong = dry("cuda")
+    assert wrong.returncode
+    assert "ACCELERATOR=cuda: there are cuda12 cuda13 tpu" in wrong.stderr

@@ -406,6 +406,17 @@ def test_one_process_per_run_folder(configure: Callable[..., Config]) -> None:
     RunFolder(config).close()
 
 
+def test_processes_that_do_not_share_the_run_folder_are_told(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unipool_jax.training.run_folder._SEEN_WITHIN", 0.2)
+    config = configure()
+    with pytest.raises(RunError, match=r"run\.dir must be on storage that all processes share"):
+        RunFolder(config, writes=False)
+    with RunFolder(config):
+        RunFolder(config, writes=False).close()
+
+
 def test_a_tokenizer_that_changed_its_ids_is_refused(
     uninterrupted: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from unipool_jax.parallel.launch import Place
-from unipool_jax.parallel.peers import PeerError, Peers, connect
+from unipool_jax.parallel.meeting import connect
+from unipool_jax.parallel.peers import PeerError, Peers
 
 FACTS = {"optimizer.learning_rate": "0.001", "train.seed": "1"}
 
@@ -40,7 +41,7 @@ def meet(
     def one(number: int) -> Peers | str:
         try:
             own = FACTS | (facts or {}).get(number, {})
-            return connect(Place(address, number, processes, None), own, patience, 10)
+            return connect(Place(address, number, processes), own, patience, 10)
         except PeerError as error:
             return str(error)
 
@@ -76,7 +77,7 @@ def test_all_stop_with_the_same_sentence_that_names_the_setting_and_both_values(
 
 
 def test_a_difference_stops_those_that_wait_though_another_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unipool_jax.parallel.peers._REFUSAL_SECONDS", 1)
+    monkeypatch.setattr("unipool_jax.parallel.meeting._REFUSAL_SECONDS", 1)
     began = time.monotonic()
     said = same_sentence(meet(0, 1, 3, processes=4, facts={3: {"train.seed": "2"}}))
     assert "train.seed: 1 in process 0, 2 in process 3" in said
@@ -157,9 +158,9 @@ def test_calls_of_strangers_do_no_harm() -> None:
 PROGRAM = """
 import sys, time
 from unipool_jax.parallel.launch import Place
-from unipool_jax.parallel.peers import connect
+from unipool_jax.parallel.meeting import connect
 address, number, end = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-peers = connect(Place(address, number, 3, None), {}, 20, 1.0)
+peers = connect(Place(address, number, 3), {}, 20, 1.0)
 print("connected", flush=True)
 sys.stdin.read()
 if end == "finish":
@@ -236,6 +237,10 @@ def test_the_others_say_who_was_lost(three: Callable[[str], Three], lost: int, n
         assert f"pid {processes.each[lost].pid}" in text
         assert what in text
         assert text.count("\n") == 2, text
+    if number == signal.SIGSTOP and lost:
+        # What was only stopped hears of it from process 0 when it goes on.
+        processes.each[lost].send_signal(signal.SIGCONT)
+        assert processes.ends(lost) == [(1, said)]
 
 
 def test_why_one_stops_is_told_to_all(three: Callable[[str], Three]) -> None:

@@ -16,6 +16,7 @@ from unipool_jax.data.identity import text_differences, text_identity
 from unipool_jax.data.tokenizer import Tokenizer
 from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.kernels.implementations import platform_problem
+from unipool_jax.parallel.accelerators import check_platforms, warn_of_idle_accelerator
 from unipool_jax.training.opening import opened_config
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run, known_text
 
@@ -46,6 +47,8 @@ def evaluated_config(
     alone = dataclasses.replace(opened_config(run, meta), mesh=MeshConfig(data=1))
     config = with_overrides(alone, overrides)
     validate(config if text else dataclasses.replace(config, mode="describe"))
+    check_platforms()
+    warn_of_idle_accelerator()
     if problem := platform_problem(config.kernels.implementation):
         raise ConfigError([problem])
     return config

@@ -15,8 +15,6 @@ class Place(NamedTuple):
     """HOST:PORT of process 0."""
     number: int
     processes: int
-    local_device_ids: list[int] | None
-    """Devices of its host that belong to it; None is all."""
 
 
 def announced_processes() -> int:
@@ -48,19 +46,19 @@ def find_place(config: DistributedConfig) -> Place:
     if config.coordinator is not None:
         assert config.num_processes is not None
         assert config.process_id is not None
-        return Place(config.coordinator, config.process_id, config.num_processes, None)
+        return Place(config.coordinator, config.process_id, config.num_processes)
     # What `jax.distributed.initialize` calls; the lines between processes need the answer before JAX connects them.
     from jax._src.clusters import ClusterEnv
 
     try:
-        address, count, number, local = ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, config.start_timeout_seconds
+        address, count, number, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, config.start_timeout_seconds
         )
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise _not_found(config, str(error) or type(error).__name__) from error
     if address is None or count is None or number is None:
         raise _not_found(config, "JAX finds no launcher")
-    return Place(address, number, count, None if local is None else list(local))
+    return Place(address, number, count)
 
 
 def _not_found(config: DistributedConfig, reason: str) -> ConfigError:

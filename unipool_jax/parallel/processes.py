@@ -21,9 +21,11 @@ import numpy as np
 
 from unipool_jax.config.errors import UserError
 from unipool_jax.config.schema import Config
+from unipool_jax.parallel.accelerators import check_platforms
 from unipool_jax.parallel.agreement import Facts, difference, facts
 from unipool_jax.parallel.launch import find_place, one_of_several
-from unipool_jax.parallel.peers import RESUME, PeerError, Peers, connect
+from unipool_jax.parallel.meeting import connect
+from unipool_jax.parallel.peers import RESUME, PeerError, Peers
 
 Found = TypeVar("Found")
 
@@ -81,7 +83,6 @@ def _start(config: Config) -> None:
                 coordinator_address=place.coordinator,
                 num_processes=place.processes,
                 process_id=place.number,
-                local_device_ids=place.local_device_ids,
                 initialization_timeout=limits.start_timeout_seconds + _JAX_WAITS,
                 heartbeat_timeout_seconds=limits.timeout_seconds + _JAX_WAITS,
             )
@@ -91,6 +92,7 @@ def _start(config: Config) -> None:
 
 
 def _devices() -> dict[str, str]:
+    check_platforms()
     local = jax.local_devices()
     kinds = sorted({device.device_kind for device in local})
     return {"devices of each process": f"{len(local)} x {', '.join(kinds)}"}

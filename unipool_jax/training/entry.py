@@ -27,12 +27,16 @@ def run(config: Config) -> int:
     import jax
 
     from unipool_jax.kernels.implementations import platform_problem
-    from unipool_jax.parallel.processes import joined
+    from unipool_jax.parallel.accelerators import check_platforms, warn_of_idle_accelerator
+    from unipool_jax.parallel.processes import is_process_0, joined
     from unipool_jax.training.loop import train
 
     # The same random numbers on any number of devices.
     jax.config.update("jax_threefry_partitionable", True)
     with joined(config):
+        check_platforms()
+        if is_process_0():
+            warn_of_idle_accelerator()
         if problem := platform_problem(config.kernels.implementation):
             raise ConfigError([problem])
         return train(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,6 +43,9 @@ _SUMMARY_FIELDS = {
 }
 """What every summary has, also one of an earlier version."""
 
+_SEEN_WITHIN = 60.0
+"""Seconds after which a file of another machine must be visible on shared storage; NFS may cache its absence."""
+
 
 class RunError(UserError, RuntimeError):
     """The run folder cannot be used as requested; the message says why and what to do."""
@@ -64,7 +68,7 @@ class RunFolder:
 
     Args:
       config: of the run.
-      writes: whether this process writes; otherwise nothing is checked, created or locked.
+      writes: whether this process writes; otherwise nothing is created or locked, and process 0 must have opened it.
 
     Raises:
       RunError: another process trains in this folder, `run.resume` forbids what is there, or the folder holds a run
@@ -75,6 +79,7 @@ class RunFolder:
         self.path = run_folder(config)
         self._lock: TextIO | None = None
         if not writes:
+            self._check_shared()
             return
         # Without a checkpoint there is nothing to protect, so an attempt that failed early can be repeated.
         existing = holds_checkpoint(self.path)
@@ -101,6 +106,17 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
+
+    def _check_shared(self) -> None:
+        """That this process sees what process 0 has just written."""
+        deadline = time.monotonic() + _SEEN_WITHIN
+        while not (self.path / CONFIG).exists():
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{self.path / CONFIG} is not there in this process, although process 0 wrote it; run.dir must be "
+                    "on storage that all processes share"
+                )
+            time.sleep(0.1)
 
     def _take_lock(self) -> TextIO:
         stream = (self.path / ".lock").open("a+")
