@@ -23,7 +23,7 @@ PLAIN_TEXT = (".txt", ".text", ".md", ".markdown", ".rst")
 SUFFIXES = (*PLAIN_TEXT, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
 
 MAX_DOCUMENT_BYTES = 1 << 25
-"""Of one document, or line that holds it: tokenizing takes a dozen times as much memory. Longer text files are cut."""
+"""Of one document, or the line that holds it, which is in memory several times. Longer text files are cut."""
 
 Record = tuple[int, Any]
 """(number of the line or row, from 1; the undecoded line, or the value of the parquet column)."""

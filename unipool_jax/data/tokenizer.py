@@ -11,7 +11,8 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ _REPETITIONS = tuple(unit * 1000 + "!x" for unit in ("a", "ab", "A", " ", "\n", 
 
 # Encoding a text may take this long, and a second more for every so many bytes: a thousand times what it needs.
 _SECONDS, _BYTES_PER_SECOND = 60.0, 20_000
+
+# Characters that the package gets at a time, as it takes over a hundred bytes of memory for each. A longer text is
+# encoded in parts, which are cut where common pre-tokenizers end a token: with a line, else before the space of a word.
+_PART = 1 << 21
+_CUTS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
 class TokenizerError(DataError):
@@ -187,6 +193,8 @@ class VocabularyTokenizer(Tokenizer):
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if any(len(text) > _PART for text in texts):
+            return [np.concatenate([self.encode_batch([part])[0] for part in _parts(text)]) for text in texts]
         rows = self._encoded(self._core, texts)
         # The package keeps added tokens out of texts, but a model may have the end token among its pieces.
         spelled = [number for number, row in enumerate(rows) if (row == self.eod).any()]
@@ -215,6 +223,18 @@ class VocabularyTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._core.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=False)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """`text` in parts of at most `_PART` characters."""
+    start = 0
+    while len(text) - start > _PART:
+        window = text[start + _PART // 2 : start + _PART + 1]
+        found = (max((cut.end() for cut in pattern.finditer(window)), default=None) for pattern in _CUTS)
+        end = start + _PART // 2 + next((cut for cut in found if cut is not None), _PART // 2)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _for_text(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
