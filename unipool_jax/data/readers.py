@@ -148,9 +148,9 @@ def _without_mark(path: Path, content: bytes) -> bytes:
     if content.startswith(_UTF8_MARK):
         return content[len(_UTF8_MARK) :]
     coding = next((name for mark, name in _OTHER_MARKS.items() if content.startswith(mark)), None)
-    # UTF-16 without a mark is UTF-8 with a zero in every second byte.
+    # UTF-16 without a mark is UTF-8 with a zero in every second byte, UTF-32 with three in four.
     head = content[:4096]
-    if coding is None and 4 * head.count(0) > len(head) > 1:
+    if coding is None and len(head) / 4 < head.count(0) < len(head) * 0.8:
         coding = "UTF-16 or UTF-32"
     if coding is not None:
         raise DataError(f"{path}: is {coding}; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 {path.name}")

@@ -42,8 +42,8 @@ _EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]
 # Texts on which regular expressions backtrack: repetitions that cannot go on to the end.
 _REPETITIONS = tuple(unit * 1000 + "!x" for unit in ("a", "ab", "A", " ", "\n", "1", "-", "\u00e9", "a "))
 
-# Encoding a text may take this long, and a second more for every so many bytes: a thousand times what it needs.
-_SECONDS, _BYTES_PER_SECOND = 60.0, 20_000
+# Encoding a text may take this long, and a second more for every so many characters: far longer than it needs.
+_SECONDS, _CHARACTERS_PER_SECOND = 60.0, 20_000
 
 # Characters that the package gets at a time, as it takes over a hundred bytes of memory for each. A longer text is
 # encoded in parts, which are cut where common pre-tokenizers end a token: with a line, else before the space of a word.
@@ -209,7 +209,7 @@ class VocabularyTokenizer(Tokenizer):
 
     def _encoded(self, core: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
         size = sum(map(len, texts))
-        limit = _SECONDS + size / _BYTES_PER_SECOND
+        limit = _SECONDS + size / _CHARACTERS_PER_SECOND
         try:
             # Of the package's ways to encode, the one that releases the interpreter lock.
             encodings = within(limit, lambda: core.encode_batch_fast(list(texts), add_special_tokens=False))
