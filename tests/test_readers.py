@@ -117,6 +117,24 @@ def test_cut_off_and_foreign_files_are_refused(tmp_path: Path, suffix: str) -> N
         list(read_texts([path]))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".jsonl.xz"])
+def test_a_second_frame_is_read_or_refused(tmp_path: Path, suffix: str) -> None:
+    path = write_documents(tmp_path / f"a{suffix}", TEXTS)
+    frame = path.read_bytes()
+    path.write_bytes(frame * 2)
+    assert list(read_texts([path])) == TEXTS * 2
+    for damaged in (b"garbage", bytes(2) + frame[2:], frame[:9]):
+        path.write_bytes(frame + damaged)
+        with pytest.raises(DataError, match="damaged or truncated"):
+            list(read_texts([path]))
+    path.write_bytes(frame + bytes(20_000) + (frame if suffix.endswith("xz") else b""))
+    if suffix.endswith("zst"):  # the other two formats allow padding
+        with pytest.raises(DataError, match="damaged or truncated"):
+            list(read_texts([path]))
+    else:
+        assert list(read_texts([path])) == TEXTS * (2 if suffix.endswith("xz") else 1)
+
+
 def test_parquet_defects(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(Table.from_pydict({"body": ["a"], "n": [1]}), path)

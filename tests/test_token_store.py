@@ -221,6 +221,15 @@ def _flip(path: Path, byte: int) -> None:
         (lambda f: _edit_manifest(f, tokens=5), "manifest and contents disagree"),
         (lambda f: _edit_manifest(f, dtype="uint32"), "damaged store"),
         (lambda f: _edit_manifest(f, tokenizer={}), r"manifest\.json: incomplete"),
+        (lambda f: _edit_manifest(f, tokens="5"), "tokens is '5', expected a whole number"),
+        (lambda f: _edit_manifest(f, split=["a", 1, 2]), r"manifest\.json: incomplete"),
+        (lambda f: _edit_manifest(f, dtype="no type"), r"manifest\.json: incomplete"),
+        (lambda f: _edit_manifest(f, shards=[1, 2]), r"manifest\.json: incomplete"),
+        (lambda f: _edit_manifest(f, shard_tokens=0), r"manifest\.json: incomplete"),
+        (
+            lambda f: _edit_manifest(f, tokenizer={"name": "a", "sha256": "b", "vocab_size": 1 << 62, "eod": 0}),
+            "4611686018427387904 ids",
+        ),
     ],
 )
 def test_damaged_stores_are_refused_when_opened(

@@ -198,3 +198,16 @@ def test_byte_counts_exist_only_where_they_are_exact() -> None:
     composing = parse_tokenizer("d", _definition(nfc, "</s>"))
     assert composing.piece_bytes is not None
     assert composing.token_bytes is None  # exact for texts that are composed already
+
+
+@pytest.mark.parametrize("name", ["demo", "gpt2"])
+def test_long_texts_are_encoded_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(name)
+    lines = "".join(f"Line {number}, with words.\n\n\n" if number % 7 else "  in\n" for number in range(200)) + "end"
+    texts = ["short", lines + "\nmore" * 300, " more words" * 300, "x" * 3000, ""]
+    whole = tokenizer.encode_batch(texts)
+    monkeypatch.setattr("unipool_jax.data.tokenizer._PART", 500)
+    cut = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(row) for row in cut] == texts
+    for number in (0, 1, 2, 4):  # where there are lines or words, the tokens are the same
+        np.testing.assert_array_equal(cut[number], whole[number])

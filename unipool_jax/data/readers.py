@@ -10,7 +10,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -23,7 +23,7 @@ PLAIN_TEXT = (".txt", ".text", ".md", ".markdown", ".rst")
 SUFFIXES = (*PLAIN_TEXT, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet")
 
 MAX_DOCUMENT_BYTES = 1 << 25
-"""Of one document, or line that holds it: tokenizing takes a dozen times as much memory. Longer text files are cut."""
+"""Of one document, or the line that holds it, which is in memory several times. Longer text files are cut."""
 
 Record = tuple[int, Any]
 """(number of the line or row, from 1; the undecoded line, or the value of the parquet column)."""
@@ -148,9 +148,9 @@ def _without_mark(path: Path, content: bytes) -> bytes:
     if content.startswith(_UTF8_MARK):
         return content[len(_UTF8_MARK) :]
     coding = next((name for mark, name in _OTHER_MARKS.items() if content.startswith(mark)), None)
-    # UTF-16 without a mark is UTF-8 with a zero in every second byte.
+    # UTF-16 without a mark is UTF-8 with a zero in every second byte, UTF-32 with three in four.
     head = content[:4096]
-    if coding is None and 4 * head.count(0) > len(head) > 1:
+    if coding is None and len(head) / 4 < head.count(0) < len(head) * 0.8:
         coding = "UTF-16 or UTF-32"
     if coding is not None:
         raise DataError(f"{path}: is {coding}; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 {path.name}")
@@ -173,27 +173,35 @@ def _decompressed(path: Path, raw: IO[bytes], suffix: str) -> IO[bytes]:
     if suffix == ".jsonl.gz":
         return gzip.open(raw, "rb")  # type: ignore[return-value]
     if suffix == ".jsonl.xz":
-        return lzma.open(raw, "rb")
+        return io.BufferedReader(_FrameStream(raw, _xz_frame, lzma.LZMAError, padded=True), 1 << 20)
     if suffix == ".jsonl.zst":
-        return io.BufferedReader(_ZstdStream(path, raw), 1 << 20)
-    return raw
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of consecutive zstd frames; EOFError if the last frame is incomplete.
-
-    The stream reader of `zstandard` ends silently inside an incomplete frame.
-    """
-
-    def __init__(self, path: Path, raw: IO[bytes]):
         try:
             import zstandard
         except ImportError as error:
             raise DataError(f"{path}: reading zstd needs the data extra: pip install unipool_jax[data]") from error
-        self._error: type[Exception] = zstandard.ZstdError
         # The format's limit: large corpora are often compressed with `--long`.
-        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        return io.BufferedReader(_FrameStream(raw, new_frame, zstandard.ZstdError, padded=False), 1 << 20)
+    return raw
+
+
+def _xz_frame() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(memlimit=1 << 31)
+
+
+class _FrameStream(io.RawIOBase):
+    """Decompressed bytes of consecutive frames; EOFError if the last one is incomplete.
+
+    The reader of `zstandard` ends silently inside an incomplete frame, and that of `lzma` before a frame whose head is
+    damaged.
+    """
+
+    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any], error: type[Exception], *, padded: bool):
+        """`padded`: zeros may follow a frame."""
         self._raw = raw
+        self._padded = padded
+        self._new_frame = new_frame
+        self._error = error
         self._frame: Any = None
         self._compressed = b""
         self._ready = b""
@@ -203,10 +211,13 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            self._compressed = self._compressed or self._raw.read(1 << 17)
+            # Little at a time: a byte can stand for thirty thousand.
+            self._compressed = self._compressed or self._raw.read(1 << 12)
+            while self._padded and self._frame is None and self._compressed[:1] == b"\0":
+                self._compressed = self._compressed.lstrip(b"\0") or self._raw.read(1 << 12)
             if not self._compressed:
                 if self._frame is not None:
-                    raise EOFError("the last zstd frame is incomplete")
+                    raise EOFError("the last compressed frame is incomplete")
                 return 0
             self._frame = self._frame or self._new_frame()
             try:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from unipool_jax.config.files import FileError, check_fields
+from unipool_jax.config.ranges import RANGES
 from unipool_jax.data import hashing, store_format
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.splits import (
@@ -116,6 +118,26 @@ class TokenStore:
         raise NotImplementedError
 
 
+_FIELDS = {
+    "dtype": str,
+    "tokens": int,
+    "documents": int,
+    "text_bytes": int,
+    "tokenizer.name": str,
+    "tokenizer.sha256": str,
+    "tokenizer.vocab_size": int,
+    "tokenizer.eod": int,
+    "split": list,
+    "split_order": str,
+    "shard_tokens": int,
+    "shards": list,
+    "inputs": list,
+    "document_offsets.bytes": int,
+    "document_offsets.sha256": str,
+}
+"""What a manifest must have."""
+
+
 class ZarrTokenStore(TokenStore):
     """A store written by `build_store`; see `store_format` for its layout.
 
@@ -138,11 +160,12 @@ class ZarrTokenStore(TokenStore):
             raise DataError(f"{path / store_format.MANIFEST}: differs from its own hash; rebuild the store")
         self.manifest = manifest
         try:
+            check_fields(manifest, path / store_format.MANIFEST, _FIELDS, "rebuild the store")
             self._read_manifest(manifest)
         except DataError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path / store_format.MANIFEST}: incomplete ({error!r}); rebuild the store") from error
+        except (FileError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise DataError(f"{path / store_format.MANIFEST}: incomplete ({error}); rebuild the store") from error
         asked = check_split(split or self.split, split_order or self.split_order)
         if asked != self.split or (split_order or self.split_order) != self.split_order:
             raise DataError(
@@ -154,19 +177,20 @@ class ZarrTokenStore(TokenStore):
 
     def _read_manifest(self, manifest: dict[str, Any]) -> None:
         self.dtype = np.dtype(manifest["dtype"])
-        self.num_tokens = int(manifest["tokens"])
-        self.num_documents = int(manifest["documents"])
-        self.text_bytes = int(manifest["text_bytes"])
+        self.num_tokens, self.num_documents = manifest["tokens"], manifest["documents"]
+        self.text_bytes = manifest["text_bytes"]
         self.tokenizer_name = manifest["tokenizer"]["name"]
         self.tokenizer_sha256 = manifest["tokenizer"]["sha256"]
-        self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
-        self.eod = int(manifest["tokenizer"]["eod"])
+        self.vocab_size, self.eod = manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["eod"]
         self.split_order = manifest["split_order"]
         self.split = check_split(manifest["split"], self.split_order)
-        self._shard_tokens = int(manifest["shard_tokens"])
-        self._files = [(self.path / store_format.OFFSETS, manifest["document_offsets"])] + [
-            (store_format.shard_path(self.path, index), shard) for index, shard in enumerate(manifest["shards"])
-        ]
+        self._shard_tokens = manifest["shard_tokens"]
+        if not 0 <= self.eod < self.vocab_size <= RANGES["model.vocab_size"].high or self._shard_tokens < 1:
+            raise ValueError(f"{self.vocab_size} ids, end {self.eod}, {self._shard_tokens} tokens in a shard")
+        self._files = [(self.path / store_format.OFFSETS, manifest["document_offsets"])]
+        for index, shard in enumerate(manifest["shards"]):
+            check_fields(shard, f"shard {index}", {"bytes": int, "sha256": str})
+            self._files.append((store_format.shard_path(self.path, index), shard))
         # Without checksums of their own, as the shards have. Earlier versions did not record the second.
         self._unchecked = self._files[:1]
         if "array_metadata" in manifest:
@@ -185,7 +209,7 @@ class ZarrTokenStore(TokenStore):
             self._array = store_format.open_array(self.path, self.dtype, self._shard_tokens, write=False)
             mapped = np.load(self.path / store_format.OFFSETS, mmap_mode="r", allow_pickle=False)
             offsets = mapped.view(np.ndarray)  # the same memory; indexing np.memmap itself is slow
-        except (ValueError, OSError) as error:
+        except Exception as error:  # of TensorStore, or of the parser of the array's header
             raise DataError(f"{self.path}: damaged store ({error}); rebuild it") from error
         if (
             self._array.shape != (self.num_tokens,)
@@ -211,9 +235,12 @@ class ZarrTokenStore(TokenStore):
     def _read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
         try:
             futures = [self._array[start:stop].read() for start, stop in zip(starts, stops, strict=True)]
-            return [future.result().astype(np.int32) for future in futures]
+            rows = [future.result() for future in futures]
         except (ValueError, OSError) as error:
             raise DataError(f"{self.path}: damaged store ({error}); rebuild it") from error
+        if any(len(row) and int(row.max()) >= self.vocab_size for row in rows):
+            raise DataError(f"{self.path}: damaged store (ids above its {self.vocab_size} tokens); rebuild it")
+        return [row.astype(np.int32) for row in rows]
 
     def _block_hashes(self) -> list[str]:
         """One hash a shard: recorded in the manifest, and computed where the shard may have changed since.

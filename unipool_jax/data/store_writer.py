@@ -23,6 +23,16 @@ _COUNTS = (
     "inexact_documents",
 )
 
+_JOURNAL_FIELDS = {
+    "key": str,
+    "tokens": int,
+    "documents": int,
+    "carried": int,
+    "shards": list,
+    "next": list,
+    "inputs": list,
+}
+
 
 class Encoded(NamedTuple):
     """Consecutive records of one input file, tokenized."""
@@ -84,6 +94,8 @@ class StoreWriter:
     def _load_journal(self, key: str) -> dict[str, Any] | None:
         path = self.folder / _JOURNAL
         journal = store_format.read_json(path) if path.exists() else None
+        if journal is not None:
+            files.check_fields(journal, path, _JOURNAL_FIELDS, f"delete {self.folder} to start again")
         if journal and journal["key"] == key:
             return journal
         if journal and journal["shards"]:
@@ -152,13 +164,17 @@ class StoreWriter:
             here = min(done, len(encoded.lengths))
             done -= here
             counts = self._journal["inputs"][encoded.file]
-            counts["documents"] += int(np.count_nonzero(encoded.lengths[:here]))
-            counts["empty_documents"] += int(np.count_nonzero(encoded.lengths[:here] == 0))
-            counts["text_bytes"] += int(encoded.text_bytes[:here].sum())
             lost = encoded.losses.part(slice(here))
-            counts["changed_documents"] += int(lost.changed.sum())
-            counts["lost_characters"] += int(lost.characters.sum())
-            counts["inexact_documents"] += int(lost.inexact.sum())
+            found = {
+                "documents": np.count_nonzero(encoded.lengths[:here]),
+                "empty_documents": np.count_nonzero(encoded.lengths[:here] == 0),
+                "text_bytes": encoded.text_bytes[:here].sum(),
+                "changed_documents": lost.changed.sum(),
+                "lost_characters": lost.characters.sum(),
+                "inexact_documents": lost.inexact.sum(),
+            }
+            # A build that an older version began has not counted all of these, and leaves them unknown.
+            counts |= {name: counts[name] + int(value) for name, value in found.items() if name in counts}
             if here:
                 self._journal["next"] = [encoded.file, encoded.first + here]
             if here < len(encoded.lengths):

@@ -11,7 +11,8 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,13 @@ _EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]
 # Texts on which regular expressions backtrack: repetitions that cannot go on to the end.
 _REPETITIONS = tuple(unit * 1000 + "!x" for unit in ("a", "ab", "A", " ", "\n", "1", "-", "\u00e9", "a "))
 
-# Encoding a text may take this long, and a second more for every so many bytes: a thousand times what it needs.
-_SECONDS, _BYTES_PER_SECOND = 60.0, 20_000
+# Encoding a text may take this long, and a second more for every so many characters: far longer than it needs.
+_SECONDS, _CHARACTERS_PER_SECOND = 60.0, 20_000
+
+# Characters that the package gets at a time, as it takes over a hundred bytes of memory for each. A longer text is
+# encoded in parts, which are cut where common pre-tokenizers end a token: with a line, else before the space of a word.
+_PART = 1 << 21
+_CUTS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
 class TokenizerError(DataError):
@@ -187,6 +193,8 @@ class VocabularyTokenizer(Tokenizer):
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if any(len(text) > _PART for text in texts):
+            return [np.concatenate([self.encode_batch([part])[0] for part in _parts(text)]) for text in texts]
         rows = self._encoded(self._core, texts)
         # The package keeps added tokens out of texts, but a model may have the end token among its pieces.
         spelled = [number for number, row in enumerate(rows) if (row == self.eod).any()]
@@ -201,7 +209,7 @@ class VocabularyTokenizer(Tokenizer):
 
     def _encoded(self, core: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
         size = sum(map(len, texts))
-        limit = _SECONDS + size / _BYTES_PER_SECOND
+        limit = _SECONDS + size / _CHARACTERS_PER_SECOND
         try:
             # Of the package's ways to encode, the one that releases the interpreter lock.
             encodings = within(limit, lambda: core.encode_batch_fast(list(texts), add_special_tokens=False))
@@ -215,6 +223,18 @@ class VocabularyTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._core.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=False)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """`text` in parts of at most `_PART` characters."""
+    start = 0
+    while len(text) - start > _PART:
+        window = text[start + _PART // 2 : start + _PART + 1]
+        found = (max((cut.end() for cut in pattern.finditer(window)), default=None) for pattern in _CUTS)
+        end = start + _PART // 2 + next((cut for cut in found if cut is not None), _PART // 2)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _for_text(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
