@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unipool_jax.config.files import FileError, Line, read_lines, write_atomically, writing
 from unipool_jax.training.sessions import utc_now
 from unipool_jax.training.speed import Interval
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 Value = float | int | bool | str | None | list[Any]
 
@@ -171,10 +175,7 @@ class MetricsWriter:
             self._stream = self.path.open("a", encoding="utf-8")
         self._events = None
         if tensorboard:
-            # It imports PyTorch where that is installed, which takes longer than everything else that training imports.
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+            self._events = _summary_writer()(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line, and a TensorBoard scalar for each number and each element of a list."""
@@ -207,6 +208,23 @@ class MetricsWriter:
             self._stream.close()
         if self._events is not None:
             self._events.close()
+
+
+def _summary_writer() -> type[SummaryWriter]:
+    """`tensorboardX.SummaryWriter`, imported without PyTorch.
+
+    Where that is installed, tensorboardX imports it to recognize its tensors, which takes longer than everything else
+    that training imports. None in `sys.modules` tells an import that there is no such module.
+    """
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _interval(line: Mapping[str, Any]) -> Interval | None:
