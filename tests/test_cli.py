@@ -405,6 +405,31 @@ def test_help_and_completion_do_not_import_jax(words: list[str]) -> None:
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+def test_training_speaks_before_it_imports_what_takes_seconds() -> None:
+    """Nor does it import PyTorch later, where that is installed beside TensorBoard's writer."""
+    slow = {"jax", "flax", "orbax", "scipy", "tensorboardX", "torch"}
+    code = (
+        "import io, sys, unipool_jax.cli.main\n"
+        f"slow = {slow}\n"
+        "class First(io.StringIO):\n"
+        "    def write(self, text):\n"
+        "        print(text.strip(), *sorted(slow & set(sys.modules)), sep='|', file=sys.__stdout__)\n"
+        "        raise SystemExit\n"
+        "sys.stdout = First()\n"
+        "try:\n"
+        "    unipool_jax.cli.main.main(['train', 'run.dir=/nowhere', 'run.name=a'])\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "import tempfile, pathlib, unipool_jax.training.loop as loop\n"
+        "writer = loop.MetricsWriter(pathlib.Path(tempfile.mkdtemp()), 0, tensorboard=True)\n"
+        "print(*sorted(slow & set(sys.modules)), sep='|', file=sys.__stdout__)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ended.stdout.splitlines() == ["/nowhere/a: starting", "flax|jax|orbax|tensorboardX"]
+
+
 def test_there_is_no_other_command_line() -> None:
     """Words are read in one place; whatever else reads them would be a second style."""
     for path in (ROOT / "unipool_jax").rglob("*.py"):

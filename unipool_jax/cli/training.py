@@ -28,6 +28,11 @@ def start(config: Config) -> int:
         from unipool_jax.planner import command
 
         return command.run(config)
+    if config.mode == "train" and not config.distributed.process_id:
+        # The first sign of life: JAX takes seconds to import and to find its devices.
+        from unipool_jax.training.run_folder import run_folder
+
+        print(f"{run_folder(config)}: starting", flush=True)
     from unipool_jax.training.entry import run
 
     return run(config)

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
-from scipy.sparse import csr_array, vstack
 
 from unipool_jax.config.errors import UserError
 
@@ -138,6 +136,8 @@ def _linear_sum(counts: np.ndarray) -> np.ndarray:
     """Owners that maximize the share of choices on own experts, summed over layers."""
     layers, experts = counts.shape
     share_LM = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(np.repeat(share_LM, experts // layers, axis=0), maximize=True)
     owner_M = np.empty(experts, np.int64)
     owner_M[columns] = rows // (experts // layers)
@@ -160,6 +160,9 @@ def _integer_program(counts: np.ndarray, threshold: float | None, seconds: float
     tie_LM = _TIE_BREAK * (rank_LM + np.arange(1, experts + 1) / (experts + 1))
     cell = np.arange(layers * experts)
     ones = np.ones(layers * experts)
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, vstack
+
     per_layer = csr_array((ones, (cell // experts, cell)), shape=(layers, cell.size))
     per_expert = csr_array((ones, (cell % experts, cell)), shape=(experts, cell.size))
     constraints = [LinearConstraint(per_layer, share, share), LinearConstraint(per_expert, -np.inf, 1)]

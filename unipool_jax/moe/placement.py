@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
 
 _ROUNDS = 8
 
@@ -78,6 +76,9 @@ def exchange_rounds(order_E: np.ndarray, devices: int) -> list[Round]:
     Every device sends and receives E/P experts, so they can be dealt out into E/P rounds of one for each device (König:
     a regular bipartite multigraph is a sum of perfect matchings).
     """
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
     own = len(order_E) // devices
     waiting: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for place, expert in enumerate(order_E.tolist()):
