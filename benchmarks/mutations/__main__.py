@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("moe", "training", "evaluation", "planner", "data")
 SKIPPED = ("notebooks", "wheel", "docs", "documented_commands", "project_files", "launch", "layers", "results")
 """Test files that say nothing about what the code computes."""
-SLOW = ("pallas_gpu", "pallas_tpu", "pytorch_parity", "processes", "real_tasks", "mesh_runs")
-"""Test files of minutes: compilers of other devices, another framework, several processes."""
+SLOW = ("mesh", "mesh_runs", "pallas_gpu", "pallas_tpu", "processes", "pytorch_parity", "real_tasks")
+"""Test files of minutes: eight devices, compilers of others, another framework, several processes."""
 SURVIVED, UNCOVERED = "survived", "uncovered"
 
 Calls = dict[str, dict[str, Any]]
