@@ -216,7 +216,7 @@ def main() -> int:
         # Room by room in turn, so that an interrupted study has some of each.
         mutations = [room[i] for i in range(max(map(len, drawn))) for room in drawn if i < len(room)]
         done, results = {(record["file"], record["start"], record["after"]) for record in records}, first
-    os.nice(10)
+    os.nice(max(0, 10 - os.nice(0)))
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:
         tree = Path(scratch)
