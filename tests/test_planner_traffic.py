@@ -168,6 +168,103 @@ def test_micro_batches_move_weights_again_and_activations_once(micro: int) -> No
     assert found["optimiser"].bytes == counted(small("unipool"), SIZES)["optimiser"].bytes
 
 
+# Memory
+
+
+BUFFER = 2 * TOKENS
+"""Rows of a receive buffer: of both devices, which is less than three times what arrives."""
+SCORES = TOKENS / 256 * 4 * 64 * 64 * (1 + 2 + 3 + 4)
+
+
+@pytest.mark.parametrize("remat", ["none", "moe", "full"])
+def test_temporaries_are_weights_gradients_and_what_the_backward_pass_needs(remat: str) -> None:
+    config = small("unipool", f"model.remat={remat}")
+    matrices = 2 * V * D + LAYERS * (2 * D * D + 2 * D * 128)
+    bank, hidden = 3 * D * F * EXPERTS / 2, TOKENS * D
+    weights = moved(
+        (bank, HALF + FULL, 1),  # gathered once for all layers, and its running gradient
+        (
+            matrices / 2 + LAYERS * EXPERTS * D / 2,
+            FULL,
+            2,
+        ),  # gradients of the rest: of a micro-batch, and their sum
+        (V * D, HALF, 2),  # both tables, gathered
+    )
+    of_a_layer = {
+        "full": moved((hidden, HALF, 1)),  # its input
+        "moe": moved((hidden, HALF, 8), (SCORES, 1, 6)),
+        "none": moved((hidden, HALF, 10), (SCORES, 1, 6), (BUFFER * (F + D), HALF, 2)),
+    }[remat]
+    # The layer whose gradient is computed has everything; the logits, in two dtypes, are there at another time.
+    working = moved((hidden, HALF, 10), (SCORES, 1, 8), (BUFFER * (8 * F + 4 * D), HALF, 1))
+    logits = TOKENS * V * (FULL + HALF)
+    assert working > logits
+    found = work.count(config, SIZES, TOPOLOGY).temporary_bytes
+    assert found == weights + LAYERS * of_a_layer + working
+
+
+def test_temporaries_of_one_micro_batch_and_of_many_logits() -> None:
+    """One gradient of everything else, and a vocabulary that outweighs a layer."""
+    one, two = (
+        work.count(small("unipool", f"train.microbatch_size={size}", "loss.pool_statistics=previous"), SIZES, TOPOLOGY)
+        for size in (16, 8)
+    )
+    large = work.count(small("unipool", "model.vocab_size=65536"), SIZES, TOPOLOGY).temporary_bytes
+    rest = moved((2 * V * D + LAYERS * (2 * D * D + 2 * D * 128) + LAYERS * EXPERTS * D, FULL, 1 / 2))
+    doubled = LAYERS * moved((TOKENS * D, HALF, 1)) + moved(
+        (TOKENS * D, HALF, 10), (SCORES, 1, 8), (BUFFER * (8 * F + 4 * D), HALF, 1)
+    )
+    assert one.temporary_bytes == two.temporary_bytes - rest + doubled
+    more = 65536 - V
+    grown = moved((2 * more * D, FULL, 2 / 2), (more * D, HALF, 2))
+    working = moved((TOKENS * D, HALF, 10), (SCORES, 1, 8), (BUFFER * (8 * F + 4 * D), HALF, 1))
+    small_one = work.count(small("unipool"), SIZES, TOPOLOGY).temporary_bytes
+    assert large == small_one + grown - working + TOKENS * 65536 * (FULL + HALF)
+
+
+@pytest.mark.parametrize(("remat", "held"), [("none", LAYERS), ("full", 1)])
+def test_banks_of_layers_are_held_one_at_a_time_unless_kept(remat: str, held: int) -> None:
+    """Each layer its own eight experts: gathered bank and gradient, and the shards of all gradients."""
+    layers, pool = (
+        work.count(small(method, f"model.remat={remat}", "loss.switch_group_sequences=8"), SIZES, TOPOLOGY)
+        for method in ("vanilla", "unipool")
+    )
+    bank = 3 * D * F * EXPERTS / 2
+    gathered = moved((bank / LAYERS * held, HALF + FULL, 1), (bank / 2, FULL, 1))
+    routers = LAYERS * (EXPERTS - EXPERTS / LAYERS) * D / 2
+    expected = pool.temporary_bytes - moved((bank, HALF + FULL, 1), (routers, FULL, 2)) + gathered
+    assert layers.temporary_bytes == expected
+
+
+def test_an_evaluation_has_room_for_every_row() -> None:
+    """Sixteen sequences at once, which is double a micro-batch: all rows of both devices may come to one."""
+    config = small("unipool", "train.eval_batch_size=16")
+    tokens, bank = 2 * TOKENS, 3 * D * F * EXPERTS / 2
+    weights = moved((bank, HALF, 1), (V * D, HALF, 2))
+    rows = moved((2 * tokens * (F + 2 * D), HALF, 1))
+    scores = moved((tokens * 256 * 4 / 4, FULL, 1))  # one of four blocks of queries at a time
+    assert rows > scores
+    expected = weights + moved((tokens * D, HALF, 6)) + rows
+    assert work.count(config, SIZES, TOPOLOGY).evaluation_bytes == expected
+    # Four layers of their own: all gathered banks are there at once only where nothing is gathered.
+    for fsdp, banks in ((2, 1), (1, LAYERS)):
+        sizes = SIZES | {"fsdp": fsdp}
+        ours, theirs = (
+            work.count(small(m, "loss.switch_group_sequences=8"), sizes, TOPOLOGY) for m in ("unipool", "vanilla")
+        )
+        difference = moved((bank * (1 - banks / LAYERS), HALF, 1))
+        assert ours.evaluation_bytes - theirs.evaluation_bytes == difference
+
+
+def test_long_sequences_are_bound_by_their_scores_in_evaluation() -> None:
+    config = small("unipool", "data.sequence_length=8192", "moe.top_k=1", "model.ffn_size=128")
+    tokens = 8 * 8192 / 4
+    scores = moved((tokens * 8192 * 4 / 4, FULL, 1))
+    weights = moved((3 * D * 128 * EXPERTS / 2, HALF, 1), (V * D, HALF, 2))
+    found = work.count(config, SIZES, TOPOLOGY).evaluation_bytes
+    assert found == weights + moved((tokens * D, HALF, 6)) + scores
+
+
 # Times
 
 
