@@ -162,7 +162,7 @@ def _read_safetensors(path: Path) -> object:
     from unipool_jax.config.rules import validate
     from unipool_jax.convert.files import read_description, read_file
 
-    layout, config = read_description(path)
+    layout, config, _ = read_description(path)
     if layout is None or config is None:
         return None
     validate(config)
