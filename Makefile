@@ -25,12 +25,14 @@ $(if $(filter-out $(PLUGINS),$(ACCELERATOR)),$(error ACCELERATOR=$(ACCELERATOR):
 LONG := ablations_demo analyse checkpoint_processes convert crash_resume eval harness launch lock lock_lifecycle lock_runs \
 	loop mesh mesh_runs notebooks probe processes sampling shared_gradient step transformer transport upcycle
 TORCH := contenders pytorch_parity
+DRILLS := kills bit_flips malformed full_disk processes growth
+DRILL_FLAGS ?=
 # Large arrays of a step are fresh memory every time unless the C library keeps what was freed; others than glibc ignore it.
 M := glibc.malloc
 KEEP_MEMORY := GLIBC_TUNABLES=$(M).hugetlb=1:$(M).mmap_max=0:$(M).trim_threshold=17179869184:$(M).arena_max=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-newest test-slow test-pretrained lint typecheck format docs lock clean
+.PHONY: help venv demo test test-fast test-newest test-slow test-pretrained drills lint typecheck format docs lock clean
 .DELETE_ON_ERROR:
 
 help:  ## Show these targets
@@ -54,6 +56,11 @@ test-newest:  ## Check types and run the fast half with the newest JAX, on the n
 
 test-slow: $(VENV)/test.stamp  ## Run the minutes-long studies
 	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)
+
+# All of them are run, whatever the one before found.
+drills: $(VENV)/test.stamp  ## Kill, corrupt, starve and misconfigure runs at random: what docs/reliability.md counts
+	@failed=; for drill in $(DRILLS); do $(RUN) -m benchmarks.drills.$$drill $(DRILL_FLAGS) || failed="$$failed $$drill"; done; \
+		if [ -n "$$failed" ]; then echo "drills that failed:$$failed" >&2; exit 1; fi
 
 # A language model and benchmark files that come in packages, 180 MB; of their own requirements none is needed.
 test-pretrained: $(VENV)/test.stamp  ## Import a pretrained model, score it on real benchmarks
