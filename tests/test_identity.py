@@ -105,7 +105,7 @@ def test_document_offsets_are_always_compared(tmp_path: Path, monkeypatch: pytes
 def test_a_large_store_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifest of our own says what is in it; a pair is read once, and again after any change."""
     monkeypatch.setattr(hashing, "SMALL", 0)
-    monkeypatch.setattr(hashing, "_SETTLED", -1.0)
+    monkeypatch.setattr(hashing, "SETTLED", -1.0)
     own = build([text_file(tmp_path / "a.jsonl")], tmp_path / "own")
     prefix = write_pair(tmp_path / "pair", documents(), "uint16")
     read: list[Path] = []

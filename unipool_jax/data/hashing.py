@@ -29,14 +29,14 @@ SMALL = 1 << 26
 _TOLD = 1 << 32
 """Bytes from which a line says that they are being read."""
 
-_SETTLED = 2.0
+SETTLED = 2.0
 """Seconds after its last change before a file's hash is remembered: a change within one tick of the clock of the file
 system would not show in its times."""
 
 
 def tokens_sha256(tokens: np.ndarray, dtype: np.dtype[Any]) -> str:
     """sha256 of token ids as little-endian `dtype`, whatever they are stored as."""
-    return hashlib.sha256(tokens.astype(dtype.newbyteorder("<")).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(tokens, dtype.newbyteorder("<")).data).hexdigest()
 
 
 def last_change(path: Path) -> int:
@@ -80,7 +80,7 @@ class Remembered:
             self._told = True
             print(f"{self._owner}: reading {self._size / 1e9:,.1f} GB to fingerprint it, once", file=sys.stderr)
         value = compute()
-        if self._file is not None and time.time() - max(map(last_change, files)) / 1e9 > _SETTLED:
+        if self._file is not None and time.time() - max(map(last_change, files)) / 1e9 > SETTLED:
             self._known[part] = [signs, value]
             with contextlib.suppress(FileError):
                 write_json(self._file, self._known)

@@ -99,6 +99,9 @@ class MegatronTokenStore(TokenStore):
     def document_lengths(self, documents: np.ndarray) -> np.ndarray:
         return self._lengths[documents].astype(np.int64)
 
+    def _stored(self, start: int, stop: int) -> np.ndarray:
+        return np.asarray(self._tokens[start:stop])
+
     def _block_hashes(self) -> list[str]:
         """Computed from the `.bin`, because a pair records no hashes; of a large pair once, then remembered."""
         size = self._bin.stat().st_size + self._index.stat().st_size
