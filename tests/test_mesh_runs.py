@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from runner import final_state, overrides
 from shared_steps import share_steps
 from unipool_jax.config.compose import compose_config
+from unipool_jax.config.mesh_rules import AXES
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.training import loop, receive_buffers
+from unipool_jax.training.initial import check_mesh, mesh_document
 from unipool_jax.training.run_folder import RunError, RunFolder, run_name
 
 STEPS = 8
@@ -146,6 +149,18 @@ def test_micro_batches_may_change_where_losses_are_those_of_the_whole_batch(
     with pytest.raises(RunError) as error:
         RunFolder(after)
     assert f"train.microbatch_size: 4 there, 8 now (losses depend on it with {reason})" in str(error.value)
+
+
+def test_a_mesh_that_decides_which_rows_are_dropped_is_kept(configure: Callable[..., Config]) -> None:
+    """Axes of -1 take the devices that are there: the settings are the same, the mesh is not."""
+    config = configure("mesh.data=-1", "mesh.expert=2", "mesh.overflow=drop", "mesh.capacity_factor=1")
+    four, eight = (jax.make_mesh((size // 2, 1, 2, 1), AXES, devices=jax.devices()[:size]) for size in (4, 8))
+    meta = mesh_document(four)
+    check_mesh(config, meta, four)
+    check_mesh(config, {}, eight)  # a checkpoint of an earlier version
+    check_mesh(configure("mesh.data=-1", "mesh.expert=2"), meta, eight)
+    with pytest.raises(RunError, match=r"'data': 4.* was trained on .*'data': 2"):
+        check_mesh(config, meta, eight)
 
 
 def test_measured_placement_changes_no_value(

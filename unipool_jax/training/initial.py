@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, ConfigError
+from unipool_jax.config.settings_table import drops
 from unipool_jax.data.corpus import Corpus
 from unipool_jax.data.identity import SHOWN, text_differences, text_identity
 from unipool_jax.moe.lock_lifecycle import structure
@@ -45,8 +46,24 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
             f"data.tokenizer={config.data.tokenizer}: its definition (sha256 {corpus.tokenizer.sha256[:12]}) differs "
             f"from the one this run was trained with ({str(trained_with)[:12]}); restore that one or start a new run"
         )
+    check_mesh(config, restored.meta, mesh)
     _check_text(checkpoints.directory.parent, restored.meta, corpus, config)
     return TrainState(**restored.items)
+
+
+def mesh_document(mesh: Mesh | None) -> dict[str, Any]:
+    """What the meta document of a checkpoint holds of the mesh: the sizes of its axes, also those that were -1."""
+    return {} if mesh is None else {"mesh": dict(mesh.shape)}
+
+
+def check_mesh(config: Config, meta: Mapping[str, Any], mesh: Mesh | None) -> None:
+    """Raise RunError for another mesh than that of the checkpoint where rows are dropped by device."""
+    before, now = meta.get("mesh"), mesh_document(mesh).get("mesh")
+    if drops(config) and before is not None and before != now:
+        raise RunError(
+            f"mesh {now}: the run was trained on {before}, which decides the rows that mesh.overflow=drop drops; use "
+            "as many devices, or start a new run under another run.name"
+        )
 
 
 def _check_text(run: Path, meta: Mapping[str, Any], corpus: Corpus, config: Config) -> None:

@@ -30,7 +30,7 @@ from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.console import LOG, Progress, copied_to
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import utilization
-from unipool_jax.training.initial import initial_state
+from unipool_jax.training.initial import initial_state, mesh_document
 from unipool_jax.training.locking import Locking, open_lock
 from unipool_jax.training.metrics import (
     MetricsWriter,
@@ -409,6 +409,7 @@ class _Run:
         self.writer.sync()
         text = text_identity(self.corpus)
         meta = make_meta(self.config, step, self.corpus.tokenizer.sha256, text) | self.buffers.document()
+        meta |= mesh_document(self.mesh)
         if self.lock is not None:
             meta |= self.lock.document(step)
         if self.placement is not None:

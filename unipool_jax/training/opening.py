@@ -20,14 +20,19 @@ from unipool_jax.training.run_folder import TOKENIZER
 
 
 def opened_config(folder: Path, meta: Mapping[str, Any]) -> Config:
+    """The configuration in the meta document of a checkpoint of the run in `folder`, as `relocated`."""
+    return relocated(folder, from_mapping(meta["config"]), meta.get("started_in"))
+
+
+def relocated(folder: Path, config: Config, started_in: str | None = None) -> Config:
     """The configuration of the run in `folder`, with paths that are valid in the working folder.
 
     Args:
       folder: of the run, wherever it lies now.
-      meta: document of one of its checkpoints.
+      config: as it was stored.
+      started_in: the folder that its training started in, if that is known.
     """
-    config = from_mapping(meta["config"])
-    data, bases = config.data, list(_bases(folder, config, meta))
+    data, bases = config.data, list(_bases(folder, config, started_in))
     tokenizer = data.tokenizer
     if tokenizer not in TOKENIZER_SIZES:
         own = folder / TOKENIZER
@@ -44,13 +49,13 @@ def opened_config(folder: Path, meta: Mapping[str, Any]) -> Config:
     )
 
 
-def _bases(folder: Path, config: Config, meta: Mapping[str, Any]) -> Iterator[Path]:
+def _bases(folder: Path, config: Config, started_in: str | None) -> Iterator[Path]:
     """Folders that relative paths may be relative to, the likeliest first."""
     parts, above = Path(config.run.dir).parts, folder.resolve().parent
     if not Path(config.run.dir).is_absolute() and (not parts or above.parts[-len(parts) :] == parts):
         yield above.parents[len(parts) - 1] if parts else above
-    if isinstance(started := meta.get("started_in"), str):
-        yield Path(started)
+    if started_in is not None:
+        yield Path(started_in)
 
 
 def _placed(words: tuple[str, ...], bases: list[Path], there: Callable[[Path], bool]) -> tuple[str, ...]:
