@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -105,19 +106,23 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "a.npy").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
+@contextlib.contextmanager
+def _full_disk() -> Iterator[None]:
+    """Files larger than 16 bytes fail to be written; so would the report of this test if it went to a file."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_keeps_the_old_content(tmp_path: Path, full_disk: None) -> None:
-    write_atomically(tmp_path / "file", b"old")
-    with pytest.raises(FileError, match=r"/file: cannot be written: .*; make room"):
-        write_atomically(tmp_path / "file", b"new" * 100)
+def test_a_full_disk_keeps_the_old_content(tmp_path: Path) -> None:
+    with _full_disk():
+        write_atomically(tmp_path / "file", b"old")
+        with pytest.raises(FileError, match=r"/file: cannot be written: .*; make room"):
+            write_atomically(tmp_path / "file", b"new" * 100)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from unipool_jax.analysis.figures import Series
+from unipool_jax.config.files import FileError
 from unipool_jax.training.metrics import read_metrics
 
 
@@ -35,5 +36,11 @@ def series_of(history: Sequence[Mapping[str, Any]], kind: str, name: str) -> Ser
     points = [(line["step"], line[name]) for line in history if line.get("kind") == kind and line.get(name) is not None]
     if not points:
         return None
+    for step, value in points:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FileError(
+                f"metrics.jsonl, {kind} line of step {step}: {name} is {value!r:.80}, expected a number; correct or "
+                "delete that line"
+            )
     steps, values = zip(*points, strict=True)
     return Series(np.array(steps), np.array([values], dtype=float))
