@@ -76,8 +76,6 @@ def _start(config: Config) -> None:
     if _peers is None:
         limits, place = config.distributed, find_place(config.distributed)
         _peers = connect(place, own, limits.start_timeout_seconds, limits.timeout_seconds)
-        if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
         with _losses_reported():
             jax.distributed.initialize(
                 coordinator_address=place.coordinator,
