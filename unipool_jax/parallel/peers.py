@@ -189,6 +189,7 @@ class Peers:
             return
         for kind, *values in messages:
             if kind in ("mine", "decided"):
+                line.finished = False  # it has begun another run
                 line.answers.put(values[0])
             elif kind == "finished":
                 line.finished = True

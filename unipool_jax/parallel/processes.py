@@ -76,16 +76,18 @@ def _start(config: Config) -> None:
     if _peers is None:
         limits, place = config.distributed, find_place(config.distributed)
         _peers = connect(place, own, limits.start_timeout_seconds, limits.timeout_seconds)
-        if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        with _losses_reported():
-            jax.distributed.initialize(
-                coordinator_address=place.coordinator,
-                num_processes=place.processes,
-                process_id=place.number,
-                initialization_timeout=limits.start_timeout_seconds + _JAX_WAITS,
-                heartbeat_timeout_seconds=limits.timeout_seconds + _JAX_WAITS,
-            )
+        try:
+            with _losses_reported():
+                jax.distributed.initialize(
+                    coordinator_address=place.coordinator,
+                    num_processes=place.processes,
+                    process_id=place.number,
+                    initialization_timeout=limits.start_timeout_seconds + _JAX_WAITS,
+                    heartbeat_timeout_seconds=limits.timeout_seconds + _JAX_WAITS,
+                )
+        except (RuntimeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise PeerError(f"JAX cannot connect process {place.number} to {place.coordinator}: {reason}") from error
     else:
         must_agree(own)
     must_agree(_devices())
