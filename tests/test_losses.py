@@ -13,13 +13,14 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from unipool_jax.cli.main import main
-from unipool_jax.config.schema import DataConfig
+from unipool_jax.config.schema import Config, DataConfig
 from unipool_jax.data.corpus import open_corpus
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.losses import loss_report, measure
 from unipool_jax.data.time_limit import within
 from unipool_jax.data.token_store import build_store
 from unipool_jax.data.tokenizer import SlowTokenizerError, TokenizerError, load_tokenizer, parse_tokenizer
+from unipool_jax.evaluation.generate import encode_prompts
 
 END = "</s>"
 LETTERS = [chr(code) for code in range(33, 127)]
@@ -205,6 +206,12 @@ def test_a_continuation_is_decoded_after_its_prompt() -> None:
     (half,) = pieces.encode_batch(["caf\u00e9"])
     assert pieces.decode_after(half[:4], half[4:]) == "\u00e9"
     assert pieces.decode_after(half[:0], half) == "caf\u00e9"
+
+
+def test_a_prompt_that_the_model_sees_otherwise_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = parse_tokenizer("mine", definition(letters()))
+    encode_prompts(["plain", f"a {JAPANESE} b"], tokenizer, Config(), 4)
+    assert capsys.readouterr().err == f"prompt='a {JAPANESE} b': the model sees 'a  b'\n"
 
 
 def test_a_missing_decoder_is_found() -> None:

@@ -98,6 +98,9 @@ def test_training_command_writes_a_loadable_tokenizer(tmp_path: Path, capsys: py
     text, out = tmp_path / "a.txt", tmp_path / "tok.json"
     text.write_text("the cat sat on the mat, the cat sat\n" * 50)
     assert main(["tokenizer", str(text), "vocab_size=264", f"out={out}"]) == 0
+    assert f"wrote {out}: 264 entries\n" in capsys.readouterr().out
+    assert main(["tokenizer", str(text), "vocab_size=5000", f"out={tmp_path / 'large.json'}"]) == 0
+    assert "entries; the text gave no more than these of vocab_size=5000" in capsys.readouterr().out
     tokenizer = load_tokenizer(str(out))
     assert tokenizer.vocab_size == 264
     assert len(tokenizer.encode_batch(["the cat"])[0]) < 7

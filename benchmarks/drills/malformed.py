@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -61,7 +62,7 @@ def _write(name: str, content: Callable[[], bytes]) -> Callable[[Path], Path]:
 def _read_texts(path: Path) -> object:
     from unipool_jax.data.readers import read_texts
 
-    return list(read_texts([path]))
+    return [hashlib.sha256(text.encode()).digest() for text in read_texts([path])]
 
 
 def _zstd() -> bytes:

@@ -255,7 +255,7 @@ def _parquet_records(path: Path, raw: IO[bytes], field: str) -> Iterator[Record]
         if value_kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
             raise DataError(f"{path}, row 1: column {field!r} holds {kind}, not text; cast it to string")
         # Few rows at a time, since each may be a long document.
-        for batch in table.iter_batches(batch_size=32, columns=[field]):
+        for batch in table.iter_batches(batch_size=8, columns=[field]):
             for value in batch.column(0):
                 row += 1
                 text = value.as_py()

@@ -29,7 +29,14 @@ from unipool_jax.data.readers import DocumentFile, Record, document_text, file_f
 from unipool_jax.data.splits import PILE_SPLIT, check_split
 from unipool_jax.data.store_reader import TokenStore, building_folder
 from unipool_jax.data.store_writer import Encoded, StoreWriter, cannot_write, publish
-from unipool_jax.data.tokenizer import SlowTokenizerError, Tokenizer, TokenizerError, load_tokenizer, parse_tokenizer
+from unipool_jax.data.tokenizer import (
+    ENCODING,
+    SlowTokenizerError,
+    Tokenizer,
+    TokenizerError,
+    load_tokenizer,
+    parse_tokenizer,
+)
 
 __all__ = ["TokenStore", "build_store", "cached_store", "demo_corpus_path", "open_store"]
 
@@ -402,6 +409,8 @@ def cached_store(
     except OSError as error:
         raise DataError(f"{error.filename}: cannot open ({error.strerror})") from error
     parts = [store_format.VERSION, hashes, tokenizer.sha256, field, checked, split_order]
+    if tokenizer.definition is not None:
+        parts.append(ENCODING)
     key = store_format.json_sha256([*parts, *_cut_identity(cut).items()])
     store = build_store(
         files,

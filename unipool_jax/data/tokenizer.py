@@ -36,6 +36,9 @@ from unipool_jax.data.time_limit import within
 END_OF_TEXT = "<|endoftext|>"
 BUILT_IN = ("bytes", "demo", "gpt2")
 
+ENCODING = "no text makes the end token; losses are counted"
+"""What stores of a tokenizer.json promise since this version; cached stores of earlier ones are built again."""
+
 # Names of the end-of-document token in published tokenizer.json files, most specific first.
 _EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 

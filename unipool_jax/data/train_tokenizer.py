@@ -12,7 +12,7 @@ from unipool_jax.data.inputs import find_inputs
 from unipool_jax.data.readers import read_texts
 from unipool_jax.data.requests import TokenizerRequest
 from unipool_jax.data.splits import Split, split_documents
-from unipool_jax.data.tokenizer import END_OF_TEXT
+from unipool_jax.data.tokenizer import END_OF_TEXT, parse_tokenizer
 
 # Every twentieth address is held out for each of valid and test, so each split spans 1790-2021.
 DEMO_SPLIT: Split = (18.0, 1.0, 1.0)
@@ -55,5 +55,7 @@ def tokenizer_command(request: TokenizerRequest) -> int:
     texts = read_texts(paths, request.field) if paths else demo_training_texts()
     trained = train_tokenizer(texts, request.vocab_size)
     write_atomically(Path(request.out), trained)
-    print(f"wrote {request.out}")
+    size = parse_tokenizer(request.out, trained).vocab_size
+    few = "" if size == request.vocab_size else f"; the text gave no more than these of vocab_size={request.vocab_size}"
+    print(f"wrote {request.out}: {size:,} entries{few}")
     return 0

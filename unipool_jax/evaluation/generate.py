@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from unipool_jax.config.schema import Config, ConfigError
+from unipool_jax.data.losses import given_back, measure
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unipool_jax.evaluation.requests import GenerateRequest
 from unipool_jax.evaluation.target import check_tokenizer
@@ -40,6 +42,9 @@ def encode_prompts(
     ]
     if problems:
         raise ConfigError(problems)
+    for text, row, changed in zip(prompts, rows, measure(tokenizer, prompts, rows).changed, strict=True):
+        if changed:
+            print(f"prompt={text!r}: the model sees {given_back(tokenizer, row)!r}", file=sys.stderr)
     lengths_B = np.array([len(row) for row in rows], np.int32)
     return np.stack([np.pad(row, (0, int(lengths_B.max()) - len(row))) for row in rows]), lengths_B, wanted
 
