@@ -20,7 +20,12 @@ SETTINGS = set(settings(Config()))
 SECTIONS = sorted({name.partition(".")[0] for name in SETTINGS if "." in name})
 OPTIONS = {f"--{option.name}" for command in COMMANDS for option in (HELP, *command.options)} | {"--version"}
 
-OTHERS = {"pip": {"--no-deps"}, "complete": {"--command", "--arguments"}, "commandline": {"--cut-at-cursor"}}
+OTHERS = {
+    "pip": {"--no-deps"},
+    "docker": {"--gpus"},
+    "complete": {"--command", "--arguments"},
+    "commandline": {"--cut-at-cursor"},
+}
 """Options of other programs, by a word that the message then has."""
 
 ARGUMENTS = {
