@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,25 @@ def check_config_dir(folder: Folder) -> None:
                 problems.append(f"{path}: its first line must be `# @package _global_`, as in the shipped choices")
             elif not isinstance(found, dict | None):
                 problems.append(f"{path}: expected settings such as `model:`, found {type(found).__name__}")
+            elif found:
+                section = "" if "@package" in text or path.parent == Path(folder) else f"{path.parent.name}."
+                problems += [f"{path}: {problem}" for problem in _unknown_keys(found, section)]
         except FileError as error:
             problems.append(str(error))
     if problems:
         raise ConfigError(problems, f"--config-dir {folder}")
+
+
+def _unknown_keys(mapping: Mapping[Any, Any], section: str) -> Iterator[str]:
+    """What a file of choices sets and the schema has not; `section` is that of its settings, with a dot."""
+    names = settings(Config())
+    for key, value in mapping.items():
+        name = f"{section}{key}"
+        if isinstance(value, Mapping) and any(known.startswith(f"{name}.") for known in names):
+            yield from _unknown_keys(value, f"{name}.")
+        elif name not in names and key != "defaults" and not name.startswith("hydra"):
+            near = difflib.get_close_matches(name, names, n=1)
+            yield f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def choice_files(config_dir: Folder | None = None) -> dict[str, dict[str, Path]]:
