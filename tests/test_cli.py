@@ -21,7 +21,7 @@ from unipool_jax.cli.commands import COMMANDS, Command
 from unipool_jax.cli.completion import SCRIPTS, candidates
 from unipool_jax.cli.guard import guarded
 from unipool_jax.cli.main import execute, main
-from unipool_jax.config.compose import CONFIG_DIR, Choices, choice_files, compose_config, sweep
+from unipool_jax.config.compose import CONFIG_DIR, Choices, choice_files, compose_config, save_config, sweep
 from unipool_jax.config.docs import field_docs
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.ranges import Range
@@ -300,6 +300,10 @@ def test_names_that_are_not_utf8_are_refused(capsys: pytest.CaptureFixture[str])
         (b"\xff", "not UTF-8"),
         (b"# @package _global_\n- 1", "expected settings"),
         (b"model: {num_layers: 3}", "its first line must be `# @package _global_`"),
+        (
+            b"# @package _global_\nmodel: {num_layer: 3}",
+            "model.num_layer: no such setting; did you mean model.num_layers?",
+        ),
     ],
 )
 @pytest.mark.parametrize("words", [["--help"], ["--print-config"], ["scale=mine"], ["--multirun", "train.seed=1,2"]])
@@ -351,6 +355,42 @@ def test_multirun_checks_all_before_it_starts_one(
     output, errors = capsys.readouterr()
     assert "run 2 of 3: train.seed=2" in output
     assert "exit code 3: the 1 runs after this one were not started" in errors
+
+
+def test_multirun_looks_into_the_folders_before_it_starts_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[Config] = []
+
+    def start(config: Config) -> int:
+        started.append(config)
+        return 0
+
+    monkeypatch.setattr(training, "start", start)
+    line = ["train", "--multirun", "train.seed=1,2,3", "run.name='s${train.seed}'", f"run.dir={tmp_path}"]
+    (tmp_path / "s3" / "checkpoints" / "5").mkdir(parents=True)
+    save_config(
+        compose_config(["train.seed=3", "run.name=s3", f"run.dir={tmp_path}", "train.steps=7"]),
+        tmp_path / "s3" / "config.yaml",
+    )
+    assert main(line) == 2
+    assert f"train.seed=3: {tmp_path / 's3'} holds a run with other settings:\n  - train.steps: 7 there" in (
+        capsys.readouterr().err
+    )
+    assert main([*line, "run.resume=required"]) == 2
+    assert "train.seed=1: run.resume=required, but " in capsys.readouterr().err
+    assert started == []
+    assert main([*line, "train.steps=7"]) == 0
+    assert len(started) == 3
+    assert not (tmp_path / "s1").exists()
+
+
+def test_completion_knows_the_choices_of_a_user(tmp_path: Path) -> None:
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "scale" / "mine.yaml").write_text("# @package _global_\n")
+    for option in (f"--config-dir {tmp_path}", f"--config-dir={tmp_path}"):
+        assert "scale=mine" in candidates(f"unipool train {option} scale=")
+    assert candidates("unipool train scale=mi") == []
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_unknown_settings_are_refused_together() -> None:
         ("train.steps=true", "train.steps=True: expected a whole number"),
         ("train.seed=null", "train.seed=null"),
         ("optimizer.beta1=high", "optimizer.beta1='high'"),
-        ("run.name=7", "run.name=7"),
+        ("data.files=[7]", "data.files[0]=7: expected text"),
         ("run.tensorboard=1", "run.tensorboard=1: expected true or false"),
         ("moe.router=topk", "none, softmax, sigmoid, norm"),
         ("moe.router=[norm]", "moe.router"),

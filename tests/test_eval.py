@@ -231,6 +231,16 @@ def test_exactly_the_predicted_tokens_are_counted(
     np.testing.assert_array_equal(result.counts_LE, routed)
 
 
+def test_micro_batches_of_training_do_not_limit_the_mesh(
+    run: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of 4 sequences do not divide over 8 devices, and no setting of the command could change that."""
+    assert execute(["eval", f"run={run[1]}", "splits=[test]"]) == 0
+    alone = _json(capsys)["test"]["loss"]
+    assert execute(["eval", f"run={run[1]}", "splits=[test]", "mesh.data=8"]) == 0
+    assert _json(capsys)["test"]["loss"] == pytest.approx(alone, rel=1e-3)
+
+
 def test_the_unigram_model_by_hand(model: tuple[Config, Corpus, TrainState]) -> None:
     config, corpus, _ = model
     evaluator = Evaluator(config, corpus, ["valid"], limited=False)

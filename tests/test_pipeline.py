@@ -128,7 +128,7 @@ def rows(batch: Batch) -> np.ndarray:
 def test_windows_follow_the_written_rule(lengths: list[list[int]], length: int, count: int, seed: int) -> None:
     stores = [ArrayStore(numbered(n, 1000 * (i + 1))) for i, n in enumerate(lengths)]
     if any(store.num_tokens < length + 1 for store in stores[:count]):
-        with pytest.raises(DataError, match="one window of sequence_length"):
+        with pytest.raises(DataError, match=r"one window of data\.sequence_length"):
             WindowSource(stores, "train", length, count, seed).batch(range(count))
         return
     source = WindowSource(stores, "train", length, count, seed)
@@ -341,7 +341,7 @@ def test_loading_refusals(real_store: TokenStore) -> None:
 
 def test_loader_passes_errors_on(real_store: TokenStore) -> None:
     source = WindowSource(ArrayStore(numbered([5])), "train", 16, 100, 0)
-    with pytest.raises(DataError, match="one window of sequence_length=16 needs 17"):
+    with pytest.raises(DataError, match=r"one window of data\.sequence_length=16 needs 17; add text"):
         list(training_batches(source, batch_size=10, start_step=0, end_step=3))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from unipool_jax.config.files import FileError
+from unipool_jax.training import sessions
 from unipool_jax.training.sessions import Session, read_sessions
 
 
@@ -36,6 +38,21 @@ def test_every_process_leaves_an_entry(tmp_path: Path) -> None:
     assert known < entries[0].keys()
     assert entries[0]["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
     assert {"jax", "jaxlib", "orbax-checkpoint"} < entries[0]["packages"].keys()
+
+
+def test_a_full_disk_changes_neither_exit_code_nor_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session(tmp_path, 0)
+
+    def full(path: Path, document: Any, indent: int) -> None:
+        raise FileError(f"{path}: no room for {len(document)}, {indent}")
+
+    monkeypatch.setattr(sessions, "write_json", full)
+    assert session.ended(143) == 143
+    with pytest.raises(ValueError, match="the first"), session:
+        raise ValueError("the first")
+    assert capsys.readouterr().err.count("sessions.json: no room") == 2
 
 
 def test_compilation_on_other_devices_tells_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from unipool_jax.cli.commands import COMMANDS, HELP, Command, find
+from unipool_jax.cli.commands import COMMANDS, CONFIG_DIR, HELP, Command, find
 from unipool_jax.config.docs import choices
 from unipool_jax.config.schema import Config, settings
 from unipool_jax.config.words import Accepts, Composed, Positional, fields_of, kind_of
@@ -93,40 +93,52 @@ def _split(line: str) -> list[str]:
 
 def _words(command: Command, given: list[str], begun: str) -> Iterator[str]:
     name, equals, text = begun.partition("=")
+    config_dir = _config_dir(given)
     if begun.startswith("-"):
         yield from (f"--{option.name} " for option in (*command.options, HELP))
     elif equals:
-        yield from (f"{name}={value}" for value in _values(command, name, text))
+        yield from (f"{name}={value}" for value in _values(command, name, text, config_dir))
     else:
-        positional, names = _names(command)
+        positional, names = _names(command, config_dir)
         yield from (f"{known}=" for known in names)
-        yield from (f"{value} " for value in _values(command, positional, begun) if positional)
+        yield from (f"{value} " for value in _values(command, positional, begun, config_dir) if positional)
 
 
-def _names(command: Command) -> tuple[str, list[str]]:
+def _config_dir(given: list[str]) -> str | None:
+    """The user's folder of choices, among the words of a line."""
+    option = f"--{CONFIG_DIR.name}"
+    following = iter(given)
+    for word in following:
+        name, equals, value = word.partition("=")
+        if name == option:
+            return value if equals else next(following, None)
+    return None
+
+
+def _names(command: Command, config_dir: str | None) -> tuple[str, list[str]]:
     """The first setting that needs no name, empty without one, and the names of all settings."""
     kind = command.load_settings()
     if kind is Config:
-        return "", _schema_names(command.mode is None)
+        return "", _schema_names(command.mode is None, config_dir)
     positional, names = "", []
     for field in fields_of(kind):
         if accepts := field.marker(Accepts):
             names += [name for name in settings(Config()) if name in accepts]
         elif field.marker(Composed):
-            names += _schema_names(False)
+            names += _schema_names(False, config_dir)
         else:
             names.append(field.name)
             positional = positional or (field.name if field.marker(Positional) else "")
     return positional, names
 
 
-def _schema_names(mode: bool) -> list[str]:
+def _schema_names(mode: bool, config_dir: str | None) -> list[str]:
     from unipool_jax.config.compose import choice_files
 
-    return [*choice_files(), *(name for name in settings(Config()) if mode or name != "mode")]
+    return [*choice_files(config_dir), *(name for name in settings(Config()) if mode or name != "mode")]
 
 
-def _values(command: Command, name: str, text: str) -> list[str]:
+def _values(command: Command, name: str, text: str, config_dir: str | None) -> list[str]:
     """Known values of a setting."""
     kind = command.load_settings()
     fields = {} if kind is Config else {field.name: field for field in fields_of(kind)}
@@ -136,7 +148,7 @@ def _values(command: Command, name: str, text: str) -> list[str]:
         return list(choices(kind_of(name)))
     from unipool_jax.config.compose import choice_files
 
-    return list(choice_files().get(name, ()))
+    return list(choice_files(config_dir).get(name, ()))
 
 
 def _runs(text: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unipool_jax.config.compose import Folder, compose_config, config_yaml, sweep
+from unipool_jax.config.errors import UserError
 from unipool_jax.config.rules import problems, validate
 from unipool_jax.config.schema import Config, ConfigError
 
@@ -85,9 +86,22 @@ def sweep_jobs(words: Sequence[str], config_dir: Folder | None = None) -> list[J
         except ConfigError as error:
             found += [f"{name}: {problem}" for problem in error.problems]
     found += _shared_folders(jobs)
+    found += [] if found else _refused_folders(jobs)
     if found:
         raise ConfigError(found)
     return jobs
+
+
+def _refused_folders(jobs: Sequence[Job]) -> Iterator[str]:
+    """What would stop a run when its turn comes: what is in its folder."""
+    from unipool_jax.training.run_folder import check_run_folder
+
+    for job in jobs:
+        if job.config.mode == "train":
+            try:
+                check_run_folder(job.config)
+            except UserError as error:
+                yield f"{job.name}: {error}"
 
 
 def _shared_folders(jobs: Sequence[Job]) -> Iterator[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from unipool_jax.config.files import FileError, parse_yaml, read_text, read_yaml, write_text
-from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.parsing import bare, from_mapping
 from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
+from unipool_jax.config.words import NAMED, kind_of
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "configs"
 CONFIG_DIR = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "configs"
@@ -55,7 +57,7 @@ def compose_config(
     """
     loader = _loader(config_dir, base)
     try:
-        node = loader.load_configuration("config", list(overrides), RunMode.RUN)
+        node = loader.load_configuration("config", [_as_text(word) for word in overrides], RunMode.RUN)
     except _HYDRA_ERRORS as error:
         raise ConfigError(_unknown(overrides, config_dir) or [_summary(error)]) from error
     with open_dict(node):
@@ -143,10 +145,25 @@ def check_config_dir(folder: Folder) -> None:
                 problems.append(f"{path}: its first line must be `# @package _global_`, as in the shipped choices")
             elif not isinstance(found, dict | None):
                 problems.append(f"{path}: expected settings such as `model:`, found {type(found).__name__}")
+            elif found:
+                section = "" if "@package" in text or path.parent == Path(folder) else f"{path.parent.name}."
+                problems += [f"{path}: {problem}" for problem in _unknown_keys(found, section)]
         except FileError as error:
             problems.append(str(error))
     if problems:
         raise ConfigError(problems, f"--config-dir {folder}")
+
+
+def _unknown_keys(mapping: Mapping[Any, Any], section: str) -> Iterator[str]:
+    """What a file of choices sets and the schema has not; `section` is that of its settings, with a dot."""
+    names = settings(Config())
+    for key, value in mapping.items():
+        name = f"{section}{key}"
+        if isinstance(value, Mapping) and any(known.startswith(f"{name}.") for known in names):
+            yield from _unknown_keys(value, f"{name}.")
+        elif name not in names and key != "defaults" and not name.startswith("hydra"):
+            near = difflib.get_close_matches(name, names, n=1)
+            yield f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def choice_files(config_dir: Folder | None = None) -> dict[str, dict[str, Path]]:
@@ -228,12 +245,16 @@ def overrides_from(base: Config, config: Config) -> list[str]:
     return [f"{name}={hydra_value(values[name])}" for name in differences(base, config)]
 
 
+_LITERALS = {"null", "true", "false", "inf", "nan"}
+"""Words that are no text to Hydra."""
+
+
 def hydra_value(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{','.join(map(hydra_value, value))}]"
     if not isinstance(value, str):
         return "null" if value is None else repr(value).lower()
-    if re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in {"null", "true", "false", "inf", "nan"}:
+    if re.fullmatch(r"(?!\.\d)[A-Za-z_./][\w./:-]*", value) and value.lower() not in _LITERALS:
         return value
     # Inside Hydra's quotes only a backslash before a quote is an escape; double those that precede one.
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
@@ -244,6 +265,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _as_text(word: str) -> str:
+    """`word`, its value quoted where its setting is text and the value looks like a number or a truth value.
+
+    A run may be called 1e5 or true, and Hydra would not say later what was typed.
+    """
+    match = NAMED.fullmatch(word)
+    if match is None or match[1] not in settings(Config()) or bare(kind_of(match[1])) is not str:
+        return word
+    with contextlib.suppress(*_HYDRA_ERRORS):
+        override = OverridesParser.create().parse_override(word)
+        if not override.is_sweep_override() and isinstance(override.value(), int | float):
+            return f"{match[1]}={hydra_value(match[2].strip())}"
+    return word
 
 
 def _unknown(overrides: Sequence[str], config_dir: Folder | None) -> list[str]:

@@ -58,7 +58,10 @@ def parse_value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     elif kind is int and isinstance(value, float) and value.is_integer():
         problems.append(f"{path}={value!r}: expected a whole number; write {path}={int(value)}")
     elif kind is str and isinstance(value, int | float):
-        problems.append(f"{path}={value!r}: expected text; quote it twice: \"{path}='{value}'\"")
+        # Of an item of a list the name is that of the list.
+        name, _, item = path.partition("[")
+        quoted = f"['{value}']" if item else f"'{value}'"
+        problems.append(f'{path}={value!r}: expected text; quote it, on a command line twice: "{name}={quoted}"')
     else:
         given = "null" if value is None else repr(value)
         problems.append(f"{path}={given}: expected {KIND_NAMES[kind]}")

@@ -39,7 +39,7 @@ def open_store(
         if loaded is None or split is None:
             raise DataError(
                 f"{path}: Megatron files record neither their tokenizer nor a split; "
-                "set both, for example tokenizer=gpt2 split=969,30,1"
+                "set both, for example tokenizer=gpt2 split=[969,30,1]"
             )
         return MegatronTokenStore(prefix, loaded, split, split_order or "contiguous")
     if building_folder(path).is_dir() and not path.exists():

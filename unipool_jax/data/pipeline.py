@@ -70,7 +70,7 @@ class _StoreWindows:
         if per_epoch < length + 1:
             raise DataError(
                 f"{store.path}: split {split!r} has {per_epoch} tokens in {len(documents)} "
-                f"documents; one window of sequence_length={length} needs {length + 1}"
+                f"documents; one window of data.sequence_length={length} needs {length + 1}; add text, or lower it"
             )
         epochs = -(-(needed * length + 1) // per_epoch)
         total = (epochs * per_epoch - 1) // length

@@ -234,6 +234,12 @@ class _FrameStream(io.RawIOBase):
         return size
 
 
+_CHOOSE_FIELD = (
+    "name the one that holds the text with field=NAME of `unipool data` (and `unipool tokenizer`), and train on the "
+    "store that it builds with data=pile data.stores=[STORE]"
+)
+
+
 def _parquet_records(path: Path, raw: IO[bytes], field: str) -> Iterator[Record]:
     try:
         import pyarrow
@@ -245,7 +251,7 @@ def _parquet_records(path: Path, raw: IO[bytes], field: str) -> Iterator[Record]
         table = parquet.ParquetFile(raw)
         schema = table.schema_arrow
         if field not in schema.names:
-            raise DataError(f"{path}, row 1: no column {field!r}; choose one of {', '.join(schema.names)} with --field")
+            raise DataError(f"{path}, row 1: no column {field!r}; it has {', '.join(schema.names)}; {_CHOOSE_FIELD}")
         if schema.names.count(field) > 1:
             raise DataError(
                 f"{path}, row 1: {schema.names.count(field)} columns are called {field!r}; rename all but one"
@@ -303,7 +309,7 @@ def _json_field(place: str, line: str, field: str) -> Any:
         raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}")
     if field not in value:
         names = ", ".join(map(repr, list(value)[:8])) or "no fields"
-        raise DataError(f"{place}: no field {field!r}; it has {names}; choose one with --field")
+        raise DataError(f"{place}: no field {field!r}; it has {names}; {_CHOOSE_FIELD}")
     return value[field]
 
 

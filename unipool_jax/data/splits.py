@@ -27,14 +27,14 @@ def check_split(split: Sequence[float], order: str) -> Split:
     parts = tuple(float(part) for part in split)
     if len(parts) != 3 or not np.isfinite(parts).all() or min(parts) < 0 or sum(parts) == 0:
         raise DataError(
-            f"split={tuple(split)!r}: must be three non-negative numbers for train,valid,test, for example 969,30,1"
+            f"split={tuple(split)!r}: must be three non-negative numbers for train,valid,test, for example [969,30,1]"
         )
     if order not in SPLIT_ORDERS:
         raise DataError(f"split_order={order!r}: choose one of {', '.join(SPLIT_ORDERS)}")
     if order == "interleaved" and any(part != int(part) for part in parts):
         raise DataError(
             f"split={tuple(split)!r}: split_order=interleaved counts documents, so the three numbers must be "
-            "whole; for example 969,30,1"
+            "whole; for example [969,30,1]"
         )
     return parts
 

@@ -46,6 +46,14 @@ def evaluated_config(
     """
     alone = dataclasses.replace(opened_config(run, meta), mesh=MeshConfig(data=1))
     config = with_overrides(alone, overrides)
+    if config.mesh != alone.mesh:
+        # No step is trained, so neither its micro-batches nor their groups need to divide over the mesh.
+        rows = config.train.eval_batch_size
+        config = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, batch_size=rows, microbatch_size=rows),
+            loss=dataclasses.replace(config.loss, switch_group_sequences=1),
+        )
     validate(config if text else dataclasses.replace(config, mode="describe"))
     check_platforms()
     warn_of_idle_accelerator()

@@ -63,6 +63,52 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.dir) / run_name(config)
 
 
+def check_run_folder(config: Config) -> None:
+    """Raise RunError if the folder of a run forbids to train it there; nothing is created or locked."""
+    if _is_resumed(config):
+        _check_same_run(config)
+
+
+def _is_resumed(config: Config) -> bool:
+    """Whether there is a run to resume; raises RunError for one that `run.resume` forbids or that cannot be read."""
+    path = run_folder(config)
+    # Without a checkpoint there is nothing to protect, so an attempt that failed early can be repeated.
+    existing = holds_checkpoint(path)
+    if existing and not (path / CONFIG).exists():
+        raise RunError(
+            f"{path} holds checkpoints but no {CONFIG}, which says how to read them; restore that file, "
+            "delete the folder, or choose another run.name"
+        )
+    if existing and config.run.resume == "never":
+        raise RunError(
+            f"run.resume=never, but {path} holds a run; choose another run.name, delete the folder, or set "
+            "run.resume=auto to resume"
+        )
+    if not existing and config.run.resume == "required":
+        raise RunError(f"run.resume=required, but {path} holds no checkpoint; check run.dir and run.name")
+    return existing
+
+
+def _check_same_run(config: Config) -> None:
+    path = run_folder(config)
+    stored = load_config(path / CONFIG)
+    # Text may have moved where its fingerprint can be compared: in a run that knows it and reads it again.
+    # At step 0, after a conversion, nothing has been read yet.
+    finished, started = (path / SUMMARY).exists(), saved_steps(path) != [0]
+    known = not finished and ((path / TEXT).exists() or not started)
+    changed = frozen_differences(stored, config, places=not known)
+    if changed:
+        before, now = settings(stored), settings(config)
+        lines = [
+            f"  - {name}: {before[name]!r} there, {now[name]!r} now{reason(name, stored, config)}" for name in changed
+        ]
+        raise RunError(
+            f"{path} holds a run with other settings:\n"
+            + "\n".join(lines)
+            + "\nUse the settings of that run to resume it, or start a new run under another run.name."
+        )
+
+
 class RunFolder:
     """An open run folder, locked until it is closed or the process ends in any way.
 
@@ -81,26 +127,13 @@ class RunFolder:
         if not writes:
             self._check_shared()
             return
-        # Without a checkpoint there is nothing to protect, so an attempt that failed early can be repeated.
-        existing = holds_checkpoint(self.path)
-        if existing and not (self.path / CONFIG).exists():
-            raise RunError(
-                f"{self.path} holds checkpoints but no {CONFIG}, which says how to read them; restore that file, "
-                "delete the folder, or choose another run.name"
-            )
-        if existing and config.run.resume == "never":
-            raise RunError(
-                f"run.resume=never, but {self.path} holds a run; choose another run.name, delete the folder, or set "
-                "run.resume=auto to resume"
-            )
-        if not existing and config.run.resume == "required":
-            raise RunError(f"run.resume=required, but {self.path} holds no checkpoint; check run.dir and run.name")
+        existing = _is_resumed(config)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
         try:
             if existing:
-                self._check_same_run(config)
+                _check_same_run(config)
             else:
                 save_config(config, self.path / CONFIG)
         except BaseException:
@@ -133,25 +166,6 @@ class RunFolder:
         stream.write(str(os.getpid()))
         stream.flush()
         return stream
-
-    def _check_same_run(self, config: Config) -> None:
-        stored = load_config(self.path / CONFIG)
-        # Text may have moved where its fingerprint can be compared: in a run that knows it and reads it again.
-        # At step 0, after a conversion, nothing has been read yet.
-        finished, started = (self.path / SUMMARY).exists(), saved_steps(self.path) != [0]
-        known = not finished and ((self.path / TEXT).exists() or not started)
-        changed = frozen_differences(stored, config, places=not known)
-        if changed:
-            before, now = settings(stored), settings(config)
-            lines = [
-                f"  - {name}: {before[name]!r} there, {now[name]!r} now{reason(name, stored, config)}"
-                for name in changed
-            ]
-            raise RunError(
-                f"{self.path} holds a run with other settings:\n"
-                + "\n".join(lines)
-                + "\nUse the settings of that run to resume it, or start a new run under another run.name."
-            )
 
     @property
     def checkpoints(self) -> Path:

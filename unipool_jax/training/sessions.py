@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from unipool_jax.config.files import check_fields, read_json, write_json
+from unipool_jax.config.files import FileError, check_fields, read_json, write_json
 from unipool_jax.config.version import VERSION, git_commit
 
 SESSIONS = "sessions.json"
@@ -98,8 +98,7 @@ class Session:
 
     def ended(self, code: int) -> int:
         """Record the end; the exit code `code`."""
-        self._entry |= {"end": utc_now(), "exit_code": code}
-        self._write()
+        self._end({"exit_code": code})
         return code
 
     def __enter__(self) -> Session:
@@ -109,8 +108,15 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._entry |= {"end": utc_now(), "error": f"{type(error).__name__}: {error}"}
+            self._end({"error": f"{type(error).__name__}: {error}"})
+
+    def _end(self, how: dict[str, Any]) -> None:
+        """Record the end. A disk that is full must change neither an exit code nor the error that is reported."""
+        self._entry |= {"end": utc_now()} | how
+        try:
             self._write()
+        except FileError as error:
+            print(error, file=sys.stderr)
 
     def _write(self) -> None:
         if self._writes:
