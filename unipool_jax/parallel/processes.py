@@ -1,7 +1,8 @@
 """Training in several processes: connecting them, and decisions that all of them must share.
 
-All run the same program; only process 0 writes files and prints. What they say to each other outside of computations
-goes over the lines of `peers`; JAX's distributed runtime serves computations and checkpoints.
+All run the same program; only process 0 prints and writes files, but for shards of checkpoints. What they say to each
+other outside of computations goes over the lines of `peers`; JAX's distributed runtime serves computations and
+checkpoints.
 """
 
 from __future__ import annotations
