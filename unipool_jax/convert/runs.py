@@ -21,9 +21,9 @@ from unipool_jax.convert.weights import Weights, check_same_experts, expert_hash
 from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
 from unipool_jax.training.checkpoint import Checkpoints, make_meta, restore_model
 from unipool_jax.training.opening import opened_config
-from unipool_jax.training.optimizer import make_optimizer
 from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, find_run
-from unipool_jax.training.state import TrainState, init_balance
+from unipool_jax.training.state import new_state
+from unipool_jax.training.warm_start import is_partitioned
 
 
 def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
@@ -46,7 +46,7 @@ def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
 
 def _restore(checkpoints: Checkpoints, config: Config, step: int) -> Weights:
     model = restore_model(checkpoints, config, step)
-    if model.config.locked or (model.balance.lock is not None and bool((model.balance.lock.owner_M >= 0).any())):
+    if is_partitioned(model):
         raise ConversionError(
             f"{checkpoints.path(step)}: its experts are partitioned among layers (UniPool-lock), which no other "
             "layout can represent; convert a checkpoint from before the freeze"
@@ -90,12 +90,7 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
     if tokenizer.definition is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
     params = jax.tree.map(jnp.asarray, weights.params)
-    state = TrainState(
-        jnp.zeros((), jnp.int32),
-        params,
-        make_optimizer(config.optimizer, config.train.steps).init(params),
-        init_balance(config)._replace(expert_bias_GNE=jnp.asarray(weights.expert_bias_GNE)),
-    )
+    state = new_state(config, params, jnp.asarray(weights.expert_bias_GNE))
     wanted = expert_hashes(weights)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

@@ -18,10 +18,12 @@ from unipool_jax.config.errors import UserError
 from unipool_jax.config.files import check_fields, read_json, write_atomically, write_json, writing
 from unipool_jax.config.schema import Config, settings
 from unipool_jax.config.settings_table import frozen_differences, reason
+from unipool_jax.training import lineage
+from unipool_jax.training.run_names import CHECKPOINTS, CONFIG, run_folder
+from unipool_jax.training.run_names import run_name as run_name
 
-CONFIG, SUMMARY, TEXT, TOKENIZER, CHECKPOINTS = (
-    "config.yaml", "summary.json", "text.json", "tokenizer.json", "checkpoints"
-)  # fmt: skip
+SUMMARY, TEXT, TOKENIZER = "summary.json", "text.json", "tokenizer.json"
+_RUNS = Path("runs")
 
 _SUMMARY_FIELDS = {
     "step": int,
@@ -51,18 +53,6 @@ class RunError(UserError, RuntimeError):
     """The run folder cannot be used as requested; the message says why and what to do."""
 
 
-def run_name(config: Config) -> str:
-    """`run.name`, or a name derived from scale, method, steps and seed."""
-    if config.run.name is not None:
-        return config.run.name
-    return f"{config.scale_name}-{config.method_name}-{config.train.steps}steps-seed{config.train.seed}"
-
-
-def run_folder(config: Config) -> Path:
-    """The folder of a run, which need not exist."""
-    return Path(config.run.dir) / run_name(config)
-
-
 class RunFolder:
     """An open run folder, locked until it is closed or the process ends in any way.
 
@@ -77,6 +67,8 @@ class RunFolder:
 
     def __init__(self, config: Config, *, writes: bool = True):
         self.path = run_folder(config)
+        self._earlier_steps = config.train.earlier_steps
+        self._extends: int | None = None
         self._lock: TextIO | None = None
         if not writes:
             self._check_shared()
@@ -136,11 +128,17 @@ class RunFolder:
 
     def _check_same_run(self, config: Config) -> None:
         stored = load_config(self.path / CONFIG)
+        # What an extension changes. The rates of an earlier one are past.
+        extends = config.train.lengths[:-1] == stored.train.lengths and is_finished(self.path, stored)
+        free = {"train.steps", "train.earlier_steps"} if extends else set()
+        if extends and not stored.train.earlier_steps:
+            free.add("optimizer.extension")
         # Text may have moved where its fingerprint can be compared: in a run that knows it and reads it again.
         # At step 0, after a conversion, nothing has been read yet.
-        finished, started = (self.path / SUMMARY).exists(), saved_steps(self.path) != [0]
+        finished, started = (self.path / SUMMARY).exists() and not extends, saved_steps(self.path) != [0]
         known = not finished and ((self.path / TEXT).exists() or not started)
-        changed = frozen_differences(stored, config, places=not known)
+        changed = [name for name in frozen_differences(stored, config, places=not known) if name not in free]
+        self._extends = stored.train.steps if extends else None
         if changed:
             before, now = settings(stored), settings(config)
             lines = [
@@ -151,7 +149,20 @@ class RunFolder:
                 f"{self.path} holds a run with other settings:\n"
                 + "\n".join(lines)
                 + "\nUse the settings of that run to resume it, or start a new run under another run.name."
+                + (
+                    f"\nIt was extended to {stored.train.steps} steps: unipool train {self.path} goes on with it."
+                    if config.train.steps in stored.train.earlier_steps
+                    else ""
+                )
             )
+
+    def _keep_earlier_summary(self, config: Config) -> None:
+        """Results of a run that was extended are kept under another name, because `summary.json` marks the end."""
+        if config.train.earlier_steps and (self.path / SUMMARY).exists():
+            step = read_summary(self.path)["step"]
+            if step in config.train.earlier_steps:
+                with writing(self.path):
+                    (self.path / SUMMARY).rename(self.path / f"summary-{step}.json")
 
     @property
     def checkpoints(self) -> Path:
@@ -166,15 +177,22 @@ class RunFolder:
           text: see `data/identity.py`.
           tokenizer: its tokenizer.json; None for a built-in one.
         """
-        if self._lock is not None:
-            if tokenizer is not None:
-                write_atomically(self.path / TOKENIZER, tokenizer)
-            save_config(config, self.path / CONFIG)
-            write_json(self.path / TEXT, text, indent=1)
+        if self._lock is None:
+            return
+        if self._extends is not None:
+            facts = {"to": config.train.steps, "optimizer.extension": config.optimizer.extension}
+            lineage.record(self.path, "extended", self._extends, **facts)
+        if tokenizer is not None:
+            write_atomically(self.path / TOKENIZER, tokenizer)
+        save_config(config, self.path / CONFIG)
+        write_json(self.path / TEXT, text, indent=1)
+        self._keep_earlier_summary(config)
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None for a run that is not finished."""
-        return read_summary(self.path) if (self.path / SUMMARY).exists() else None
+        summary = read_summary(self.path) if (self.path / SUMMARY).exists() else None
+        # On a shared file system another process may still see that of a run that is being extended.
+        return None if summary is None or summary["step"] in self._earlier_steps else summary
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the results, which marks the run as finished."""
@@ -220,6 +238,12 @@ def known_text(folder: Path, meta: Mapping[str, Any] | None) -> dict[str, Any] |
     return found
 
 
+def is_finished(folder: Path, config: Config) -> bool:
+    """Whether the run of `config` in a folder has its results and can go on; raises FileError if they are damaged."""
+    summary = folder / SUMMARY
+    return summary.exists() and holds_checkpoint(folder) and read_summary(folder)["step"] == config.train.steps
+
+
 def holds_checkpoint(folder: Path) -> bool:
     """Whether a run folder has at least one complete checkpoint."""
     return bool(saved_steps(folder))
@@ -230,18 +254,40 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit())
 
 
-def find_run(wanted: str) -> Path:
-    """The run folder `wanted`; `FOLDER/latest` is the run in FOLDER with the newest checkpoint (`latest`: in `runs`).
+def find_checkpoint(wanted: str, setting: str) -> tuple[Path, int | None]:
+    """The folder of checkpoints and the step that `wanted` names: a run, for its newest one (None), or a checkpoint.
+
+    Raises:
+      RunError: there is no such run or checkpoint; begins with the name of `setting`.
+    """
+    path = Path(wanted)
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        if not path.is_dir():
+            raise RunError(
+                f"{setting}={wanted}: not a checkpoint; give its folder, for example runs/NAME/{CHECKPOINTS}/200"
+            )
+        return path.parent, int(path.name)
+    return find_run(wanted, setting) / CHECKPOINTS, None
+
+
+def find_run(wanted: str, setting: str = "run") -> Path:
+    """The run folder `wanted`: a path, or the name of a run in `runs`; `FOLDER/latest` is the run in FOLDER with the
+    newest checkpoint (`latest`: in `runs`).
 
     Raises:
       RunError: there is no such run.
     """
     path = Path(wanted)
     if path.name != "latest" or path.exists():
-        if not (path / CONFIG).exists():
-            raise RunError(f"run={wanted}: no run here (no {CONFIG}); give the folder of a run, or run=latest")
-        return path
-    parent = path.parent if path.parent != Path() else Path("runs")
+        named = [path] if path.is_absolute() or len(path.parts) != 1 else [path, _RUNS / path]
+        # Not `Path.exists`, which raises for a text that is too long for a name.
+        found = [folder for folder in named if os.path.exists(folder / CONFIG)]
+        if len(found) == 2:
+            raise RunError(f"{setting}={wanted}: both ./{path} and {_RUNS / path} are runs; give one of these")
+        if not found:
+            raise RunError(f"{setting}={wanted}: no run here (no {CONFIG}); give the folder of a run, or run=latest")
+        return found[0]
+    parent = path.parent if path.parent != Path() else _RUNS
     found = [folder for folder in sorted(parent.glob("*")) if holds_checkpoint(folder)]
     if not found:
         raise RunError(f"run={wanted}: no run with a checkpoint in {parent}/; train one first with unipool train")
