@@ -110,10 +110,13 @@ def test_an_extended_run_keeps_its_past_and_resumes_bit_exactly(
     # A finished extension can be extended again, by the same rule only.
     with pytest.raises(RunError, match=r"optimizer\.extension: 'rewarm' there, 'constant' now"):
         execute(["train", str(through), "train.steps=20", "optimizer.extension=constant"])
-    # The command of the shorter run says where it went.
+    # Commands that do not name the run say what to do.
     again = overrides(short.parents[1], "train.steps=8", f"run.dir={through.parent}", "run.name=run")
     with pytest.raises(RunError, match=r"extended to 16 steps: unipool train .*run goes on with it"):
         execute(["train", *again])
+    longer = overrides(short.parents[1], "train.steps=20", f"run.dir={short.parent}")
+    with pytest.raises(RunError, match=r"To extend it once it is finished: unipool train .*tiny train\.steps=20"):
+        execute(["train", *longer])
 
 
 def test_a_finished_run_is_shown_and_an_unfinished_one_not_extended(

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from unipool_jax.cli.commands import COMMANDS
 from unipool_jax.cli.main import execute
 from unipool_jax.cli.runs import take_run
 from unipool_jax.cli.training import configured
 from unipool_jax.config.compose import compose_config, load_config, save_config
 from unipool_jax.config.schema import ConfigError, DistributedConfig
-from unipool_jax.config.words import from_words
+from unipool_jax.config.words import Positional, fields_of, from_words
 from unipool_jax.evaluation.requests import GenerateRequest
 from unipool_jax.training.run_folder import RunError, find_run
 from unipool_jax.training.run_names import run_folder, run_name
@@ -118,6 +119,15 @@ def test_plan_and_describe_take_a_run(run: Path, capsys: pytest.CaptureFixture[s
 def test_what_is_wrong_beside_a_run(run: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         execute(["train", *words])
+
+
+def test_every_command_that_reads_runs_takes_them_first() -> None:
+    for command in COMMANDS:
+        fields = [] if command.composes else fields_of(command.load_settings())
+        names = [field.name for field in fields if field.marker(Positional)]
+        if any(field.name in ("run", "runs") for field in fields) and command.name != "convert import":  # makes one
+            assert names[0] in ("run", "runs"), command.name
+    assert [command.name for command in COMMANDS if command.composes] == ["train", "plan", "describe"]
 
 
 def test_names_that_are_no_runs(run: Path) -> None:

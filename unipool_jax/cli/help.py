@@ -36,7 +36,8 @@ def command_help(command: Command, config_dir: str | None = None) -> str:
     kind = command.load_settings()
     pages = _schema_pages(config_dir, command.mode is None) if command.composes else _request_pages(kind)
     words = " [RUN]" if command.composes else _usage(kind)
-    description = f"{command.summary} {_RUN}" if command.composes else inspect.getdoc(kind) or command.summary
+    about = textwrap.fill(f"{command.summary} {_RUN}", _width())
+    description = about if command.composes else inspect.getdoc(kind) or command.summary
     parts = [f"usage: unipool {command.name}{words} [NAME=VALUE ...]", description, *pages]
     options = [_entry(f"--{o.name}{f' {o.value}' if o.value else ''}", o.help) for o in (*command.options, HELP)]
     return "\n\n".join([*parts, "\n".join(["Options", *options])])

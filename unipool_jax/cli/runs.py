@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from unipool_jax.config.compose import Folder, choice_files, compose_config
+from unipool_jax.config.compose import Choices, Folder, choice_files
 from unipool_jax.config.schema import Config, ConfigError, DistributedConfig, settings
 from unipool_jax.config.words import NAMED
 
@@ -57,7 +57,8 @@ def run_config(run: str, words: Sequence[str], config_dir: Folder | None, mode: 
     kept = dataclasses.replace(stored.run, dir=str(place.parent), name=place.name, resume="auto")
     base = dataclasses.replace(stored, run=kept, distributed=DistributedConfig(), mode="train")
     added = [word for word in words if word.startswith(ADDED)]
-    config = compose_config([*(word for word in words if word not in added), f"mode={mode}"], config_dir, base)
+    choices = Choices((*(word for word in words if word not in added), f"mode={mode}"), config_dir)
+    config = choices.onto(base)
     more = None if not added else _more(added)
     if mode != "train":
         return config if more is None else _longer(config, config.train.steps + more)

@@ -118,7 +118,8 @@ class LossConfig:
 class LockConfig:
     """UniPool-lock: all layers share one pool at first; later each expert belongs to one layer.
 
-    Phases are given as fractions of train.steps, so that they scale with the run, or as a number of steps.
+    Phases are given as fractions of train.steps, so that they scale with the run, or as a number of steps. An extension
+    of the run moves none.
     """
 
     ownership: Literal["none", "learned", "random_at_lock", "random_from_start"] = "none"

@@ -68,7 +68,8 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
 
     Args:
       folder: must not exist.
-      config: of the model; its run.dir and run.name are replaced by those of `folder`.
+      config: of the model; its run.dir and run.name are replaced by those of `folder`. It forgets what a run that it is
+        taken from was started from and extended by.
       weights: of the model.
       origin: of the weights: a tokenizer to use in place of data.tokenizer, and the text they were trained on.
 
@@ -80,8 +81,8 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
     """
     if folder.exists():
         raise ConversionError(f"{folder}: already exists; choose another name or delete it")
-    place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name)
-    config = dataclasses.replace(config, run=place)
+    place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name, init_from=None)
+    config = dataclasses.replace(config, run=place, train=dataclasses.replace(config.train, earlier_steps=()))
     origin, name = origin or Origin(), str(folder / TOKENIZER)
     if origin.tokenizer is None:
         tokenizer = load_tokenizer(config.data.tokenizer)

@@ -145,16 +145,12 @@ class RunFolder:
                 f"  - {name}: {before[name]!r} there, {now[name]!r} now{reason(name, stored, config)}"
                 for name in changed
             ]
-            raise RunError(
-                f"{self.path} holds a run with other settings:\n"
-                + "\n".join(lines)
-                + "\nUse the settings of that run to resume it, or start a new run under another run.name."
-                + (
-                    f"\nIt was extended to {stored.train.steps} steps: unipool train {self.path} goes on with it."
-                    if config.train.steps in stored.train.earlier_steps
-                    else ""
-                )
-            )
+            advice = "Use the settings of that run to resume it, or start a new run under another run.name."
+            if config.train.steps in stored.train.earlier_steps:
+                advice = f"It was extended to {stored.train.steps} steps: unipool train {self.path} goes on with it."
+            elif changed == ["train.steps"] and config.train.steps > stored.train.steps:
+                advice = f"To extend it once it is finished: unipool train {self.path} train.steps={config.train.steps}"
+            raise RunError("\n".join([f"{self.path} holds a run with other settings:", *lines, advice]))
 
     def _keep_earlier_summary(self, config: Config) -> None:
         """Results of a run that was extended are kept under another name, because `summary.json` marks the end."""

@@ -58,14 +58,14 @@ def warm_state(
         step = checkpoints.find(step)
         place = checkpoints.path(step)
         meta = checkpoints.meta(step)
-        trained = dataclasses.replace(structure(from_mapping(meta["config"]), meta), mesh=config.mesh)
-        refused = architecture_differences(trained, config)
+        parent = dataclasses.replace(from_mapping(meta["config"]), mesh=config.mesh)
+        refused = architecture_differences(structure(parent, meta), config)
         if not refused:
             stored = {name: kind for name, kind in meta["layout"].items() if name.startswith("params.")}
             refused = layout_differences(stored, {"params": shapes.params})
         if meta["tokenizer_sha256"] != tokenizer_sha256:
             refused.append(
-                f"data.tokenizer: {trained.data.tokenizer} (sha256 {str(meta['tokenizer_sha256'])[:12]}) there, "
+                f"data.tokenizer: {parent.data.tokenizer} (sha256 {str(meta['tokenizer_sha256'])[:12]}) there, "
                 f"{config.data.tokenizer} ({tokenizer_sha256[:12]}) here"
             )
         if refused:
@@ -74,14 +74,16 @@ def warm_state(
                 + "\n".join(f"  - {line}" for line in refused)
                 + "\nUse its settings, or make a model of another architecture of it: unipool convert upcycle --help"
             )
-        model = restore_model(checkpoints, from_mapping(meta["config"]), step, mesh)
+        model = restore_model(checkpoints, parent, step, mesh)
     if is_partitioned(model):
         raise RunError(
             f"run.init_from={wanted}: the experts of {place} are divided among layers (UniPool-lock); start from a "
             "checkpoint before the freeze"
         )
     shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    start = jax.jit(lambda params, bias: new_state(config, params, bias), out_shardings=shardings)
+    start = jax.jit(
+        lambda params, bias: new_state(config, params, bias), out_shardings=shardings, donate_argnums=(0, 1)
+    )
     state = start(model.params, model.balance.expert_bias_GNE)
     return state, _parent(folder.parent, step, meta)
 
