@@ -20,6 +20,7 @@ from unipool_jax.convert.inheritance import Origin
 from unipool_jax.convert.weights import Weights, check_same_experts, expert_hashes
 from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
 from unipool_jax.training.checkpoint import Checkpoints, make_meta, restore_model
+from unipool_jax.training.lineage import record
 from unipool_jax.training.opening import opened_config
 from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, find_run
 from unipool_jax.training.state import new_state
@@ -101,6 +102,8 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
             checkpoints.wait()
             check_same_experts(wanted, expert_hashes(_restore(checkpoints, config, 0)), str(folder))
         save_config(config, temporary / CONFIG)
+        if origin.parent is not None:
+            record(temporary, "converted", 0, **origin.parent)
         if tokenizer.definition is not None:
             write_atomically(temporary / TOKENIZER, tokenizer.definition)
         temporary.replace(folder)

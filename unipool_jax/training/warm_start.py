@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +12,7 @@ from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, settings
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.training.checkpoint import Checkpoints, Model, layout_differences, restore_model
-from unipool_jax.training.lineage import read_lineage
+from unipool_jax.training.lineage import parent_of
 from unipool_jax.training.run_folder import RunError, find_checkpoint
 from unipool_jax.training.state import TrainState, new_state
 
@@ -85,7 +82,7 @@ def warm_state(
         lambda params, bias: new_state(config, params, bias), out_shardings=shardings, donate_argnums=(0, 1)
     )
     state = start(model.params, model.balance.expert_bias_GNE)
-    return state, _parent(folder.parent, step, meta)
+    return state, parent_of(folder.parent, step, meta)
 
 
 def architecture_differences(trained: Config, config: Config) -> list[str]:
@@ -109,13 +106,3 @@ def _architecture(config: Config) -> dict[str, Any]:
     # A selection bias is part of what a model computes.
     biased = config.loss.balance == "expert_bias"
     return found | {"experts in all pools": config.total_experts, "loss.balance=expert_bias": biased}
-
-
-def _parent(run: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "parent": str(run),
-        "parent_step": step,
-        "parent_sha256": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest(),
-        "parent_git_commit": meta.get("git_commit"),
-        "parent_lineage": read_lineage(run),
-    }
