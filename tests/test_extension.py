@@ -22,6 +22,7 @@ from unipool_jax.config.compose import compose_config, load_config
 from unipool_jax.config.lock_schedule import make_schedule as lock_schedule
 from unipool_jax.config.rules import problems
 from unipool_jax.config.schema import Config, ConfigError
+from unipool_jax.convert.runs import read_run, write_run
 from unipool_jax.moe.lock_lifecycle import from_document, new_record, to_document
 from unipool_jax.training import loop
 from unipool_jax.training.extension import announcement, with_more_steps
@@ -208,6 +209,15 @@ def test_a_run_starts_with_the_parameters_of_another(short: Path, tmp_path: Path
     assert execute(["train", str(tmp_path / "tiny")]) == 0
     with pytest.raises(RunError, match=r"run\.init_from"):
         execute(["train", str(tmp_path / "tiny"), "run.init_from=null"])
+
+
+def test_a_converted_run_records_its_parent_and_is_new(short: Path, tmp_path: Path) -> None:
+    assert execute(["convert", "upcycle", str(short), "step=4", f"out={tmp_path / 'new'}", "method=unipool"]) == 0
+    (event,) = read_lineage(tmp_path / "new")
+    assert (event["event"], event["parent"], event["parent_step"]) == ("converted", str(short), 4)
+    config, weights = read_run(str(short))
+    write_run(tmp_path / "again", extended(config, 4, 8), weights)  # of a run that was extended
+    assert load_config(tmp_path / "again" / "config.yaml").train.lengths == (8,)
 
 
 def test_another_model_is_refused_by_name(short: Path, tmp_path: Path) -> None:
