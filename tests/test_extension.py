@@ -21,12 +21,13 @@ from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config, load_config
 from unipool_jax.config.lock_schedule import make_schedule as lock_schedule
 from unipool_jax.config.rules import problems
-from unipool_jax.config.schema import Config, ConfigError
+from unipool_jax.config.schema import Config, ConfigError, OptimizerConfig
 from unipool_jax.convert.runs import read_run, write_run
 from unipool_jax.moe.lock_lifecycle import from_document, new_record, to_document
 from unipool_jax.training import loop
-from unipool_jax.training.extension import announcement, with_more_steps
+from unipool_jax.training.extension import with_more_steps
 from unipool_jax.training.lineage import read_lineage
+from unipool_jax.training.optimizer import extension_notice
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.warm_start import architecture_differences
 
@@ -167,7 +168,9 @@ def test_constant_extensions_at_rate_zero_are_refused() -> None:
     rewarmed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, extension="rewarm"))
     assert problems(rewarmed) == []
     assert any("train.earlier_steps=[20]" in problem for problem in problems(extended(rewarmed, 20, 16)))
-    assert "stays at optimizer.min_learning_rate=0.0003" in announcement(extended(compose_config(), 280, 300))
+    assert "stays at optimizer.min_learning_rate=0.0003" in extension_notice(
+        OptimizerConfig(min_learning_rate=3e-4), (280, 300)
+    )
 
 
 def test_repeating_an_extension_needs_an_end_in_between(tmp_path: Path) -> None:

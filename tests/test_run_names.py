@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import unipool_jax
 from unipool_jax.cli.commands import COMMANDS
 from unipool_jax.cli.main import execute
 from unipool_jax.cli.runs import take_run
@@ -95,6 +99,25 @@ def test_a_run_gives_its_settings(run: Path, words: list[str]) -> None:
     assert (config.method_name, config.train.seed, config.train.keep_checkpoints) == ("vanilla", 7, 9)
     assert run_folder(config) == run
     assert (config.run.resume, config.distributed, config.mode) == ("auto", DistributedConfig(), "train")
+
+
+def test_paths_of_a_run_are_found_from_another_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("book.txt").write_text("text")
+    save_config(compose_config(["data=text", "data.files=[book.txt]"]), run / "config.yaml")
+    assert configured(["runs/x"], None, None).data.files == ("book.txt",)
+    above = Path.cwd()
+    (above / "elsewhere").mkdir()
+    monkeypatch.chdir(above / "elsewhere")
+    assert configured(["../runs/x"], None, None).data.files == (str(above / "book.txt"),)
+
+
+def test_naming_a_run_needs_no_jax(run: Path) -> None:
+    code = (
+        "import sys; from unipool_jax.cli.training import configured\n"
+        "configured(['runs/x'], None, None); sys.exit('jax' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(unipool_jax.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
 
 
 def test_plan_and_describe_take_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

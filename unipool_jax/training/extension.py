@@ -1,4 +1,4 @@
-"""A finished run that is trained for more steps: what may change, what it keeps, and the sentence that says so.
+"""A finished run that is trained for more steps.
 
 The past of the run stays what it was: learning rates, phases of a lock and the order of text are planned for its first
 length (`train.earlier_steps`) and only go on from there, so an extended run resumes as bit-exactly as any other.
@@ -10,7 +10,6 @@ import dataclasses
 from pathlib import Path
 
 from unipool_jax.config.schema import Config
-from unipool_jax.training.optimizer import warmup_steps
 from unipool_jax.training.run_folder import RunError, is_finished
 
 
@@ -39,19 +38,3 @@ def with_more_steps(folder: Path, stored: Config, wanted: Config, more: int | No
         )
     lengths = dataclasses.replace(wanted.train, steps=steps, earlier_steps=train.lengths)
     return dataclasses.replace(wanted, train=lengths)
-
-
-def announcement(config: Config) -> str:
-    """What happens to learning rate, text and phases in the steps by which a run is extended."""
-    begin, end = config.train.lengths[-2:]
-    optimizer = config.optimizer
-    low, peak = f"{optimizer.min_learning_rate:g}", f"{optimizer.learning_rate:g}"
-    if optimizer.extension == "constant":
-        rate = f"stays at optimizer.min_learning_rate={low}"
-    else:
-        warmup = warmup_steps(optimizer, end - begin)
-        rate = f"rises from {low} to {peak} over {warmup} steps and falls to {low} by another cosine"
-    return (
-        f"extended from step {begin} to {end} (optimizer.extension={optimizer.extension}): the learning rate {rate}; "
-        "the text goes on behind what was read"
-    )

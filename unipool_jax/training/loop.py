@@ -29,7 +29,6 @@ from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.console import LOG, Progress, copied_to
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
-from unipool_jax.training.extension import announcement
 from unipool_jax.training.flops import utilization
 from unipool_jax.training.initial import initial_state
 from unipool_jax.training.locking import Locking, open_lock
@@ -40,6 +39,7 @@ from unipool_jax.training.metrics import (
     perplexity,
     routing_diagnostics,
 )
+from unipool_jax.training.optimizer import extension_notice
 from unipool_jax.training.placement import Placement, measured, newest_counts
 from unipool_jax.training.receive_buffers import OverflowedError, ReceiveBuffers
 from unipool_jax.training.run_folder import RunError, RunFolder
@@ -203,7 +203,7 @@ class _Run:
         if self.start:
             self.progress.message(f"resuming after step {self.start}")
         if config.train.earlier_steps:
-            self.progress.message(announcement(config))
+            self.progress.message(extension_notice(config.optimizer, config.train.lengths))
 
     def place(self, state: TrainState) -> TrainState:
         """`state` with its experts placed by their loads in the last evaluation, if mesh.expert_placement=measured."""

@@ -70,6 +70,17 @@ def make_schedule(config: OptimizerConfig, steps: int | Sequence[int]) -> optax.
     return schedule
 
 
+def extension_notice(config: OptimizerConfig, steps: Sequence[int]) -> str:
+    """What the learning rate does in the steps by which a run was last extended, as a sentence; see `make_schedule`."""
+    begin, end = steps[-2:]
+    low, peak = f"{config.min_learning_rate:g}", f"{config.learning_rate:g}"
+    rate = f"stays at optimizer.min_learning_rate={low}"
+    if config.extension == "rewarm":
+        warmup = warmup_steps(config, end - begin)
+        rate = f"rises from {low} to {peak} over {warmup} steps and falls to {low} by another cosine"
+    return f"extended from step {begin} to {end} (optimizer.extension={config.extension}): the learning rate {rate}"
+
+
 def next_learning_rate(config: OptimizerConfig, steps: int | Sequence[int], opt_state: Any) -> jax.Array:
     """The learning rate of the update that follows `opt_state`, float32.
 
