@@ -41,7 +41,7 @@ help:  ## Show these targets
 venv: $(VENV)/core.stamp $(ACCELERATOR:%=$(VENV)/%.stamp)  ## Make .venv with what training needs; with ACCELERATOR=cuda12, cuda13 or tpu
 
 demo: $(VENV)/core.stamp  ## Train the demo model, evaluate it, print a table; goes on with, or shows, what is in runs/demo
-	$(KEEP_MEMORY) $(RUN) train.py run.name=demo
+	$(KEEP_MEMORY) $(RUN) train.py
 
 test: lint typecheck $(VENV)/torch.stamp  ## Check format, lint and types, then run the tests
 	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)

@@ -50,17 +50,33 @@ def test_a_word_names_files(texts: Path, word: str, names: list[str]) -> None:
     ("words", "message"),
     [
         (["picture.png"], r"picture\.png: unknown file format; the name must end in one of \.txt, \.text, \.md"),
-        (["*.png"], r"\*\.png: 1 files, but none whose name ends in one of \.txt, \.text, \.md"),
+        (["*.png"], r"\*\.png: 1 files, but none with text whose name ends in one of \.txt"),
         (["*.csv"], "no pattern that matches one"),
         (["nothing"], "nothing: unknown file format"),
         (["nothing.txt"], r"nothing\.txt: no such file"),
-        (["", "a.txt"], r"a\.txt: named by .*texts and by .*a\.txt; name it once"),
+        (["", "a.txt"], r"a\.txt \(of .*\): the same file as .*a\.txt \(of .*texts\); name it once"),
         (["a.txt", "deep/../a.txt"], "name it once"),
     ],
 )
 def test_what_names_no_text_is_refused(texts: Path, words: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         find_inputs([str(texts / word) for word in words])
+
+
+def test_folders_are_read_through_links_and_without_empty_files(texts: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "e.txt").write_text("e")
+    (texts / "link").symlink_to(outside)
+    (outside / "round").symlink_to(texts)
+    (texts / "nothing.md").touch()
+    found = find_inputs([str(texts)])
+    assert [path.name for path in found.files] == ["[1].text", "a.txt", "b.md", "c.rst", "e.txt"]
+    assert [path.name for path in found.empty] == ["nothing.md"]
+    assert "empty: " in (found.note() or "")
+    (texts / "link2.txt").symlink_to(texts / "a.txt")
+    with pytest.raises(DataError, match="the same file as"):
+        find_inputs([str(texts)])
 
 
 def test_folders_and_patterns_are_settings_of_a_run(texts: Path) -> None:

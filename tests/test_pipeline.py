@@ -1,5 +1,6 @@
 """Batches: the order of method M5.4 against brute-force oracles, and evaluation's exact counts."""
 
+import collections
 import itertools
 import json
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from unipool_jax.data import pipeline
@@ -140,6 +141,41 @@ def test_windows_follow_the_written_rule(lengths: list[list[int]], length: int, 
     np.testing.assert_array_equal(rows(source.batch(range(count))), expected)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=20), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.lists(st.integers(1, 120), min_size=2, max_size=4, unique=True).map(sorted),
+    st.integers(0, 2**32 - 1),
+)
+def test_an_extended_source_begins_as_the_shorter_one(
+    lengths: list[list[int]], length: int, counts: list[int], seed: int
+) -> None:
+    stores = [ArrayStore(numbered(n, 1000 * (i + 1))) for i, n in enumerate(lengths)]
+    assume(all(store.num_tokens > length for store in stores))
+    longest = rows(WindowSource(stores, "train", length, counts, seed).batch(range(counts[-1])))
+    for k in range(1, len(counts)):
+        shorter = WindowSource(stores, "train", length, counts[:k] if k > 1 else counts[0], seed)
+        np.testing.assert_array_equal(longest[: counts[k - 1]], rows(shorter.batch(range(counts[k - 1]))))
+
+
+@pytest.mark.parametrize("counts", [[5, 60], [30, 60], [7, 19, 60], [29, 31, 60]])
+def test_an_extension_repeats_nothing_before_all_is_read(counts: list[int]) -> None:
+    store = ArrayStore(numbered([21] * 10 + [31]))  # 241 tokens: 30 windows of 8 targets an epoch
+    targets = WindowSource(store, "train", 8, counts, 3).tokens(range(60))[:, 1:]
+    read = [collections.Counter(targets[:windows][targets[:windows] != EOD].tolist()) for windows in (30, 60)]
+    # A second epoch begins only after the first, wherever the run was extended.
+    assert [max(times.values()) for times in read] == [1, 2]
+    assert all(len(times) >= 241 - 11 - 1 for times in read)
+
+
+def test_the_fingerprint_of_an_extended_source_is_its_own(real_store: TokenStore) -> None:
+    one, more = (WindowSource(real_store, "train", 16, n, 1).fingerprint() for n in (64, [32, 64]))
+    assert one == WindowSource(real_store, "train", 16, [64], 1).fingerprint() != more
+    with pytest.raises(DataError, match="must ascend"):
+        WindowSource(real_store, "train", 16, [64, 64], 1)
+
+
 def test_round_robin_is_the_largest_deficit_rule() -> None:
     for stores in (1, 2, 3, 7, 30):
         picks = oracle_blend(3000, stores)
@@ -152,14 +188,14 @@ def test_needed_windows_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     class Spy:
-        def __init__(self, store: TokenStore, split: Split, length: int, needed: int, seed: int) -> None:
+        def __init__(self, store: TokenStore, split: Split, length: int, needed: list[int], seed: int) -> None:
             asked.append((needed, seed))
             raise StopIteration
 
     monkeypatch.setattr(pipeline, "_StoreWindows", Spy)
     with pytest.raises(StopIteration):
         WindowSource([store] * 30, "train", 1024, 30_720_000, 1234).batch([0])
-    assert asked == [(1_029_120, 1234)]
+    assert asked == [([1_029_120], 1234)]
 
 
 def test_windows_of_1025_overlap_by_one_and_keep_end_of_document() -> None:

@@ -35,7 +35,7 @@ def other_value(name: str, value: Any) -> Any:
     if typing.get_origin(hint) is typing.Literal:
         return next(choice for choice in typing.get_args(hint) if choice != value)
     if typing.get_origin(hint) is tuple:
-        return (*value, value[-1] if value else "other")
+        return (*value, value[-1] if value else 1 if typing.get_args(hint)[0] is int else "other")
     if hint is bool:
         return not value
     if hint is str:
@@ -105,6 +105,8 @@ _START = ["method=unipool_lock", "lock.ownership=random_from_start"]
         ("train.microbatch_size", ["loss.pool_statistics=previous"], "numbers"),
         ("train.microbatch_size", _DROP, "numbers"),
         ("train.nonfinite", [], "free"),
+        ("optimizer.extension", [], "free"),
+        ("optimizer.extension", ["train.earlier_steps=[9]"], "numbers"),
         ("kernels.implementation", [], "rounding"),
         ("model.remat", [], "rounding"),
         ("data.files", [], "place"),

@@ -68,7 +68,7 @@ _TRAINING = "unipool_jax.cli.training"
 COMMANDS = (
     Command(
         "train",
-        "Train a model, or go on with a run.",
+        "Train a model, or go on with a run, or extend a finished one (`train.steps=+N`).",
         _SCHEMA,
         f"{_TRAINING}:start",
         (CONFIG_DIR, MULTIRUN, PRINT_CONFIG),

@@ -119,7 +119,7 @@ def _names(command: Command, config_dir: str | None) -> tuple[str, list[str]]:
     """The first setting that needs no name, empty without one, and the names of all settings."""
     kind = command.load_settings()
     if kind is Config:
-        return "", _schema_names(command.mode is None, config_dir)
+        return "run", ["run", *_schema_names(command.mode is None, config_dir)]
     positional, names = "", []
     for field in fields_of(kind):
         if accepts := field.marker(Accepts):
@@ -142,6 +142,8 @@ def _values(command: Command, name: str, text: str, config_dir: str | None) -> l
     """Known values of a setting."""
     kind = command.load_settings()
     fields = {} if kind is Config else {field.name: field for field in fields_of(kind)}
+    if kind is Config and name == "run":
+        return _runs(text)
     if name in fields:
         return _runs(text) if name in ("run", "runs") else list(choices(fields[name].kind))
     if name in settings(Config()):

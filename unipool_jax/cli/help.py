@@ -18,6 +18,8 @@ from unipool_jax.config.ranges import RANGES, Range
 from unipool_jax.config.schema import Config
 from unipool_jax.config.words import Accepts, Composed, Field, Positional, fields_of
 
+_RUN = "RUN, the folder of a run or `latest`, gives its settings, which the others change."
+
 
 def overview(group: list[str]) -> str:
     """The commands, or those of a group such as `convert`."""
@@ -33,8 +35,9 @@ def command_help(command: Command, config_dir: str | None = None) -> str:
     """What a command does, its settings with defaults and allowed values, and its options."""
     kind = command.load_settings()
     pages = _schema_pages(config_dir, command.mode is None) if command.composes else _request_pages(kind)
-    words = "" if command.composes else _usage(kind)
-    description = command.summary if command.composes else inspect.getdoc(kind) or command.summary
+    words = " [RUN]" if command.composes else _usage(kind)
+    about = textwrap.fill(f"{command.summary} {_RUN}", _width())
+    description = about if command.composes else inspect.getdoc(kind) or command.summary
     parts = [f"usage: unipool {command.name}{words} [NAME=VALUE ...]", description, *pages]
     options = [_entry(f"--{o.name}{f' {o.value}' if o.value else ''}", o.help) for o in (*command.options, HELP)]
     return "\n\n".join([*parts, "\n".join(["Options", *options])])

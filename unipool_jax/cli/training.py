@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from unipool_jax.cli.runs import refuse_added, run_config, take_run
 from unipool_jax.config.compose import Folder, compose_config, config_yaml, sweep
 from unipool_jax.config.errors import UserError
 from unipool_jax.config.rules import problems, validate
@@ -14,12 +15,22 @@ from unipool_jax.config.schema import Config, ConfigError
 
 
 def configured(words: Sequence[str], config_dir: Folder | None, mode: str | None) -> Config:
-    """The configuration that `words` compose, for a command with this value of `mode`."""
-    if mode is not None:
-        if given := [word for word in words if word.partition("=")[0] == "mode"]:
-            raise ConfigError([f"{given[0]}: `unipool {mode}` says so already; leave it out"])
-        words = [*words, f"mode={mode}"]
-    return compose_config(words, config_dir)
+    """The configuration that `words` compose, for a command with this value of `mode`.
+
+    Raises:
+      ConfigError: words that cannot be applied.
+      RunError: a run is named that does not exist, or cannot be extended.
+    """
+    given = [word for word in words if word.partition("=")[0] == "mode"]
+    if given and mode is not None:
+        raise ConfigError([f"{given[0]}: `unipool {mode}` says so already; leave it out"])
+    run, others = take_run(words, config_dir)
+    if run is not None:
+        if given:
+            raise ConfigError([f"{given[0]}: use `unipool {given[0].partition('=')[2]} {run}`"])
+        return run_config(run, others, config_dir, mode or "train")
+    refuse_added(words)
+    return compose_config([*words, *([] if mode is None else [f"mode={mode}"])], config_dir)
 
 
 def start(config: Config) -> int:
@@ -73,6 +84,9 @@ def sweep_jobs(words: Sequence[str], config_dir: Folder | None = None) -> list[J
     Raises:
       ConfigError: with every problem of every combination, and for two runs that would share a folder.
     """
+    if (run := take_run(words, config_dir)[0]) is not None:
+        raise ConfigError([f"{run}: --multirun trains new runs; leave the run out"], "the command line")
+    refuse_added(words)
     lines = sweep(words, config_dir)
     found: list[str] = []
     jobs: list[Job] = []
@@ -105,7 +119,7 @@ def _refused_folders(jobs: Sequence[Job]) -> Iterator[str]:
 
 
 def _shared_folders(jobs: Sequence[Job]) -> Iterator[str]:
-    from unipool_jax.training.run_folder import run_folder
+    from unipool_jax.training.run_names import run_folder
 
     owners: dict[Path, str] = {}
     for job in jobs:

@@ -36,8 +36,9 @@ class LockSchedule(NamedTuple):
 
 
 def make_schedule(config: Config) -> LockSchedule:
-    """The schedule of a run. Fractions of train.steps are rounded half to even; steps override fractions."""
-    lock, steps = config.lock, config.train.steps
+    """The schedule of a run. Fractions of train.steps, before any extension, are rounded half to even; steps override
+    fractions."""
+    lock, steps = config.lock, config.train.lengths[0]
 
     def resolve(given: int | None, fraction: float) -> int:
         return round(fraction * steps) if given is None else given
@@ -100,7 +101,7 @@ def _model_problems(config: Config) -> Iterator[str]:
 
 
 def _schedule_problems(config: Config) -> Iterator[str]:
-    lock, steps, every = config.lock, config.train.steps, config.train.eval_every
+    lock, steps, every = config.lock, config.train.lengths[0], config.train.eval_every
     schedule = make_schedule(config)
     if lock.ownership == "random_from_start":
         if schedule.warmup < 1:

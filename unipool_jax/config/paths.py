@@ -34,8 +34,13 @@ def _below(folder: Path) -> list[Path]:
         raise error
 
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(parent) in seen:  # a link to a folder above would have no end
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
         paths = (Path(parent, name) for name in names if not name.startswith("."))
         found += [path for path in paths if path.is_file()]
     return found

@@ -9,6 +9,7 @@ own settings are in range.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -214,6 +215,21 @@ def _learning_rates(config: Config) -> Iterator[str]:
     low, peak = config.optimizer.min_learning_rate, config.optimizer.learning_rate
     if low > peak:
         yield f"optimizer.min_learning_rate={low}: must not exceed optimizer.learning_rate={peak}; lower it"
+
+
+@_rule("train.steps", "optimizer.min_learning_rate")
+def _extension(config: Config) -> Iterator[str]:
+    train, optimizer = config.train, config.optimizer
+    if any(steps < 1 for steps in train.lengths) or any(a >= b for a, b in itertools.pairwise(train.lengths)):
+        yield (
+            f"train.earlier_steps={list(train.earlier_steps)}: must ascend to train.steps={train.steps}; leave it to "
+            "unipool train RUN train.steps=+N"
+        )
+    elif train.earlier_steps and optimizer.extension == "constant" and not optimizer.min_learning_rate:
+        yield (
+            "optimizer.extension=constant: the steps that extend the run would have optimizer.min_learning_rate=0 and "
+            "change nothing; set optimizer.extension=rewarm"
+        )
 
 
 @_rule("train.batch_size", "train.microbatch_size", "loss.switch_group_sequences")

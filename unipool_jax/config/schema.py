@@ -118,7 +118,8 @@ class LossConfig:
 class LockConfig:
     """UniPool-lock: all layers share one pool at first; later each expert belongs to one layer.
 
-    Phases are given as fractions of train.steps, so that they scale with the run, or as a number of steps.
+    Phases are given as fractions of train.steps, so that they scale with the run, or as a number of steps. An extension
+    of the run moves none.
     """
 
     ownership: Literal["none", "learned", "random_at_lock", "random_from_start"] = "none"
@@ -179,6 +180,9 @@ class OptimizerConfig:
     """Decoupled weight decay of all matrices; norm gains and router scales are not decayed."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm where theirs is larger."""
+    extension: Literal["constant", "rewarm"] = "constant"
+    """Learning rate of the steps by which a finished run is extended. `constant` stays at min_learning_rate; `rewarm`
+    rises to learning_rate again over warmup_fraction of the new steps and falls by another cosine."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,9 @@ class TrainConfig:
     """Length of a run, batch sizes, and how often it logs, evaluates and saves."""
 
     steps: int = 60_000
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. `unipool train RUN train.steps=+N` extends a finished run."""
+    earlier_steps: tuple[int, ...] = ()
+    """Lengths of this run before it was extended, oldest first; written by the command that extends it."""
     batch_size: int = 512
     """Sequences per optimizer step, over all devices."""
     microbatch_size: int = 16
@@ -211,6 +217,12 @@ class TrainConfig:
     """Number of most recent checkpoints that are kept."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """On a non-finite loss or gradient norm: stop with a report, or skip the update and continue."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps of the run as it began and after each extension. Schedules and the order of text are planned for the
+        first, and go on from there with each of the others."""
+        return (*self.earlier_steps, self.steps)
 
 
 @dataclass(frozen=True)
@@ -318,7 +330,10 @@ class RunConfig:
     dir: str = "runs"
     """Folder that holds all runs."""
     name: str | None = None
-    """Folder of this run inside run.dir; null derives it from scale, method, steps and seed."""
+    """Folder of this run inside run.dir; null derives it from scale, method, steps, seed, text and run.init_from."""
+    init_from: str | None = None
+    """Run, or one checkpoint (RUN/checkpoints/STEP), whose parameters a new run starts with; optimizer state, schedule
+    and step are new. Everything of the architecture must be the same."""
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` resumes from the newest complete checkpoint if there is one; `never` refuses a run that exists; `required`
     refuses to start a new one."""

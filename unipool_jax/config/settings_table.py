@@ -51,6 +51,10 @@ def _fitted_drops(config: Config) -> bool:
     return drops(config) and config.mesh.capacity_factor is None
 
 
+def _is_extended(config: Config) -> bool:
+    return bool(config.train.earlier_steps)
+
+
 def _moves(config: Config) -> bool:
     return config.train.eval_slice == "moving"
 
@@ -87,13 +91,14 @@ TABLE: dict[str, Effect] = {
             *("lock.excess_evaluations", "lock.count_lookback", "lock.count_smoothing"),
             *("optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.warmup_fraction"),
             *("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay"),
-            *("optimizer.clip_norm", "train.steps", "train.batch_size", "train.seed"),
+            *("optimizer.clip_norm", "train.steps", "train.earlier_steps", "train.batch_size", "train.seed"),
         ),
         _NUMBERS,
     ),
     "model.remat": Effect(rounding=True, why="what is computed twice is the same"),
     "lock.solver_seconds": Effect(why="a run whose solver exceeds it stops"),
     "train.microbatch_size": Effect(numbers=_depends_on_microbatches, rounding=True, why=_microbatch_reason),
+    "optimizer.extension": Effect(numbers=_is_extended, why="the run has been extended by it"),
     "train.log_every": _FREE,
     "train.eval_every": Effect(
         numbers=feeds_back, measured=_moves, why="evaluations decide a partition, or which text the next one reads"
@@ -114,6 +119,7 @@ TABLE: dict[str, Effect] = {
     **dict.fromkeys(("data.cache_dir", "data.num_threads"), _LOCAL),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.expert_placement"), _MESH),
     **dict.fromkeys(("mesh.tensor", "mesh.transport", "kernels.implementation"), Effect(rounding=True)),
+    "run.init_from": Effect(numbers=True, why="a run starts once"),
     "mesh.topology": Effect(why="only mode=plan reads it"),
     **dict.fromkeys(("mesh.capacity_factor", "mesh.overflow"), Effect(numbers=drops, why=_DROPPED)),
     **dict.fromkeys(

@@ -75,7 +75,7 @@ def upcycle_command(request: UpcycleRequest) -> int:
     choices = request.config or Choices(("method=unipool",))
     target = upcycled_config(config, choices)
     _validate(target)
-    kept = Origin(text=origin.text if same_text(config.data, target.data) else None)
+    kept = Origin(text=origin.text if same_text(config.data, target.data) else None, parent=origin.parent)
     count = write_run(Path(request.out), target, upcycle(config, weights, target, request.noise), kept)
     print(f"{request.out}: {target.scale_name} {target.method_name}, {count} experts, at step 0; {_text_of(target)}")
     return 0

@@ -12,6 +12,7 @@ from unipool_jax.config.schema import Config, DataConfig
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.data.tokenizer import load_tokenizer
 from unipool_jax.training.checkpoint import Checkpoints
+from unipool_jax.training.lineage import parent_of
 from unipool_jax.training.opening import opened_config
 from unipool_jax.training.run_folder import CHECKPOINTS, find_run, known_text
 
@@ -26,6 +27,8 @@ class Origin(NamedTuple):
     """Its tokenizer.json; None for a built-in one."""
     text: dict[str, Any] | None = None
     """Identity of the text it was trained on (`data/identity.py`), if that is known."""
+    parent: dict[str, Any] | None = None
+    """What `lineage.json` records of the run they are taken from; None for those of a file."""
 
     def notes(self) -> dict[str, str]:
         """The same as texts by name, for the metadata of a file."""
@@ -37,8 +40,10 @@ def origin_of(run: str, step: int | None = None) -> Origin:
     """What goes with a checkpoint's weights; raises as `read_run`, and DataError without its tokenizer."""
     folder = find_run(run)
     with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
-        meta = checkpoints.meta(checkpoints.find(step))
-    return Origin(load_tokenizer(opened_config(folder, meta).data.tokenizer).definition, known_text(folder, meta))
+        step = checkpoints.find(step)
+        meta = checkpoints.meta(step)
+    tokenizer = load_tokenizer(opened_config(folder, meta).data.tokenizer).definition
+    return Origin(tokenizer, known_text(folder, meta), parent_of(folder, step, meta))
 
 
 def noted_origin(metadata: Mapping[str, str], where: str) -> Origin:

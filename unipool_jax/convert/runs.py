@@ -20,10 +20,11 @@ from unipool_jax.convert.inheritance import Origin
 from unipool_jax.convert.weights import Weights, check_same_experts, expert_hashes
 from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
 from unipool_jax.training.checkpoint import Checkpoints, make_meta, restore_model
+from unipool_jax.training.lineage import record
 from unipool_jax.training.opening import opened_config
-from unipool_jax.training.optimizer import make_optimizer
 from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, find_run
-from unipool_jax.training.state import TrainState, init_balance
+from unipool_jax.training.state import new_state
+from unipool_jax.training.warm_start import is_partitioned
 
 
 def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
@@ -46,7 +47,7 @@ def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
 
 def _restore(checkpoints: Checkpoints, config: Config, step: int) -> Weights:
     model = restore_model(checkpoints, config, step)
-    if model.config.locked or (model.balance.lock is not None and bool((model.balance.lock.owner_M >= 0).any())):
+    if is_partitioned(model):
         raise ConversionError(
             f"{checkpoints.path(step)}: its experts are partitioned among layers (UniPool-lock), which no other "
             "layout can represent; convert a checkpoint from before the freeze"
@@ -68,7 +69,8 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
 
     Args:
       folder: must not exist.
-      config: of the model; its run.dir and run.name are replaced by those of `folder`.
+      config: of the model; its run.dir and run.name are replaced by those of `folder`. It forgets what a run that it is
+        taken from was started from and extended by.
       weights: of the model.
       origin: of the weights: a tokenizer to use in place of data.tokenizer, and the text they were trained on.
 
@@ -80,8 +82,8 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
     """
     if folder.exists():
         raise ConversionError(f"{folder}: already exists; choose another name or delete it")
-    place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name)
-    config = dataclasses.replace(config, run=place)
+    place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name, init_from=None)
+    config = dataclasses.replace(config, run=place, train=dataclasses.replace(config.train, earlier_steps=()))
     origin, name = origin or Origin(), str(folder / TOKENIZER)
     if origin.tokenizer is None:
         tokenizer = load_tokenizer(config.data.tokenizer)
@@ -90,12 +92,7 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
     if tokenizer.definition is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
     params = jax.tree.map(jnp.asarray, weights.params)
-    state = TrainState(
-        jnp.zeros((), jnp.int32),
-        params,
-        make_optimizer(config.optimizer, config.train.steps).init(params),
-        init_balance(config)._replace(expert_bias_GNE=jnp.asarray(weights.expert_bias_GNE)),
-    )
+    state = new_state(config, params, jnp.asarray(weights.expert_bias_GNE))
     wanted = expert_hashes(weights)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
@@ -105,6 +102,8 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
             checkpoints.wait()
             check_same_experts(wanted, expert_hashes(_restore(checkpoints, config, 0)), str(folder))
         save_config(config, temporary / CONFIG)
+        if origin.parent is not None:
+            record(temporary, "converted", 0, **origin.parent)
         if tokenizer.definition is not None:
             write_atomically(temporary / TOKENIZER, tokenizer.definition)
         temporary.replace(folder)

@@ -15,18 +15,26 @@ _SHOWN = 5
 
 
 class Inputs(NamedTuple):
-    """Files to read, in order, and those of folders and patterns that are not text."""
+    """Files to read, in order, and those of folders and patterns that hold no text."""
 
     files: list[Path]
-    left_out: list[Path]
+    other: list[Path]
+    """Files of unknown endings."""
+    empty: list[Path]
 
     def note(self) -> str | None:
-        """A sentence about the files left out; None if there are none."""
-        if not self.left_out:
-            return None
-        names = ", ".join(str(path) for path in self.left_out[:_SHOWN])
-        more = f" and {len(self.left_out) - _SHOWN} more" if len(self.left_out) > _SHOWN else ""
-        return f"left out, as their endings are none of {', '.join(SUFFIXES)}: {names}{more}"
+        """A line for each reason to leave files out; None if all are read."""
+        reasons = []
+        if self.other:
+            reasons.append(f"left out, as their endings are none of {', '.join(SUFFIXES)}: {_listed(self.other)}")
+        if self.empty:
+            reasons.append(f"left out, as they are empty: {_listed(self.empty)}")
+        return "\n".join(reasons) or None
+
+
+def _listed(paths: list[Path]) -> str:
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return ", ".join(map(str, paths[:_SHOWN])) + more
 
 
 def find_inputs(words: Iterable[str]) -> Inputs:
@@ -34,10 +42,10 @@ def find_inputs(words: Iterable[str]) -> Inputs:
 
     Raises:
       DataError: a word that names no file, a file of unknown format, a folder or pattern without a file of text, or a
-        file that is named twice, whose text would count twice and could be in two splits.
+        file that is there twice, whose text would count twice and could be in two splits.
     """
-    found = Inputs([], [])
-    named_by: dict[Path, str] = {}
+    found = Inputs([], [], [])
+    known: dict[Path, tuple[Path, str]] = {}
     for word in words:
         try:
             paths = named_files(word)
@@ -47,16 +55,20 @@ def find_inputs(words: Iterable[str]) -> Inputs:
             readable = paths
             file_format(paths[0])
         else:
-            readable = [path for path in paths if is_readable(path)]
-            found.left_out.extend(path for path in paths if not is_readable(path))
+            readable = [path for path in paths if is_readable(path) and path.stat().st_size]
+            found.other.extend(path for path in paths if not is_readable(path))
+            found.empty.extend(path for path in paths if is_readable(path) and not path.stat().st_size)
         if not paths:
             if not (Path(word).is_dir() or glob.has_magic(word)):
                 file_format(Path(word))
             raise DataError(f"{word}: no such file, no folder of files, and no pattern that matches one")
         if not readable:
-            raise DataError(f"{word}: {len(paths)} files, but none whose name ends in one of {', '.join(SUFFIXES)}")
+            raise DataError(
+                f"{word}: {len(paths)} files, but none with text whose name ends in one of {', '.join(SUFFIXES)}"
+            )
         for path in readable:
-            if (before := named_by.setdefault(path.resolve(), word)) is not word:
-                raise DataError(f"{path}: named by {before} and by {word}; name it once")
+            before, by = known.setdefault(path.resolve(), (path, word))
+            if before is not path:
+                raise DataError(f"{path} (of {word}): the same file as {before} (of {by}); name it once")
             found.files.append(path)
     return found

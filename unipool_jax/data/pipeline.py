@@ -58,13 +58,14 @@ class _StoreWindows:
     """Shuffled windows of one split of one store.
 
     Args:
-      needed: number of windows that will be used; determines the number of epochs.
+      needed: number of windows that will be used, as planned at first and after each extension, ascending; determines
+        the number of epochs.
 
     Raises:
       DataError: the split is too short for one window.
     """
 
-    def __init__(self, store: TokenStore, split: SplitName, length: int, needed: int, seed: int):
+    def __init__(self, store: TokenStore, split: SplitName, length: int, needed: Sequence[int], seed: int):
         documents = store.split_documents(split)
         per_epoch = int(store.document_lengths(documents).sum())
         if per_epoch < length + 1:
@@ -72,28 +73,33 @@ class _StoreWindows:
                 f"{store.path}: split {split!r} has {per_epoch} tokens in {len(documents)} "
                 f"documents; one window of data.sequence_length={length} needs {length + 1}; add text, or lower it"
             )
-        epochs = -(-(needed * length + 1) // per_epoch)
-        total = (epochs * per_epoch - 1) // length
-        before_last = ((epochs - 1) * per_epoch - 1) // length
-        # As Megatron does: a last epoch that is used only in part is shuffled separately, so that
-        # every document appears equally often in the epochs before it.
-        from_last = needed - before_last
-        separate = epochs > 1 and from_last < int(0.8 * ((per_epoch - 1) // length))
-        random = np.random.RandomState(seed)
-        parts = [np.tile(documents, epochs - 1), documents.copy()] if separate else [np.tile(documents, epochs)]
-        for part in parts:
-            random.shuffle(part)
+        parts: list[np.ndarray] = []
+        orders: list[np.ndarray] = []
+        tokens = planned = 0
+        for extension, wanted in enumerate(needed):
+            if wanted <= planned:
+                continue  # the epochs planned before have enough
+            epochs = -(-(wanted * length + 1 - tokens) // per_epoch)
+            total = (tokens + epochs * per_epoch - 1) // length
+            before_last = (tokens + (epochs - 1) * per_epoch - 1) // length
+            # As Megatron does: a last epoch that is used only in part is shuffled separately, so that
+            # every document appears equally often in the epochs before it.
+            from_last = wanted - before_last
+            separate = epochs > 1 and from_last < int(0.8 * ((per_epoch - 1) // length))
+            random = np.random.RandomState([seed, extension] if extension else seed)
+            new = [np.tile(documents, epochs - 1), documents.copy()] if separate else [np.tile(documents, epochs)]
+            for part in new:
+                random.shuffle(part)
+            parts += new
+            border = before_last if separate else total
+            for start, stop in [(planned, border), (border, total)] if separate else [(planned, border)]:
+                order = np.arange(start, stop, dtype=np.uint32 if total < 1 << 32 else np.int64)
+                random.shuffle(order)
+                orders.append(order)
+            tokens, planned = tokens + epochs * per_epoch, total
         self.stream = DocumentStream(store, np.concatenate(parts))
         del parts
-        dtype = np.uint32 if total < 1 << 32 else np.int64
-        border = before_last if separate else total
-        order = np.arange(border, dtype=dtype)
-        random.shuffle(order)
-        if separate:
-            tail = np.arange(border, total, dtype=dtype)
-            random.shuffle(tail)
-            order = np.concatenate([order, tail])
-        self.order = order[:needed].copy()
+        self.order = np.concatenate(orders)[: needed[-1]].copy()
 
 
 class WindowSource:
@@ -106,6 +112,9 @@ class WindowSource:
     except for a last epoch of which less than 80% is used; so where data repeats, the order depends
     on `num_windows`.
 
+    A source that is extended begins as the shorter one. It goes on with the windows that are left of the
+    epochs planned for that one; when all are used, further epochs are planned, with a shuffle of their own.
+
     Stores have equal weight: window j of n stores is window `j // n` of store `j mod n`. As in
     Megatron, each of several stores plans 0.5% more windows than it needs, which affects only the
     number of epochs.
@@ -116,7 +125,7 @@ class WindowSource:
       stores: one, or several made by one tokenizer.
       split: `train`, `valid` or `test`.
       sequence_length: S, the number of predicted tokens per window.
-      num_windows: length of the source.
+      num_windows: length of the source, or its lengths as it began and after each extension, ascending.
       seed: of both shuffles.
 
     Raises:
@@ -130,18 +139,22 @@ class WindowSource:
         stores: TokenStore | Sequence[TokenStore],
         split: SplitName,
         sequence_length: int,
-        num_windows: int,
+        num_windows: int | Sequence[int],
         seed: int,
     ):
-        if sequence_length < 1 or num_windows < 1:
+        lengths = [num_windows] if isinstance(num_windows, int) else list(num_windows)
+        if sequence_length < 1 or lengths[0] < 1:
             raise DataError(f"sequence_length={sequence_length} num_windows={num_windows}: must be positive")
+        if any(a >= b for a, b in itertools.pairwise(lengths)):
+            raise DataError(f"num_windows={num_windows}: the lengths of a source must ascend")
         self.stores = _as_stores(stores)
         self.split = split
         self.sequence_length = sequence_length
-        self._num_windows = num_windows
+        self._lengths = lengths
+        self._num_windows = lengths[-1]
         self._seed = seed
-        share = -(-num_windows // len(self.stores))
-        self._needed = share if len(self.stores) == 1 else -(-share * 1005 // 1000)
+        shares = [-(-windows // len(self.stores)) for windows in lengths]
+        self._needed = shares if len(self.stores) == 1 else [-(-share * 1005 // 1000) for share in shares]
         self._windows: list[_StoreWindows | None] = [None] * len(self.stores)
         self._lock = threading.Lock()
 
@@ -186,7 +199,8 @@ class WindowSource:
         because it determines how epochs are shuffled.
         """
         stores = [store.fingerprint() for store in self.stores]
-        return json_sha256([stores, self.split, self.sequence_length, self._num_windows, self._seed])
+        lengths = self._num_windows if len(self._lengths) == 1 else self._lengths
+        return json_sha256([stores, self.split, self.sequence_length, lengths, self._seed])
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Windows `indices` as a batch of `len(indices)` rows."""

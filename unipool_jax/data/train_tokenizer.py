@@ -1,6 +1,7 @@
 """`unipool tokenizer`: trains a byte-level BPE tokenizer; without files, the one shipped with the demo corpus."""
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,8 +52,10 @@ def tokenizer_command(request: TokenizerRequest) -> int:
     Raises:
       DataError, FileError: with what to do about it.
     """
-    paths = find_inputs(request.files).files
-    texts = read_texts(paths, request.field) if paths else demo_training_texts()
+    inputs = find_inputs(request.files)
+    if (note := inputs.note()) is not None:
+        print(note, file=sys.stderr)
+    texts = read_texts(inputs.files, request.field) if inputs.files else demo_training_texts()
     trained = train_tokenizer(texts, request.vocab_size)
     write_atomically(Path(request.out), trained)
     size = parse_tokenizer(request.out, trained).vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -116,7 +117,9 @@ class GenerateRequest:
 
     def problems(self) -> Iterator[str]:
         """What is missing."""
-        if not self.prompt:
+        if not self.prompt and self.run != "latest" and not os.path.exists(self.run) and " " in self.run:
+            yield f"{self.run!r}: taken for the run, which comes first; for the newest run, write prompt={self.run!r}"
+        elif not self.prompt:
             yield 'prompt=: no text to go on with; for example prompt="The state of the Union is"'
 
 

@@ -117,6 +117,17 @@ def layout(items: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def layout_differences(stored: Mapping[str, str], target: Target) -> list[str]:
+    """One line for each array of the items of `target` whose shape or dtype is another in a checkpoint's `layout`."""
+    wanted = layout(target)
+    present = {name: layout for name, layout in stored.items() if name.split(".")[0] in target}
+    return [
+        f"{name}: {present.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} expected"
+        for name in sorted(present.keys() | wanted.keys())
+        if present.get(name) != wanted.get(name)
+    ]
+
+
 class Checkpoints:
     """The checkpoints of one run folder; use as a context manager.
 
@@ -308,17 +319,10 @@ class Checkpoints:
             raise ValueError(f"{name}: unreadable metadata ({type(error).__name__}: {error})") from error
 
     def _compare(self, step: int, stored: Mapping[str, str], target: Mapping[str, Any]) -> None:
-        wanted = layout(target)
-        present = {name: layout for name, layout in stored.items() if name.split(".")[0] in target}
-        problems = [
-            f"  - {name}: {present.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} expected"
-            for name in sorted(present.keys() | wanted.keys())
-            if present.get(name) != wanted.get(name)
-        ]
-        if problems:
+        if problems := layout_differences(stored, target):
             raise CheckpointError(
                 f"{self.path(step)} does not match the model of this configuration:\n"
-                + "\n".join(problems)
+                + "\n".join(f"  - {problem}" for problem in problems)
                 + "\nUse that run's config.yaml, or start a new run under another run.name."
             )
 

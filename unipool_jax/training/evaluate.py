@@ -124,8 +124,9 @@ class Evaluator:
         """
         config = self._config
         size = self._max_windows or len(self.windows("valid"))
-        total = size * (config.train.steps // max(config.train.eval_every, 1) + 1)
-        source = WindowSource(self._corpus.stores, "valid", config.data.sequence_length, total, config.train.seed)
+        # An extension that is shorter than the time between evaluations adds none.
+        totals = sorted({size * (steps // max(config.train.eval_every, 1) + 1) for steps in config.train.lengths})
+        source = WindowSource(self._corpus.stores, "valid", config.data.sequence_length, totals, config.train.seed)
         return TextBatches(
             lambda: moving_evaluation_batches(source, evaluation, size, **self._options),
             lambda: json_sha256([source.fingerprint(), evaluation, size]),

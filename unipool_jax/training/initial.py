@@ -17,13 +17,15 @@ from unipool_jax.data.identity import SHOWN, text_differences, text_identity
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.parallel.processes import is_process_0
 from unipool_jax.training.checkpoint import Checkpoints
+from unipool_jax.training.lineage import record
 from unipool_jax.training.run_folder import RunError, known_text
 from unipool_jax.training.sharding import memory_problem
 from unipool_jax.training.state import TrainState, init_state, state_shapes
+from unipool_jax.training.warm_start import warm_state
 
 
 def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh: Mesh | None = None) -> TrainState:
-    """The state of the newest complete checkpoint, or a new one from `train.seed`.
+    """The state of the newest complete checkpoint, or a new one from `run.init_from` or `train.seed`.
 
     Raises:
       RunError: the checkpoint was trained with another tokenizer or on another text, or there is none and
@@ -37,6 +39,13 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
     if not checkpoints.steps():
         if config.run.resume == "required":
             raise RunError(f"run.resume=required, but {checkpoints.directory} holds no complete checkpoint")
+        if config.run.init_from is not None:
+            state, parent = warm_state(config, shapes, corpus.tokenizer.sha256, mesh)
+            if is_process_0():
+                record(checkpoints.directory.parent, "started", 0, **parent)
+                begun = f"parameters of {parent['parent']} after step {parent['parent_step']}"
+                print(f"{begun}; optimizer, schedule and data begin anew")
+            return state
         shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
         return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed)), out_shardings=shardings)()
     restored = checkpoints.restore(lambda meta: state_shapes(structure(config, meta), mesh)._asdict())

@@ -39,6 +39,7 @@ from unipool_jax.training.metrics import (
     perplexity,
     routing_diagnostics,
 )
+from unipool_jax.training.optimizer import extension_notice
 from unipool_jax.training.placement import Placement, measured, newest_counts
 from unipool_jax.training.receive_buffers import OverflowedError, ReceiveBuffers
 from unipool_jax.training.run_folder import RunError, RunFolder
@@ -80,7 +81,10 @@ def train(config: Config) -> int:
         summary = folder.read_summary()
         if summary is not None:
             if is_process_0():
-                print(f"{folder.path} is finished; to train again, set another run.name or delete the folder")
+                print(
+                    f"{folder.path} is finished; to extend it: unipool train {folder.path} train.steps=+N; to train "
+                    "again, set another run.name or delete the folder"
+                )
                 _print_summary(config, summary)
             return 0
         if is_process_0():
@@ -198,6 +202,8 @@ class _Run:
                 )
         if self.start:
             self.progress.message(f"resuming after step {self.start}")
+        if config.train.earlier_steps:
+            self.progress.message(extension_notice(config.optimizer, config.train.lengths))
 
     def place(self, state: TrainState) -> TrainState:
         """`state` with its experts placed by their loads in the last evaluation, if mesh.expert_placement=measured."""
@@ -288,7 +294,7 @@ class _Run:
     def batches(self) -> Iterator[Batch]:
         """This process's rows of the remaining training batches."""
         config = self.config
-        num_windows = config.train.steps * config.train.batch_size
+        num_windows = [steps * config.train.batch_size for steps in config.train.lengths]
         length, seed = config.data.sequence_length, config.train.seed
         source = WindowSource(self.corpus.stores, "train", length, num_windows, seed)
         return training_batches(

@@ -6,6 +6,8 @@ The clipping formula, the schedule and the choice of decayed tensors are those o
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,11 +27,19 @@ def warmup_steps(config: OptimizerConfig, steps: int) -> int:
     return max(1, round(config.warmup_fraction * steps))
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, steps: int | Sequence[int]) -> optax.Schedule:
     """The learning rate as a function of the updates made so far.
 
     Linear from 0 to the peak during warm-up, then half a cosine down to the minimum at `steps`, constant afterwards.
     With warm-up, the first update therefore has learning rate 0 (the moments still update).
+
+    A run that was extended keeps the rates of its past. Its further steps have the minimum, or, with
+    `extension=rewarm`, warm-up and cosine anew, from the minimum to the peak and back (re-warming and re-decaying,
+    arXiv 2403.08763).
+
+    Args:
+      config: peak, minimum, warm-up, and what an extension does.
+      steps: length of the run, or its lengths as it began and after each extension, ascending.
 
     Returns:
       A function from t (int, or int32 scalar array) to the learning rate (float32 scalar).
@@ -39,21 +49,39 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       >>> float(schedule(600))  # the peak
       0.0005000000237487257
     """
-    warmup = warmup_steps(config, steps)
-    decay = max(steps - warmup, 1)
+    first, *later = [steps] if isinstance(steps, int) else steps
     peak, lowest = config.learning_rate, config.min_learning_rate
+
+    def cycle(t: jax.Array, steps: int, start: float) -> jax.Array:
+        warmup = warmup_steps(config, steps)
+        rising = start + (peak - start) * t / max(warmup, 1)
+        progress = jnp.clip((t - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        falling = lowest + (peak - lowest) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return jnp.where(t < warmup, rising, falling)
 
     def schedule(count: Any) -> jax.Array:
         t = jnp.asarray(count, jnp.float32)
-        rising = peak * t / max(warmup, 1)
-        progress = jnp.clip((t - warmup) / decay, 0.0, 1.0)
-        falling = lowest + (peak - lowest) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return jnp.where(t < warmup, rising, falling)
+        rate = cycle(t, first, 0.0)
+        if config.extension == "rewarm":
+            for begin, end in itertools.pairwise([first, *later]):
+                rate = jnp.where(t < begin, rate, cycle(t - begin, end - begin, lowest))
+        return rate
 
     return schedule
 
 
-def next_learning_rate(config: OptimizerConfig, steps: int, opt_state: Any) -> jax.Array:
+def extension_notice(config: OptimizerConfig, steps: Sequence[int]) -> str:
+    """What the learning rate does in the steps by which a run was last extended, as a sentence; see `make_schedule`."""
+    begin, end = steps[-2:]
+    low, peak = f"{config.min_learning_rate:g}", f"{config.learning_rate:g}"
+    rate = f"stays at optimizer.min_learning_rate={low}"
+    if config.extension == "rewarm":
+        warmup = warmup_steps(config, end - begin)
+        rate = f"rises from {low} to {peak} over {warmup} steps and falls to {low} by another cosine"
+    return f"extended from step {begin} to {end} (optimizer.extension={config.extension}): the learning rate {rate}"
+
+
+def next_learning_rate(config: OptimizerConfig, steps: int | Sequence[int], opt_state: Any) -> jax.Array:
     """The learning rate of the update that follows `opt_state`, float32.
 
     The schedule counts updates, which after a skipped step are fewer than steps.
@@ -91,7 +119,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int | Sequence[int]) -> optax.GradientTransformation:
     """Clipping, then AdamW: `p <- p - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p)`.
 
     `update` needs the parameters as its third argument. Moments are float32.

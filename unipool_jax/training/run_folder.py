@@ -18,10 +18,12 @@ from unipool_jax.config.errors import UserError
 from unipool_jax.config.files import check_fields, read_json, write_atomically, write_json, writing
 from unipool_jax.config.schema import Config, settings
 from unipool_jax.config.settings_table import frozen_differences, reason
+from unipool_jax.training import lineage
+from unipool_jax.training.run_names import CHECKPOINTS, CONFIG, run_folder
+from unipool_jax.training.run_names import run_name as run_name
 
-CONFIG, SUMMARY, TEXT, TOKENIZER, CHECKPOINTS = (
-    "config.yaml", "summary.json", "text.json", "tokenizer.json", "checkpoints"
-)  # fmt: skip
+SUMMARY, TEXT, TOKENIZER = "summary.json", "text.json", "tokenizer.json"
+_RUNS = Path("runs")
 
 _SUMMARY_FIELDS = {
     "step": int,
@@ -51,18 +53,6 @@ class RunError(UserError, RuntimeError):
     """The run folder cannot be used as requested; the message says why and what to do."""
 
 
-def run_name(config: Config) -> str:
-    """`run.name`, or a name derived from scale, method, steps and seed."""
-    if config.run.name is not None:
-        return config.run.name
-    return f"{config.scale_name}-{config.method_name}-{config.train.steps}steps-seed{config.train.seed}"
-
-
-def run_folder(config: Config) -> Path:
-    """The folder of a run, which need not exist."""
-    return Path(config.run.dir) / run_name(config)
-
-
 def check_run_folder(config: Config) -> None:
     """Raise RunError if the folder of a run forbids to train it there; nothing is created or locked."""
     if _is_resumed(config):
@@ -89,24 +79,32 @@ def _is_resumed(config: Config) -> bool:
     return existing
 
 
-def _check_same_run(config: Config) -> None:
+def _check_same_run(config: Config) -> int | None:
+    """Raise RunError if the folder holds a run with other settings; the length of a finished run that is extended."""
     path = run_folder(config)
     stored = load_config(path / CONFIG)
+    # What an extension changes. The rates of an earlier one are past.
+    extends = config.train.lengths[:-1] == stored.train.lengths and is_finished(path, stored)
+    free = {"train.steps", "train.earlier_steps"} if extends else set()
+    if extends and not stored.train.earlier_steps:
+        free.add("optimizer.extension")
     # Text may have moved where its fingerprint can be compared: in a run that knows it and reads it again.
     # At step 0, after a conversion, nothing has been read yet.
-    finished, started = (path / SUMMARY).exists(), saved_steps(path) != [0]
+    finished, started = (path / SUMMARY).exists() and not extends, saved_steps(path) != [0]
     known = not finished and ((path / TEXT).exists() or not started)
-    changed = frozen_differences(stored, config, places=not known)
+    changed = [name for name in frozen_differences(stored, config, places=not known) if name not in free]
     if changed:
         before, now = settings(stored), settings(config)
         lines = [
             f"  - {name}: {before[name]!r} there, {now[name]!r} now{reason(name, stored, config)}" for name in changed
         ]
-        raise RunError(
-            f"{path} holds a run with other settings:\n"
-            + "\n".join(lines)
-            + "\nUse the settings of that run to resume it, or start a new run under another run.name."
-        )
+        advice = "Use the settings of that run to resume it, or start a new run under another run.name."
+        if config.train.steps in stored.train.earlier_steps:
+            advice = f"It was extended to {stored.train.steps} steps: unipool train {path} goes on with it."
+        elif changed == ["train.steps"] and config.train.steps > stored.train.steps:
+            advice = f"To extend it once it is finished: unipool train {path} train.steps={config.train.steps}"
+        raise RunError("\n".join([f"{path} holds a run with other settings:", *lines, advice]))
+    return stored.train.steps if extends else None
 
 
 class RunFolder:
@@ -123,6 +121,8 @@ class RunFolder:
 
     def __init__(self, config: Config, *, writes: bool = True):
         self.path = run_folder(config)
+        self._earlier_steps = config.train.earlier_steps
+        self._extends: int | None = None
         self._lock: TextIO | None = None
         if not writes:
             self._check_shared()
@@ -133,7 +133,7 @@ class RunFolder:
             self._lock = self._take_lock()
         try:
             if existing:
-                _check_same_run(config)
+                self._extends = _check_same_run(config)
             else:
                 save_config(config, self.path / CONFIG)
         except BaseException:
@@ -167,6 +167,14 @@ class RunFolder:
         stream.flush()
         return stream
 
+    def _keep_earlier_summary(self, config: Config) -> None:
+        """Results of a run that was extended are kept under another name, because `summary.json` marks the end."""
+        if config.train.earlier_steps and (self.path / SUMMARY).exists():
+            step = read_summary(self.path)["step"]
+            if step in config.train.earlier_steps:
+                with writing(self.path):
+                    (self.path / SUMMARY).rename(self.path / f"summary-{step}.json")
+
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
@@ -180,15 +188,22 @@ class RunFolder:
           text: see `data/identity.py`.
           tokenizer: its tokenizer.json; None for a built-in one.
         """
-        if self._lock is not None:
-            if tokenizer is not None:
-                write_atomically(self.path / TOKENIZER, tokenizer)
-            save_config(config, self.path / CONFIG)
-            write_json(self.path / TEXT, text, indent=1)
+        if self._lock is None:
+            return
+        if self._extends is not None:
+            facts = {"to": config.train.steps, "optimizer.extension": config.optimizer.extension}
+            lineage.record(self.path, "extended", self._extends, **facts)
+        if tokenizer is not None:
+            write_atomically(self.path / TOKENIZER, tokenizer)
+        save_config(config, self.path / CONFIG)
+        write_json(self.path / TEXT, text, indent=1)
+        self._keep_earlier_summary(config)
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None for a run that is not finished."""
-        return read_summary(self.path) if (self.path / SUMMARY).exists() else None
+        summary = read_summary(self.path) if (self.path / SUMMARY).exists() else None
+        # On a shared file system another process may still see that of a run that is being extended.
+        return None if summary is None or summary["step"] in self._earlier_steps else summary
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the results, which marks the run as finished."""
@@ -234,6 +249,12 @@ def known_text(folder: Path, meta: Mapping[str, Any] | None) -> dict[str, Any] |
     return found
 
 
+def is_finished(folder: Path, config: Config) -> bool:
+    """Whether the run of `config` in a folder has its results and can go on; raises FileError if they are damaged."""
+    summary = folder / SUMMARY
+    return summary.exists() and holds_checkpoint(folder) and read_summary(folder)["step"] == config.train.steps
+
+
 def holds_checkpoint(folder: Path) -> bool:
     """Whether a run folder has at least one complete checkpoint."""
     return bool(saved_steps(folder))
@@ -244,18 +265,40 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit())
 
 
-def find_run(wanted: str) -> Path:
-    """The run folder `wanted`; `FOLDER/latest` is the run in FOLDER with the newest checkpoint (`latest`: in `runs`).
+def find_checkpoint(wanted: str, setting: str) -> tuple[Path, int | None]:
+    """The folder of checkpoints and the step that `wanted` names: a run, for its newest one (None), or a checkpoint.
+
+    Raises:
+      RunError: there is no such run or checkpoint; begins with the name of `setting`.
+    """
+    path = Path(wanted)
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        if not path.is_dir():
+            raise RunError(
+                f"{setting}={wanted}: not a checkpoint; give its folder, for example runs/NAME/{CHECKPOINTS}/200"
+            )
+        return path.parent, int(path.name)
+    return find_run(wanted, setting) / CHECKPOINTS, None
+
+
+def find_run(wanted: str, setting: str = "run") -> Path:
+    """The run folder `wanted`: a path, or the name of a run in `runs`; `FOLDER/latest` is the run in FOLDER with the
+    newest checkpoint (`latest`: in `runs`).
 
     Raises:
       RunError: there is no such run.
     """
     path = Path(wanted)
     if path.name != "latest" or path.exists():
-        if not (path / CONFIG).exists():
-            raise RunError(f"run={wanted}: no run here (no {CONFIG}); give the folder of a run, or run=latest")
-        return path
-    parent = path.parent if path.parent != Path() else Path("runs")
+        named = [path] if path.is_absolute() or len(path.parts) != 1 else [path, _RUNS / path]
+        # Not `Path.exists`, which raises for a text that is too long for a name.
+        found = [folder for folder in named if os.path.exists(folder / CONFIG)]
+        if len(found) == 2:
+            raise RunError(f"{setting}={wanted}: both ./{path} and {_RUNS / path} are runs; give one of these")
+        if not found:
+            raise RunError(f"{setting}={wanted}: no run here (no {CONFIG}); give the folder of a run, or run=latest")
+        return found[0]
+    parent = path.parent if path.parent != Path() else _RUNS
     found = [folder for folder in sorted(parent.glob("*")) if holds_checkpoint(folder)]
     if not found:
         raise RunError(f"run={wanted}: no run with a checkpoint in {parent}/; train one first with unipool train")

@@ -56,7 +56,13 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
     balance = init_balance(config)
     tokens_BS = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = Transformer(config).init(key, tokens_BS, layer_inputs(config, balance))["params"]
-    opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
+    return new_state(config, params, balance.expert_bias_GNE)
+
+
+def new_state(config: Config, params: Any, expert_bias_GNE: jax.Array) -> TrainState:
+    """State before the first step of a run that starts with these parameters; traceable."""
+    opt_state = make_optimizer(config.optimizer, config.train.lengths).init(params)
+    balance = init_balance(config)._replace(expert_bias_GNE=expert_bias_GNE)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, balance)
 
 

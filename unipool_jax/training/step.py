@@ -271,7 +271,7 @@ def updated_state(
     finite = jnp.isfinite(found.metrics["loss/total"]) & jnp.isfinite(grad_norm)
     applied = finite if config.mesh.overflow == "drop" else finite & (found.metrics["overflow"] == 0)
 
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.lengths)
     updates, opt_state = optimizer.update(found.params, state.opt_state, state.params)
     changed = (optax.apply_updates(state.params, updates), opt_state, updated_balance(config, balance, found))
     kept = (state.params, state.opt_state, state.balance)
@@ -279,7 +279,7 @@ def updated_state(
 
     metrics = found.metrics | {
         "grad_norm": grad_norm,
-        "learning_rate": next_learning_rate(config.optimizer, config.train.steps, state.opt_state),
+        "learning_rate": next_learning_rate(config.optimizer, config.train.lengths, state.opt_state),
         "finite": finite,
         "counts_LE": found.counts_GNE.reshape(config.model.num_layers, -1),
     }
