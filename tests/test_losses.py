@@ -112,7 +112,7 @@ NORMALIZERS = {
     "stripped": normalizers.Strip(),
     "bert": normalizers.BertNormalizer(),
 }
-TEXTS = ["plain", "a B \u0130 \u1e9e", "e\u0301 \ufb01 \u00c5", " a \n", "\u65e5\u672c\u8a9e", "\u2581", "x\x00y"]
+TEXTS = ["plain", "a B \u0130", "e\u0301 \ufb01 \u00c5", " a \n", "\u65e5\u672c\u8a9e", "\u2581", "x\x00y"]
 
 
 @pytest.mark.parametrize("kind", NORMALIZERS)
@@ -131,10 +131,10 @@ def test_bytes_are_exact_or_unknown(kind: str) -> None:
 @pytest.mark.parametrize(
     ("core", "lost"),
     [
-        (unigram(), [0, 2, 3, 2, 3, 1, 1]),
-        (letters(), [0, 2, 3, 1, 3, 1, 1]),
+        (unigram(), [0, 1, 3, 2, 3, 1, 1]),
+        (letters(), [0, 1, 3, 1, 3, 1, 1]),
         (byte_level(), [0] * 7),
-        (words(pre_tokenizers.WhitespaceSplit()), [5, 6, 6, 3, 3, 1, 3]),
+        (words(pre_tokenizers.WhitespaceSplit()), [5, 4, 6, 3, 3, 1, 3]),
     ],
     ids=["unigram", "bpe", "bytes", "words"],
 )
