@@ -120,3 +120,20 @@ def test_settings_that_contradict_the_file_are_refused(tmp_path: Path, exported:
     read_file(noted, "twin", CONFIG)
     with pytest.raises(ConversionError, match=rf"another model.*\n.*model\.{next(iter(change))}="):
         read_file(noted, "twin", other)
+
+
+@pytest.mark.parametrize("needle", ["embedding", "config"])
+def test_a_bit_outside_of_the_experts_is_noticed(tmp_path: Path, exported: Path, needle: str) -> None:
+    changed = bytearray(exported.read_bytes())
+    if needle == "config":
+        changed[changed.index(b"rope_base") + 14] ^= 1
+    else:
+        weights = random_weights(CONFIG).params["embedding"]
+        changed[changed.index(weights[5].tobytes()) + 6] ^= 1
+    (tmp_path / "m").write_bytes(changed)
+    config = read_description(tmp_path / "m")[1]
+    assert config is not None
+    with pytest.raises(ConversionError, match="are not those that were written"):
+        read_file(tmp_path / "m", "twin", config)
+    without = with_metadata(tmp_path / "n", tmp_path / "m")
+    assert read_file(without, "twin", CONFIG)

@@ -160,15 +160,18 @@ def _make_safetensors(folder: Path) -> Path:
 
 
 def _read_safetensors(path: Path) -> object:
+    import jax
+
+    from unipool_jax.config.errors import UserError
     from unipool_jax.config.rules import validate
     from unipool_jax.convert.files import read_description, read_file
 
-    layout, config, _ = read_description(path)
+    layout, config = read_description(path)[:2]
     if layout is None or config is None:
-        return None
+        raise UserError("the command asks for the layout and the settings")
     validate(config)
-    read_file(path, layout, config)
-    return None
+    weights = read_file(path, layout, config)
+    return config, [leaf.tobytes() for leaf in jax.tree.leaves(weights)]
 
 
 def _make_gguf(folder: Path) -> Path:
@@ -210,7 +213,7 @@ FORMATS = {
     "tokenizer": Format(_write("t.json", _tokenizer_json), _read_tokenizer, False),
     "store": Format(_make_store, _read_store, True),
     "megatron": Format(_make_megatron, _read_megatron, False),
-    "safetensors": Format(_make_safetensors, _read_safetensors, False),
+    "safetensors": Format(_make_safetensors, _read_safetensors, True),
     "gguf": Format(_make_gguf, _read_gguf, False),
     "npy": Format(_write("a.npy", _npy), _read_npy, False),
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, ConfigError, ModelConfig, MoEConfig, to_mapping
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.inheritance import Origin, noted_origin
-from unipool_jax.convert.layouts import LAYOUT_NAMES, Layout, LayoutName, make_layout
+from unipool_jax.convert.layouts import LAYOUT_NAMES, FileTensor, Layout, LayoutName, make_layout
 from unipool_jax.convert.safetensors_file import Header, read_header
 from unipool_jax.convert.weights import (
     ExpertHashes,
@@ -32,6 +34,9 @@ from unipool_jax.convert.weights import (
 
 _FREE = {"model.init_std", "model.compute_dtype", "model.remat", "moe.experts_per_layer", "moe.router_dtype"}
 """Settings of the model that do not say what its weights compute, or that their shapes show."""
+
+_REST = "rest"
+"""Metadata: the hash of what is not hashed expert by expert."""
 
 _DTYPES = ("F32", "BF16", "F16")
 _SHOWN = 12
@@ -62,10 +67,12 @@ def write_file(
         "experts": json.dumps({f"{pool}.{expert}": value for (pool, expert), value in wanted.items()}),
         **(origin or Origin()).notes(),
     }
+    arrays = to_tensors(layout)
+    metadata[_REST] = _hash_rest(metadata["config"], layout, arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(to_tensors(layout), temporary, metadata)
+        save_file(arrays, temporary, metadata)
         check_same_experts(wanted, expert_hashes(read_file(temporary, layout_name, config)), str(path))
         temporary.replace(path)
     finally:
@@ -107,8 +114,11 @@ def read_file(path: Path, layout_name: LayoutName, config: Config) -> Weights:
     with _open(path) as file:
         pieces: dict[tuple[int, int], list[np.ndarray]] = {}
         hashes: ExpertHashes = {}
+        rest: dict[str, np.ndarray] = {}
         for name, tensor in layout.tensors.items():
             array = file.get_tensor(name).astype(np.float32)
+            if not _has_experts(tensor):
+                rest[name] = array
             for part in tensor.parts:
                 piece = part.view(array)
                 part.ours[...] = piece
@@ -125,7 +135,26 @@ def read_file(path: Path, layout_name: LayoutName, config: Config) -> Weights:
     check_same_experts(hashes, expert_hashes(weights), str(path))
     if "experts" in header.metadata:
         check_same_experts(_noted_hashes(path, header), hashes, str(path))
+    noted = header.metadata.get(_REST)
+    if noted not in (None, _hash_rest(header.metadata.get("config", ""), layout, rest)):
+        raise ConversionError(
+            f"{path}: its configuration, or weights outside of the experts, are not those that were written; nothing "
+            "was kept"
+        )
     return weights
+
+
+def _has_experts(tensor: FileTensor) -> bool:
+    return any(part.expert is not None for part in tensor.parts)
+
+
+def _hash_rest(config: str, layout: Layout, arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the configuration and of all tensors but those of experts, which have hashes of their own."""
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in layout.tensors.items():
+        if not _has_experts(tensor):
+            digest.update(name.encode() + b"\0" + np.ascontiguousarray(arrays[name], np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def _noted_hashes(path: Path, header: Header) -> ExpertHashes:
