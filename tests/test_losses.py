@@ -239,11 +239,12 @@ def test_definitions_that_do_not_mean_what_they_say(change: Callable[[dict[str, 
         parse_tokenizer("mine", json.dumps(content).encode())
 
 
-def test_patterns_that_backtrack_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_that_backtrack_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
     core = letters()
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"(a+)+$"), "isolated")
     with pytest.raises(SlowTokenizerError, match="regular expressions"):
         parse_tokenizer("mine", definition(core))
+    assert capfd.readouterr().err == ""  # the package reports its panics there
 
 
 def test_encoding_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from unipool_jax.data.definition import (
     unspelled,
 )
 from unipool_jax.data.errors import DataError
-from unipool_jax.data.time_limit import within
+from unipool_jax.data.time_limit import within, without_stderr
 
 END_OF_TEXT = "<|endoftext|>"
 BUILT_IN = ("bytes", "demo", "gpt2")
@@ -177,22 +177,24 @@ class VocabularyTokenizer(Tokenizer):
         """Raises SlowTokenizerError if a regular expression of the definition backtracks on plain repetitions."""
         if not has_patterns(self._definition):
             return
+        limit = _SECONDS / 6
         for text in _REPETITIONS:
             try:
-                within(_SECONDS / 6, lambda text=text: self._core.encode_batch_fast([text]))  # type: ignore[misc]
+                with without_stderr():
+                    within(limit, lambda text=text: self._core.encode_batch_fast([text]))  # type: ignore[misc]
             except TimeoutError as error:
-                raise self._slow(len(text), _SECONDS / 6) from error
+                raise self._slow(len(text), f"more than {limit:.0f} seconds") from error
             except BaseException as error:
                 if "retry-limit" in str(error):
-                    raise self._slow(len(text), _SECONDS / 6) from error
+                    raise self._slow(len(text), "more steps than the tokenizers package allows") from error
                 if not isinstance(error, Exception):
                     raise
                 # Characters without a token: found where a text has them.
 
-    def _slow(self, size: int, limit: float) -> "SlowTokenizerError":
+    def _slow(self, size: int, how: str) -> "SlowTokenizerError":
         return SlowTokenizerError(
-            f"tokenizer {self.name}: {size:,} characters took more than {limit:.0f} seconds; simplify the regular "
-            "expressions in its pre_tokenizer and normalizer, which backtrack without end on this text"
+            f"tokenizer {self.name}: {size:,} characters took {how}; simplify the regular expressions in its "
+            "pre_tokenizer and normalizer, which backtrack without end on this text"
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -217,7 +219,7 @@ class VocabularyTokenizer(Tokenizer):
             # Of the package's ways to encode, the one that releases the interpreter lock.
             encodings = within(limit, lambda: core.encode_batch_fast(list(texts), add_special_tokens=False))
         except TimeoutError as error:
-            raise self._slow(size, limit) from error
+            raise self._slow(size, f"more than {limit:.0f} seconds") from error
         except (KeyboardInterrupt, MemoryError):
             raise
         except BaseException as error:  # the package raises bare Exception, or a panic, which is no Exception
