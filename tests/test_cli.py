@@ -470,6 +470,16 @@ def test_training_speaks_before_it_imports_what_takes_seconds() -> None:
     assert ended.stdout.splitlines() == ["/nowhere/a: starting", "flax|jax|orbax|tensorboardX"]
 
 
+def test_a_reader_that_has_seen_enough_ends_a_command_in_silence() -> None:
+    """`unipool ... | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "unipool_jax", "--version"]
+    ended = subprocess.run(words, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, check=False, timeout=60)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 def test_there_is_no_other_command_line() -> None:
     """Words are read in one place; whatever else reads them would be a second style."""
     for path in (ROOT / "unipool_jax").rglob("*.py"):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from unipool_jax.config.errors import UserError
 from unipool_jax.config.files import remedy
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREAD = 1, 130, 141
 
 
 def guarded(main: Callable[[], int], failure: int | None = None) -> int:
@@ -24,7 +24,7 @@ def guarded(main: Callable[[], int], failure: int | None = None) -> int:
 
     Returns:
       What `main` returned; 2 for settings that cannot be used; 1 for other errors, about data, checkpoints, run folders
-      and locks; 130 after Ctrl-C.
+      and locks; 130 after Ctrl-C; 141 where nobody reads what is printed.
     """
     # Orbax and Abseil log every failure with its traceback before raising it; the exception says the same once.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -33,13 +33,19 @@ def guarded(main: Callable[[], int], failure: int | None = None) -> int:
             # A name or a letter that the terminal cannot show must not end a command.
             stream.reconfigure(errors="backslashreplace")
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return _leave(failure or error.exit_code)
     except KeyboardInterrupt:
         print("interrupted: give the same command again", file=sys.stderr)
         return _leave(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # A reader such as `head` has seen enough; nothing may be written when Python ends either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _leave(EXIT_UNREAD)
     except BaseException as error:
         if isinstance(error, OSError) and (advice := remedy(error)):
             print(f"{error.filename or 'writing'}: {error.strerror}; {advice}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -65,11 +64,7 @@ def _is_utf8(word: str) -> bool:
 
 def _show(page: str, code: int = 0) -> int:
     """Print a page of help; `code`."""
-    try:
-        print(page, flush=True)
-    except BrokenPipeError:
-        # A reader such as `head` has seen enough; nothing may be written when Python ends either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(page)
     return code
 
 
