@@ -12,9 +12,9 @@ from unipool_jax.config.rules import validate
 from unipool_jax.data.corpus import open_corpus, open_texts
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.inputs import find_inputs
-from unipool_jax.data.pieces import MIN_DOCUMENTS, pieces, plan_cut
+from unipool_jax.data.pieces import MIN_DOCUMENTS, Cut, pieces, plan_cut
 from unipool_jax.data.readers import PLAIN_TEXT, read_texts
-from unipool_jax.data.token_store import open_store
+from unipool_jax.data.token_store import build_store, cached_store, open_store
 
 
 @pytest.fixture
@@ -158,6 +158,21 @@ def test_one_book_has_all_splits_and_is_announced_once(tmp_path: Path, capsys: p
     # Text that is evaluated whole stays whole, in a store of its own.
     whole = open_texts(data, [str(book)], 257).stores[0]
     assert (whole.num_documents, whole.path == store.path) == (1, False)
+
+
+def test_a_cut_is_part_of_the_identity_of_a_store(tmp_path: Path) -> None:
+    (book,) = write(tmp_path / "t", 1)
+    cuts = [None, Cut(50, 1), Cut(60, 1)]
+    stores = [cached_store([book], tmp_path / "cache", "bytes", (1, 0, 0), cut=cut) for cut in cuts]
+    assert len({store.path for store in stores}) == 3
+    assert [store.manifest.get("cut") for store in stores] == [
+        None,
+        {"rule": 1, "characters": 50},
+        {"rule": 1, "characters": 60},
+    ]
+    build_store([book], tmp_path / "s", "bytes", (1, 0, 0), progress=False)
+    with pytest.raises(DataError, match="was not built from these inputs and settings"):
+        build_store([book], tmp_path / "s", "bytes", (1, 0, 0), progress=False, cut=cuts[1])
 
 
 def test_the_data_command_takes_a_folder_and_cuts_a_book(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
