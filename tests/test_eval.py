@@ -186,7 +186,7 @@ def test_without_exact_bytes_there_are_no_bits_per_byte(
     model: tuple[Config, Corpus, TrainState], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, corpus, state = model
-    monkeypatch.setattr(corpus.tokenizer, "token_bytes", None)
+    monkeypatch.setattr(corpus.tokenizer, "piece_bytes", None)
     result = _result(config, corpus, state)
     assert (result.bits_per_byte, result.bytes) == (None, None)
     assert json.loads(json.dumps(result.as_json()))["bits_per_byte"] is None
