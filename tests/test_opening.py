@@ -13,6 +13,7 @@ import pytest
 from runner import overrides, write_text
 from shared_steps import share_steps
 from unipool_jax.cli.main import execute, main
+from unipool_jax.cli.runs import run_config
 from unipool_jax.config.compose import Choices, compose_config, differences, load_config
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
@@ -89,6 +90,24 @@ def test_a_run_is_used_from_anywhere(
     other = evaluated(Path(alone), capsys, f"data.files=[{tmp_path / 'text.jsonl'}]")
     assert other["own_text"] is False
     assert list(other["results"]) == ["text"]
+
+
+def test_a_run_goes_on_by_name_from_another_folder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished or not, with its own text and tokenizer, though files of the same names lie in the working folder."""
+    shutil.copytree(trained, tmp_path / "project")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text("{}")
+    run = tmp_path / "project" / "runs" / "dense"
+    assert main(["train", str(run)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    config = run_config(str(run), [], None, "train")
+    assert config.data.files == (str(tmp_path / "project" / "text.jsonl"),)
+    assert config.data.tokenizer == str(run / "tokenizer.json")
+    (run / "summary.json").unlink()
+    assert main(["train", str(run)]) == 0
+    assert (run / "summary.json").exists()
 
 
 def test_evaluation_says_when_the_text_is_another(

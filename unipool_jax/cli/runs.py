@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unipool_jax.config.compose import Choices, Folder, choice_files
-from unipool_jax.config.rules import problems
-from unipool_jax.config.schema import Config, ConfigError, DistributedConfig, settings, to_mapping
+from unipool_jax.config.schema import Config, ConfigError, DistributedConfig, settings
 from unipool_jax.config.words import NAMED
 
 ADDED = "train.steps=+"
@@ -50,7 +49,7 @@ def run_config(run: str, words: Sequence[str], config_dir: Folder | None, mode: 
     """
     from unipool_jax.config.compose import load_config
     from unipool_jax.training.extension import with_more_steps
-    from unipool_jax.training.opening import opened_config
+    from unipool_jax.training.opening import relocated
     from unipool_jax.training.run_folder import CONFIG, find_run
 
     folder = find_run(run)
@@ -58,10 +57,8 @@ def run_config(run: str, words: Sequence[str], config_dir: Folder | None, mode: 
     place = folder if folder.name not in ("", "..") else folder.resolve()
     kept = dataclasses.replace(stored.run, dir=str(place.parent), name=place.name, resume="auto")
     base = dataclasses.replace(stored, run=kept, distributed=DistributedConfig(), mode="train")
-    if any(problem.startswith("data.") for problem in problems(base)):
-        # Another working folder than that of training.
-        data = opened_config(folder, {"config": to_mapping(stored)}).data
-        base = dataclasses.replace(base, data=data)
+    # The working folder may be another than that of training, and have files of the same names.
+    base = dataclasses.replace(base, data=relocated(folder, stored).data)
     added = [word for word in words if word.startswith(ADDED)]
     choices = Choices((*(word for word in words if word not in added), f"mode={mode}"), config_dir)
     config = choices.onto(base)

@@ -21,8 +21,8 @@ from unipool_jax.convert.weights import Weights, check_same_experts, expert_hash
 from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
 from unipool_jax.training.checkpoint import Checkpoints, make_meta, restore_model
 from unipool_jax.training.lineage import record
-from unipool_jax.training.opening import opened_config
-from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, find_run
+from unipool_jax.training.opening import TOKENIZER, opened_config
+from unipool_jax.training.run_folder import CHECKPOINTS, CONFIG, find_run
 from unipool_jax.training.state import new_state
 from unipool_jax.training.warm_start import is_partitioned
 

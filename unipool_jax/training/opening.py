@@ -16,7 +16,9 @@ from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.paths import named_files
 from unipool_jax.config.rules import TOKENIZER_SIZES
 from unipool_jax.config.schema import Config
-from unipool_jax.training.run_folder import TOKENIZER
+
+TOKENIZER = "tokenizer.json"
+"""In the folder of a run, if its tokenizer is not a built-in one."""
 
 
 def opened_config(folder: Path, meta: Mapping[str, Any]) -> Config:

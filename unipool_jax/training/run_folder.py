@@ -19,10 +19,11 @@ from unipool_jax.config.files import check_fields, read_json, write_atomically, 
 from unipool_jax.config.schema import Config, settings
 from unipool_jax.config.settings_table import frozen_differences, reason
 from unipool_jax.training import lineage
+from unipool_jax.training.opening import TOKENIZER, relocated
 from unipool_jax.training.run_names import CHECKPOINTS, CONFIG, run_folder
 from unipool_jax.training.run_names import run_name as run_name
 
-SUMMARY, TEXT, TOKENIZER = "summary.json", "text.json", "tokenizer.json"
+SUMMARY, TEXT = "summary.json", "text.json"
 _RUNS = Path("runs")
 
 _SUMMARY_FIELDS = {
@@ -92,9 +93,13 @@ def _check_same_run(config: Config) -> int | None:
     # At step 0, after a conversion, nothing has been read yet.
     finished, started = (path / SUMMARY).exists() and not extends, saved_steps(path) != [0]
     known = not finished and ((path / TEXT).exists() or not started)
-    changed = [name for name in frozen_differences(stored, config, places=not known) if name not in free]
+    before, here, now = settings(stored), settings(relocated(path, stored)), settings(config)
+    changed = [
+        name
+        for name in frozen_differences(stored, config, places=not known)
+        if name not in free and now[name] != here[name]  # the same file, as it is called from this folder
+    ]
     if changed:
-        before, now = settings(stored), settings(config)
         lines = [
             f"  - {name}: {before[name]!r} there, {now[name]!r} now{reason(name, stored, config)}" for name in changed
         ]
