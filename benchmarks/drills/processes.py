@@ -181,8 +181,11 @@ def mistakes(place: Place, taken: int) -> Iterator[Mistake]:
         "JAX_ENABLE_X64": "1",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "",
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
     }.items():
         yield Mistake(name, f"environment {name}: .* in process 1", [[], []], environment={name: value})
+    devices = "devices of each process: 1 x cpu in process 0, 2 x cpu in process 1"
+    yield Mistake("more devices", devices, [[], []], environment={"JAX_NUM_CPU_DEVICES": "2"})
     missing = r"process 1 of 2 did not come to process 0 .* within distributed\.start_timeout_seconds"
     yield Mistake("a missing peer", missing, [[]])
     yield Mistake("two missing peers", "processes 2, 3 of 4 did not come", [[], []], 4)
