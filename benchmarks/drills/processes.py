@@ -198,7 +198,12 @@ def mistakes(place: Place, taken: int) -> Iterator[Mistake]:
     other = f"distributed.coordinator=127.0.0.1:{free_port()}"
     yield Mistake("a wrong port", f"{unreached}|did not come", [[], [other]], apart=True)
     busy = f"distributed.coordinator=127.0.0.1:{taken}"
-    yield Mistake("a port in use", "cannot listen at port|no process 0 that waits", [[busy]] * 2, apart=True)
+    yield Mistake(
+        "a port in use",
+        "cannot listen at port|no process 0 that waits|did not reach process 0",
+        [[busy]] * 2,
+        apart=True,
+    )
     twice = "was given to two processes"
     yield Mistake("one number twice", f"process_id=1 {twice}", [[], [], ["distributed.process_id=1"]], 3)
     yield Mistake("two process 0s", f"process_id=0 {twice}", [[], [], ["distributed.process_id=0"]], 3)
