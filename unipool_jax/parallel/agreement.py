@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,11 @@ Facts = Mapping[str, str]
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
-_VARIABLES = ("JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "LIBTPU_INIT_ARGS")
+_LOCAL_VARIABLE = re.compile(
+    r"JAX_(COMPILATION_CACHE|PERSISTENT_CACHE|COORDINATOR|PROCESS|LOCAL_|PARTITION|SLICE|LOG|DUMP|TRACEBACK|DEBUG_LOG"
+    r"|\w*VISIBLE_DEVICES|NUM_CPU_DEVICES|NUM_PROCESSES)"
+)
+"""Variables of JAX that say where a process is, where it keeps and logs things, or which devices are its own."""
 _MOST_LINES = 20
 
 
@@ -29,8 +34,9 @@ def facts(config: Config) -> dict[str, str]:
     found["code of unipool_jax"] = _code()
     for package in (*_PACKAGES, *_PLUGINS):
         found[f"package {package}"] = _installed(package)
-    for variable in _VARIABLES:
-        found[f"environment {variable}"] = os.environ.get(variable, "unset")
+    for name in sorted(os.environ):
+        if (name.startswith("JAX_") and not _LOCAL_VARIABLE.match(name)) or name == "LIBTPU_INIT_ARGS":
+            found[f"environment {name}"] = os.environ[name] or "empty"
     # Where XLA writes its dumps may differ.
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
     found["environment XLA_FLAGS"] = " ".join(sorted(flags)) or "unset"
@@ -58,7 +64,7 @@ def difference(all_facts: Sequence[Facts | None]) -> str:
     first = all_facts[0]
     assert first is not None
     lines = [
-        f"  - {name}: {first.get(name, 'absent')} in process 0, {other.get(name, 'absent')} in process {number}"
+        f"  - {name}: {first.get(name, 'unset')} in process 0, {other.get(name, 'unset')} in process {number}"
         for number, other in enumerate(all_facts)
         if other is not None
         for name in (*first, *(name for name in other if name not in first))
