@@ -186,7 +186,7 @@ def test_without_exact_bytes_there_are_no_bits_per_byte(
     model: tuple[Config, Corpus, TrainState], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, corpus, state = model
-    monkeypatch.setattr(corpus.tokenizer, "token_bytes", None)
+    monkeypatch.setattr(corpus.tokenizer, "piece_bytes", None)
     result = _result(config, corpus, state)
     assert (result.bits_per_byte, result.bytes) == (None, None)
     assert json.loads(json.dumps(result.as_json()))["bits_per_byte"] is None
@@ -335,7 +335,7 @@ def test_what_cannot_be_evaluated_is_refused(
         execute(["eval", f"checkpoint={run[1]}"])
     with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7; choose one of \[10, 20\]"):
         execute(["eval", f"run={run[1]}", "step=7"])
-    with pytest.raises(DataError, match=r"nothing\.txt"):
+    with pytest.raises(ConfigError, match=r"nothing\.txt"):
         execute(["eval", f"run={run[1]}", "data.files=[nothing.txt]"])
     assert main(["eval", "nonsense=1"]) == 2
     assert "nonsense" in capsys.readouterr().err
