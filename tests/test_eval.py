@@ -176,6 +176,11 @@ def test_a_moving_slice_is_used_in_training(
     assert used == [0, 1, 2]
 
 
+def test_text_without_valid_and_test_is_refused(run: tuple[Config, Path]) -> None:
+    with pytest.raises(RunError, match=r"valid and test are empty; use splits=\[train\]"):
+        execute(["eval", f"run={run[1]}", "data.split=[1,0,0]"])
+
+
 def test_evaluation_stops_when_asked(model: tuple[Config, Corpus, TrainState]) -> None:
     config, corpus, state = model
     evaluator = Evaluator(config, corpus, ["valid"], limited=False)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import pytest
+
 from planned import small
+from unipool_jax.cli.main import main
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.planner import report, work
 from unipool_jax.planner.collectives import Collective
@@ -145,3 +148,10 @@ def test_a_counted_plan_splits_the_state_into_weights_and_moments() -> None:
     assert plan.temporary_bytes == int(plan.estimate.counts.temporary_bytes)
     assert plan.evaluation_bytes == int(plan.estimate.counts.evaluation_bytes)
     assert report.collective_bytes(None, plan) == sum(m.total_bytes for m in plan.estimate.counts.messages)
+
+
+def test_an_invalid_configuration_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "mesh=gpu_8", "scale=182m", "pool.groups=5"]) == 2
+    output = capsys.readouterr()
+    assert "pool.groups=5: must divide model.num_layers=12" in output.err
+    assert "memory per device" not in output.out
