@@ -6,7 +6,9 @@ import functools
 import resource
 import shutil
 import signal
+import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ import pytest
 
 from unipool_jax.config.schema import Config
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, flatten, layout, make_meta
+from unipool_jax.training.late_errors import hush_late_errors
 
 OPTIMIZER = optax.adamw(1e-3, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params))
 
@@ -168,6 +171,15 @@ def _flip(path: Path, byte: int) -> None:
     path.write_bytes(content)
 
 
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _document(checkpoint: Path) -> Path:
+    return checkpoint / "meta" / "metadata"
+
+
 def _largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
 
@@ -179,6 +191,9 @@ def _largest(folder: Path) -> Path:
         pytest.param(lambda step: _flip(_largest(step / "params"), -1000), id="another bit of it"),
         pytest.param(lambda step: _flip(_largest(step / "opt_state"), 200), id="a bit of compressed zeros"),
         pytest.param(lambda step: _flip(step / "meta" / "metadata", 40), id="a bit of the document"),
+        pytest.param(lambda step: _document(step).write_text('{"a": ' * 100_000), id="a deep document"),
+        pytest.param(lambda step: _document(step).write_text("[]"), id="a list for a document"),
+        pytest.param(lambda step: _folder(_document(step)), id="a folder for a document"),
         pytest.param(lambda step: _flip(step / "params" / "_METADATA", 30), id="a bit of an index"),
         pytest.param(lambda step: _flip(step / "params" / "manifest.ocdbt", 60), id="a bit of the manifest"),
         pytest.param(lambda step: _replace(step.parent / "1" / "params", step / "params"), id="parameters of step 1"),
@@ -197,6 +212,17 @@ def test_no_damage_is_silent(tmp_path: Path, damage: Callable[[Path], None], cap
         with pytest.warns(UserWarning, match=r"damaged.*resuming from step 1"):
             assert_equal(reader.restore(target()).items, items(make_state(1)))
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_errors_that_nobody_waits_for_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(str(unraisable.exc_value)))
+    hush_late_errors.cache_clear()
+    hush_late_errors()
+    for text in ("Event loop is closed", "Encountered error. See full TensorStore details", "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))  # type: ignore[arg-type]
+    assert shown == ["another"]
+    hush_late_errors.cache_clear()
 
 
 def _replace(source: Path, place: Path) -> None:

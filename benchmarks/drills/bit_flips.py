@@ -117,7 +117,7 @@ def store_reader(path: Path) -> Callable[[Path], str]:
 
 def main() -> int:
     """Run the drill; the exit code."""
-    chance, count = arguments(__doc__ or "", 400)
+    chance, count = arguments(__doc__ or "", 300)
     config = compose_config(_SMALL.split())
     tally = Tally("bit_flips")
     with tempfile.TemporaryDirectory() as name:

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.drills.runs import METHODS, ended, kill, results, settings, train
 from benchmarks.drills.tally import Tally, arguments
 
-_STEPS = "train.steps=1200 train.eval_every=30 train.checkpoint_every=30 train.log_every=10 run.tensorboard=false"
+_STEPS = "train.steps=800 train.eval_every=40 train.checkpoint_every=20 train.log_every=10 run.tensorboard=false"
 
 
 def killed_run(
@@ -29,7 +29,7 @@ def killed_run(
     moments: list[str] = []
     while len(moments) < kills:
         child = train(words, log, cache)
-        deadline = time.monotonic() + chance.uniform(0.2, 6.0)
+        deadline = time.monotonic() + chance.uniform(0.2, 5.0)
         if saving := chance.random() < 0.4:  # while a save is in progress, which no clock would hit often
             while not list(checkpoints.glob("*.orbax-checkpoint-tmp*")) and time.monotonic() < deadline:
                 time.sleep(0.0005)
@@ -55,7 +55,7 @@ def killed_run(
 
 def main() -> int:
     """Run the drill; the exit code."""
-    chance, count = arguments(__doc__ or "", 30)
+    chance, count = arguments(__doc__ or "", 24)
     tally = Tally("kills")
     with tempfile.TemporaryDirectory() as name:
         for number, method in enumerate(METHODS):

@@ -47,8 +47,9 @@ class Encoded(NamedTuple):
 
 def cannot_write(path: Path, error: Exception) -> DataError:
     """The error for a full disk or missing permission; finished shards are kept."""
+    reason = (str(error) or type(error).__name__).splitlines()[0][:300]  # TensorStore tells all that it knows
     return DataError(
-        f"{path}: cannot be written ({error}); free some space or choose another folder, then "
+        f"{path}: cannot be written ({reason}); free some space or choose another folder, then "
         "repeat the command to resume after the last finished shard"
     )
 
@@ -86,7 +87,12 @@ class StoreWriter:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _LENGTHS).touch()
         os.truncate(folder / _LENGTHS, self._journal["documents"] * 8)
-        self._array = store_format.open_array(folder, dtype, shard_tokens, write=True)
+        try:
+            self._array = store_format.open_array(folder, dtype, shard_tokens, write=True)
+        except DataError:
+            raise
+        except Exception as error:  # as in `_write_shard`
+            raise cannot_write(folder, error) from error
         self._skip = self._journal["carried"]
         self._waiting: list[Encoded] = []
         self._waiting_tokens = 0

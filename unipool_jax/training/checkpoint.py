@@ -43,7 +43,15 @@ from unipool_jax.training.state import BalanceState, state_shapes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Raised when a damaged checkpoint is read. Other errors (out of memory, a lost device) have other causes.
-_DAMAGED = (ValueError, KeyError, FileNotFoundError, NotADirectoryError, FileError)
+_DAMAGED = (
+    ValueError,
+    KeyError,
+    RecursionError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    FileError,
+)
 
 
 class CheckpointError(UserError, RuntimeError):
