@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import oracles
 from unipool_jax.config.schema import Router
-from unipool_jax.moe.routing import norm_constant, norm_scores, route, scores
+from unipool_jax.moe.routing import RoutingStats, norm_constant, norm_scores, route, scores
 
 
 @pytest.mark.parametrize(
@@ -148,3 +148,21 @@ def test_bfloat16_router_keeps_bfloat16_scores_and_float32_statistics() -> None:
     assert found.stats.score_sum_AE.dtype == jnp.float32
     expected = oracles.norm_router_scores(np.asarray(logits, np.float64), 1.0, 4.016194)
     np.testing.assert_allclose(found.gates_NK[:, 0], expected.max(1), rtol=2e-2)
+
+
+@pytest.mark.parametrize("unfaded", [False, True])
+def test_statistics_of_neighboring_groups_are_added(unfaded: bool) -> None:
+    """Two layers, six groups, three experts: groups 0-2 and 3-5 become one each, layers and experts stay apart."""
+    counts = np.arange(2 * 6 * 3).reshape(2, 6, 3)
+    squares = np.arange(2 * 6.0).reshape(2, 6)
+    more = jnp.asarray(counts + 7) if unfaded else None
+    stats = RoutingStats(jnp.asarray(counts), jnp.asarray(counts * 0.5), jnp.asarray(squares), jnp.ones((2, 1)), more)
+    found = stats.grouped(2)
+    expected = np.stack([counts[:, :3].sum(axis=1), counts[:, 3:].sum(axis=1)], axis=1)
+    np.testing.assert_array_equal(found.counts_AE, expected)
+    np.testing.assert_array_equal(found.score_sum_AE, expected * 0.5)
+    np.testing.assert_array_equal(found.z_square_sum_A, [[0 + 1 + 2, 3 + 4 + 5], [6 + 7 + 8, 9 + 10 + 11]])
+    np.testing.assert_array_equal(found.received_X, stats.received_X)
+    assert (found.unfaded_counts_AE is not None) == unfaded
+    if found.unfaded_counts_AE is not None:
+        np.testing.assert_array_equal(found.unfaded_counts_AE, expected + 3 * 7)
