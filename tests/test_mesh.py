@@ -26,7 +26,7 @@ from unipool_jax.training.sharding import (
     state_shardings,
     to_devices,
 )
-from unipool_jax.training.state import state_shapes
+from unipool_jax.training.state import init_state, state_shapes
 from unipool_jax.training.step import make_eval_step, make_train_step
 
 STEPS = 20
@@ -108,6 +108,15 @@ def test_the_pool_trains_as_on_one_device(mesh: str) -> None:
         received = metrics["counts_LE"].reshape(4, MESHES[mesh][2], -1).sum(axis=2).max(axis=1)
         # Devices of an fsdp group have the same experts and different rows.
         assert metrics["received_L"].tolist() == received.tolist() or "fsdp" in mesh
+
+
+def test_devices_divide_the_rows_of_a_batch_and_need_not_divide_a_sequence() -> None:
+    config = configure("unipool", "moe.experts_per_layer=3", "train.batch_size=6", "train.microbatch_size=6")
+    mesh = make_mesh(MeshConfig(1, 1, 3, 1), jax.devices()[:3])
+    assert config.data.sequence_length % 3
+    with jax.set_mesh(mesh):
+        state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(0))
+    assert state.params["pools"]["bank"]["gate"].shape[1] == 12
 
 
 def test_the_size_of_buffers_changes_no_bit() -> None:

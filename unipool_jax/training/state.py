@@ -54,7 +54,8 @@ def init_balance(config: Config) -> BalanceState:
 def init_state(config: Config, key: jax.Array) -> TrainState:
     """State before the first step; traceable, so `jax.eval_shape` gives its structure without memory."""
     balance = init_balance(config)
-    tokens_BS = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    # As many rows as divide over a mesh. Nothing is computed of them, as only the parameters are kept.
+    tokens_BS = jnp.zeros((config.train.microbatch_size, 2), jnp.int32)
     params = Transformer(config).init(key, tokens_BS, layer_inputs(config, balance))["params"]
     return new_state(config, params, balance.expert_bias_GNE)
 
