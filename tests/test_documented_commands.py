@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from unipool_jax.cli.commands import COMMANDS, MULTIRUN, Command
-from unipool_jax.cli.guard import EXIT_FAILED
+from unipool_jax.cli.guard import EXIT_FAILED, EXIT_UNREAD
+from unipool_jax.cli.runs import take_run
 from unipool_jax.cli.training import sweep_jobs
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.rules import problems
@@ -86,6 +87,9 @@ def understood(line: str) -> list[str]:
     if f"--{MULTIRUN.name}" in words:
         sweep_jobs(rest)
         return []
+    run, rest = take_run(rest, None)
+    if run is not None:  # of the scale that it is called after, or the demo
+        rest = [*(["scale=182m"] if run.endswith("182m") else []), *(word.replace("=+", "=") for word in rest)]
     return problems(compose_config([*rest, *([f"mode={command.mode}"] if command.mode else [])]))
 
 
@@ -130,4 +134,5 @@ def test_named_settings_exist(page: Path) -> None:
 def test_every_exit_code_is_documented() -> None:
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", text_of(ROOT / "docs" / "runs.md"), re.MULTILINE)}
     signals = {128 + number for number in (signal.SIGINT, signal.SIGTERM)}
-    assert codes == {0, EXIT_FAILED, ConfigError.exit_code, EXIT_NONFINITE, EXIT_LOSS_EXCESS} | signals
+    own = {EXIT_FAILED, ConfigError.exit_code, EXIT_NONFINITE, EXIT_LOSS_EXCESS, EXIT_UNREAD}
+    assert codes == {0} | own | signals
