@@ -121,14 +121,24 @@ class Forward:
             )
             normed = rms_norm(x, own["ffn_norm"], model.norm_epsilon).reshape(-1, model.hidden_size)
             bias = None if expert_bias is None else expert_bias[pool, inner]
-            x = x + self._mixture(normed, own.get("mixture", {}), _index(banks, pool), bias).reshape(x.shape)
+            seen = None if config.windows is None else self._seen(layer)
+            x = x + self._mixture(normed, own.get("mixture", {}), _index(banks, pool), bias, seen).reshape(x.shape)
         self.logits = rms_norm(x, wide["final_norm"], model.norm_epsilon) @ wide["output"].T
 
-    def _mixture(self, x: np.ndarray, own: Any, bank: Any, bias: np.ndarray | None) -> np.ndarray:
+    def _seen(self, layer: int) -> np.ndarray:
+        """The experts of a layer's window, in the order of its router's rows."""
+        windows = self.config.windows
+        assert windows is not None
+        return np.array([(windows.starts[layer] + j) % windows.experts for j in range(windows.widths[layer])])
+
+    def _mixture(
+        self, x: np.ndarray, own: Any, bank: Any, bias: np.ndarray | None, seen: np.ndarray | None
+    ) -> np.ndarray:
         moe = self.config.moe
         if moe.router == "none":
             return np.stack([expert(token, bank, 0) for token in x])
-        logits = x @ own["router"].T
+        # A narrow layer is the model of a router with as few rows.
+        logits = x @ own["router"][: None if seen is None else len(seen)].T
         if moe.router == "norm":
             from unipool_jax.moe.routing import norm_constant  # its value has its own oracle
 
@@ -140,7 +150,12 @@ class Forward:
             scores = 1 / (1 + np.exp(-logits))
         else:
             raise NotImplementedError(moe.router)
-        experts = top_k(scores if bias is None else scores + bias, moe.top_k)
+        key = scores
+        if seen is not None:
+            narrow, hidden = scores, np.full((len(x), len(bank["gate"])), -np.inf)
+            scores, key = np.zeros_like(hidden), hidden
+            scores[:, seen], key[:, seen] = narrow, narrow
+        experts = top_k(key if bias is None else key + bias, moe.top_k)
         self.scores.append(scores)
         self.experts.append(experts)
         out = np.zeros_like(x)

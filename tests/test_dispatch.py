@@ -17,7 +17,8 @@ from unipool_jax.moe.routing import Routing, RoutingStats
 
 TOKENS, WIDTH, HIDDEN, EXPERTS = 20, 6, 5, 4
 UNUSED = RoutingStats(
-    jnp.zeros((1, EXPERTS), jnp.int32), jnp.zeros((1, EXPERTS)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+    *(jnp.zeros((1, EXPERTS), jnp.int32), jnp.zeros((1, EXPERTS)), jnp.zeros((1,))),
+    *(jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32)),
 )
 
 

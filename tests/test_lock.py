@@ -75,7 +75,9 @@ class FadedForward(oracles.Forward):
         self.unfaded: list[np.ndarray] = []
         super().__init__(config, params, tokens)
 
-    def _mixture(self, x: np.ndarray, own: Any, bank: Any, bias: np.ndarray | None) -> np.ndarray:
+    def _mixture(
+        self, x: np.ndarray, own: Any, bank: Any, bias: np.ndarray | None, seen: np.ndarray | None
+    ) -> np.ndarray:
         moe, factor = self.config.moe, next(self.factors)
         logits = x @ own["router"].T
         if self.out_of_norm:
@@ -264,7 +266,8 @@ def test_an_evaluation_fades_as_the_last_step_did() -> None:
 def test_entropy_of_even_and_single_use() -> None:
     def stats(scores: np.ndarray) -> RoutingStats:
         sums = jnp.asarray(scores, jnp.float32)[None, None, None]
-        return RoutingStats(jnp.zeros((1, 1, 1, EXPERTS), jnp.int32), sums, jnp.zeros(()), jnp.zeros((1,), jnp.int32))
+        none = jnp.zeros(())
+        return RoutingStats(jnp.zeros((1, 1, 1, EXPERTS), jnp.int32), sums, none, none, jnp.zeros((1,), jnp.int32))
 
     even, single = np.ones(EXPERTS), np.eye(EXPERTS)[3]
     assert float(entropy_loss(stats(even), 10, 8.0)) == pytest.approx(0, abs=1e-9)

@@ -16,7 +16,7 @@ from tiny import METHODS, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config.mesh_rules import problems, resolve_sizes
 from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 from unipool_jax.parallel.mesh import make_mesh, usable_mesh
-from unipool_jax.training.placement import Placement
+from unipool_jax.training.placement import Placement, strided, with_placement
 from unipool_jax.training.sharding import (
     batch_sharding,
     memory_problem,
@@ -62,9 +62,12 @@ def mesh_of(sizes: tuple[int, int, int, int]) -> jax.sharding.Mesh:
 def trained(config: Config, sizes: tuple[int, int, int, int] | None) -> Trained:
     """Train from the same first state on the same batches."""
     mesh = None if sizes is None else mesh_of(sizes)
-    state, metrics = tiny_state(config), []
+    state, metrics, placed = tiny_state(config), list[dict[str, Any]](), None
     if mesh is not None:
         state = jax.device_put(state, state_shardings(config, mesh, state))
+        if (config := with_placement(config, mesh)).mesh.expert_placement == "strided":
+            placed = strided(config, mesh)
+            state = placed.apply(state)
     step = make_train_step(config, mesh)
     for number in range(STEPS):
         batch = tiny_batch(config, number)
@@ -74,6 +77,10 @@ def trained(config: Config, sizes: tuple[int, int, int, int] | None) -> Trained:
             with jax.set_mesh(mesh):
                 state, found = step(state, to_devices(mesh, batch, config.train.batch_size))
         metrics.append(jax.device_get(found))
+        if placed is not None:
+            metrics[-1]["counts_LE"] = placed.counts(metrics[-1]["counts_LE"])
+    if placed is not None:
+        state = placed.undo(state)
     return Trained(jax.device_get(state.params), jax.device_get(state.opt_state), metrics)
 
 
@@ -117,6 +124,32 @@ def test_devices_divide_the_rows_of_a_batch_and_need_not_divide_a_sequence() -> 
     with jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(0))
     assert state.params["pools"]["bank"]["gate"].shape[1] == 12
+
+
+# Four layers and two experts a layer, so that windows of every kind have ends and a middle.
+WINDOWS = {
+    "ring": ("mesh.expert_placement=contiguous",),
+    "sliding": ("moe.top_k=2", "train.batch_size=16", "loss.pool_statistics=previous"),
+    "rexmoe": ("pool.span=2",),
+    "tied_inner": ("pool.span=2", "pool.ends=1"),
+    "bank_runs": ("pool.span=2", "pool.ends=1"),
+    "cyclic": ("pool.span=2", "pool.ends=0"),
+}
+
+
+@pytest.mark.parametrize("method", ["ring", "sliding"])
+def test_windows_train_as_on_one_device(method: str) -> None:
+    """Under both placements."""
+    assert_equal(trained(configure(method, *WINDOWS[method]), MESHES[ALL_WAYS]), alone(method, *WINDOWS[method]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["contiguous", "strided"])
+@pytest.mark.parametrize("mesh", ["data 2, expert 4", ALL_WAYS])
+@pytest.mark.parametrize("method", WINDOWS)
+def test_every_window_on_every_mesh(method: str, mesh: str, placement: str) -> None:
+    more = (*WINDOWS[method], f"mesh.expert_placement={placement}")
+    assert_equal(trained(configure(method, *more), MESHES[mesh]), alone(method, *more))
 
 
 def test_the_size_of_buffers_changes_no_bit() -> None:

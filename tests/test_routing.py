@@ -156,13 +156,67 @@ def test_statistics_of_neighboring_groups_are_added(unfaded: bool) -> None:
     counts = np.arange(2 * 6 * 3).reshape(2, 6, 3)
     squares = np.arange(2 * 6.0).reshape(2, 6)
     more = jnp.asarray(counts + 7) if unfaded else None
-    stats = RoutingStats(jnp.asarray(counts), jnp.asarray(counts * 0.5), jnp.asarray(squares), jnp.ones((2, 1)), more)
+    stats = RoutingStats(
+        jnp.asarray(counts),
+        jnp.asarray(counts * 0.5),
+        jnp.asarray(squares),
+        jnp.asarray(counts[..., 0]),
+        jnp.ones((2, 1)),
+        more,
+    )
     found = stats.grouped(2)
     expected = np.stack([counts[:, :3].sum(axis=1), counts[:, 3:].sum(axis=1)], axis=1)
     np.testing.assert_array_equal(found.counts_AE, expected)
     np.testing.assert_array_equal(found.score_sum_AE, expected * 0.5)
     np.testing.assert_array_equal(found.z_square_sum_A, [[0 + 1 + 2, 3 + 4 + 5], [6 + 7 + 8, 9 + 10 + 11]])
+    np.testing.assert_array_equal(found.zero_gates_A, expected[..., 0])
     np.testing.assert_array_equal(found.received_X, stats.received_X)
     assert (found.unfaded_counts_AE is not None) == unfaded
     if found.unfaded_counts_AE is not None:
         np.testing.assert_array_equal(found.unfaded_counts_AE, expected + 3 * 7)
+
+
+def test_centered_logits_leave_no_token_without_a_score() -> None:
+    logits = np.array([[-3.0, -1.0, -2.0], [-1.0, -1.0, -1.0], [2.0, -4.0, 5.0]], np.float32)
+    scale = jnp.array(1.5)
+    raw, centered = (
+        scores(jnp.asarray(logits), "norm", scale, 2.0, 1e-8, centered=centered) for centered in (False, True)
+    )
+    np.testing.assert_array_equal(np.asarray(raw).max(axis=1) > 0, [False, False, True])
+    moved = logits - logits.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(centered, oracles.norm_router_scores(moved, 1.5, 2.0), rtol=1e-5)
+    # All equal: nothing to choose by.
+    np.testing.assert_array_equal(np.asarray(centered).max(axis=1) > 0, [True, False, True])
+
+    visible = np.array([True, False, True])
+    seen = scores(jnp.asarray(logits), "norm", scale, 2.0, 1e-8, visible_E=visible, centered=True)
+    narrow = logits[:, visible] - logits[:, visible].mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(seen)[:, visible], oracles.norm_router_scores(narrow, 1.5, 2.0), rtol=1e-5)
+    assert not np.asarray(seen)[:, 1].any()
+
+
+def test_tokens_whose_gates_are_all_zero_are_counted() -> None:
+    found = np.array([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0], [1.0, 3.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
+    for top_k in (1, 2):
+        stats = route(jnp.asarray(found), jnp.asarray(found), router="norm", top_k=top_k, num_stat_groups=2).stats
+        assert stats.zero_gates_A.tolist() == [1, 1]
+    counted = jnp.array([False, True, True, True])
+    stats = route(jnp.asarray(found), jnp.asarray(found), router="norm", top_k=1, counted_N=counted).stats
+    assert stats.zero_gates_A.tolist() == [1]
+
+
+def test_normalized_scores_sum_to_one_for_every_token_that_has_any() -> None:
+    found = np.random.default_rng(4).gamma(0.5, size=(6, 5)).astype(np.float32)
+    found[2] = 0
+
+    def sums(values: jax.Array) -> jax.Array:
+        return route(values, values, router="norm", top_k=1, normalized=True).stats.score_sum_AE
+
+    alive = np.delete(found, 2, axis=0).astype(np.float64)
+    np.testing.assert_allclose(
+        sums(jnp.asarray(found))[0], (alive / alive.sum(axis=1, keepdims=True)).sum(axis=0), rtol=1e-5
+    )
+    # Scaling all scores of a token changes nothing, so the loss cannot fall by switching them off.
+    gradient = jax.grad(lambda x: jnp.sum(sums(x) * jnp.arange(5.0)))(jnp.asarray(found))
+    np.testing.assert_allclose(np.sum(gradient * found, axis=1), 0, atol=1e-6)
+    assert np.isfinite(gradient).all()

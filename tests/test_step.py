@@ -190,3 +190,14 @@ def test_evaluation_sums_match_numpy_and_count_bytes() -> None:
     np.testing.assert_allclose(sums.loss_B, (losses * weights).sum(1), rtol=1e-4)
     np.testing.assert_array_equal(sums.tokens_B, weights.sum(1))
     np.testing.assert_array_equal(sums.bytes_B, (token_bytes[batch.targets] * (weights > 0)).sum(1))
+
+
+def test_the_pool_coefficient_rises_from_zero() -> None:
+    """With loss.pool_warmup_fraction=0.5 of 50 steps the loss of step s is s / 25 of the published one."""
+    plain, risen = tiny_config("unipool"), tiny_config("unipool", "loss.pool_warmup_fraction=0.5")
+    batch = tiny_batch(plain)
+    whole = float(make_train_step(plain)(tiny_state(plain), batch)[1]["loss/balance"])
+    step = make_train_step(risen)
+    for completed, share in ((0, 0.0), (10, 0.4), (25, 1.0), (40, 1.0)):
+        state = tiny_state(risen)._replace(step=jnp.array(completed, jnp.int32))
+        assert float(step(state, batch)[1]["loss/balance"]) == pytest.approx(share * whole, rel=1e-5)

@@ -31,6 +31,10 @@ VARIANTS = [
     ("unipool", ("pool.groups=2", "moe.score_constant=one")),
     ("unipool", ("pool.experts=3",)),
     ("vanilla_aux_free", ("pool.groups=2",)),
+    ("unipool", ("pool.starts=ring",)),
+    ("unipool", ("pool.starts=sliding", "pool.span=3", "moe.top_k=2")),
+    ("shared_pool_aux", ("pool.starts=wide_runs", "pool.ends=1")),
+    ("vanilla_aux_free", ("pool.groups=1", "pool.starts=[5,0,3,6]", "pool.window=[3,4,2,3]")),
 ]
 
 

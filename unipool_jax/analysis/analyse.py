@@ -102,7 +102,7 @@ class Analysis:
                 "dead_experts": usage.dead_experts(counts_LM),
                 "owner": usage.owners(counts_LM),
             },
-            "load": load_metrics(self.counts_LE, config.pool.groups),
+            "load": load_metrics(self.counts_LE, config.pool.groups, config.visible),
             "routing": self.diagnostics,
             "unique_experts": {
                 "mean": self.unique_mean,

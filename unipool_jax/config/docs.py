@@ -10,7 +10,7 @@ import sys
 import typing
 from typing import Any, Literal
 
-from unipool_jax.config.parsing import KIND_NAMES, bare
+from unipool_jax.config.parsing import KIND_NAMES, alternatives
 from unipool_jax.config.ranges import Range
 
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
@@ -40,7 +40,10 @@ def field_docs(kind: type) -> dict[str, str]:
 
 def choices(kind: Any) -> tuple[str, ...]:
     """The values of a setting that takes one of a few."""
-    kind = bare(kind)
+    kinds = alternatives(kind)
+    if len(kinds) > 1:
+        return tuple(choice for one in kinds for choice in choices(one))
+    kind = kinds[0]
     if kind is bool:
         return "true", "false"
     if typing.get_origin(kind) is tuple:
@@ -50,11 +53,15 @@ def choices(kind: Any) -> tuple[str, ...]:
 
 def allowed_values(kind: Any, allowed: Range | None = None) -> str:
     """What a setting of this type takes, in words."""
-    several = typing.get_origin(bare(kind)) is tuple
-    item = typing.get_args(bare(kind))[0] if several else bare(kind)
-    if found := choices(item):
-        text = f"{'any' if several else 'one'} of {', '.join(found)}"
+    kinds = alternatives(kind)
+    if len(kinds) > 1:
+        texts = [allowed_values(one, allowed) for one in kinds]
     else:
-        text = f"a list of {_PLURALS[item]}" if several else KIND_NAMES[item]
-    text += f", {allowed}" if allowed is not None else ""
-    return f"{text}, or null" if bare(kind) is not kind else text
+        several = typing.get_origin(kinds[0]) is tuple
+        item = typing.get_args(kinds[0])[0] if several else kinds[0]
+        if found := choices(item):
+            text = f"{'any' if several else 'one'} of {', '.join(found)}"
+        else:
+            text = f"a list of {_PLURALS[item]}" if several else KIND_NAMES[item]
+        texts = [text + (f", {allowed}" if allowed is not None else "")]
+    return ", or ".join([*texts, *(["null"] if type(None) in typing.get_args(kind) else [])])

@@ -69,7 +69,7 @@ def _model_problems(config: Config) -> Iterator[str]:
         yield f"moe.router={config.moe.router}: {why} fades the scores of NormRouter; set moe.router=norm"
     if config.loss.balance != "pool":
         yield f"loss.balance={config.loss.balance}: {why} needs the pool loss; set loss.balance=pool"
-    if config.mesh.expert_placement != "contiguous":
+    if config.mesh.expert_placement not in ("auto", "contiguous"):
         yield (
             f"mesh.expert_placement={config.mesh.expert_placement}: with {why} experts are placed by their owners; set "
             "mesh.expert_placement=contiguous"

@@ -27,11 +27,16 @@ def from_mapping(mapping: Mapping[str, Any]) -> Config:
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
+def alternatives(kind: Any) -> list[Any]:
+    """The types that a setting may have, without null."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return [argument for argument in typing.get_args(kind) if argument is not type(None)]
+    return [kind]
+
+
 def bare(kind: Any) -> Any:
     """`X` of `X | None`."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(argument for argument in typing.get_args(kind) if argument is not type(None))
-    return kind
+    return alternatives(kind)[0]
 
 
 def parse_value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
@@ -40,9 +45,13 @@ def parse_value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         return _parse_section(kind, value, path, problems)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
-        return parse_value(next(a for a in arguments if a is not type(None)), value, path, problems)
+        # Of a list and a single value, the one that was given.
+        several = isinstance(value, list | tuple)
+        kinds = alternatives(kind)
+        fitting = [one for one in kinds if (typing.get_origin(one) is tuple) == several]
+        return parse_value((fitting or kinds)[0], value, path, problems)
     if origin is Literal:
         if value in arguments and isinstance(value, str):
             return value

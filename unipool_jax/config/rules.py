@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unipool_jax.config import lock_schedule, mesh_rules
+from unipool_jax.config import lock_schedule, mesh_rules, sharing_rules
 from unipool_jax.config.addresses import split_address
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.paths import named_files
-from unipool_jax.config.ranges import MAX_EXPERTS, RANGES
+from unipool_jax.config.ranges import MAX_EXPERTS, RANGES, Range
 from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
 
 TOKENIZER_SIZES = {"bytes": 257, "demo": 8192, "gpt2": 50257}
@@ -74,15 +74,28 @@ def problems(config: Config) -> list[str]:
     except ConfigError as error:
         return error.problems
     values = settings(config)
-    outside = {name for name, allowed in RANGES.items() if values[name] is not None and values[name] not in allowed}
-    found = [f"{name}={values[name]}: must be {allowed}" for name, allowed in RANGES.items() if name in outside]
+    outside = {name for name, allowed in RANGES.items() if not _within(values[name], allowed)}
+    found = [f"{name}={_shown(values[name])}: must be {allowed}" for name, allowed in RANGES.items() if name in outside]
     for rule in _RULES:
         if rule.reads.isdisjoint(outside) and not (rule.about_data and config.mode != "train"):
             found.extend(rule.find(config))
     return found
 
 
-_TOTAL_EXPERTS = ("pool.experts", "pool.fraction", "moe.experts_per_layer", "model.num_layers")
+def _within(value: Any, allowed: Range) -> bool:
+    """Whether every number of a setting is in range; null and names of rules are."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(number in allowed for number in numbers if not isinstance(number, str | None))
+
+
+def _shown(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+_TOTAL_EXPERTS = (
+    *("pool.experts", "pool.fraction", "pool.starts", "pool.span", "pool.ends"),
+    *("moe.experts_per_layer", "model.num_layers"),
+)
 
 
 @_rule("model.hidden_size", "model.num_heads")
@@ -139,6 +152,9 @@ def _experts(config: Config) -> Iterator[str]:
         )
 
 
+_rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.problems)
+
+
 @_rule("pool.groups", "moe.top_k", "loss.z_coefficient", *_TOTAL_EXPERTS)
 def _dense(config: Config) -> Iterator[str]:
     if config.moe.router != "none":
@@ -191,15 +207,29 @@ def _switch(config: Config) -> Iterator[str]:
         )
 
 
-@_rule("loss.pool_coefficient")
+@_rule("loss.pool_coefficient", "loss.pool_warmup_fraction")
 def _pool_loss(config: Config) -> Iterator[str]:
     loss = config.loss
     if loss.balance == "pool" and not loss.pool_coefficient:
         yield "loss.pool_coefficient=0.0: balances nothing; set a positive weight or loss.balance=none"
-    if loss.balance != "pool" and loss.pool_statistics == "previous":
+    published = {"pool_statistics": "current", "pool_scores": "raw", "scope": "component", "pressure": "scope"}
+    for name, default in {**published, "pool_warmup_fraction": 0.0}.items():
+        value = getattr(loss, name)
+        if loss.balance != "pool" and value != default:
+            yield f"loss.{name}={value}: needs loss.balance=pool, not {loss.balance}; set loss.{name}={default}"
+        elif config.lock.ownership != "none" and name in ("pool_scores", "scope", "pressure") and value != default:
+            yield (
+                f"loss.{name}={value}: lock.ownership={config.lock.ownership} changes which layers share experts, for "
+                f"the published loss only; set loss.{name}={default}"
+            )
+
+
+@_rule()
+def _centering(config: Config) -> Iterator[str]:
+    if config.moe.score_centering and config.moe.router != "norm":
         yield (
-            f"loss.pool_statistics=previous: needs loss.balance=pool, not {loss.balance}; "
-            "set loss.pool_statistics=current"
+            f"moe.score_centering=true: is for NormRouter, not moe.router={config.moe.router}; "
+            "set moe.score_centering=false or moe.router=norm"
         )
 
 

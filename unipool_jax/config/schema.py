@@ -14,6 +14,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
+from unipool_jax.config import visibility
 from unipool_jax.config.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
@@ -79,6 +82,9 @@ class MoEConfig:
     """NormRouter's constant scale c: its published Monte Carlo estimate, or 1."""
     score_epsilon: float = 1e-8
     """Epsilon added to the norm of the logits in NormRouter."""
+    score_centering: bool = False
+    """Whether NormRouter subtracts from a token's logits their mean over experts. Unlike as published, no token is then
+    left without a positive score."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,23 @@ class PoolConfig:
     fraction: float = 1.0
     """Fraction of the expert budget: all pools hold round(fraction x experts_per_layer x num_layers) experts."""
     experts: int | None = None
-    """Experts M in all pools together; null takes pool.fraction of the expert budget."""
+    """Experts M in all pools together; null takes pool.fraction of the expert budget, or what a rule of pool.starts
+    needs."""
+    starts: tuple[int, ...] | visibility.Rule | None = None
+    """First expert that each layer sees of one bank; null: layers see all experts of their pool. A list with one entry
+    per layer, or a rule with E = moe.experts_per_layer and n = pool.span. `runs`: n layers share E experts.
+    `wide_runs`: n layers share n E. `cyclic`: n banks of E, used in turn. `ring`: n E experts from the layer's own E
+    on. `sliding`: the experts of the n layers around it."""
+    window: int | tuple[int, ...] | None = None
+    """Experts that each layer sees from its pool.starts on, modulo M: one number, or one per layer; null is what the
+    rule says."""
+    span: int = 2
+    """Layers n of a rule of pool.starts."""
+    opening: tuple[float, ...] | None = None
+    """Two fractions of train.steps, between which windows open in training: until the first a layer routes to
+    moe.experts_per_layer of the experts it sees, from the second on to all; which of them is drawn anew each step."""
+    ends: int = 0
+    """Layers at each end that own E experts, with pool.starts=runs, wide_runs or cyclic."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +130,17 @@ class LossConfig:
     """Weight of the pool loss, with loss.balance=pool (published: 1e-2 at 182M, 2e-2 at larger scales)."""
     pool_statistics: Literal["current", "previous"] = "current"
     """Routing fractions in the pool loss: of the current batch (exact), or of the previous micro-batch (published)."""
+    pool_scores: Literal["raw", "normalized"] = "raw"
+    """Scores in the pool loss: as the router gives them (published), or over their sum per token. NormRouter's do not
+    sum to 1, so the published loss also falls when they fall to zero."""
+    pool_warmup_fraction: float = 0.0
+    """Fraction of train.steps over which loss.pool_coefficient rises linearly from 0."""
+    scope: Literal["component", "layer", "bank"] = "component"
+    """Layers over which the pool loss averages: those that share experts, directly or through others (published: the
+    layers of a pool); each layer by itself; or all layers."""
+    pressure: Literal["scope", "layer"] = "scope"
+    """Whether loss.pool_coefficient weighs each set of layers of loss.scope (published), or each layer, so that maps
+    with sets of other sizes push a layer equally hard."""
     expert_bias_rate: float = 1e-3
     """Change of an expert's selection bias per optimizer step, with loss.balance=expert_bias."""
     z_coefficient: float = 0.0
@@ -277,9 +310,11 @@ class MeshConfig:
     overflow: Literal["stop", "drop"] = "stop"
     """When a device would receive more rows: stop with a report, or drop the rows of its last experts and count them as
     `overflow`, in metrics.jsonl since the previous line and in summary.json over the run."""
-    expert_placement: Literal["contiguous", "measured"] = "contiguous"
-    """Which experts share a device: consecutive ones, or, each time a run resumes, the placement that best balances the
-    devices layer by layer under the loads of the last evaluation. Checkpoints and metrics keep the experts' order."""
+    expert_placement: Literal["auto", "contiguous", "strided", "measured"] = "auto"
+    """Which experts share a device. `contiguous`: consecutive ones. `strided`: expert e is on device e modulo
+    mesh.expert, so that every window is spread over all devices. `auto`: strided with pool.starts, else contiguous.
+    `measured`: each time a run resumes, the placement that best balances the devices layer by layer under the loads of
+    the last evaluation. Checkpoints and metrics keep the experts' order."""
 
 
 @dataclass(frozen=True)
@@ -371,6 +406,8 @@ class Config:
         """M, the number of experts in all pools together."""
         if self.pool.experts is not None:
             return self.pool.experts
+        if isinstance(self.pool.starts, str):
+            return self._ruled_windows(self.pool.starts).experts
         return round(self.pool.fraction * self.moe.experts_per_layer * self.model.num_layers)
 
     @property
@@ -378,9 +415,37 @@ class Config:
         """E, the number of experts each layer's router chooses from."""
         return self.total_experts // self.pool.groups
 
+    def _ruled_windows(self, rule: visibility.Rule) -> visibility.Windows:
+        layers, budget = self.model.num_layers, self.moe.experts_per_layer
+        return visibility.RULES[rule](layers, budget, self.pool.span, self.pool.ends)
+
+    @property
+    def windows(self) -> visibility.Windows | None:
+        """What each layer sees of one bank; None where layers see all experts of their pool."""
+        starts, window = self.pool.starts, self.pool.window
+        if starts is None:
+            return None
+        if isinstance(starts, str):
+            ruled = self._ruled_windows(starts)
+            starts, window = ruled.starts, ruled.widths if window is None else window
+        widths = (window or 0,) * len(starts) if isinstance(window, int | None) else window
+        return visibility.Windows(starts, widths, self.total_experts)
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """Experts that each layer sees; None where all layers see all experts of their pool."""
+        return None if self.windows is None else self.windows.widths
+
+    @property
+    def visible(self) -> np.ndarray | None:
+        """Whether a layer sees an expert of the bank, bool `[L, M]`; None where all layers see all of their pool."""
+        return None if self.windows is None else self.windows.visible()
+
     @property
     def router_width(self) -> int:
-        """Logits of each layer's router: E; with UniPool-lock M, before and after the lock."""
+        """Rows of each layer's router: E; with windows the widest; with UniPool-lock M, before and after the lock."""
+        if self.widths is not None:
+            return max(self.widths)
         return self.experts_per_pool if self.lock.ownership == "none" else self.total_experts
 
     @property

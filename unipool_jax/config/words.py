@@ -285,7 +285,7 @@ class _Reader:
 
 def _is_null(kind: Any, text: str) -> bool:
     """Whether `text` is the null of a setting that may be null."""
-    return text == "null" and bare(kind) is not kind
+    return text == "null" and type(None) in typing.get_args(kind)
 
 
 def to_words(request: Any) -> list[str]:

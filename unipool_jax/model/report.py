@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unipool_jax.config.schema import Config
 from unipool_jax.model.transformer import LayerInputs, Transformer
@@ -20,6 +21,9 @@ def count_parameters(config: Config) -> dict[str, int]:
     counts = dict.fromkeys(("embeddings", "attention", "experts", "routers", "norms", "scales"), 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         counts[_kind([str(entry.key) for entry in path])] += math.prod(leaf.shape)
+    if config.widths is not None:
+        # Rows beyond a narrow window exist only because layers are stacked.
+        counts["routers"] = sum(config.widths) * config.model.hidden_size
     per_expert = counts["experts"] // config.total_experts
     total = sum(counts.values())
     active_experts = per_expert * config.moe.top_k * config.model.num_layers
@@ -43,20 +47,36 @@ def _kind(path: list[str]) -> str:
     return {"router": "routers", "scale": "scales"}.get(path[-1], "norms")
 
 
+def _windows(config: Config) -> list[str]:
+    """A line for each layer: `#` for the experts that it sees, in at most 96 columns."""
+    visible_LM = config.visible
+    if visible_LM is None:
+        return []
+    columns = np.array_split(visible_LM, min(96, visible_LM.shape[1]), axis=1)
+    rows = ["".join("#" if part[layer].any() else "." for part in columns) for layer in range(len(visible_LM))]
+    starts = config.pool.starts if isinstance(config.pool.starts, str) else "given"
+    return [f"  experts that each layer sees ({starts})", *(f"  {layer:>3}  {row}" for layer, row in enumerate(rows))]
+
+
 def describe(config: Config) -> str:
     """The report as text; its last line is JSON `{"parameters": {...}, "experts": {...}}`."""
     counts = count_parameters(config)
-    experts = {
+    experts: dict[str, Any] = {
         "total": config.total_experts,
         "pools": config.pool.groups,
         "per_pool": config.experts_per_pool,
         "top_k": config.moe.top_k,
     }
+    if config.windows is not None:
+        experts |= {"starts": list(config.windows.starts), "widths": list(config.windows.widths)}
+        exposure = config.windows.exposure()
+        experts["layers_per_expert"] = [int(exposure.min()), float(exposure.mean()), int(exposure.max())]
     model = config.model
     lines = [
         f"{config.scale_name} {config.method_name}: {model.num_layers} layers x {model.hidden_size}, "
         f"{experts['total']} experts of width {model.ffn_size} in {experts['pools']} pool(s) of {experts['per_pool']}, "
         f"router {config.moe.router}, top-{config.moe.top_k}, vocabulary {model.vocab_size:,}",
+        *_windows(config),
         *(f"  {kind:<12}{count:>16,}" for kind, count in counts.items()),
         json.dumps({"parameters": counts, "experts": experts}),
     ]

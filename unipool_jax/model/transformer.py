@@ -24,6 +24,7 @@ from unipool_jax.model.remat import rematerialized, without_gathered_weights
 from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
 from unipool_jax.moe.mixture import RouterParameters, RouterWeights, Selection, mixture
 from unipool_jax.moe.routing import RoutingStats
+from unipool_jax.moe.visibility import layer_windows
 from unipool_jax.parallel.head import Head
 from unipool_jax.parallel.linear import lookup
 from unipool_jax.parallel.mesh import constrain
@@ -169,6 +170,8 @@ class PoolStage(nn.Module):
             # The check traces the body once more. It draws random numbers: initial weights depend on it, steps do not.
             check_constancy_invariants=self.is_initializing(),
         )
+        if (windows := layer_windows(config)) is not None:
+            inputs = inputs._replace(selection=inputs.selection._replace(window=windows))
         # The two halves of `experts` enter the scan apart: weights in its carry would be kept once for each layer.
         (hidden_BSD, accumulator), outputs = layers(config, self.keep_routing, name="layers")(
             (hidden_BSD, experts.accumulator), experts.weights, positions, inputs

@@ -7,6 +7,7 @@ E experts per pool. G = 1 is UniPool, N = 1 the per-layer mixture.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +23,29 @@ def load_fractions(counts_GNAE: jax.Array) -> jax.Array:
     return counts_GE / jnp.sum(counts_GE, axis=-1, keepdims=True)
 
 
-def switch_loss(stats: RoutingStats, tokens_per_group: int, top_k: int, coefficient: float) -> jax.Array:
+def switch_loss(
+    stats: RoutingStats, tokens_per_group: int, top_k: int, coefficient: float, widths: Sequence[int] | None = None
+) -> jax.Array:
     """Switch load-balancing loss, summed over layers and averaged over token groups; float32 scalar.
 
     Per layer and group of T tokens: `coefficient * E * sum_i f_i P_i` with `f_i` the share of the k T choices that went
     to expert i (constant) and `P_i` its mean score (Fedus et al., arXiv 2101.03961, equations 4-6).
+
+    Args:
+      stats: statistics of one micro-batch.
+      tokens_per_group: T.
+      top_k: k.
+      coefficient: weight.
+      widths: with windows, how many experts each layer sees, which takes the place of E.
     """
-    num_experts = stats.counts_AE.shape[-1]
+    num_experts = stats.counts_AE.shape[-1] if widths is None else jnp.array(widths, jnp.float32)[None, :, None]
     fraction = jax.lax.stop_gradient(stats.counts_AE.astype(jnp.float32)) / (top_k * tokens_per_group)
     mean_score = stats.score_sum_AE / tokens_per_group
     per_group_GNA = coefficient * num_experts * jnp.sum(fraction * mean_score, axis=-1)
     return jnp.sum(jnp.mean(per_group_GNA, axis=-1))
 
 
-def pool_loss(stats: RoutingStats, load_GE: jax.Array, tokens: int, coefficient: float) -> jax.Array:
+def pool_loss(stats: RoutingStats, load_GE: jax.Array, tokens: int, coefficient: float | jax.Array) -> jax.Array:
     """Pool-level balance loss (arXiv 2605.06665, equations 4-6), summed over pools; float32 scalar.
 
     Per pool: `coefficient * E * sum_i fbar_i Pbar_i`, with both factors averaged over the layers that share the pool.
@@ -75,13 +85,20 @@ def z_loss(stats: RoutingStats, tokens: int, coefficient: float) -> jax.Array:
     return coefficient * jnp.sum(stats.z_square_sum_A) / tokens
 
 
-def updated_expert_bias(bias_GNE: jax.Array, counts_GNE: jax.Array, rate: float) -> jax.Array:
+def updated_expert_bias(
+    bias_GNE: jax.Array, counts_GNE: jax.Array, rate: float, widths: Sequence[int] | None = None
+) -> jax.Array:
     """Selection bias after one optimizer step: `b + rate * sign(mean count - count)` (arXiv 2408.15664).
 
     Args:
       bias_GNE: bias per layer and expert, float32.
       counts_GNE: choices per layer and expert over the whole batch of the step.
       rate: step size.
+      widths: with windows, how many experts each layer sees, over which the mean is.
     """
     counts = counts_GNE.astype(jnp.float32)
-    return bias_GNE + rate * jnp.sign(jnp.mean(counts, axis=-1, keepdims=True) - counts)
+    if widths is None:
+        mean = jnp.mean(counts, axis=-1, keepdims=True)
+    else:
+        mean = jnp.sum(counts, axis=-1, keepdims=True) / jnp.array(widths, jnp.float32)[None, :, None]
+    return bias_GNE + rate * jnp.sign(mean - counts)

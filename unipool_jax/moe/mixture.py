@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import ArrayLike
 
 from unipool_jax.config.schema import Config, MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
@@ -17,6 +18,7 @@ from unipool_jax.moe.bank import BANK_AXES, Experts
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import COMBINE, DISPATCH, transport_for
 from unipool_jax.moe.routing import Forced, Routing, RoutingStats, replaced, route, score_constant, scores
+from unipool_jax.moe.visibility import Window, spread
 from unipool_jax.parallel.linear import linear
 from unipool_jax.parallel.mesh import active_mesh, constrain, gathered_axes, spec
 
@@ -25,7 +27,7 @@ class RouterWeights(NamedTuple):
     """Parameters of the router of one layer."""
 
     router_ED: jax.Array
-    """One row per expert that the layer can choose, float32."""
+    """One row per expert that the layer sees, float32; with windows as many as the widest has."""
     scale: jax.Array | None
     """NormRouter's learnable scale, float32 scalar; None for other routers."""
 
@@ -54,6 +56,8 @@ class Selection(NamedTuple):
     """Factor on every score, float32: see `routing.route` and `moe.lock`."""
     forced: Forced | None = None
     """Choices that replace the layer's own, for analyses."""
+    window: Window | None = None
+    """The experts that the layer sees, which the model fills in; None: all."""
 
 
 class MixtureOutput(NamedTuple):
@@ -85,18 +89,22 @@ def mixture(
       experts: of the layer's pool.
       counted_BS: which positions the statistics are about, bool; None is all of them.
     """
-    moe, num_experts = config.moe, config.router_width
+    moe, window = config.moe, selection.window
     batch, length, width = hidden_BSD.shape
     hidden_ND = constrain(hidden_BSD.reshape(-1, width), "batch", None)
     if weights is None:
         output_ND = dense_ffn(hidden_ND, experts.weights)
         stats = _dense_stats(batch, length, counted_BS)
         return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, None)
-    logits_NE = linear(hidden_ND, weights.router_ED, (None, "embed"), transposed=True, wide=True)
-    logits_NE = logits_NE.astype(moe.router_dtype)
     assert moe.router != "none"
-    constant = score_constant(moe.router, moe.score_constant, num_experts, moe.top_k)
-    scores_NE = scores(logits_NE, moe.router, weights.scale, constant, moe.score_epsilon, config.experts_per_pool)
+    if window is None:
+        router_ED, visible_E = weights.router_ED, None
+        constant: ArrayLike = score_constant(moe.router, moe.score_constant, config.router_width, moe.top_k)
+    else:
+        router_ED, visible_E, constant = spread(weights.router_ED, window), window.visible_E, window.constant
+    logits_NE = linear(hidden_ND, router_ED, (None, "embed"), transposed=True, wide=True).astype(moe.router_dtype)
+    own, centered = config.experts_per_pool, moe.score_centering
+    scores_NE = scores(logits_NE, moe.router, weights.scale, constant, moe.score_epsilon, own, visible_E, centered)
     routing = route(
         scores_NE,
         logits_NE,
@@ -105,7 +113,9 @@ def mixture(
         num_stat_groups=batch,
         expert_bias_E=selection.expert_bias_E if config.loss.balance == "expert_bias" else None,
         score_factor_E=selection.score_factor_E,
+        visible_E=visible_E,
         counted_N=None if counted_BS is None else constrain(counted_BS.reshape(-1), "batch"),
+        normalized=config.loss.pool_scores == "normalized",
     )
     if selection.forced is not None:
         routing = replaced(routing, scores_NE, selection.forced, moe.router)
@@ -202,6 +212,7 @@ def _dense_stats(batch: int, length: int, counted_BS: jax.Array | None) -> Routi
         counts_AE=counts_B1,
         score_sum_AE=jnp.zeros((batch, 1), jnp.float32),
         z_square_sum_A=jnp.zeros((batch,), jnp.float32),
+        zero_gates_A=jnp.zeros((batch,), jnp.int32),
         received_X=jnp.zeros((1,), jnp.int32),
     )
 

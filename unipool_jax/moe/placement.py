@@ -24,6 +24,14 @@ def device_load(counts_LE: np.ndarray, order_E: np.ndarray, devices: int) -> np.
     return counts_LE[:, order_E].reshape(counts_LE.shape[0], devices, -1).sum(axis=2)
 
 
+def strided_placement(experts: int, devices: int) -> np.ndarray:
+    """The order in which device p holds the experts p, p + P, p + 2 P, ...: `[E]`, the expert at each place.
+
+    P consecutive experts are on P devices, so a window of a multiple of P puts the same load on each.
+    """
+    return np.arange(experts).reshape(-1, devices).T.reshape(-1)
+
+
 def measured_placement(counts_LE: np.ndarray, devices: int) -> np.ndarray:
     """An order of the experts of one pool whose P equal parts, one for each device, even out every layer.
 

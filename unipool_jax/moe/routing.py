@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, assert_never
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from unipool_jax.config.schema import Router
 
@@ -34,7 +35,8 @@ class RoutingStats(NamedTuple):
     """Scores summed over the tokens of the group, float32 `[A, E]`; carries gradient."""
     z_square_sum_A: jax.Array
     """Squared logsumexp of the logits summed over the tokens of the group, float32 `[A]`; carries gradient."""
-
+    zero_gates_A: jax.Array
+    """Tokens whose gates are all zero, so that no expert adds anything to them, int32 `[A]`."""
     received_X: jax.Array
     """Rows received by each device for its experts, int32, one number for each of X parts of the batch; zeros until
     `mixture.moe_ffn` has dispatched the rows."""
@@ -50,8 +52,8 @@ class RoutingStats(NamedTuple):
             return jnp.sum(values.reshape(shape), axis=axis + 1)
 
         unfaded = None if self.unfaded_counts_AE is None else add(self.unfaded_counts_AE, -2)
-        summed = add(self.counts_AE, -2), add(self.score_sum_AE, -2), add(self.z_square_sum_A, -1)
-        return RoutingStats(*summed, self.received_X, unfaded)
+        sums = add(self.counts_AE, -2), add(self.score_sum_AE, -2), add(self.z_square_sum_A, -1)
+        return RoutingStats(*sums, add(self.zero_gates_A, -1), self.received_X, unfaded)
 
 
 class Routing(NamedTuple):
@@ -65,7 +67,7 @@ class Routing(NamedTuple):
 
 
 def norm_scores(
-    logits_NE: jax.Array, scale: jax.Array, constant: float, epsilon: float = 1e-8, visible: int | None = None
+    logits_NE: jax.Array, scale: jax.Array, constant: ArrayLike, epsilon: float = 1e-8, own: int | None = None
 ) -> jax.Array:
     """NormRouter scores `scale * c * relu(z / (|z| + epsilon))`, `[N, E]` in the dtype of the logits.
 
@@ -78,15 +80,24 @@ def norm_scores(
       scale: learnable scalar of the layer.
       constant: c of equation 12, see `norm_constant`.
       epsilon: added to the norm.
-      visible: how many experts, the first ones, have scores at all; the others' logits still count in the norm.
+      own: after a lock, how many experts, the first ones, have scores at all; the others' logits count in the norm.
     """
     square_N1 = jnp.sum(jnp.square(logits_NE.astype(jnp.float32)), axis=-1, keepdims=True)
     nonzero_N1 = square_N1 > 0
     # The root has an infinite slope at 0; the inner `where` keeps it out of the gradient.
     norm_N1 = jnp.where(nonzero_N1, jnp.sqrt(jnp.where(nonzero_N1, square_N1, 1.0)), 0.0).astype(logits_NE.dtype)
-    direction_NE = logits_NE[:, :visible] / (norm_N1 + jnp.asarray(epsilon, logits_NE.dtype))
+    direction_NE = logits_NE[:, :own] / (norm_N1 + jnp.asarray(epsilon, logits_NE.dtype))
     factor = scale.astype(logits_NE.dtype) * jnp.asarray(constant, logits_NE.dtype)
     return factor * jax.nn.relu(direction_NE)
+
+
+def centered_logits(logits_NE: jax.Array, visible_E: ArrayLike | None = None) -> jax.Array:
+    """Logits of each token minus their mean over the experts that the layer sees.
+
+    Unless all of them are equal, one is then positive, so NormRouter leaves no token without a score. Not published.
+    """
+    wide_NE = logits_NE.astype(jnp.float32)
+    return (wide_NE - jnp.mean(wide_NE, axis=-1, keepdims=True, where=visible_E)).astype(logits_NE.dtype)
 
 
 @functools.cache
@@ -128,7 +139,9 @@ def route(
     num_stat_groups: int = 1,
     expert_bias_E: jax.Array | None = None,
     score_factor_E: jax.Array | None = None,
+    visible_E: ArrayLike | None = None,
     counted_N: jax.Array | None = None,
+    normalized: bool = False,
 ) -> Routing:
     """Choose the `top_k` experts of each token.
 
@@ -145,7 +158,10 @@ def route(
       expert_bias_E: selection bias, float32, or None.
       score_factor_E: factor on the scores before anything else is done with them, float32, or None. An expert with
         factor 0 is not chosen, whatever its score (method M6.4).
+      visible_E: the experts that the layer sees, bool: no other is chosen, nor are its logits part of the z statistic.
+        None: all.
       counted_N: which tokens the statistics are about, bool; None is all of them. The others are routed all the same.
+      normalized: whether the scores of a token are divided by their sum before they are summed over tokens.
 
     Returns:
       `Routing` with statistics of shape `[A, E]`.
@@ -158,6 +174,9 @@ def route(
         key_NE = key_NE.astype(jnp.float32) + expert_bias_E
     if score_factor_E is not None:
         key_NE = jnp.where(score_factor_E > 0, key_NE, -jnp.inf)
+    if visible_E is not None:
+        key_NE = jnp.where(visible_E, key_NE, -jnp.inf)
+        logits_NE = jnp.where(visible_E, logits_NE, -jnp.inf)
     experts_NK = _largest(key_NE, top_k)
     chosen_NKE = _one_hot(experts_NK, scores_NE.shape[1])
     # A sum over the one-hot choice instead of a gather: its transpose is dense, where a gather's is a scatter.
@@ -173,8 +192,9 @@ def route(
     z_N = jnp.square(jax.nn.logsumexp(logits_NE.astype(jnp.float32), axis=-1))
     stats = RoutingStats(
         counts_AE=summed(chosen_NKE, (1, 2), jnp.int32),
-        score_sum_AE=summed(scores_NE.astype(jnp.float32), 1),
+        score_sum_AE=summed(_shares(scores_NE) if normalized else scores_NE.astype(jnp.float32), 1),
         z_square_sum_A=summed(z_N, 1),
+        zero_gates_A=summed(jnp.all(gates_NK == 0, axis=-1), 1, jnp.int32),
         received_X=jnp.zeros((1,), jnp.int32),
     )
     if score_factor_E is not None:
@@ -182,6 +202,14 @@ def route(
         unfaded_AE = summed(_one_hot(unfaded_NK, own_NE.shape[1]), (1, 2), jnp.int32)
         stats = stats._replace(unfaded_counts_AE=unfaded_AE)
     return Routing(experts_NK, gates_NK, stats)
+
+
+def _shares(scores_NE: jax.Array) -> jax.Array:
+    """Scores over their sum, float32; zeros where all scores of a token are."""
+    wide_NE = scores_NE.astype(jnp.float32)
+    total_N1 = jnp.sum(wide_NE, axis=-1, keepdims=True)
+    # The inner `where` keeps the division by zero out of the gradient.
+    return jnp.where(total_N1 != 0, wide_NE / jnp.where(total_N1 != 0, total_N1, 1.0), 0.0)
 
 
 def _largest(key_NE: jax.Array, top_k: int) -> jax.Array:
@@ -236,11 +264,15 @@ def scores(
     logits_NE: jax.Array,
     router: Router,
     scale: jax.Array | None,
-    constant: float,
+    constant: ArrayLike,
     epsilon: float,
-    visible: int | None = None,
+    own: int | None = None,
+    visible_E: ArrayLike | None = None,
+    centered: bool = False,
 ) -> jax.Array:
     """Scores of any router, `[N, E]`. Softmax and sigmoid are computed in float32, then take the logits' dtype.
+
+    Experts that the layer does not see have score 0 and take no part in the norm or the sum of the others.
 
     Args:
       logits_NE: router logits.
@@ -248,12 +280,18 @@ def scores(
       scale: of NormRouter; None for others.
       constant: see `score_constant`.
       epsilon: of NormRouter.
-      visible: of NormRouter: see `norm_scores`.
+      own: of NormRouter: see `norm_scores`.
+      visible_E: the experts that the layer sees, bool; None: all.
+      centered: of NormRouter: see `centered_logits`.
     """
+    if centered:
+        logits_NE = centered_logits(logits_NE, visible_E)
+    if visible_E is not None:
+        logits_NE = jnp.where(visible_E, logits_NE, 0 if router == "norm" else -jnp.inf)
     match router:
         case "norm":
             assert scale is not None
-            return norm_scores(logits_NE, scale, constant, epsilon, visible)
+            return norm_scores(logits_NE, scale, constant, epsilon, own)
         case "softmax":
             return jax.nn.softmax(logits_NE.astype(jnp.float32)).astype(logits_NE.dtype)
         case "sigmoid":

@@ -13,6 +13,7 @@ leaves only a temporary folder, which the next manager removes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
@@ -364,6 +365,8 @@ class Model(NamedTuple):
 def restore_model(checkpoints: Checkpoints, config: Config, step: int, mesh: Mesh | None = None) -> Model:
     """The model of one checkpoint, without its optimizer state; raises like `restore`."""
     config = structure(config, checkpoints.meta(step))
+    # Checkpoints hold experts in their own order.
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, expert_placement="contiguous"))
     target = state_shapes(config, mesh)
     items = checkpoints.restore({"params": target.params, "balance": target.balance}, step).items
     return Model(config, items["params"], items["balance"])

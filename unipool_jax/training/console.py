@@ -48,7 +48,15 @@ class Progress:
         self._open_line = False
         self._clock, self._started = clock, clock()
 
-    def step(self, step: int, loss: float, learning_rate: float, rate: float | None, left: float | None) -> None:
+    def step(
+        self,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        rate: float | None,
+        left: float | None,
+        zero_gates: float = 0.0,
+    ) -> None:
         """Show one step.
 
         Args:
@@ -57,8 +65,11 @@ class Progress:
           learning_rate: of this step.
           rate: tokens per second; None while unknown.
           left: remaining seconds; None while unknown.
+          zero_gates: share of tokens whose gates are all zero, over all layers; shown from 1% on.
         """
         text = f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  lr {learning_rate:.2e}"
+        if zero_gates >= 0.01:
+            text += f"  {zero_gates:.0%} zero gates"
         if rate is not None:
             text += f"  {rate:,.0f} tokens/s"
         text += f"  {format_seconds(self._clock() - self._started)} elapsed"

@@ -41,14 +41,17 @@ class EvalResult(NamedTuple):
     """UTF-8 bytes of the predicted tokens."""
     counts_LE: np.ndarray
     """Routing counts per layer and expert, int64: each layer's sum to `tokens` times the experts per token."""
+    zero_gates_L: np.ndarray
+    """Share of the predicted tokens whose gates are all zero, per layer, float64."""
     unfaded_counts_LE: np.ndarray | None = None
-    """The same without the fade of a lock; None in runs without a lock."""
+    """`counts_LE` without the fade of a lock; None in runs without a lock."""
+
     text: str | None = None
     """Fingerprint of the evaluated text, its tokenizer and windows; None where batches came without one."""
 
     def as_json(self) -> dict[str, float | int | str | None]:
-        """The numbers and the fingerprint, without the counts."""
-        return {key: value for key, value in self._asdict().items() if "counts" not in key}
+        """The numbers and the fingerprint, without what there is of each layer."""
+        return {key: value for key, value in self._asdict().items() if "_L" not in key}
 
 
 class TextBatches:
@@ -166,6 +169,7 @@ class _Totals:
         self._tokens = self._bytes = 0
         self._counts: Any = 0
         self._unfaded: Any = None
+        self._zero_gates: Any = 0
 
     def add(self, sums: EvalSums) -> None:
         host = jax.device_get(sums)
@@ -173,6 +177,7 @@ class _Totals:
         self._tokens += int(np.sum(host.tokens_B, dtype=np.float64))
         self._bytes += int(np.sum(host.bytes_B, dtype=np.int64))
         self._counts = self._counts + host.counts_LE.astype(np.int64)
+        self._zero_gates = self._zero_gates + host.zero_gates_L.astype(np.int64)
         if host.unfaded_counts_LE is not None:
             before = 0 if self._unfaded is None else self._unfaded
             self._unfaded = before + host.unfaded_counts_LE.astype(np.int64)
@@ -181,7 +186,10 @@ class _Totals:
         loss = self._loss / self._tokens
         bits = self._loss / math.log(2) / self._bytes if exact_bytes and self._bytes else None
         num_bytes = self._bytes if exact_bytes else None
-        return EvalResult(loss, perplexity(loss), bits, self._tokens, num_bytes, self._counts, self._unfaded)
+        zero_gates = self._zero_gates / self._tokens
+        return EvalResult(
+            loss, perplexity(loss), bits, self._tokens, num_bytes, self._counts, zero_gates, self._unfaded
+        )
 
 
 def unigram_baseline(corpus: Corpus, windows: Mapping[str, EvalWindows]) -> dict[str, dict[str, float | None]] | None:

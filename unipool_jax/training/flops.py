@@ -32,9 +32,10 @@ def flops_per_token(config: Config) -> float:
     width, head = model.hidden_size, config.head_size
     attention = 2 * width * model.num_heads * head + 2 * width * model.num_kv_heads * head
     experts_visited = 1 if config.moe.router == "none" else config.moe.top_k
-    router = 0 if config.moe.router == "none" else width * config.router_width
-    per_layer = attention + experts_visited * 3 * width * model.ffn_size + router
-    weights = model.num_layers * per_layer + width * model.vocab_size
+    widths = config.widths or (config.router_width,) * model.num_layers
+    routers = 0 if config.moe.router == "none" else width * sum(widths)
+    per_layer = attention + experts_visited * 3 * width * model.ffn_size
+    weights = model.num_layers * per_layer + routers + width * model.vocab_size
     scores = model.num_layers * model.num_heads * head * config.data.sequence_length
     return 6.0 * weights + 6.0 * scores
 

@@ -40,7 +40,7 @@ from unipool_jax.training.metrics import (
     routing_diagnostics,
 )
 from unipool_jax.training.optimizer import extension_notice
-from unipool_jax.training.placement import Placement, measured, newest_counts
+from unipool_jax.training.placement import Placement, measured, newest_counts, strided, with_placement
 from unipool_jax.training.receive_buffers import OverflowedError, ReceiveBuffers
 from unipool_jax.training.run_folder import RunError, RunFolder
 from unipool_jax.training.sessions import Session, command_line, utc_now
@@ -49,6 +49,7 @@ from unipool_jax.training.speed import Speed
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
+from unipool_jax.training.zero_gates import zero_gate_warning
 
 EXIT_NONFINITE = 3
 """Exit code after a non-finite loss or gradient, or an overflow of receive buffers. A signal gives 128 + its number."""
@@ -167,8 +168,8 @@ class _Run:
 
     @property
     def structure(self) -> Config:
-        """The configuration of the current model, which a lock changes."""
-        return self.config if self.lock is None else self.lock.structure
+        """The configuration of the current model, which a lock changes, with the placement in use."""
+        return with_placement(self.config if self.lock is None else self.lock.structure, self.mesh)
 
     def announce(self, state: TrainState) -> None:
         """Print the run, the mesh and the sharding of large arrays.
@@ -206,9 +207,13 @@ class _Run:
             self.progress.message(extension_notice(config.optimizer, config.train.lengths))
 
     def place(self, state: TrainState) -> TrainState:
-        """`state` with its experts placed by their loads in the last evaluation, if mesh.expert_placement=measured."""
-        if self.config.mesh.expert_placement == "contiguous" or self.mesh is None or self.mesh.shape["expert"] == 1:
+        """`state` with its experts where mesh.expert_placement says."""
+        kind = self.structure.mesh.expert_placement
+        if kind == "contiguous" or self.mesh is None:
             return state
+        if kind == "strided":
+            self.placement = strided(self.config, self.mesh)
+            return self.placement.apply(state)
         counts_LE = newest_counts(self.folder.path / "routing", self.start)
         if counts_LE is None:
             self.progress.message("expert placement: no loads measured yet, so consecutive experts share a device")
@@ -326,10 +331,12 @@ class _Run:
         values |= {"tokens_per_second": rate, "seconds": seconds, "mfu": self.utilization(rate)}
         if "router_scale_L" in host:
             values["router_scale"] = host["router_scale_L"]
+        zero_gates_L = host["zero_gates_L"] / self.config.tokens_per_step
+        values["routing/zero_gates"] = zero_gates_L.tolist()
         values |= self.loads(host) | {"overflow": self.buffers.take_overflow()}
         self.writer.write("train", step, values)
         left = self.speed.left(step, self.config.train.steps)
-        self.progress.step(step, loss, float(host["learning_rate"]), rate, left)
+        self.progress.step(step, loss, float(host["learning_rate"]), rate, left, float(zero_gates_L.mean()))
 
     def utilization(self, rate: float | None) -> float | None:
         """Model FLOPs utilization at `rate` tokens per second."""
@@ -338,7 +345,7 @@ class _Run:
     def loads(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Load balance of experts and, with expert parallelism, of devices."""
         config, counts_LE = self.config, metrics["counts_LE"]
-        values = load_metrics(self.in_pool_order(counts_LE), config.pool.groups)
+        values = load_metrics(self.in_pool_order(counts_LE), config.pool.groups, config.visible)
         if self.mesh is not None and self.mesh.shape["expert"] > 1:
             values["load/device"] = device_loads(counts_LE, self.mesh.shape["expert"])
             values["load/received"] = self.buffers.loads(metrics).tolist()
@@ -392,12 +399,17 @@ class _Run:
         if self.valid is not None and not (step == self.start and self.validated):
             counts, groups = self.valid.counts_LE, config.pool.groups
             routing = {} if config.moe.router == "none" else routing_diagnostics(counts, groups)
-            self.writer.write("valid", step, self.valid.as_json() | load_metrics(counts, groups) | routing | owned)
+            routing["routing/zero_gates"] = self.valid.zero_gates_L.tolist()
+            self.writer.write(
+                "valid", step, self.valid.as_json() | load_metrics(counts, groups, config.visible) | routing | owned
+            )
             if is_process_0():
                 write_array(self.folder.path / "routing" / f"{step}.npy", counts)
             self.progress.message(
                 f"step {step}  valid loss {self.valid.loss:.4f}  {self.valid.perplexity:.3f} perplexity"
             )
+            if (warning := zero_gate_warning(self.valid.zero_gates_L)) is not None:
+                self.progress.message(warning)
         self.speed.resume()
         if self.lock is not None:
             before, state = self.structure, self.lock.apply(state)
@@ -447,7 +459,7 @@ class _Run:
         self.raise_if_interrupted()
         found = {name: result for name, result in results.items() if result is not None}
         windows = {str(name): self.evaluator.windows(name) for name in self.splits}
-        loads = load_metrics(found["valid"].counts_LE, self.config.pool.groups)
+        loads = load_metrics(found["valid"].counts_LE, self.config.pool.groups, self.config.visible)
         summary = {
             "step": self.config.train.steps,
             "tokens": self.config.train.steps * self.config.tokens_per_step,

@@ -43,12 +43,14 @@ def _busiest_over_mean(counts: np.ndarray) -> np.ndarray:
     return np.divide(counts.max(axis=-1), mean, out=np.zeros_like(mean), where=mean > 0)
 
 
-def load_metrics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
+def load_metrics(counts_LE: np.ndarray, groups: int, visible_LE: np.ndarray | None = None) -> dict[str, Value]:
     """Load balance of experts.
 
     Args:
       counts_LE: routing counts per layer and expert of the layer's pool, integers `[L, E]`.
       groups: number of pools G; layer l uses pool `l // (L/G)`.
+      visible_LE: with windows, the experts that each layer sees, bool. The load of an expert is then over what uniform
+        routing of every layer within its window would give it.
 
     Returns:
       `load/layer` and `load/pool`: maximum over mean load per layer and per pool (1 is perfect balance);
@@ -57,13 +59,26 @@ def load_metrics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
     """
     counts_GE = pool_counts(counts_LE, groups)
     dead = int((counts_GE == 0).sum())
+    if visible_LE is None:
+        layer_L, pool_G = _busiest_over_mean(counts_LE.astype(np.int64)), _busiest_over_mean(counts_GE)
+        busiest = float(_busiest_over_mean(counts_GE.reshape(-1)))
+    else:
+        even_LE = visible_LE / visible_LE.sum(axis=1, keepdims=True) * counts_LE.sum(axis=1, keepdims=True)
+        layer_L = _busiest_over_even(counts_LE, even_LE)
+        pool_G = _busiest_over_even(counts_GE, even_LE.sum(axis=0, keepdims=True))
+        busiest = float(pool_G[0])
     return {
-        "load/layer": _busiest_over_mean(counts_LE.astype(np.int64)).tolist(),
-        "load/pool": _busiest_over_mean(counts_GE).tolist(),
-        "load/busiest_over_mean": float(_busiest_over_mean(counts_GE.reshape(-1))),
+        "load/layer": layer_L.tolist(),
+        "load/pool": pool_G.tolist(),
+        "load/busiest_over_mean": busiest,
         "experts/dead": dead,
         "experts/used": counts_GE.size - dead,
     }
+
+
+def _busiest_over_even(counts_XE: np.ndarray, even_XE: np.ndarray) -> np.ndarray:
+    """Maximum of load over even load along the last axis; 0 where there is none."""
+    return np.divide(counts_XE, even_XE, out=np.zeros(even_XE.shape), where=even_XE > 0).max(axis=-1)
 
 
 def device_loads(counts_LE: np.ndarray, devices: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from unipool_jax.config.files import read_array
 from unipool_jax.config.schema import Config
 from unipool_jax.moe.bank import BANK_AXES
-from unipool_jax.moe.placement import exchange_rounds, measured_placement
-from unipool_jax.parallel.mesh import spec
+from unipool_jax.moe.placement import exchange_rounds, measured_placement, strided_placement
+from unipool_jax.parallel.mesh import on_mesh, spec
 from unipool_jax.training.metrics import pool_layers
 from unipool_jax.training.sharding import parameter_spec
 from unipool_jax.training.state import TrainState
@@ -26,6 +27,8 @@ _EXPERT_AXIS = {"router": 2, "expert_bias_GNE": 2, "previous_load_GE": 1}
 
 class Placement:
     """A permutation of the experts of each pool.
+
+    Router rows follow their experts, but for windows, whose tables of the model are in the order of places.
 
     Permuting experts together with their router rows does not change the function of the model; only ties between
     router scores, and the order of summation in the gradient norm, can differ. Experts move one at a time, array by
@@ -58,6 +61,7 @@ class Placement:
 
 def _exchange(config: Config, mesh: Mesh, orders_GE: np.ndarray) -> Callable[[TrainState], TrainState]:
     """The function that permutes the experts of a state."""
+    axes = {name: axis for name, axis in _EXPERT_AXIS.items() if name != "router" or config.windows is None}
     rounds_G = [exchange_rounds(order_E, mesh.shape["expert"]) for order_E in orders_GE]
 
     def between_devices(own_GE: jax.Array) -> jax.Array:
@@ -75,7 +79,7 @@ def _exchange(config: Config, mesh: Mesh, orders_GE: np.ndarray) -> Callable[[Tr
         if last in BANK_AXES:
             specs = spec(None, *BANK_AXES[last])
             return jax.shard_map(between_devices, mesh=mesh, in_specs=specs, out_specs=specs)(leaf)
-        axis = _EXPERT_AXIS[last]
+        axis = axes[last]
         order = orders_GE.reshape(len(orders_GE), *(1,) * (axis - 1), -1, *(1,) * (leaf.ndim - axis - 1))
         sharding = NamedSharding(mesh, parameter_spec(name, leaf.ndim, config))
         return jax.lax.with_sharding_constraint(jnp.take_along_axis(leaf, order, axis=axis), sharding)
@@ -83,9 +87,26 @@ def _exchange(config: Config, mesh: Mesh, orders_GE: np.ndarray) -> Callable[[Tr
     def move(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         last = name.rpartition(".")[2]
-        return moved(leaf, name) if last in BANK_AXES or last in _EXPERT_AXIS else leaf
+        return moved(leaf, name) if last in BANK_AXES or last in axes else leaf
 
     return lambda state: jax.tree_util.tree_map_with_path(move, state)
+
+
+def with_placement(config: Config, mesh: Mesh | None) -> Config:
+    """`config` with the placement of a run on `mesh` in place of `auto`, and the sizes of the mesh."""
+    sized = on_mesh(config, mesh)
+    kind = sized.mesh.expert_placement
+    if kind == "auto":
+        kind = "contiguous" if sized.windows is None else "strided"
+    if sized.mesh.expert == 1:
+        kind = "contiguous"
+    return dataclasses.replace(sized, mesh=dataclasses.replace(sized.mesh, expert_placement=kind))
+
+
+def strided(config: Config, mesh: Mesh) -> Placement:
+    """The placement that spreads windows over all devices."""
+    order_E = strided_placement(config.experts_per_pool, mesh.shape["expert"])
+    return Placement(config, mesh, np.tile(order_E, (config.pool.groups, 1)))
 
 
 def newest_counts(routing: Path, step: int) -> np.ndarray | None:

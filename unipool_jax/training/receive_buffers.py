@@ -143,9 +143,10 @@ class ReceiveBuffers:
             else f"Resume from the last checkpoint with mesh.capacity_factor={self.factor:g}, "
             "or null to fit it to loads"
         )
+        # Windows are spread over all devices already.
+        balance = "" if self._config.windows else "mesh.expert_placement=measured balances loads; "
         return OverflowedError(
             f"stopped at step {step}: {rows} rows overflowed the receive buffers; the busiest device received "
             f"{self._busiest_load:.2f} times the mean, its buffer holds {previous:g} times\n"
-            f"The step was not applied. {remedy}. mesh.expert_placement=measured balances loads; a new run "
-            "with mesh.overflow=drop drops such rows"
+            f"The step was not applied. {remedy}. {balance}a new run with mesh.overflow=drop drops such rows"
         )

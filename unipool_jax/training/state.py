@@ -14,6 +14,8 @@ from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.model.transformer import LayerInputs, Transformer
 from unipool_jax.moe.lock import Candidate, init_candidate, score_factors
 from unipool_jax.moe.mixture import Selection
+from unipool_jax.moe.opening import open_experts
+from unipool_jax.moe.scope import pool_scope
 from unipool_jax.training.optimizer import make_optimizer
 from unipool_jax.training.sharding import state_shardings
 
@@ -24,8 +26,8 @@ class BalanceState(NamedTuple):
     expert_bias_GNE: jax.Array
     """Selection bias per layer and expert, float32; stays zero unless loss.balance is `expert_bias`."""
     previous_load_GE: jax.Array
-    """Share of choices per expert in the last micro-batch, float32; zeros before the first one, and unless
-    loss.pool_statistics is `previous`."""
+    """Share of choices per expert in the last micro-batch, float32, `[S, M]` with `moe.scope`; zeros before the first
+    one, and unless loss.pool_statistics is `previous`."""
     lock: Candidate | None = None
     """The partition under way in a run with UniPool-lock; None before it is one, and after the lock, when the bank
     itself is divided."""
@@ -44,9 +46,10 @@ class TrainState(NamedTuple):
 def init_balance(config: Config) -> BalanceState:
     """Balance state of a new run."""
     groups, experts = config.pool.groups, config.experts_per_pool
+    scope = pool_scope(config)
     return BalanceState(
         expert_bias_GNE=jnp.zeros((groups, config.layers_per_pool, experts), jnp.float32),
-        previous_load_GE=jnp.zeros((groups, experts), jnp.float32),
+        previous_load_GE=jnp.zeros((groups, experts) if scope is None else scope.weight_SM.shape, jnp.float32),
         lock=init_candidate(config),
     )
 
@@ -81,9 +84,13 @@ def state_shapes(config: Config, mesh: Mesh | None = None) -> TrainState:
     return placed
 
 
-def layer_inputs(config: Config, balance: BalanceState) -> LayerInputs:
-    """What the balance state gives every layer of the model."""
-    return LayerInputs(Selection(balance.expert_bias_GNE, score_factors(config, balance.lock)))
+def layer_inputs(config: Config, balance: BalanceState, step: jax.Array | None = None) -> LayerInputs:
+    """What every layer of the model is given: its part of the balance state, and in training, after `step` completed
+    steps, which experts of its window are open."""
+    factor_GNE = score_factors(config, balance.lock)
+    if factor_GNE is None and step is not None:
+        factor_GNE = open_experts(config, step)
+    return LayerInputs(Selection(balance.expert_bias_GNE, factor_GNE))
 
 
 def split_bank(params: Any) -> tuple[Any, Bank]:

@@ -21,12 +21,13 @@ from jax.sharding import Mesh
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.model.transformer import Positions, apply
+from unipool_jax.model.transformer import LayerInputs, Positions, apply
 from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
 from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
 from unipool_jax.moe.capacity import overflow
 from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
+from unipool_jax.moe.scope import pool_scope, scoped_load, scoped_pool_loss
 from unipool_jax.parallel.mesh import constrain, on_mesh
 from unipool_jax.training.optimizer import make_optimizer, next_learning_rate
 from unipool_jax.training.sharding import replicated, state_shardings
@@ -48,6 +49,8 @@ class EvalSums(NamedTuple):
     """Choices per layer and expert, int32 `[L, E]`, of the positions whose targets are predicted."""
     unfaded_counts_LE: jax.Array | None
     """The same without the fade of a lock that is under way; None in runs without one."""
+    zero_gates_L: jax.Array
+    """Predicted tokens whose gates are all zero, per layer, int32."""
 
 
 class MicroBatch(NamedTuple):
@@ -95,19 +98,30 @@ def _pool_loss(config: Config, statistics: str) -> bool:
     return config.loss.balance == "pool" and config.loss.pool_statistics == statistics
 
 
-def balance_loss(config: Config, stats: RoutingStats, load_GE: jax.Array | None) -> jax.Array:
-    """The balance loss of one micro-batch, float32; `load_GE` as in `MicroBatch`."""
-    loss = config.loss
+def balance_loss(config: Config, stats: RoutingStats, micro: MicroBatch) -> jax.Array:
+    """The balance loss of one micro-batch, float32."""
+    loss, load_GE = config.loss, micro.load_GE
     tokens = config.train.microbatch_size * config.data.sequence_length
     if loss.balance == "switch":
         group_tokens = loss.switch_group_sequences * config.data.sequence_length
-        return switch_loss(stats, group_tokens, config.moe.top_k, loss.switch_coefficient)
+        return switch_loss(stats, group_tokens, config.moe.top_k, loss.switch_coefficient, config.widths)
     if loss.balance == "pool":
-        load = load_fractions(stats.counts_AE) if load_GE is None else load_GE
+        load = load_shares(config, stats.counts_AE) if load_GE is None else load_GE
         # In a locked layer each of f and P is L times what it is as a mean over the layers of the pool (method M6.7).
-        coefficient = loss.pool_coefficient / (config.model.num_layers if config.locked else 1)
+        coefficient: float | jax.Array = loss.pool_coefficient / (config.model.num_layers if config.locked else 1)
+        if loss.pool_warmup_fraction:
+            risen = micro.step.astype(jnp.float32) / (loss.pool_warmup_fraction * config.train.lengths[0])
+            coefficient = coefficient * jnp.minimum(risen, 1.0)
+        if (scope := pool_scope(config)) is not None:
+            return scoped_pool_loss(config, scope, stats, load, tokens, coefficient)
         return pool_loss(stats, load, tokens, coefficient)
     return jnp.zeros((), jnp.float32)
+
+
+def load_shares(config: Config, counts_GNAE: jax.Array) -> jax.Array:
+    """Share of choices per expert in the pool loss, float32: `[G, E]`, or as `loss.scope` says `[S, M]`."""
+    scope = pool_scope(config)
+    return load_fractions(counts_GNAE) if scope is None else scoped_load(config, scope, counts_GNAE)
 
 
 def micro_batch_loss(
@@ -127,14 +141,15 @@ def micro_batch_loss(
       Loss and accumulator, which are differentiated; metrics and routing statistics, which are not.
     """
     experts = None if weights is None else Experts(weights, accumulator)
-    output = apply(config, params, micro.batch.inputs, layer_inputs(config, micro.balance), experts=experts)
+    inputs = layer_inputs(config, micro.balance, micro.step)
+    output = apply(config, params, micro.batch.inputs, inputs, experts=experts)
     stats = output.layers.stats
     tokens = config.train.microbatch_size * config.data.sequence_length
     # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
     lm = output.head.weighted_loss(micro.batch.targets, micro.batch.weights)
     losses = {
         "loss/lm": lm * config.num_microbatches / micro.total_weight,
-        "loss/balance": balance_loss(config, stats, micro.load_GE),
+        "loss/balance": balance_loss(config, stats, micro),
         "loss/z": z_loss(stats, tokens, config.loss.z_coefficient),
     }
     if config.lock.ownership != "none":
@@ -145,6 +160,7 @@ def micro_batch_loss(
         "loss/total": total,
         "overflow": overflow(config, mesh, stats.received_X),
         "received_L": jnp.max(stats.received_X, axis=-1).reshape(-1),
+        "zero_gates_L": jnp.sum(stats.zero_gates_A, axis=-1).reshape(-1),
     }
     passed_on = None if output.experts is None else output.experts.accumulator
     return (total, passed_on), (metrics, jax.lax.stop_gradient(stats))
@@ -158,18 +174,18 @@ def micro_batch_gradients(
     loss = functools.partial(micro_batch_loss, config=config, mesh=mesh, weights=weights, micro=micro)
     _, pullback, (metrics, stats) = jax.vjp(loss, params, accumulator, has_aux=True)
     grads, gradient = pullback((jnp.full((), 1 / config.num_microbatches, jnp.float32), gradient))
-    return Gradients(grads, gradient, metrics, jnp.sum(stats.counts_AE, axis=2), load_fractions(stats.counts_AE))
+    return Gradients(grads, gradient, metrics, jnp.sum(stats.counts_AE, axis=2), load_shares(config, stats.counts_AE))
 
 
-def batch_load(config: Config, params: Any, experts: Experts | None, balance: BalanceState, micros: Batch) -> jax.Array:
+def batch_load(config: Config, params: Any, experts: Experts | None, inputs: LayerInputs, micros: Batch) -> jax.Array:
     """Share of choices per expert over all micro-batches `[m, ...]` of a batch, by a forward pass over each."""
 
     def count(carry: None, micro: Batch) -> tuple[None, jax.Array]:
-        output = apply(config, params, micro.inputs, layer_inputs(config, balance), experts=experts)
+        output = apply(config, params, micro.inputs, inputs, experts=experts)
         return carry, output.layers.stats.counts_AE
 
     counts_mGNAE = jax.lax.scan(count, None, micros)[1]
-    return load_fractions(jnp.sum(counts_mGNAE, axis=0))
+    return load_shares(config, jnp.sum(counts_mGNAE, axis=0))
 
 
 def batch_gradients(config: Config, mesh: Mesh | None, state: TrainState, batch: Batch) -> Gradients:
@@ -200,7 +216,7 @@ def accumulated_gradients(
     micros = jax.tree.map(functools.partial(_split, config.num_microbatches), batch)
     counted_before = counts_before_gradient(config)
     if counted_before:
-        load_GE = batch_load(config, params, experts, balance, micros)
+        load_GE = batch_load(config, params, experts, layer_inputs(config, balance, state.step), micros)
 
     def accumulate(total: Gradients, micro: Batch) -> tuple[Gradients, None]:
         found = gradients_of(total.accumulator, micro_batch(micro, load_GE=total.load_GE))
@@ -243,6 +259,7 @@ def _zero_metrics(config: Config) -> Metrics:
     return dict.fromkeys(losses, jnp.zeros((), jnp.float32)) | {
         "overflow": jnp.zeros((), jnp.int32),
         "received_L": jnp.zeros(config.model.num_layers, jnp.int32),
+        "zero_gates_L": jnp.zeros(config.model.num_layers, jnp.int32),
     }
 
 
@@ -251,7 +268,8 @@ def updated_balance(config: Config, balance: BalanceState, found: Gradients) -> 
     if _pool_loss(config, "previous"):
         balance = balance._replace(previous_load_GE=found.load_GE)
     if config.loss.balance == "expert_bias":
-        bias_GNE = updated_expert_bias(balance.expert_bias_GNE, found.counts_GNE, config.loss.expert_bias_rate)
+        rate, widths = config.loss.expert_bias_rate, config.widths
+        bias_GNE = updated_expert_bias(balance.expert_bias_GNE, found.counts_GNE, rate, widths)
         balance = balance._replace(expert_bias_GNE=bias_GNE)
     return balance
 
@@ -311,7 +329,8 @@ def make_train_step(
 
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), with UniPool-lock `loss/entropy`,
     `grad_norm`, `learning_rate`, `finite` (bool), `overflow` (rows, int32), `received_L` (int32, rows received by the
-    busiest device of any micro-batch), `counts_LE` (int32), and, of routers with a scale, `router_scale_L`.
+    busiest device of any micro-batch), `counts_LE` (int32), `zero_gates_L` (int32, tokens whose gates are all zero),
+    and, of routers with a scale, `router_scale_L`.
     """
     config = on_mesh(config, mesh)
     step = functools.partial(train_step, config, mesh)
@@ -346,6 +365,7 @@ def make_eval_step(
             bytes_B=jnp.sum(jnp.where(counted_BS, token_bytes_V[batch.targets], 0), axis=1),
             counts_LE=by_layer(stats.counts_AE),
             unfaded_counts_LE=None if stats.unfaded_counts_AE is None else by_layer(stats.unfaded_counts_AE),
+            zero_gates_L=jnp.sum(stats.zero_gates_A, axis=-1).reshape(-1),
         )
 
     return jax.jit(eval_step) if mesh is None else jax.jit(eval_step, out_shardings=replicated(mesh))
