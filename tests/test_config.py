@@ -346,3 +346,8 @@ def test_derived_numbers() -> None:
     assert problems(config) == []
     assert (config.layers_per_pool, config.experts_per_pool, config.num_microbatches) == (2, 16, 3)
     assert config.tokens_per_step == 48 * config.data.sequence_length
+
+
+def test_one_file_needs_no_brackets() -> None:
+    assert compose_config(["data=text", "data.files=book.txt"]).data.files == ("book.txt",)
+    assert compose_config(["data=text", "data.files=[book.txt,other.txt]"]).data.files == ("book.txt", "other.txt")

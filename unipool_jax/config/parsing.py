@@ -57,6 +57,8 @@ def parse_value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
             return value
         problems.append(f"{path}={value!r}: choose one of {', '.join(arguments)}")
     elif origin is tuple:
+        if isinstance(value, str) and arguments[0] is str:
+            value = [value]  # one file needs no brackets
         if isinstance(value, list | tuple):
             return tuple(parse_value(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
         problems.append(f"{path}={value!r}: expected a list, for example {path}=[a,b]")
