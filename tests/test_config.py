@@ -212,7 +212,6 @@ def test_unknown_settings_are_refused_together() -> None:
         ("run.tensorboard=1", "run.tensorboard=1: expected true or false"),
         ("moe.router=topk", "none, softmax, sigmoid, norm"),
         ("moe.router=[norm]", "moe.router"),
-        ("data.files=a.txt", "data.files=[a,b]"),
         ("data.split=[1,x,1]", "data.split[1]"),
     ],
 )

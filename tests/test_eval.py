@@ -316,7 +316,7 @@ def test_a_request_is_parsed() -> None:
         (["step=first"], ["step"]),
         (["splits=[dev]"], ["splits"]),
         (["splits=[]"], ["splits"]),
-        (["data.files=a.txt"], ["data.files"]),
+        (["data.files=7"], ["data.files"]),
         (["latest", "latest"], ["latest"]),
         (["checkpoint=a/1", "step=1"], ["checkpoint"]),
         (["data.files=[a]", "splits=[test]"], ["data.files"]),

@@ -35,7 +35,8 @@ def other_value(name: str, value: Any) -> Any:
     if typing.get_origin(hint) is typing.Literal:
         return next(choice for choice in typing.get_args(hint) if choice != value)
     if typing.get_origin(hint) is tuple:
-        return (*value, value[-1] if value else 1 if typing.get_args(hint)[0] is int else "other")
+        item = {int: 1, float: 0.5, str: "other"}[typing.get_args(hint)[0]]
+        return (*(value or ()), value[-1] if value else item)
     if hint is bool:
         return not value
     if hint is str:

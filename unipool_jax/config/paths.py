@@ -19,7 +19,7 @@ def named_files(word: str) -> list[Path]:
     Raises:
       OSError: a folder that cannot be read.
     """
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))  # `~name` of nobody stays as it is
     if path.is_file():
         return [path]
     if path.is_dir():

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from unipool_jax.config import visibility
 from unipool_jax.config.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DType = Literal["float32", "bfloat16"]
 Router = Literal["softmax", "sigmoid", "norm"]

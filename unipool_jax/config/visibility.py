@@ -15,10 +15,12 @@ The rules are functions of the depth L, the budget E = moe.experts_per_layer, n 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Rule = Literal["runs", "wide_runs", "cyclic", "ring", "sliding"]
 
@@ -35,6 +37,8 @@ class Windows(NamedTuple):
 
     def visible(self) -> np.ndarray:
         """Whether a layer sees an expert, bool `[L, M]`."""
+        import numpy as np
+
         offset_LM = (np.arange(self.experts) - np.array(self.starts)[:, None]) % self.experts
         return offset_LM < np.array(self.widths)[:, None]
 
@@ -44,6 +48,8 @@ class Windows(NamedTuple):
 
     def slots(self) -> np.ndarray:
         """Row of a layer's router for each expert of the bank, int32 `[L, M]`; max W, one past the last, if hidden."""
+        import numpy as np
+
         offset_LM = (np.arange(self.experts) - np.array(self.starts)[:, None]) % self.experts
         return np.where(self.visible(), offset_LM, max(self.widths)).astype(np.int32)
 
@@ -72,8 +78,8 @@ def _cyclic(layers: int, budget: int, span: int, ends: int) -> Windows:
 
 def _from_banks(banks: list[int], budget: int, *, wide: bool) -> Windows:
     sizes = [budget * (banks.count(bank) if wide else 1) for bank in range(max(banks) + 1)]
-    first = np.cumsum([0, *sizes])
-    return Windows(tuple(int(first[bank]) for bank in banks), tuple(sizes[bank] for bank in banks), int(first[-1]))
+    first = [0, *itertools.accumulate(sizes)]
+    return Windows(tuple(first[bank] for bank in banks), tuple(sizes[bank] for bank in banks), first[-1])
 
 
 def _ring(layers: int, budget: int, span: int, ends: int) -> Windows:

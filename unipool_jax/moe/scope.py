@@ -16,8 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from unipool_jax.config.schema import Config
 from unipool_jax.moe.routing import RoutingStats
@@ -53,6 +51,9 @@ def pool_scope(config: Config) -> Scope | None:
         case "layer":
             set_L = np.arange(layers)
         case "component":
+            from scipy.sparse import csr_array
+            from scipy.sparse.csgraph import connected_components
+
             _, set_L = connected_components(csr_array(visible_LM @ visible_LM.T), directed=False)
         case "bank":
             set_L = np.zeros(layers, np.int64)
