@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unipool_jax.config.schema import MeshConfig
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.moe.bank import Experts
 from unipool_jax.moe.mixture import dense_ffn, moe_ffn
 from unipool_jax.moe.routing import Routing, RoutingStats
+from unipool_jax.parallel.mesh import make_mesh
 
 TOKENS, WIDTH, HIDDEN, EXPERTS = 20, 6, 5, 4
 UNUSED = RoutingStats(
@@ -97,3 +99,11 @@ def test_the_dtype_of_the_hidden_states_is_kept() -> None:
     np.testing.assert_allclose(
         narrow.astype(jnp.float32), moe_ffn(hidden, routing, Experts(bank, None))[0], rtol=0.1, atol=0.3
     )
+
+
+def test_over_a_mesh_experts_need_an_accumulator() -> None:
+    hidden, bank, gates, experts = _operands(1)
+    routing = Routing(jnp.asarray(experts), gates, UNUSED)
+    mesh = make_mesh(MeshConfig(1, 1, 2, 1), jax.devices()[:2])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="over a mesh the experts need an accumulator"):
+        moe_ffn(hidden, routing, Experts(bank, None))

@@ -25,7 +25,7 @@ from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.model.report import count_parameters
 from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.planner import compilation, links, report, work
-from unipool_jax.planner.collectives import Collective, collectives, kernels, parse
+from unipool_jax.planner.collectives import Collective, _first_group, collectives, kernels, parse
 
 SCALES = ("182m", "469m", "650m", "830m", "978m")
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "mesh").glob("*_*.yaml"))
@@ -290,6 +290,22 @@ def test_a_module_is_read_with_loops_and_groups() -> None:
     assert found["all-reduce"][2:6] == (("fsdp", "expert"), 8, 1, 2 * (32 + 8) * 7 / 8)
     assert found["reduce-scatter"][2:6] == (("fsdp",), 2, 1, 16)
     assert kernels(module) == {"k": 2 * 24}
+
+
+@pytest.mark.parametrize(
+    ("notation", "devices"),
+    [
+        ("replica_groups={{1,3},{0,2}}", [1, 3]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        ("source_target_pairs={{0,0},{1,3},{3,1}}", [1, 3]),
+        ("source_target_pairs={{0,0}}", [0]),
+        ("channel_id=1", list(range(8))),
+    ],
+)
+def test_the_first_group_of_devices_in_every_notation(notation: str, devices: list[int]) -> None:
+    assert _first_group(notation, 8).tolist() == devices
 
 
 def bank_collectives(plan: report.Plan, kind: str) -> list[Collective]:

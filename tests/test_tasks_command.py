@@ -77,7 +77,9 @@ def test_a_folder_of_tasks_on_a_run(run: Path, tasks: Path, capsys: pytest.Captu
 def test_named_tasks_have_a_mean(run: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"tasks_path={tasks}", "tasks=[olmo_arc_easy,olmo_winogrande]", "limit=2"]
     assert execute(["eval", f"checkpoint={run}/checkpoints/2", *words]) == 0
-    found = printed_json(capsys)
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert f"mean of acc over 2 tasks: {found['average_acc']:.4f}" in printed
     assert [found["results"][name]["documents"] for name in ("olmo_arc_easy", "olmo_winogrande")] == [2, 1]
     accuracies = [result["acc"] for result in found["results"].values()]
     assert found["average_acc"] == pytest.approx(sum(accuracies) / 2)

@@ -9,6 +9,7 @@ written. A bit of a random file is flipped, so that small files count as much as
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
