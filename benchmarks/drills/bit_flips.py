@@ -119,6 +119,7 @@ def store_reader(path: Path) -> Callable[[Path], str]:
 def main() -> int:
     """Run the drill; the exit code."""
     chance, count = arguments(__doc__ or "", 300)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says of every opening that it is read-only
     config = compose_config(_SMALL.split())
     tally = Tally("bit_flips")
     with tempfile.TemporaryDirectory() as name:
