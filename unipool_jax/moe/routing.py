@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, assert_never
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from unipool_jax.config.schema import Router
 
@@ -184,7 +184,7 @@ def route(
     if router == "sigmoid" and top_k > 1:
         gates_NK = gates_NK / (jnp.sum(gates_NK, axis=-1, keepdims=True) + _SIGMOID_EPSILON)
 
-    def summed(values: jax.Array, axis: int | tuple[int, ...], dtype: jnp.dtype | None = None) -> jax.Array:
+    def summed(values: jax.Array, axis: int | tuple[int, ...], dtype: DTypeLike | None = None) -> jax.Array:
         if counted_N is not None:
             values = jnp.where(counted_N.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
         return jnp.sum(_in_groups(values, num_stat_groups), axis=axis, dtype=dtype)
