@@ -13,6 +13,7 @@ from unipool_jax.config.schema import MeshConfig
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.moe.bank import Experts
+from unipool_jax.moe.dispatch import chosen_transport
 from unipool_jax.moe.mixture import dense_ffn, moe_ffn
 from unipool_jax.moe.routing import Routing, RoutingStats
 from unipool_jax.parallel.mesh import make_mesh
@@ -107,3 +108,11 @@ def test_over_a_mesh_experts_need_an_accumulator() -> None:
     mesh = make_mesh(MeshConfig(1, 1, 2, 1), jax.devices()[:2])
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="over a mesh the experts need an accumulator"):
         moe_ffn(hidden, routing, Experts(bank, None))
+
+
+def test_the_transport_of_a_platform() -> None:
+    asked, auto = MeshConfig(transport="all_gather"), MeshConfig()
+    assert chosen_transport(asked, 1, "tpu", "TPU v5p", 8) == "local"
+    assert chosen_transport(asked, 4, "tpu", "TPU v5p", 8) == "all_gather"
+    assert chosen_transport(auto, 4, "tpu", "TPU v5p", 8) == "ragged"
+    assert chosen_transport(auto, 4, "cpu", "cpu", 8) == "all_gather"

@@ -50,6 +50,7 @@ def test_pairs_are_read(tmp_path: Path, dtype: str) -> None:
         assert store.split_documents("train").tolist() == list(range(39))
         assert (store.tokenizer.name, store.eod, store.text_bytes) == ("bytes", 256, None)
         np.testing.assert_array_equal(store.document_starts(np.arange(40)), store.document_offsets[:-1])
+        assert store.manifest == {}
         store.verify()
         assert store.fingerprint() != open_store(path, "bytes", (1, 1, 1)).fingerprint()
 
