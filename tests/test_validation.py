@@ -241,6 +241,8 @@ def of_wrong_type(name: str) -> st.SearchStrategy[Any]:
             return bool not in types
         if isinstance(value, int) and float in types:
             return False
+        if isinstance(value, str) and tuple[str, ...] in types:  # a list of one
+            return False
         if typing.get_origin(types[0]) is typing.Literal:
             return value not in typing.get_args(types[0]) if isinstance(value, str) else True
         return not isinstance(value, tuple(kind for kind in types if isinstance(kind, type)))
