@@ -180,6 +180,13 @@ def _document(checkpoint: Path) -> Path:
     return checkpoint / "meta" / "metadata"
 
 
+def _flip_all(folder: Path, byte: int) -> None:
+    """Small arrays lie beside indices of their size, of which some are superseded and never read."""
+    for path in folder.rglob("d/*"):
+        if path.is_file() and path.stat().st_size > byte:
+            _flip(path, byte)
+
+
 def _largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
 
@@ -189,7 +196,7 @@ def _largest(folder: Path) -> Path:
     [
         pytest.param(lambda step: _flip(_largest(step / "params"), 1000), id="a bit of an array"),
         pytest.param(lambda step: _flip(_largest(step / "params"), -1000), id="another bit of it"),
-        pytest.param(lambda step: _flip(_largest(step / "opt_state"), 200), id="a bit of compressed zeros"),
+        pytest.param(lambda step: _flip_all(step / "opt_state", 200), id="a bit of compressed zeros"),
         pytest.param(lambda step: _flip(step / "meta" / "metadata", 40), id="a bit of the document"),
         pytest.param(lambda step: _document(step).write_text('{"a": ' * 100_000), id="a deep document"),
         pytest.param(lambda step: _document(step).write_text("[]"), id="a list for a document"),
