@@ -48,6 +48,16 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+@pytest.fixture(scope="module")
+def steps_are_shared() -> Iterator[None]:
+    """Runs of one test file share their compiled steps; for `pytestmark`, ahead of the runs that its fixtures make."""
+    from shared_steps import share_steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs() -> Iterator[None]:
     """JAX keeps every program it compiled, and tests compile thousands."""

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 
 import oracles
 from runner import overrides
-from shared_steps import share_steps
 from unipool_jax.cli.main import execute, main
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config, ConfigError
@@ -33,12 +31,7 @@ from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.sharding import replicated
 from unipool_jax.training.state import TrainState, init_state
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _steps_are_shared() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        share_steps(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 
 from runner import assert_same, final_state, overrides
-from shared_steps import share_steps
 from tiny import tiny_config
 from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config, load_config
@@ -31,12 +29,7 @@ from unipool_jax.training.optimizer import extension_notice
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.warm_start import architecture_differences
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _steps_are_shared() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        share_steps(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
 
 
 @pytest.fixture(scope="module")

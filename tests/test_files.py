@@ -20,6 +20,7 @@ from unipool_jax.config.files import (
     FileError,
     check_fields,
     read_array,
+    read_entries,
     read_json,
     read_lines,
     read_text,
@@ -192,3 +193,13 @@ def test_there_is_one_reader_and_one_writer() -> None:
         if re.search(pattern, path.read_text(encoding="utf-8"))
     }
     assert found - _OTHERS == {"config/files.py"}
+
+
+def test_every_entry_of_a_list_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    assert read_entries(path, "events", {"events.*.step": int}) == []
+    write_json(path, {"events": [{"step": 1}, {"step": 2}]})
+    assert read_entries(path, "events", {"events.*.step": int}) == [{"step": 1}, {"step": 2}]
+    write_json(path, {"events": [{"step": 1}, {"step": "2"}]})
+    with pytest.raises(FileError, match=r"record\.json: events\.1\.step is '2', expected a whole number; delete it"):
+        read_entries(path, "events", {"events.*.step": int})

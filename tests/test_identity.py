@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 
 from runner import overrides, write_text
-from shared_steps import share_steps
 from store_fixtures import SHARD, build
 from test_megatron import documents, write_pair
 from unipool_jax.config.compose import compose_config, load_config
@@ -29,6 +27,8 @@ from unipool_jax.data.token_store import open_store
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.run_folder import RunError
+
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
 
 
 def text_file(path: Path, word: str = "hello") -> Path:
@@ -151,13 +151,6 @@ def test_a_store_of_an_earlier_version_has_the_same_fingerprint(tmp_path: Path) 
     del manifest[store_format.MANIFEST_HASH]
     path.write_text(json.dumps(manifest))
     assert open_store(store.path).fingerprint() == store.fingerprint()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _steps_are_shared() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        share_steps(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 
 from unipool_jax.cli.main import main
 from unipool_jax.config.compose import compose_config
+from unipool_jax.config.paths import expanded, named_files
 from unipool_jax.config.rules import validate
 from unipool_jax.data.corpus import open_corpus, open_texts
 from unipool_jax.data.errors import DataError
@@ -186,3 +187,9 @@ def test_the_data_command_takes_a_folder_and_cuts_a_book(tmp_path: Path, capsys:
     assert open_store(tmp_path / "s").num_documents >= MIN_DOCUMENTS
     assert main(command) == 0  # the same store again
     assert capsys.readouterr().err == ""
+
+
+def test_a_home_folder_of_nobody_is_no_folder() -> None:
+    assert expanded("~").is_absolute()
+    assert expanded("~nobody-of-this-name/book.txt") == Path("~nobody-of-this-name/book.txt")
+    assert named_files("~nobody-of-this-name/book.txt") == []

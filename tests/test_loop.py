@@ -9,7 +9,7 @@ import resource
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from runner import assert_same, final_state, overrides
-from shared_steps import share_steps
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config, ConfigError
@@ -33,12 +32,7 @@ from unipool_jax.training.sessions import read_sessions
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import make_eval_step, make_train_step
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _steps_are_shared() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        share_steps(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from runner import final_state, overrides
-from shared_steps import share_steps
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.mesh_rules import AXES
 from unipool_jax.config.schema import Config, ConfigError
@@ -26,11 +25,7 @@ EIGHT = ["mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"]
 EXPERTS_4 = ["mesh.data=2", "mesh.expert=4"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _steps_are_shared() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        share_steps(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runner import overrides, write_text
-from shared_steps import share_steps
 from unipool_jax.cli.main import execute, main
 from unipool_jax.cli.runs import run_config
 from unipool_jax.config.compose import Choices, compose_config, differences, load_config
@@ -26,14 +24,7 @@ from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.opening import opened_config
 from unipool_jax.training.run_folder import RunError
 
-pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _steps_are_shared() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        share_steps(patch)
-        yield
+pytestmark = [pytest.mark.usefixtures("steps_are_shared"), pytest.mark.filterwarnings("ignore:NormRouter over")]
 
 
 @pytest.fixture(scope="module")

@@ -199,9 +199,9 @@ def test_uniform_softmax_routing_costs_the_coefficient_in_every_scope(words: str
     tokens = 8
     uniform = (seen / seen.sum(1, keepdims=True)).reshape(groups, layers, 1, experts) * tokens
     stats = _stats(uniform)
-    load = scoped_load(config, table, stats.counts_AE)
+    load = scoped_load(table, stats.counts_AE)
     np.testing.assert_allclose(load.sum(1), 1, rtol=1e-6)
-    found = scoped_pool_loss(config, table, stats, load, tokens, 0.02)
+    found = scoped_pool_loss(table, stats, load, tokens, 0.02)
     sets = len(table.mean_SL) if pressure == "scope" else 1
     assert float(found) == pytest.approx(0.02 * sets, rel=1e-5)
     assert (
@@ -235,7 +235,7 @@ def test_the_scope_of_components_is_the_published_loss_over_pools() -> None:
         scores = np.random.default_rng(3).gamma(0.5, size=(groups, 4 // groups, 2, 8 // groups))
         stats = _stats(scores / scores.sum(axis=(2, 3), keepdims=True))  # every layer makes as many choices
         published = pool_loss(stats, load_fractions(stats.counts_AE), 16, 0.02)
-        found = scoped_pool_loss(config, table, stats, scoped_load(config, table, stats.counts_AE), 16, 0.02)
+        found = scoped_pool_loss(table, stats, scoped_load(table, stats.counts_AE), 16, 0.02)
         assert float(found) * groups == pytest.approx(float(published), rel=1e-5)
 
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.drills.runs import ended, kill, results, settings, train
+from benchmarks.drills.runs import difference, ended, kill, results, settings, train
 from benchmarks.drills.tally import Tally, arguments
 
 _STEPS = "train.steps=40 train.eval_every=10 train.checkpoint_every=10 train.log_every=1"
@@ -65,14 +65,8 @@ def attempt(tally: Tally, disk: Path, log: Path, free_kib: int, wanted: object, 
     ):
         tally.failed(f"{where}: exit code {code}: {said[-600:]}")
     else:
-        again = waited(train(words, log, cache))
-        try:
-            same = again == 0 and results(words, log) == wanted
-        except AssertionError as error:
-            tally.failed(f"{where}: {error}")
-            return
-        if not same:
-            tally.failed(f"{where}: other results, or exit code {again}: {log.read_text()[-600:]}")
+        if other := difference(waited(train(words, log, cache)), words, log, wanted):
+            tally.failed(f"{where}: then {other}")
         else:
             tally.held("had room enough" if code == 0 else "stopped with a message and went on")
 

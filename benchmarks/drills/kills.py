@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.drills.runs import METHODS, ended, kill, results, settings, train
+from benchmarks.drills.runs import METHODS, difference, ended, kill, results, settings, train
 from benchmarks.drills.tally import Tally, arguments
 
 _STEPS = "train.steps=800 train.eval_every=40 train.checkpoint_every=20 train.log_every=10 run.tensorboard=false"
@@ -40,17 +40,11 @@ def killed_run(
         if ended(child) == 0:
             break  # it was finished
         moments.append("while saving" if saving else "at any time")
-    code = ended(train(words, log, cache))
-    try:
-        same = code == 0 and results(words, log) == wanted
-    except AssertionError as error:
-        tally.failed(f"{method}: {error}")
+    if other := difference(ended(train(words, log, cache)), words, log, wanted):
+        tally.failed(f"{method} after {len(moments)} kills: {other}")
         return
-    if same:
-        for moment in moments:
-            tally.held(f"{method}, killed {moment}")
-    else:
-        tally.failed(f"{method} after {len(moments)} kills: exit code {code}: {log.read_text()[-400:]}")
+    for moment in moments:
+        tally.held(f"{method}, killed {moment}")
 
 
 def main() -> int:

@@ -104,6 +104,16 @@ def results(words: list[str], log: Path) -> Any:
     return json.loads(place.read_text())
 
 
+def difference(code: int | None, words: list[str], log: Path, wanted: Any) -> str:
+    """In what a run that ended with `code` is other than the `wanted` results; empty if in nothing."""
+    if code != 0:
+        return f"exit code {code}: {log.read_text()[-600:]}"
+    try:
+        return "" if results(words, log) == wanted else "other results"
+    except AssertionError as error:
+        return str(error)
+
+
 def _write_results(config: Config, place: Path) -> int:
     folder = run_folder(config)
     with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:

@@ -154,6 +154,23 @@ def read_json(path: Path, advice: str = RESTORE) -> dict[str, Any]:
     return parse_json(read_bytes(path, advice), str(path), advice)
 
 
+def read_entries(path: Path, name: str, fields: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The entries of a record that nothing depends on, `{NAME: [...]}`; none where there is no file.
+
+    Args:
+      fields: of the document besides, see `check_fields`.
+
+    Raises:
+      FileError: the file is damaged.
+    """
+    advice = "delete it: it is a record that nothing depends on"
+    if not path.exists():
+        return []
+    document = read_json(path, advice)
+    check_fields(document, path, {name: list, **(fields or {})}, advice)
+    return [entry for entry in document[name] if isinstance(entry, dict)]
+
+
 def parse_json(content: bytes | str, where: str, advice: str = RESTORE) -> dict[str, Any]:
     """The JSON object in `content`, which comes from `where`; raises FileError."""
     text = _decoded(content, where, advice) if isinstance(content, bytes) else content
@@ -241,9 +258,9 @@ def check_fields(document: Any, where: Path | str, fields: Mapping[str, Any], ad
 
     Args:
       document: from `where`.
-      fields: types by dotted name, in which `*` stands for every name: `{"results": dict, "results.*.bytes": int |
-        None}`. A `float` may be a whole number; only a `bool` is true or false. What would be below a null is not
-        asked for.
+      fields: types by dotted name, in which `*` stands for every name, or every entry of a list:
+        `{"results": dict, "results.*.bytes": int | None}`. A `float` may be a whole number; only a `bool` is true or
+        false. What would be below a null is not asked for.
       advice: what to do about it.
     """
     for field, kind in fields.items():
@@ -264,7 +281,7 @@ def _values(value: Any, parts: list[str], above: str = "") -> Iterator[tuple[str
     if not parts:
         yield above, value
     elif value is not None:
-        members = value if isinstance(value, Mapping) else {}
+        members = dict(enumerate(value)) if isinstance(value, list) else value if isinstance(value, Mapping) else {}
         for part in members if parts[0] == "*" else parts[:1]:
             yield from _values(members.get(part, _MISSING), parts[1:], f"{above}.{part}" if above else str(part))
 

@@ -39,6 +39,11 @@ def bare(kind: Any) -> Any:
     return alternatives(kind)[0]
 
 
+def as_written(value: Any) -> Any:
+    """A value of a setting as messages show it: a tuple is written as a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def parse_value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """`value` as a `kind`, or None with an entry in `problems`; `path` is the name of the setting."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):

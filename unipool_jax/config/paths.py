@@ -7,6 +7,11 @@ import os
 from pathlib import Path
 
 
+def expanded(word: str) -> Path:
+    """`word` as a path, `~` and `~name` replaced by home folders; the name of nobody stays as it is."""
+    return Path(os.path.expanduser(word))
+
+
 def named_files(word: str) -> list[Path]:
     """The files that `word` names: itself, all files below a folder, or all that a glob pattern matches.
 
@@ -19,7 +24,7 @@ def named_files(word: str) -> list[Path]:
     Raises:
       OSError: a folder that cannot be read.
     """
-    path = Path(os.path.expanduser(word))  # `~name` of nobody stays as it is
+    path = expanded(word)
     if path.is_file():
         return [path]
     if path.is_dir():

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from unipool_jax.config import lock_schedule, mesh_rules, sharing_rules
 from unipool_jax.config.addresses import split_address
 from unipool_jax.config.chips import parse_topology
-from unipool_jax.config.parsing import from_mapping
+from unipool_jax.config.parsing import as_written, from_mapping
 from unipool_jax.config.paths import named_files
 from unipool_jax.config.ranges import MAX_EXPERTS, RANGES, Range
 from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
@@ -75,7 +75,9 @@ def problems(config: Config) -> list[str]:
         return error.problems
     values = settings(config)
     outside = {name for name, allowed in RANGES.items() if not _within(values[name], allowed)}
-    found = [f"{name}={_shown(values[name])}: must be {allowed}" for name, allowed in RANGES.items() if name in outside]
+    found = [
+        f"{name}={as_written(values[name])}: must be {allowed}" for name, allowed in RANGES.items() if name in outside
+    ]
     for rule in _RULES:
         if rule.reads.isdisjoint(outside) and not (rule.about_data and config.mode != "train"):
             found.extend(rule.find(config))
@@ -86,10 +88,6 @@ def _within(value: Any, allowed: Range) -> bool:
     """Whether every number of a setting is in range; null and names of rules are."""
     numbers = value if isinstance(value, tuple) else (value,)
     return all(number in allowed for number in numbers if not isinstance(number, str | None))
-
-
-def _shown(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 _TOTAL_EXPERTS = (

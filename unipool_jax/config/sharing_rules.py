@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from unipool_jax.config.parsing import as_written
 from unipool_jax.config.schema import Config
 
 
@@ -13,9 +14,9 @@ def problems(config: Config) -> Iterator[str]:
     if pool.starts is None:
         for name in ("window", "opening"):
             if (value := getattr(pool, name)) is not None:
-                yield f"pool.{name}={_shown(value)}: needs pool.starts; set pool.starts=ring or remove it"
+                yield f"pool.{name}={as_written(value)}: needs pool.starts; set pool.starts=ring or remove it"
         return
-    shown = f"pool.starts={_shown(pool.starts)}"
+    shown = f"pool.starts={as_written(pool.starts)}"
     if config.moe.router == "none":
         yield f"{shown}: the dense model (moe.router=none) has no experts to see; remove it, or choose a router"
         return
@@ -32,8 +33,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from _rule_problems(config, shown) if isinstance(pool.starts, str) else _list_problems(config, shown)
     if isinstance(pool.window, tuple) and len(pool.window) != layers:
         yield (
-            f"pool.window={_shown(pool.window)}: has {len(pool.window)} entries for model.num_layers={layers} layers; "
-            "give one number, or one per layer"
+            f"pool.window={as_written(pool.window)}: has {len(pool.window)} entries for model.num_layers={layers} "
+            "layers; give one number, or one per layer"
         )
         return
     if isinstance(pool.starts, tuple) and (len(pool.starts) != layers or pool.window is None):
@@ -47,10 +48,10 @@ def _opening_problems(config: Config) -> Iterator[str]:
     opening, open_at_first, top_k = config.pool.opening, config.moe.experts_per_layer, config.moe.top_k
     assert opening is not None
     if len(opening) != 2 or opening[0] >= opening[1]:
-        yield f"pool.opening={_shown(opening)}: must be two rising fractions of train.steps, such as [0.2,0.6]"
+        yield f"pool.opening={as_written(opening)}: must be two rising fractions of train.steps, such as [0.2,0.6]"
     if open_at_first < top_k:
         yield (
-            f"pool.opening={_shown(opening)}: opens with moe.experts_per_layer={open_at_first} experts, fewer than "
+            f"pool.opening={as_written(opening)}: opens with moe.experts_per_layer={open_at_first} experts, fewer than "
             f"moe.top_k={top_k}; raise the one or lower the other"
         )
 
@@ -94,7 +95,3 @@ def _window_problems(config: Config, shown: str) -> Iterator[str]:
             f"{shown}: no layer sees {len(hidden)} of the {windows.experts} experts ({some}); widen pool.window, or "
             "choose other starts"
         )
-
-
-def _shown(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

@@ -35,12 +35,17 @@ class Windows(NamedTuple):
     experts: int
     """M, experts of the bank."""
 
+    def _offsets(self) -> np.ndarray:
+        """How far each expert lies behind a layer's start, int64 `[L, M]`."""
+        import numpy as np
+
+        return (np.arange(self.experts) - np.array(self.starts)[:, None]) % self.experts
+
     def visible(self) -> np.ndarray:
         """Whether a layer sees an expert, bool `[L, M]`."""
         import numpy as np
 
-        offset_LM = (np.arange(self.experts) - np.array(self.starts)[:, None]) % self.experts
-        return offset_LM < np.array(self.widths)[:, None]
+        return self._offsets() < np.array(self.widths)[:, None]
 
     def exposure(self) -> np.ndarray:
         """u, the number of layers that see each expert, int64 `[M]`."""
@@ -50,8 +55,7 @@ class Windows(NamedTuple):
         """Row of a layer's router for each expert of the bank, int32 `[L, M]`; max W, one past the last, if hidden."""
         import numpy as np
 
-        offset_LM = (np.arange(self.experts) - np.array(self.starts)[:, None]) % self.experts
-        return np.where(self.visible(), offset_LM, max(self.widths)).astype(np.int32)
+        return np.where(self.visible(), self._offsets(), max(self.widths)).astype(np.int32)
 
 
 def _runs(layers: int, budget: int, span: int, ends: int) -> Windows:

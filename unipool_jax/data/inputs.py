@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from unipool_jax.config.paths import named_files
+from unipool_jax.config.paths import expanded, named_files
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.readers import SUFFIXES, file_format, is_readable
 
@@ -51,7 +51,7 @@ def find_inputs(words: Iterable[str]) -> Inputs:
             paths = named_files(word)
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        if paths == [Path(word).expanduser()]:
+        if paths == [expanded(word)]:
             readable = paths
             file_format(paths[0])
         else:

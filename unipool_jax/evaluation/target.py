@@ -18,7 +18,7 @@ from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.kernels.implementations import platform_problem
 from unipool_jax.parallel.accelerators import check_platforms, warn_of_idle_accelerator
 from unipool_jax.training.opening import opened_config
-from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run, known_text
+from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run, known_text, named_checkpoint
 
 
 def with_overrides(config: Config, overrides: Sequence[tuple[str, Any]]) -> Config:
@@ -66,12 +66,7 @@ def locate(request: EvalRequest) -> tuple[Path, int | None]:
     """The folder of checkpoints and the requested step; raises RunError if there is no such run or checkpoint."""
     if request.checkpoint is None:
         return find_run(request.run) / CHECKPOINTS, request.step
-    path = Path(request.checkpoint)
-    if not path.is_dir() or not path.name.isdigit():
-        raise RunError(
-            f"checkpoint={request.checkpoint}: not a checkpoint; give its folder, for example runs/NAME/checkpoints/200"
-        )
-    return path.parent, int(path.name)
+    return named_checkpoint(request.checkpoint, "checkpoint")
 
 
 def check_tokenizer(tokenizer: Tokenizer, meta: Mapping[str, Any], checkpoint: Path) -> None:

@@ -31,10 +31,10 @@ class Scope(NamedTuple):
     """Pressure on a set over the target share of each expert, float32; 0 for experts that it does not see."""
 
 
-def visible(config: Config) -> np.ndarray:
+def _visible(config: Config) -> np.ndarray:
     """Whether a layer sees an expert, bool `[L, M]`; experts of all pools are counted through."""
-    if config.windows is not None:
-        return config.windows.visible()
+    if (windows_LM := config.visible) is not None:
+        return windows_LM
     pool_L = np.arange(config.model.num_layers) // config.layers_per_pool
     pool_M = np.arange(config.total_experts) // config.experts_per_pool
     return pool_L[:, None] == pool_M
@@ -45,7 +45,7 @@ def pool_scope(config: Config) -> Scope | None:
     loss = config.loss
     if config.windows is None and loss.scope == "component" and loss.pressure == "scope":
         return None
-    visible_LM = visible(config)
+    visible_LM = _visible(config)
     layers = len(visible_LM)
     match loss.scope:
         case "layer":
@@ -67,22 +67,22 @@ def pool_scope(config: Config) -> Scope | None:
     return Scope(mean_SL.astype(np.float32), weight_SM.astype(np.float32))
 
 
-def scoped_load(config: Config, scope: Scope, counts_GNAE: jax.Array) -> jax.Array:
+def scoped_load(scope: Scope, counts_GNAE: jax.Array) -> jax.Array:
     """fbar: share of the choices of a set's layers that went to each expert, float32 `[S, M]`; rows sum to 1."""
-    counts_LM = _by_bank(config, jnp.sum(counts_GNAE, axis=2).astype(jnp.float32))
+    counts_LM = _by_bank(jnp.sum(counts_GNAE, axis=2).astype(jnp.float32))
     return jnp.asarray(scope.mean_SL) @ (counts_LM / jnp.sum(counts_LM, axis=-1, keepdims=True))
 
 
 def scoped_pool_loss(
-    config: Config, scope: Scope, stats: RoutingStats, load_SM: jax.Array, tokens: int, coefficient: float | jax.Array
+    scope: Scope, stats: RoutingStats, load_SM: jax.Array, tokens: int, coefficient: float | jax.Array
 ) -> jax.Array:
     """The loss above, summed over sets; float32 scalar. Arguments as of `balance.pool_loss`."""
-    score_LM = _by_bank(config, jnp.sum(stats.score_sum_AE, axis=2)) / tokens
+    score_LM = _by_bank(jnp.sum(stats.score_sum_AE, axis=2)) / tokens
     mean_score_SM = jnp.asarray(scope.mean_SL) @ score_LM
     return coefficient * jnp.sum(jax.lax.stop_gradient(load_SM) * mean_score_SM * scope.weight_SM)
 
 
-def _by_bank(config: Config, values_GNE: jax.Array) -> jax.Array:
+def _by_bank(values_GNE: jax.Array) -> jax.Array:
     """Values per layer and expert of its pool as values per layer and expert of all pools, `[L, M]`."""
     groups, layers, experts = values_GNE.shape
     if groups == 1:

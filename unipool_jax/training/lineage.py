@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unipool_jax.config.files import check_fields, read_json, write_json
+from unipool_jax.config.files import read_entries, write_json
 from unipool_jax.config.version import VERSION, git_commit
 
 LINEAGE = "lineage.json"
@@ -21,12 +21,7 @@ def read_lineage(folder: Path) -> list[dict[str, Any]]:
     Raises:
       FileError: the file is damaged.
     """
-    path, advice = folder / LINEAGE, "delete it: it is a record that nothing depends on"
-    if not path.exists():
-        return []
-    document = read_json(path, advice)
-    check_fields(document, path, {"events": list, "events.*.event": str, "events.*.step": int}, advice)
-    return [event for event in document["events"] if isinstance(event, dict)]
+    return read_entries(folder / LINEAGE, "events", {"events.*.event": str, "events.*.step": int})
 
 
 def record(folder: Path, event: str, step: int, **facts: Any) -> None:

@@ -208,11 +208,11 @@ class _Run:
 
     def place(self, state: TrainState) -> TrainState:
         """`state` with its experts where mesh.expert_placement says."""
-        kind = self.structure.mesh.expert_placement
-        if kind == "contiguous" or self.mesh is None:
+        structure = self.structure
+        if structure.mesh.expert_placement == "contiguous" or self.mesh is None:
             return state
-        if kind == "strided":
-            self.placement = strided(self.config, self.mesh)
+        if structure.mesh.expert_placement == "strided":
+            self.placement = strided(structure, self.mesh)
             return self.placement.apply(state)
         counts_LE = newest_counts(self.folder.path / "routing", self.start)
         if counts_LE is None:
@@ -264,8 +264,8 @@ class _Run:
                 state = self.save(state, step)
             if stopping:
                 self.raise_if_interrupted()
-            if (wanted := self.buffers.configured(self.structure)) != built and not last:
-                # A lock or another capacity factor changes shapes: compile again.
+            if (evaluate or save) and not last and (wanted := self.buffers.configured(self.structure)) != built:
+                # A lock, fixed in an evaluation, or buffers, fitted at a save, change shapes: compile again.
                 built, compiled = wanted, step + 1
                 train_step = make_train_step(built, self.mesh)
                 self.compile(None)

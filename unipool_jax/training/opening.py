@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unipool_jax.config.parsing import from_mapping
-from unipool_jax.config.paths import named_files
+from unipool_jax.config.paths import expanded, named_files
 from unipool_jax.config.rules import TOKENIZER_SIZES
 from unipool_jax.config.schema import Config
 
@@ -66,7 +66,7 @@ def _placed(words: tuple[str, ...], bases: list[Path], there: Callable[[Path], b
         if base == Path.cwd():
             return words
         # An absolute word stays as it is, and so does one below the home folder.
-        paths = [Path(word).expanduser() if word.startswith("~") else base / word for word in words]
+        paths = [expanded(word) if word.startswith("~") else base / word for word in words]
         try:
             if all(map(there, paths)):
                 return tuple(str(path) for path in paths)

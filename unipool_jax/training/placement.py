@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from unipool_jax.config.files import read_array
 from unipool_jax.config.schema import Config
 from unipool_jax.moe.bank import BANK_AXES
-from unipool_jax.moe.placement import exchange_rounds, measured_placement, strided_placement
+from unipool_jax.moe.placement import exchange_rounds, measured_placement
+from unipool_jax.moe.visibility import expert_order
 from unipool_jax.parallel.mesh import on_mesh, spec
 from unipool_jax.training.metrics import pool_layers
 from unipool_jax.training.sharding import parameter_spec
@@ -104,9 +105,8 @@ def with_placement(config: Config, mesh: Mesh | None) -> Config:
 
 
 def strided(config: Config, mesh: Mesh) -> Placement:
-    """The placement that spreads windows over all devices."""
-    order_E = strided_placement(config.experts_per_pool, mesh.shape["expert"])
-    return Placement(config, mesh, np.tile(order_E, (config.pool.groups, 1)))
+    """The placement that spreads windows over all devices; `config` as of `with_placement`."""
+    return Placement(config, mesh, np.tile(expert_order(config), (config.pool.groups, 1)))
 
 
 def newest_counts(routing: Path, step: int) -> np.ndarray | None:

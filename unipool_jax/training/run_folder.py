@@ -278,12 +278,18 @@ def find_checkpoint(wanted: str, setting: str) -> tuple[Path, int | None]:
     """
     path = Path(wanted)
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
-        if not path.is_dir():
-            raise RunError(
-                f"{setting}={wanted}: not a checkpoint; give its folder, for example runs/NAME/{CHECKPOINTS}/200"
-            )
-        return path.parent, int(path.name)
+        return named_checkpoint(wanted, setting)
     return find_run(wanted, setting) / CHECKPOINTS, None
+
+
+def named_checkpoint(wanted: str, setting: str) -> tuple[Path, int]:
+    """The folder of checkpoints and the step of the checkpoint `wanted`; raises RunError if it is none."""
+    path = Path(wanted)
+    if not path.is_dir() or not path.name.isdigit():
+        raise RunError(
+            f"{setting}={wanted}: not a checkpoint; give its folder, for example runs/NAME/{CHECKPOINTS}/200"
+        )
+    return path.parent, int(path.name)
 
 
 def find_run(wanted: str, setting: str = "run") -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from unipool_jax.config.files import FileError, check_fields, read_json, write_json
+from unipool_jax.config.files import FileError, read_entries, write_json
 from unipool_jax.config.version import VERSION, git_commit
 
 SESSIONS = "sessions.json"
@@ -129,9 +129,4 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
     Raises:
       FileError: the file is damaged.
     """
-    path, advice = folder / SESSIONS, "delete it: it is a record that nothing depends on"
-    if not path.exists():
-        return []
-    document = read_json(path, advice)
-    check_fields(document, path, {"sessions": list}, advice)
-    return [entry for entry in document["sessions"] if isinstance(entry, dict)]
+    return read_entries(folder / SESSIONS, "sessions")

@@ -113,7 +113,7 @@ def balance_loss(config: Config, stats: RoutingStats, micro: MicroBatch) -> jax.
             risen = micro.step.astype(jnp.float32) / (loss.pool_warmup_fraction * config.train.lengths[0])
             coefficient = coefficient * jnp.minimum(risen, 1.0)
         if (scope := pool_scope(config)) is not None:
-            return scoped_pool_loss(config, scope, stats, load, tokens, coefficient)
+            return scoped_pool_loss(scope, stats, load, tokens, coefficient)
         return pool_loss(stats, load, tokens, coefficient)
     return jnp.zeros((), jnp.float32)
 
@@ -121,7 +121,7 @@ def balance_loss(config: Config, stats: RoutingStats, micro: MicroBatch) -> jax.
 def load_shares(config: Config, counts_GNAE: jax.Array) -> jax.Array:
     """Share of choices per expert in the pool loss, float32: `[G, E]`, or as `loss.scope` says `[S, M]`."""
     scope = pool_scope(config)
-    return load_fractions(counts_GNAE) if scope is None else scoped_load(config, scope, counts_GNAE)
+    return load_fractions(counts_GNAE) if scope is None else scoped_load(scope, counts_GNAE)
 
 
 def micro_batch_loss(
