@@ -28,6 +28,8 @@ def twin_settings(config: Config) -> Settings:
         router_dtype=moe.router_dtype,
         score_constant=moe.score_constant,
         score_epsilon=moe.score_epsilon,
+        shared_experts=moe.shared_experts,
+        shared_expert_gate=moe.shared_expert_gate,
         balance=loss.balance,
         pool_statistics=loss.pool_statistics,
         switch_coefficient=loss.switch_coefficient,

@@ -96,6 +96,15 @@ def expert(x: np.ndarray, bank: dict[str, np.ndarray], index: int) -> np.ndarray
     return (gate / (1 + np.exp(-gate)) * (x @ bank["up"][index])) @ bank["down"][index]
 
 
+def always_on(x: np.ndarray, weights: Any) -> np.ndarray:
+    """S(h), or sigmoid(w . h) S(h) where there is a gate, of tokens `[N, D]`."""
+    block = {name: matrix[None] for name, matrix in weights["block"].items()}
+    output = np.stack([expert(token, block, 0) for token in x])
+    if "sigmoid_gate" in weights:
+        output = output / (1 + np.exp(-(x @ weights["sigmoid_gate"].T)))
+    return output
+
+
 class Forward:
     """Forward pass of the model on a batch, with what the losses need of every layer.
 
@@ -122,7 +131,10 @@ class Forward:
             normed = rms_norm(x, own["ffn_norm"], model.norm_epsilon).reshape(-1, model.hidden_size)
             bias = None if expert_bias is None else expert_bias[pool, inner]
             seen = None if config.windows is None else self._seen(layer)
-            x = x + self._mixture(normed, own.get("mixture", {}), _index(banks, pool), bias, seen).reshape(x.shape)
+            mixed = self._mixture(normed, own.get("mixture", {}), _index(banks, pool), bias, seen)
+            if config.moe.shared_experts:
+                mixed = mixed + always_on(normed, own["shared"])
+            x = x + mixed.reshape(x.shape)
         self.logits = rms_norm(x, wide["final_norm"], model.norm_epsilon) @ wide["output"].T
 
     def _seen(self, layer: int) -> np.ndarray:

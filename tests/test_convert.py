@@ -24,7 +24,12 @@ from unipool_jax.training.entry import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 
-VARIANTS = [*((method,) for method in METHODS), ("unipool", "pool.groups=2"), ("vanilla", "model.num_kv_heads=4")]
+VARIANTS = [
+    *((method,) for method in METHODS),
+    ("unipool", "pool.groups=2"),
+    ("vanilla", "model.num_kv_heads=4"),
+    ("shared_layer_aux", "moe.shared_experts=2", "moe.shared_expert_gate=true"),
+]
 
 
 def random_weights(config: Config, seed: int = 0) -> Weights:

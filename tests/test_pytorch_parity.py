@@ -27,6 +27,8 @@ VARIANTS = {
     "shared_pool_aux top-3, z-loss": ("shared_pool_aux", "moe.top_k=3", "loss.z_coefficient=1e-2"),
     "unipool top-2, one micro-batch behind": ("unipool", "moe.top_k=2", "loss.pool_statistics=previous", *_SMALL),
     "unipool, exact, micro-batches": ("unipool", *_SMALL),
+    "always-on experts": ("shared_layer_aux", "moe.shared_experts=2"),
+    "always-on experts behind a gate": ("unipool", "moe.shared_experts=1", "moe.shared_expert_gate=true"),
 }
 
 SLOW_VARIANTS = {

@@ -35,6 +35,8 @@ VARIANTS = [
     ("unipool", ("pool.starts=sliding", "pool.span=3", "moe.top_k=2")),
     ("shared_pool_aux", ("pool.starts=wide_runs", "pool.ends=1")),
     ("vanilla_aux_free", ("pool.groups=1", "pool.starts=[5,0,3,6]", "pool.window=[3,4,2,3]")),
+    ("shared_layer_aux", ("moe.shared_experts=2",)),
+    ("unipool", ("moe.shared_experts=1", "moe.shared_expert_gate=true", "pool.groups=2")),
 ]
 
 

@@ -87,6 +87,8 @@ RELATIONS = [
     ("method=dense loss.balance=pool", "loss.balance=pool", "loss.balance=none"),
     ("method=dense loss.balance=expert_bias", "loss.balance=expert_bias", "loss.balance=none"),
     ("method=dense loss.z_coefficient=0.1", "loss.z_coefficient=0.1", "0"),
+    ("method=dense moe.shared_experts=1", "moe.shared_experts=1", "moe.shared_experts=0"),
+    ("moe.shared_expert_gate=true", "moe.shared_expert_gate=true", "moe.shared_experts=1"),
     ("moe.router=softmax loss.balance=expert_bias", "loss.balance=expert_bias", "moe.router=sigmoid"),
     ("loss.balance=expert_bias", "loss.balance=expert_bias", "moe.router=sigmoid"),
     ("method=vanilla_aux_free loss.expert_bias_rate=0", "loss.expert_bias_rate=0", "positive"),

@@ -21,6 +21,8 @@ METHODS = (
     "shared_pool_aux",
     "unipool",
 )
+AROUND_METHODS = ("cs_moe",)
+"""Methods that put something around the routed experts."""
 
 _TINY = [
     "model.num_layers=4",

@@ -11,18 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.pytorch_baseline.dense import Linear, SwiGLU
 from benchmarks.pytorch_baseline.moe import ExpertPool, Mixture, Statistics
 from benchmarks.pytorch_baseline.settings import Settings
-
-
-class Linear(nn.Linear):
-    """Without bias; the float32 weight is used in the dtype of the input."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -57,19 +48,6 @@ def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
     return turned.to(x_BHSC.dtype)
 
 
-class DenseFFN(nn.Module):
-    """SwiGLU; gate and up projections are one matrix, gate first."""
-
-    def __init__(self, settings: Settings):
-        super().__init__()
-        self.gate_up = Linear(settings.hidden_size, 2 * settings.ffn_size)
-        self.down = Linear(settings.ffn_size, settings.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
 class Layer(nn.Module):
     """One transformer layer. A mixture is handed the bank of its pool, so a pool is registered once."""
 
@@ -79,7 +57,8 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.attention = Attention(settings)
         self.ffn_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
-        self.ffn: DenseFFN | Mixture = DenseFFN(settings) if settings.router == "none" else Mixture(settings)
+        dense = settings.router == "none"
+        self.ffn: SwiGLU | Mixture = SwiGLU(settings.hidden_size, settings.ffn_size) if dense else Mixture(settings)
 
     def forward(
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, bank: tuple[Tensor, Tensor] | None, num_groups: int

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.pytorch_baseline.dense import Linear, SwiGLU
 from benchmarks.pytorch_baseline.settings import Settings
 
 
@@ -135,12 +136,30 @@ class ExpertPool(nn.Module):
         return self.gate_up.to(dtype), self.down.to(dtype)
 
 
+class SharedExperts(nn.Module):
+    """A layer's own block that all tokens visit, scaled by a sigmoid of the input if there is a gate."""
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        self.block = SwiGLU(settings.hidden_size, settings.shared_experts * settings.ffn_size)
+        self.gate = Linear(settings.hidden_size, 1) if settings.shared_expert_gate else None
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        output_ND = self.block(hidden_ND)
+        if self.gate is None:
+            return output_ND
+        # Operands in the compute dtype, sums in float32, as for the router.
+        share_N1 = F.linear(hidden_ND.float(), self.gate.weight.to(hidden_ND.dtype).float()).sigmoid()
+        return (output_ND.float() * share_N1).to(hidden_ND.dtype)
+
+
 class Mixture(nn.Module):
     """Feed-forward block of a layer that draws from a pool."""
 
     def __init__(self, settings: Settings):
         super().__init__()
         self.router = Router(settings)
+        self.shared = SharedExperts(settings) if settings.shared_experts else None
 
     def forward(
         self, hidden_BSD: Tensor, gate_up_MDF: Tensor, down_MFD: Tensor, num_groups: int
@@ -158,6 +177,8 @@ class Mixture(nn.Module):
 
         output_NKD = output_RD.index_select(0, inverse_R).view(*experts_NK.shape, -1)
         mixed_ND = (output_NKD * gates_NK.unsqueeze(-1)).sum(1).to(hidden_ND.dtype)
+        if self.shared is not None:
+            mixed_ND = mixed_ND + self.shared(hidden_ND)
         return mixed_ND.view_as(hidden_BSD), statistics
 
 

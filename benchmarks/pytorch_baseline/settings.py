@@ -33,6 +33,10 @@ class Settings:
     router_dtype: Literal["float32", "bfloat16"] = "float32"
     score_constant: Literal["monte_carlo", "one"] = "monte_carlo"
     score_epsilon: float = 1e-8
+    shared_experts: int = 0
+    """Experts of every layer that all tokens visit: one block of their width together."""
+    shared_expert_gate: bool = False
+    """Whether a sigmoid of the input scales what they add."""
 
     balance: Literal["none", "switch", "pool", "expert_bias"] = "pool"
     pool_statistics: Literal["current", "previous"] = "current"

@@ -43,6 +43,7 @@ RANGES = {
     "moe.experts_per_layer": Range(1, MAX_EXPERTS),
     "moe.top_k": Range(1, MAX_EXPERTS),
     "moe.score_epsilon": _EPSILON,
+    "moe.shared_experts": Range(0, 1024),
     "pool.groups": Range(1, 1024),
     "pool.fraction": Range(0, 1, open_low=True),
     "pool.experts": Range(1, MAX_EXPERTS),

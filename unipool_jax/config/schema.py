@@ -86,6 +86,12 @@ class MoEConfig:
     score_centering: bool = False
     """Whether NormRouter subtracts from a token's logits their mean over experts. Unlike as published, no token is then
     left without a positive score."""
+    shared_experts: int = 0
+    """Experts n of each layer that every token visits besides those it is routed to: one SwiGLU block of width
+    n x model.ffn_size, private to the layer, without a gate and without a part in load balancing."""
+    shared_expert_gate: bool = False
+    """Whether the output of moe.shared_experts is multiplied by the sigmoid of a learned projection of the layer's
+    input to one number, as in Qwen2-MoE."""
 
 
 @dataclass(frozen=True)
@@ -457,6 +463,11 @@ class Config:
     def after_lock(self) -> Config:
         """The configuration after the lock: G = L pools of K = M / L experts behind routers of M logits."""
         return dataclasses.replace(self, pool=dataclasses.replace(self.pool, groups=self.model.num_layers))
+
+    @property
+    def shared_width(self) -> int:
+        """Width of each layer's always-on experts together."""
+        return self.moe.shared_experts * self.model.ffn_size
 
     @property
     def layers_per_pool(self) -> int:

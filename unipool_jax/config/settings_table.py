@@ -82,6 +82,7 @@ TABLE: dict[str, Effect] = {
             *("model.vocab_size", "model.rope_base", "model.norm_epsilon", "model.init_std", "model.compute_dtype"),
             *("moe.router", "moe.experts_per_layer", "moe.top_k", "moe.router_dtype"),
             *("moe.score_constant", "moe.score_epsilon", "moe.score_centering"),
+            *("moe.shared_experts", "moe.shared_expert_gate"),
             *("pool.groups", "pool.fraction", "pool.experts", "pool.starts", "pool.window", "pool.span", "pool.ends"),
             "pool.opening",
             *("loss.balance", "loss.switch_coefficient", "loss.switch_group_sequences", "loss.pool_coefficient"),

@@ -24,7 +24,7 @@ Re-save one in the environment that wrote it, from a source you trust:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -129,6 +129,10 @@ def _twin(config: Config, weights: Weights) -> Layout:
             tensors[f"{name}.ffn.down.weight"] = _transposed(down_FD, (layer, 0))
         else:
             tensors |= _router(config, weights, layer, f"{name}.ffn.router", scale="scale", scale_shape=())
+            if config.moe.shared_experts:
+                there = f"{name}.ffn.shared"
+                fc1, fc2 = f"{there}.block.gate_up.weight", f"{there}.block.down.weight"
+                tensors |= _shared(layers["shared"], at, fc1, fc2, f"{there}.gate.weight")
     if config.moe.router == "none":
         return Layout(tensors, {})
     size = model.ffn_size
@@ -184,6 +188,10 @@ def _megatron(config: Config, weights: Weights) -> Layout:
             continue
         tensors[f"{name}.pre_mlp_layernorm.weight"] = _unchanged(layers["ffn_norm"][at])
         tensors |= _router(config, weights, layer, f"{name}.mlp.router", scale="norm_scale", scale_shape=(1,))
+        if config.moe.shared_experts:
+            there = f"{name}.mlp.shared_experts"
+            fc1, fc2 = f"{there}.linear_fc1.weight", f"{there}.linear_fc2.weight"
+            tensors |= _shared(layers["shared"], at, fc1, fc2, f"{there}.gate_weight")
         first = f"decoder.layers.{pool * config.layers_per_pool}"
         for e in range(config.experts_per_pool):
             fc1, fc2 = f"mlp.experts.linear_fc1.weight{e}", f"mlp.experts.linear_fc2.weight{e}"
@@ -193,6 +201,17 @@ def _megatron(config: Config, weights: Weights) -> Layout:
                 tensors[f"{name}.{fc1}"] = _gate_up(bank["gate"][pool, e], bank["up"][pool, e], (pool, e))
                 tensors[f"{name}.{fc2}"] = _transposed(bank["down"][pool, e], (pool, e))
     return Layout(tensors, copies)
+
+
+def _shared(
+    shared: dict[str, Any], at: tuple[Any, ...], gate_up: str, down: str, sigmoid_gate: str
+) -> dict[str, FileTensor]:
+    """The always-on experts of layer `at` under the names of a file."""
+    block = {key: array[at] for key, array in shared["block"].items()}
+    tensors = {gate_up: _gate_up(block["gate"], block["up"], None), down: _transposed(block["down"])}
+    if "sigmoid_gate" in shared:
+        tensors[sigmoid_gate] = _unchanged(shared["sigmoid_gate"][at])
+    return tensors
 
 
 def _router(

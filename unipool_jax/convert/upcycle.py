@@ -28,6 +28,9 @@ from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.weights import Weights, empty_weights
 from unipool_jax.moe.routing import norm_constant
 
+_AROUND = ("moe.shared_experts", "moe.shared_expert_gate")
+"""Settings of what a layer has around its routed experts; their weights are copied."""
+
 
 def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0) -> Weights:
     """Weights of the model `target` that compute the same function as `weights`.
@@ -45,7 +48,7 @@ def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0
     Args:
       config: of the source.
       weights: of the source.
-      target: of the new model, with the same `model` settings.
+      target: of the new model, with the same `model` settings, and the same around the routed experts.
       noise: standard deviation, from a fixed seed, of NormRouter's rows that would be zero. With 0 the function is the
         same; otherwise it is nearly the same, and training can reach every expert of a shared pool.
 
@@ -53,16 +56,17 @@ def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0
       ConversionError: the `model` settings differ, or no weights of `target` compute the same function.
     """
     ours, theirs = settings(target), settings(config)
-    other = [name for name in differences(config, target) if name.startswith("model.") and name != "model.remat"]
-    if other:
+    other = [name for name in differences(config, target) if name in _AROUND or name.startswith("model.")]
+    if other := [name for name in other if name != "model.remat"]:
         listed = "\n".join(f"  - {name}={ours[name]}: the source has {theirs[name]}" for name in other)
         raise ConversionError(f"an upcycled model has the backbone of its source; leave these settings out:\n{listed}")
     new = empty_weights(target)
     backbone = ("embedding", "output", "final_norm")
     for name in backbone:
         new.params[name][...] = weights.params[name]
-    for name in ("attention", "attention_norm", "ffn_norm"):
-        old_tree, new_tree = weights.params["pools"]["layers"][name], new.params["pools"]["layers"][name]
+    old_layers, new_layers = weights.params["pools"]["layers"], new.params["pools"]["layers"]
+    for name in old_layers.keys() - {"mixture"}:
+        old_tree, new_tree = old_layers[name], new_layers[name]
         jax.tree.map(lambda to, own: np.copyto(to, own.reshape(to.shape)), new_tree, old_tree)
     if config.moe.router == "none":
         _from_dense(weights, target, new)

@@ -14,20 +14,24 @@ from unipool_jax.config.schema import Config
 from unipool_jax.model.transformer import LayerInputs, Transformer
 from unipool_jax.moe.mixture import Selection
 
+_ALWAYS_ACTIVE = ("embeddings", "attention", "norms", "shared_experts")
+"""Kinds of parameters that every token uses."""
+
 
 def count_parameters(config: Config) -> dict[str, int]:
     """Parameters by kind, their `total`, and the `active` ones: those a token uses, routers and scales left out."""
     variables = jax.eval_shape(lambda: _initial_variables(config))
     counts = dict.fromkeys(("embeddings", "attention", "experts", "routers", "norms", "scales"), 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
-        counts[_kind([str(entry.key) for entry in path])] += math.prod(leaf.shape)
+        kind = _kind([str(entry.key) for entry in path])
+        counts[kind] = counts.get(kind, 0) + math.prod(leaf.shape)
     if config.widths is not None:
         # Rows beyond a narrow window exist only because layers are stacked.
         counts["routers"] = sum(config.widths) * config.model.hidden_size
     per_expert = counts["experts"] // config.total_experts
     total = sum(counts.values())
     active_experts = per_expert * config.moe.top_k * config.model.num_layers
-    active = counts["embeddings"] + counts["attention"] + counts["norms"] + active_experts
+    active = active_experts + sum(counts.get(kind, 0) for kind in _ALWAYS_ACTIVE)
     return counts | {"total": total, "active": active}
 
 
@@ -42,6 +46,8 @@ def _kind(path: list[str]) -> str:
         return "embeddings"
     if "bank" in path:
         return "experts"
+    if "shared" in path:
+        return "shared_experts"
     if path[-2:-1] == ["attention"]:
         return "attention"
     return {"router": "routers", "scale": "scales"}.get(path[-1], "norms")

@@ -24,6 +24,7 @@ from unipool_jax.model.remat import rematerialized, without_gathered_weights
 from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
 from unipool_jax.moe.mixture import RouterParameters, RouterWeights, Selection, mixture
 from unipool_jax.moe.routing import RoutingStats
+from unipool_jax.moe.shared_experts import SharedExperts, SharedWeights
 from unipool_jax.moe.visibility import layer_windows
 from unipool_jax.parallel.head import Head
 from unipool_jax.parallel.linear import lookup
@@ -45,6 +46,8 @@ class LayerWeights(NamedTuple):
     ffn_norm_D: jax.Array
     router: RouterWeights | None
     """None in the dense model."""
+    shared: SharedWeights | None
+    """None without moe.shared_experts."""
 
 
 class LayerInputs(NamedTuple):
@@ -105,7 +108,7 @@ def layer(
     hidden_BSD = hidden_BSD + attended_BSD
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
     block = rematerialized(config, "moe", functools.partial(mixture, config))
-    mixed = block(normed_BSD, weights.router, inputs.selection, experts, positions.counted_BS)
+    mixed = block(normed_BSD, weights.router, weights.shared, inputs.selection, experts, positions.counted_BS)
     hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
     return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.experts_NK)
 
@@ -130,6 +133,7 @@ class Layer(nn.Module):
             attention=Attention(config.model, name="attention")(),
             ffn_norm_D=self.param("ffn_norm", ones, width, jnp.float32),
             router=None if config.moe.router == "none" else RouterParameters(config, name="mixture")(),
+            shared=SharedExperts(config, name="shared")() if config.moe.shared_experts else None,
         )
         hidden_BSD, accumulator = carry
         function = rematerialized(config, "full", functools.partial(layer, config))

@@ -18,6 +18,8 @@ from unipool_jax.moe.bank import BANK_AXES, Experts
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import COMBINE, DISPATCH, transport_for
 from unipool_jax.moe.routing import Forced, Routing, RoutingStats, replaced, route, score_constant, scores
+from unipool_jax.moe.shared_experts import SharedWeights, always_on
+from unipool_jax.moe.swiglu import SwiGLUWeights, swiglu
 from unipool_jax.moe.visibility import Window, spread
 from unipool_jax.parallel.linear import linear
 from unipool_jax.parallel.mesh import active_mesh, constrain, gathered_axes, spec
@@ -75,6 +77,7 @@ def mixture(
     config: Config,
     hidden_BSD: jax.Array,
     weights: RouterWeights | None,
+    shared: SharedWeights | None,
     selection: Selection,
     experts: Experts,
     counted_BS: jax.Array | None = None,
@@ -85,6 +88,7 @@ def mixture(
       config: of the model.
       hidden_BSD: normed hidden states in the compute dtype.
       weights: the layer's router; None in the dense model.
+      shared: the layer's always-on experts; None where it has none.
       selection: bias, factors and forced choices of the layer.
       experts: of the layer's pool.
       counted_BS: which positions the statistics are about, bool; None is all of them.
@@ -120,6 +124,8 @@ def mixture(
     if selection.forced is not None:
         routing = replaced(routing, scores_NE, selection.forced, moe.router)
     output_ND, experts, received_X = moe_ffn(hidden_ND, routing, experts, config.kernels.implementation, config.mesh)
+    if shared is not None:
+        output_ND = output_ND + always_on(hidden_ND, shared)
     stats = routing.stats._replace(received_X=received_X)
     return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, routing.experts_NK)
 
@@ -219,8 +225,4 @@ def _dense_stats(batch: int, length: int, counted_BS: jax.Array | None) -> Routi
 
 def dense_ffn(hidden_ND: jax.Array, bank: Bank) -> jax.Array:
     """The feed-forward block of the dense model: a bank of one expert that every token visits, `[N, D]`."""
-    (gate_DF, gate_axes), (up_DF, up_axes), (down_FD, down_axes) = (
-        (weights[0], (axes[1], axes[2])) for weights, axes in zip(bank, BANK_AXES.values(), strict=True)
-    )
-    gated_NF = jax.nn.silu(linear(hidden_ND, gate_DF, gate_axes).astype(jnp.float32)).astype(hidden_ND.dtype)
-    return linear(gated_NF * linear(hidden_ND, up_DF, up_axes), down_FD, down_axes)
+    return swiglu(hidden_ND, SwiGLUWeights(*(weights[0] for weights in bank)))

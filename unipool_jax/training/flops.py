@@ -24,9 +24,9 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 def flops_per_token(config: Config) -> float:
     """Training FLOPs per token: forward and backward, without recomputation.
 
-    6 FLOPs per weight of every matrix product (2 forward, 4 backward), counting `top_k` experts per layer, plus
-    `6 L D S` for attention: half of the usual `12 L D S`, because the causal mask keeps half of the scores. The
-    embedding lookup is free. Recomputation is not model work, so remat lowers the MFU.
+    6 FLOPs per weight of every matrix product (2 forward, 4 backward), counting `top_k` experts per layer and those
+    that are always on, plus `6 L D S` for attention: half of the usual `12 L D S`, because the causal mask keeps half
+    of the scores. The embedding lookup is free. Recomputation is not model work, so remat lowers the MFU.
     """
     model = config.model
     width, head = model.hidden_size, config.head_size
@@ -34,7 +34,8 @@ def flops_per_token(config: Config) -> float:
     experts_visited = 1 if config.moe.router == "none" else config.moe.top_k
     widths = config.widths or (config.router_width,) * model.num_layers
     routers = 0 if config.moe.router == "none" else width * sum(widths)
-    per_layer = attention + experts_visited * 3 * width * model.ffn_size
+    gates = width if config.moe.shared_expert_gate else 0
+    per_layer = attention + 3 * width * (experts_visited * model.ffn_size + config.shared_width) + gates
     weights = model.num_layers * per_layer + routers + width * model.vocab_size
     scores = model.num_layers * model.num_heads * head * config.data.sequence_length
     return 6.0 * weights + 6.0 * scores

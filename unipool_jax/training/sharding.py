@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unipool_jax.config.schema import Config
 from unipool_jax.moe.bank import BANK_AXES
+from unipool_jax.moe.shared_experts import GATE_AXES
+from unipool_jax.moe.swiglu import SWIGLU_AXES
 from unipool_jax.parallel.mesh import spec
 
 PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
@@ -22,6 +24,8 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "attention.value": ("embed", "heads"),
     "attention.output": ("heads", "embed"),
     "mixture.router": (None, "embed"),
+    "shared.sigmoid_gate": GATE_AXES,
+    **{f"block.{name}": axes for name, axes in SWIGLU_AXES.items()},
     **{f"bank.{name}": axes for name, axes in BANK_AXES.items()},
 }
 """Logical axes of every matrix, by the end of its name; leading axes that it is stacked over are not sharded. Norm
