@@ -40,6 +40,6 @@ def test_always_on_experts_start_as_experts_do() -> None:
 
 
 def test_a_mesh_trains_them_as_one_device_does() -> None:
-    """Over fsdp, expert and tensor at once: their width is split like that of an expert."""
-    config = configure("shared_layer_aux", *SHARED)
+    """Over fsdp, expert and tensor at once, with the experts of windows spread over devices; these stay in place."""
+    config = configure("shared_layer_aux", "pool.starts=ring", *SHARED)
     assert_equal(trained(config, (1, 2, 2, 2)), trained(config, None))

@@ -77,7 +77,7 @@ def _exchange(config: Config, mesh: Mesh, orders_GE: np.ndarray) -> Callable[[Tr
     @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
     def moved(leaf: jax.Array, name: str) -> jax.Array:
         last = name.rpartition(".")[2]
-        if last in BANK_AXES:
+        if ".bank." in name:
             specs = spec(None, *BANK_AXES[last])
             return jax.shard_map(between_devices, mesh=mesh, in_specs=specs, out_specs=specs)(leaf)
         axis = axes[last]
@@ -88,7 +88,7 @@ def _exchange(config: Config, mesh: Mesh, orders_GE: np.ndarray) -> Callable[[Tr
     def move(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         last = name.rpartition(".")[2]
-        return moved(leaf, name) if last in BANK_AXES or last in axes else leaf
+        return moved(leaf, name) if ".bank." in name or last in axes else leaf
 
     return lambda state: jax.tree_util.tree_map_with_path(move, state)
 
