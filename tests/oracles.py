@@ -110,27 +110,33 @@ class Forward:
 
     Attributes:
       logits: `[B, S, V]`.
-      scores, experts: one array per layer, `[B S, E]` and `[B S, k]`.
+      scores, experts: one array per layer with experts, `[B S, E]` and `[B S, k]`.
     """
 
     def __init__(self, config: Config, params: Any, tokens: np.ndarray, expert_bias: np.ndarray | None = None):
         self.config = config
         wide = _as_float64(params)
-        layers, banks = wide["pools"]["layers"], wide["pools"]["bank"]
+        layers, banks, first = wide["pools"]["layers"], wide["pools"]["bank"], config.moe.dense_layers
         self.scores: list[np.ndarray] = []
         self.experts: list[np.ndarray] = []
         model = config.model
         x = wide["embedding"][tokens]
         for layer in range(model.num_layers):
-            pool, inner = divmod(layer, config.layers_per_pool)
-            own = _index(_index(layers, pool), inner)
+            dense = layer < first
+            pool, inner = divmod(layer - first, config.layers_per_pool)
+            own = _index(wide["dense"], layer) if dense else _index(_index(layers, pool), inner)
             normed = rms_norm(x, own["attention_norm"], model.norm_epsilon)
             x = x + np.stack(
                 [attention(s, own["attention"], model.num_heads, model.num_kv_heads, model.rope_base) for s in normed]
             )
             normed = rms_norm(x, own["ffn_norm"], model.norm_epsilon).reshape(-1, model.hidden_size)
+            if dense:
+                x = x + always_on(normed, own).reshape(x.shape)
+                continue
+            if config.moe.depth_vectors:
+                normed = normed + own["depth"]
             bias = None if expert_bias is None else expert_bias[pool, inner]
-            seen = None if config.windows is None else self._seen(layer)
+            seen = None if config.windows is None else self._seen(layer - first)
             mixed = self._mixture(normed, own.get("mixture", {}), _index(banks, pool), bias, seen)
             if config.moe.shared_experts:
                 mixed = mixed + always_on(normed, own["shared"])

@@ -29,6 +29,7 @@ VARIANTS = [
     ("unipool", "pool.groups=2"),
     ("vanilla", "model.num_kv_heads=4"),
     ("shared_layer_aux", "moe.shared_experts=2", "moe.shared_expert_gate=true"),
+    ("vanilla", "pool.groups=1", "moe.dense_layers=2"),
 ]
 
 
@@ -58,6 +59,15 @@ def test_a_file_holds_everything_once(variant: tuple[str, ...], layout: LayoutNa
     biases = weights.expert_bias_GNE.size if config.loss.balance == "expert_bias" else 0
     assert stored == sum(leaf.size for leaf in jax.tree.leaves(weights.params)) + biases
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_depth_vectors_have_no_place_in_the_published_layout(tmp_path: Path) -> None:
+    config = tiny_config("unipool", "moe.depth_vectors=true")
+    weights, path = random_weights(config), tmp_path / "model.safetensors"
+    with pytest.raises(ConversionError, match="layout=twin"):
+        write_file(path, "megatron", config, weights)
+    write_file(path, "twin", config, weights)
+    assert_equal(read_file(path, "twin", config), weights)
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)

@@ -28,6 +28,13 @@ VARIANTS = {
     "unipool top-2, one micro-batch behind": ("unipool", "moe.top_k=2", "loss.pool_statistics=previous", *_SMALL),
     "unipool, exact, micro-batches": ("unipool", *_SMALL),
     "always-on experts": ("shared_layer_aux", "moe.shared_experts=2"),
+    "depth vectors, dense layers": (
+        "vanilla",
+        "pool.groups=1",
+        "moe.depth_vectors=true",
+        "moe.dense_layers=2",
+        *_SMALL,
+    ),
     "always-on experts behind a gate": ("unipool", "moe.shared_experts=1", "moe.shared_expert_gate=true"),
 }
 

@@ -26,6 +26,7 @@ VARIANTS = {
     "one key-value head": ("unipool", "model.num_kv_heads=1"),
     "as many key-value heads as heads": ("vanilla", "model.num_kv_heads=4"),
     "rematerialized": ("unipool", "model.remat=full"),
+    "dense layers first": ("unipool", "moe.dense_layers=2", "moe.shared_experts=1", "moe.depth_vectors=true"),
 }
 LENGTHS = np.array([1, 7, 4], np.int32)
 MAX_TOKENS = 9

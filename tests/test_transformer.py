@@ -37,6 +37,8 @@ VARIANTS = [
     ("vanilla_aux_free", ("pool.groups=1", "pool.starts=[5,0,3,6]", "pool.window=[3,4,2,3]")),
     ("shared_layer_aux", ("moe.shared_experts=2",)),
     ("unipool", ("moe.shared_experts=1", "moe.shared_expert_gate=true", "pool.groups=2")),
+    ("unipool", ("moe.depth_vectors=true", "moe.dense_layers=2", "moe.dense_ffn_size=20", "pool.groups=2")),
+    ("vanilla_aux_free", ("pool.groups=1", "moe.dense_layers=1", "pool.starts=[5,0,3]", "pool.window=[3,4,2]")),
 ]
 
 
@@ -44,6 +46,9 @@ VARIANTS = [
 def test_forward_matches_numpy(method: str, overrides: tuple[str, ...]) -> None:
     config = tiny_config(method, *overrides)
     params = tiny_state(config).params
+    if config.moe.depth_vectors:  # zero at first
+        layers = params["pools"]["layers"]
+        layers["depth"] = layers["depth"] + np.random.default_rng(2).normal(size=layers["depth"].shape)
     tokens = tiny_batch(config).inputs[:2]
     shape = (config.pool.groups, config.layers_per_pool, config.experts_per_pool)
     bias = np.random.default_rng(1).normal(size=shape, scale=0.05).astype(np.float32)
@@ -53,7 +58,7 @@ def test_forward_matches_numpy(method: str, overrides: tuple[str, ...]) -> None:
     logits, stats = _forward(config, params, tokens, bias)
     np.testing.assert_allclose(logits, expected.logits, rtol=1e-3, atol=2e-4)
     if method != "dense":
-        found = np.asarray(stats.counts_AE).sum(2).reshape(config.model.num_layers, -1)
+        found = np.asarray(stats.counts_AE).sum(2).reshape(config.mixture_layers, -1)
         np.testing.assert_array_equal(found, expected.counts())
 
 

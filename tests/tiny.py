@@ -21,7 +21,7 @@ METHODS = (
     "shared_pool_aux",
     "unipool",
 )
-AROUND_METHODS = ("cs_moe",)
+AROUND_METHODS = ("cs_moe", "more")
 """Methods that put something around the routed experts."""
 
 _TINY = [

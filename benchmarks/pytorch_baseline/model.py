@@ -51,20 +51,26 @@ def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
 class Layer(nn.Module):
     """One transformer layer. A mixture is handed the bank of its pool, so a pool is registered once."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, index: int):
         super().__init__()
         self.recompute = settings.recompute
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.attention = Attention(settings)
         self.ffn_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
-        dense = settings.router == "none"
-        self.ffn: SwiGLU | Mixture = SwiGLU(settings.hidden_size, settings.ffn_size) if dense else Mixture(settings)
+        first = index < settings.dense_layers
+        hidden = settings.dense_width if first else settings.ffn_size
+        dense = first or settings.router == "none"
+        self.ffn: SwiGLU | Mixture = SwiGLU(settings.hidden_size, hidden) if dense else Mixture(settings)
+        has_depth = settings.depth_vectors and not dense
+        self.depth = nn.Parameter(torch.zeros(settings.hidden_size)) if has_depth else None
 
     def forward(
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, bank: tuple[Tensor, Tensor] | None, num_groups: int
     ) -> tuple[Tensor, Statistics | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin)
         normed_BSD = self.ffn_norm(x_BSD)
+        if self.depth is not None:
+            normed_BSD = (normed_BSD.float() + self.depth).to(normed_BSD.dtype)
         if bank is None:
             return x_BSD + self.ffn(normed_BSD), None
         run = recomputed if self.recompute == "moe" and torch.is_grad_enabled() else call
@@ -94,7 +100,7 @@ class Transformer(nn.Module):
         self.dtype = getattr(torch, settings.dtype)
         pooled = settings.router != "none"
         self.embedding = nn.Embedding(settings.vocab_size, settings.hidden_size)
-        self.layers = nn.ModuleList(Layer(settings) for _ in range(settings.num_layers))
+        self.layers = nn.ModuleList(Layer(settings, index) for index in range(settings.num_layers))
         self.experts = nn.ModuleList(ExpertPool(settings) for _ in range(settings.num_pools if pooled else 0))
         self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.output = Linear(settings.hidden_size, settings.vocab_size)
@@ -126,7 +132,8 @@ class Transformer(nn.Module):
         x_BSD = self.embedding(tokens_BS).to(self.dtype)
         statistics = []
         for index, layer in enumerate(self.layers):
-            bank = banks[index // settings.layers_per_pool] if banks else None
+            pool = (index - settings.dense_layers) // settings.layers_per_pool
+            bank = banks[pool] if banks and pool >= 0 else None
             run = recomputed if settings.recompute == "full" and torch.is_grad_enabled() else call
             x_BSD, layer_statistics = run(layer, x_BSD, cos, sin, bank, num_groups)
             if layer_statistics is not None:

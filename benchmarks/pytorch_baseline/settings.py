@@ -37,6 +37,12 @@ class Settings:
     """Experts of every layer that all tokens visit: one block of their width together."""
     shared_expert_gate: bool = False
     """Whether a sigmoid of the input scales what they add."""
+    depth_vectors: bool = False
+    """Whether a layer adds a vector of its own to the input of its router and experts."""
+    dense_layers: int = 0
+    """First layers with one block in place of experts."""
+    dense_width: int = 0
+    """Hidden width of that block."""
 
     balance: Literal["none", "switch", "pool", "expert_bias"] = "pool"
     pool_statistics: Literal["current", "previous"] = "current"
@@ -61,7 +67,7 @@ class Settings:
     @property
     def layers_per_pool(self) -> int:
         """Adjacent layers that share one pool."""
-        return self.num_layers // self.num_pools
+        return (self.num_layers - self.dense_layers) // self.num_pools
 
     @property
     def head_size(self) -> int:

@@ -76,14 +76,12 @@ class Analysis:
     def unique_chance(self) -> float:
         """Expected `unique_mean` for uniform independent routing."""
         config = self.config
-        return usage.chance_unique(
-            config.model.num_layers, config.pool.groups, config.experts_per_pool, config.moe.top_k
-        )
+        return usage.chance_unique(config.mixture_layers, config.pool.groups, config.experts_per_pool, config.moe.top_k)
 
     def as_json(self) -> dict[str, Any]:
         """All results as a JSON document."""
         config, counts_LM = self.config, self.usage_map
-        layers, load = config.model.num_layers, self.load
+        layers, load = config.mixture_layers, self.load
         pairs = self.cosine_GEE[:, *np.triu_indices(self.cosine_GEE.shape[1], 1)]
         document = {
             "model": {
@@ -179,7 +177,7 @@ def analyse(
       seed: of the probe.
     """
     groups, experts, top_k = config.pool.groups, config.experts_per_pool, config.moe.top_k
-    layers = config.model.num_layers
+    layers = config.mixture_layers
     step = make_observed_step(config)
     loss, tokens = 0.0, 0
     counts_LE = np.zeros((layers, experts), np.int64)

@@ -27,7 +27,7 @@ def expert_tokens(
       batches: gives the text, all batches of one shape.
       expert: number among the experts of all pools, pool after pool.
     """
-    layers, vocabulary = config.model.num_layers, config.model.vocab_size
+    layers, vocabulary = config.mixture_layers, config.model.vocab_size
     within_L = expert - pool_offsets(layers, config.pool.groups, config.experts_per_pool)
     step = make_observed_step(config)
     counts_LV = np.zeros((layers, vocabulary), np.int64)

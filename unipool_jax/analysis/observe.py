@@ -60,7 +60,7 @@ def _observed(
     experts = output.layers.experts_NK
     assert experts is not None
     losses_BS = output.head.token_losses(batch.targets) * batch.weights
-    return Observed(losses_BS, experts.reshape(config.model.num_layers, *experts.shape[2:]))
+    return Observed(losses_BS, experts.reshape(config.mixture_layers, *experts.shape[2:]))
 
 
 def text_positions(batch: Batch) -> np.ndarray:

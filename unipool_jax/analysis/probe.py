@@ -170,7 +170,7 @@ def forced_choices(
     config: Config, intervention: Intervention, seed: int, items_B: np.ndarray, batch: Batch
 ) -> ForcedLayers:
     """The experts that `intervention` forces on a batch, whose rows are the items with these indices, int32."""
-    layers, length, top_k = config.model.num_layers, batch.inputs.shape[1], config.moe.top_k
+    layers, length, top_k = config.mixture_layers, batch.inputs.shape[1], config.moe.top_k
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), intervention.draw), intervention.layer)
     drawn_NK = random_choices(key, jnp.asarray(items_B), jnp.asarray(intervention.candidates_E), length, top_k)
     experts_LNK = jnp.full((layers, *drawn_NK.shape), -1, jnp.int32).at[intervention.layer].set(drawn_NK)

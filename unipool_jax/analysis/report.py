@@ -31,7 +31,7 @@ def facts(analysis: Analysis) -> dict[str, str]:
         "loss on this text (nats per token)": f"{analysis.loss:.4f}",
         "experts in use": f"{config.total_experts - dead} of {config.total_experts}",
         "busiest expert over mean load": f"{busiest:.2f}",
-        f"distinct experts of a token over {config.model.num_layers} layers": f"{analysis.unique_mean:.2f}",
+        f"distinct experts of a token over {config.mixture_layers} layers": f"{analysis.unique_mean:.2f}",
     }
     if analysis.probe is not None:
         added = analysis.probe.conditions[0].average.mean
@@ -131,7 +131,7 @@ def _sets(analysis: Analysis) -> Part:
     config, found = analysis.config, analysis.diagnostics
     sizes = [size for size in _SETS if size <= config.experts_per_pool]
     union = [found[f"routing/union_size_{size}"] for size in sizes]
-    most = [min(size * config.model.num_layers, config.total_experts) for size in sizes]
+    most = [min(size * config.mixture_layers, config.total_experts) for size in sizes]
     tokens = [found[f"routing/token_coverage_{size}"] for size in sizes]
     top = min(8, sizes[-1])
     jaccard = found["routing/jaccard"]
@@ -185,7 +185,7 @@ def _layers(analysis: Analysis) -> Part:
 
 def _unique(analysis: Analysis) -> Part:
     config = analysis.config
-    mean, chance, layers = analysis.unique_mean, analysis.unique_chance, config.model.num_layers
+    mean, chance, layers = analysis.unique_mean, analysis.unique_chance, config.mixture_layers
     words = [
         f"On its way through {layers} layers a token visits {mean:.2f} distinct experts, {mean / layers:.1%} of the "
         f"number of layers. Uniform independent routing would give {chance:.2f}.",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from unipool_jax.config import mesh_rules
+from unipool_jax.config.block_rules import layers_with_experts
 from unipool_jax.config.schema import Config
 
 
@@ -61,7 +62,7 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def _model_problems(config: Config) -> Iterator[str]:
-    layers, total, top_k = config.model.num_layers, config.total_experts, config.moe.top_k
+    layers, total, top_k = config.mixture_layers, config.total_experts, config.moe.top_k
     why = f"lock.ownership={config.lock.ownership}"
     if config.pool.groups != 1:
         yield f"pool.groups={config.pool.groups}: {why} starts with one pool for all layers; set pool.groups=1"
@@ -75,12 +76,12 @@ def _model_problems(config: Config) -> Iterator[str]:
             "mesh.expert_placement=contiguous"
         )
     if layers < 2:
-        yield f"model.num_layers={layers}: {why} divides the pool among layers; set at least 2"
+        yield f"{layers_with_experts(config)}: {why} divides the pool among layers; set at least 2"
     elif total % layers or total < layers:
         lower = total // layers * layers
         nearest = " or ".join(str(n) for n in (lower, lower + layers) if n)
         yield (
-            f"pool of {total} experts: {why} divides it equally among model.num_layers={layers} layers; set "
+            f"pool of {total} experts: {why} divides it equally among {layers_with_experts(config)}; set "
             f"pool.experts to a multiple of {layers}, for example {nearest}"
         )
     else:

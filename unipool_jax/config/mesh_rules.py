@@ -50,6 +50,7 @@ def problems(config: Config) -> Iterator[str]:
         "tensor": {
             "model.num_kv_heads": model.num_kv_heads,
             "model.ffn_size": model.ffn_size,
+            **({} if config.moe.dense_ffn_size is None else {"moe.dense_ffn_size": config.moe.dense_ffn_size}),
             "model.vocab_size": model.vocab_size,
         },
     }

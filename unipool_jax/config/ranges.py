@@ -44,6 +44,8 @@ RANGES = {
     "moe.top_k": Range(1, MAX_EXPERTS),
     "moe.score_epsilon": _EPSILON,
     "moe.shared_experts": Range(0, 1024),
+    "moe.dense_layers": Range(0, 1023),
+    "moe.dense_ffn_size": Range(1, 1_048_576),
     "pool.groups": Range(1, 1024),
     "pool.fraction": Range(0, 1, open_low=True),
     "pool.experts": Range(1, MAX_EXPERTS),

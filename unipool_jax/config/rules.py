@@ -78,6 +78,11 @@ def problems(config: Config) -> list[str]:
     found = [
         f"{name}={as_written(values[name])}: must be {allowed}" for name, allowed in RANGES.items() if name in outside
     ]
+    if outside.isdisjoint(("model.num_layers", "moe.dense_layers")) and (
+        problem := block_rules.too_many_dense_layers(config)
+    ):
+        found.append(problem)
+        outside.add("moe.dense_layers")
     for rule in _RULES:
         if rule.reads.isdisjoint(outside) and not (rule.about_data and config.mode != "train"):
             found.extend(rule.find(config))
@@ -92,7 +97,7 @@ def _within(value: Any, allowed: Range) -> bool:
 
 _TOTAL_EXPERTS = (
     *("pool.experts", "pool.fraction", "pool.starts", "pool.span", "pool.ends"),
-    *("moe.experts_per_layer", "model.num_layers"),
+    *("moe.experts_per_layer", "model.num_layers", "moe.dense_layers"),
 )
 
 
@@ -121,11 +126,12 @@ def _kv_heads(config: Config) -> Iterator[str]:
         )
 
 
-@_rule("pool.groups", "model.num_layers")
+@_rule("pool.groups", "model.num_layers", "moe.dense_layers")
 def _groups(config: Config) -> Iterator[str]:
-    groups, layers = config.pool.groups, config.model.num_layers
+    groups, layers = config.pool.groups, config.mixture_layers
     if config.moe.router != "none" and layers % groups:
-        yield f"pool.groups={groups}: must divide model.num_layers={layers}; choose one of {_divisors(layers)}"
+        shown = block_rules.layers_with_experts(config)
+        yield f"pool.groups={groups}: must divide {shown}; choose one of {_divisors(layers)}"
 
 
 @_rule("pool.groups", "moe.top_k", *_TOTAL_EXPERTS)
@@ -153,12 +159,12 @@ def _experts(config: Config) -> Iterator[str]:
 _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.problems)
 
 
-_rule("moe.shared_experts")(block_rules.problems)
+_rule("moe.shared_experts", "moe.dense_layers", "moe.dense_ffn_size")(block_rules.problems)
 
 
 @_rule("pool.groups", "moe.top_k", "loss.z_coefficient", *_TOTAL_EXPERTS)
 def _dense(config: Config) -> Iterator[str]:
-    if config.moe.router != "none":
+    if config.moe.router != "none" or config.moe.dense_layers:
         return
     layers, why = config.model.num_layers, "moe.router=none is the dense model"
     if config.pool.groups != layers:
@@ -359,7 +365,7 @@ def _cache(config: Config) -> Iterator[str]:
 _rule(
     *(f"mesh.{axis}" for axis in mesh_rules.AXES),
     *("train.microbatch_size", "train.eval_batch_size", "pool.groups", *_TOTAL_EXPERTS),
-    *("model.hidden_size", "model.num_kv_heads", "model.ffn_size", "model.vocab_size"),
+    *("model.hidden_size", "model.num_kv_heads", "model.ffn_size", "moe.dense_ffn_size", "model.vocab_size"),
 )(mesh_rules.problems)
 
 
@@ -426,7 +432,7 @@ def _experts_source(config: Config) -> str:
     """The settings that determine the number of experts, with their values."""
     if config.pool.experts is not None:
         return f"pool.experts={config.pool.experts}"
-    parts = f"moe.experts_per_layer={config.moe.experts_per_layer} x model.num_layers={config.model.num_layers}"
+    parts = f"moe.experts_per_layer={config.moe.experts_per_layer} x {block_rules.layers_with_experts(config)}"
     return parts if config.pool.fraction == 1 else f"pool.fraction={config.pool.fraction} of {parts}"
 
 

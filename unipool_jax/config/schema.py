@@ -73,7 +73,7 @@ class MoEConfig:
     router: Literal["none", Router] = "norm"
     """Score function of the router. `norm` is NormRouter; `none` is the dense model: one block per layer, no router."""
     experts_per_layer: int = 8
-    """Expert budget per layer: pool.fraction=1 gives the model experts_per_layer x num_layers experts."""
+    """Expert budget per layer: pool.fraction=1 gives the model as many times the number of layers that have experts."""
     top_k: int = 1
     """Experts k that each token is routed to in each layer."""
     router_dtype: DType = "float32"
@@ -92,6 +92,15 @@ class MoEConfig:
     shared_expert_gate: bool = False
     """Whether the output of moe.shared_experts is multiplied by the sigmoid of a learned projection of the layer's
     input to one number, as in Qwen2-MoE."""
+    depth_vectors: bool = False
+    """Whether each layer adds a learned vector of its own, zero at first, to what its router and its experts see, so
+    that an expert can tell the layers that share it apart, as in MoRE."""
+    dense_layers: int = 0
+    """First layers that have one dense block instead of experts. Of experts, pools and losses they are no part, and
+    lists with one entry per layer (pool.starts, pool.window) leave them out."""
+    dense_ffn_size: int | None = None
+    """Hidden width of the blocks of moe.dense_layers; null: as wide as all experts that a token visits in another
+    layer, (moe.top_k + moe.shared_experts) x model.ffn_size."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +108,10 @@ class PoolConfig:
     """How layers share experts."""
 
     groups: int = 1
-    """Number of pools G; must divide model.num_layers. 1 is UniPool, num_layers the ordinary mixture of experts."""
+    """Number of pools G; must divide the layers that have experts, model.num_layers without moe.dense_layers. 1 is
+    UniPool, as many as layers the ordinary mixture of experts."""
     fraction: float = 1.0
-    """Fraction of the expert budget: all pools hold round(fraction x experts_per_layer x num_layers) experts."""
+    """Fraction of the expert budget: all pools hold round(fraction x experts_per_layer x layers with experts)."""
     experts: int | None = None
     """Experts M in all pools together; null takes pool.fraction of the expert budget, or what a rule of pool.starts
     needs."""
@@ -217,7 +227,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Epsilon added to the square root of the second moment."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of all matrices; norm gains and router scales are not decayed."""
+    """Decoupled weight decay of all matrices; norm gains, router scales and depth vectors are not decayed."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm where theirs is larger."""
     extension: Literal["constant", "rewarm"] = "constant"
@@ -415,7 +425,7 @@ class Config:
             return self.pool.experts
         if isinstance(self.pool.starts, str):
             return self._ruled_windows(self.pool.starts).experts
-        return round(self.pool.fraction * self.moe.experts_per_layer * self.model.num_layers)
+        return round(self.pool.fraction * self.moe.experts_per_layer * self.mixture_layers)
 
     @property
     def experts_per_pool(self) -> int:
@@ -423,7 +433,7 @@ class Config:
         return self.total_experts // self.pool.groups
 
     def _ruled_windows(self, rule: visibility.Rule) -> visibility.Windows:
-        layers, budget = self.model.num_layers, self.moe.experts_per_layer
+        layers, budget = self.mixture_layers, self.moe.experts_per_layer
         return visibility.RULES[rule](layers, budget, self.pool.span, self.pool.ends)
 
     @property
@@ -458,11 +468,11 @@ class Config:
     @property
     def locked(self) -> bool:
         """Whether this configures a model after its lock; see `after_lock`."""
-        return self.lock.ownership != "none" and self.pool.groups == self.model.num_layers
+        return self.lock.ownership != "none" and self.pool.groups == self.mixture_layers
 
     def after_lock(self) -> Config:
         """The configuration after the lock: G = L pools of K = M / L experts behind routers of M logits."""
-        return dataclasses.replace(self, pool=dataclasses.replace(self.pool, groups=self.model.num_layers))
+        return dataclasses.replace(self, pool=dataclasses.replace(self.pool, groups=self.mixture_layers))
 
     @property
     def shared_width(self) -> int:
@@ -470,9 +480,20 @@ class Config:
         return self.moe.shared_experts * self.model.ffn_size
 
     @property
+    def dense_width(self) -> int:
+        """Hidden width of the blocks of moe.dense_layers."""
+        active = (self.moe.top_k + self.moe.shared_experts) * self.model.ffn_size
+        return active if self.moe.dense_ffn_size is None else self.moe.dense_ffn_size
+
+    @property
+    def mixture_layers(self) -> int:
+        """Layers that have a pool, and rows of routing statistics: all but the first moe.dense_layers."""
+        return self.model.num_layers - self.moe.dense_layers
+
+    @property
     def layers_per_pool(self) -> int:
         """Adjacent layers that share one pool, L / G."""
-        return self.model.num_layers // self.pool.groups
+        return self.mixture_layers // self.pool.groups
 
     @property
     def head_size(self) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from unipool_jax.config.block_rules import layers_with_experts
 from unipool_jax.config.parsing import as_written
 from unipool_jax.config.schema import Config
 
 
 def problems(config: Config) -> Iterator[str]:
     """One message for each reason why layers cannot share experts as `pool.starts` says; none without it."""
-    pool, layers = config.pool, config.model.num_layers
+    pool, layers = config.pool, config.mixture_layers
     if pool.starts is None:
         for name in ("window", "opening"):
             if (value := getattr(pool, name)) is not None:
@@ -33,8 +34,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from _rule_problems(config, shown) if isinstance(pool.starts, str) else _list_problems(config, shown)
     if isinstance(pool.window, tuple) and len(pool.window) != layers:
         yield (
-            f"pool.window={as_written(pool.window)}: has {len(pool.window)} entries for model.num_layers={layers} "
-            "layers; give one number, or one per layer"
+            f"pool.window={as_written(pool.window)}: has {len(pool.window)} entries for "
+            f"{layers_with_experts(config)}; give one number, or one per layer"
         )
         return
     if isinstance(pool.starts, tuple) and (len(pool.starts) != layers or pool.window is None):
@@ -57,23 +58,23 @@ def _opening_problems(config: Config) -> Iterator[str]:
 
 
 def _rule_problems(config: Config, shown: str) -> Iterator[str]:
-    pool, layers = config.pool, config.model.num_layers
+    pool, layers, there = config.pool, config.mixture_layers, layers_with_experts(config)
     for name, default in (("experts", None), ("fraction", 1)):
         if (value := getattr(pool, name)) != default:
             yield f"pool.{name}={value}: {shown} says how many experts there are; set moe.experts_per_layer instead"
     if pool.ends and pool.starts in ("ring", "sliding"):
         yield f"pool.ends={pool.ends}: unused with {shown}; set pool.ends=0"
     elif 2 * pool.ends > layers:
-        yield f"pool.ends={pool.ends}: both ends have more than model.num_layers={layers}; set at most {layers // 2}"
+        yield f"pool.ends={pool.ends}: both ends have more than {there}; set at most {layers // 2}"
     if pool.span > layers:
-        yield f"pool.span={pool.span}: more than model.num_layers={layers}; set at most {layers}"
+        yield f"pool.span={pool.span}: more than {there}; set at most {layers}"
 
 
 def _list_problems(config: Config, shown: str) -> Iterator[str]:
     assert isinstance(config.pool.starts, tuple)
-    starts, layers, total = config.pool.starts, config.model.num_layers, config.total_experts
+    starts, layers, total = config.pool.starts, config.mixture_layers, config.total_experts
     if len(starts) != layers:
-        yield f"{shown}: has {len(starts)} entries for model.num_layers={layers} layers; give one per layer"
+        yield f"{shown}: has {len(starts)} entries for {layers_with_experts(config)}; give one per layer"
     if config.pool.window is None:
         yield "pool.window=null: a list of pool.starts needs it; set how many experts a layer sees"
     if starts and max(starts) >= total:

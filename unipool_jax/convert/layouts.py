@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from unipool_jax.config.schema import Config
+from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.requests import LayoutName
 from unipool_jax.convert.weights import Weights
 
@@ -99,7 +100,7 @@ def _head_rows(shape: tuple[int, ...], index: int) -> View:
 
 def _twin(config: Config, weights: Weights) -> Layout:
     params, model = weights.params, config.model
-    layers, bank = params["pools"]["layers"], params["pools"]["bank"]
+    bank = params["pools"]["bank"]
     query_end = model.num_heads * config.head_size
     key_end = query_end + model.num_kv_heads * config.head_size
     tensors = {
@@ -108,31 +109,31 @@ def _twin(config: Config, weights: Weights) -> Layout:
         "output.weight": _unchanged(params["output"]),
     }
     for layer in range(model.num_layers):
-        at, name = (*divmod(layer, config.layers_per_pool), ...), f"layers.{layer}"
-        attention = layers["attention"]
+        own, name = _own(config, weights, layer), f"layers.{layer}"
+        attention = own["attention"]
         tensors |= {
-            f"{name}.attention_norm.weight": _unchanged(layers["attention_norm"][at]),
+            f"{name}.attention_norm.weight": _unchanged(own["attention_norm"]),
             f"{name}.attention.qkv.weight": FileTensor(
                 (2 * key_end - query_end, model.hidden_size),
                 [
-                    Part(lambda t: t[:query_end].T, attention["query"][at]),
-                    Part(lambda t: t[query_end:key_end].T, attention["key"][at]),
-                    Part(lambda t: t[key_end:].T, attention["value"][at]),
+                    Part(lambda t: t[:query_end].T, attention["query"]),
+                    Part(lambda t: t[query_end:key_end].T, attention["key"]),
+                    Part(lambda t: t[key_end:].T, attention["value"]),
                 ],
             ),
-            f"{name}.attention.out.weight": _transposed(attention["output"][at]),
-            f"{name}.ffn_norm.weight": _unchanged(layers["ffn_norm"][at]),
+            f"{name}.attention.out.weight": _transposed(attention["output"]),
+            f"{name}.ffn_norm.weight": _unchanged(own["ffn_norm"]),
         }
-        if config.moe.router == "none":
-            gate_DF, up_DF, down_FD = (bank[key][layer, 0] for key in ("gate", "up", "down"))
-            tensors[f"{name}.ffn.gate_up.weight"] = _gate_up(gate_DF, up_DF, (layer, 0))
-            tensors[f"{name}.ffn.down.weight"] = _transposed(down_FD, (layer, 0))
-        else:
-            tensors |= _router(config, weights, layer, f"{name}.ffn.router", scale="scale", scale_shape=())
-            if config.moe.shared_experts:
-                there = f"{name}.ffn.shared"
-                fc1, fc2 = f"{there}.block.gate_up.weight", f"{there}.block.down.weight"
-                tensors |= _shared(layers["shared"], at, fc1, fc2, f"{there}.gate.weight")
+        if "mixture" not in own:
+            tensors |= _block(config, weights, layer, f"{name}.ffn.gate_up.weight", f"{name}.ffn.down.weight")
+            continue
+        tensors |= _router(config, weights, layer, f"{name}.ffn.router", scale="scale", scale_shape=())
+        if "depth" in own:
+            tensors[f"{name}.depth"] = _unchanged(own["depth"])
+        if "shared" in own:
+            there = f"{name}.ffn.shared"
+            fc1, fc2 = f"{there}.block.gate_up.weight", f"{there}.block.down.weight"
+            tensors |= _shared(own["shared"], fc1, fc2, f"{there}.gate.weight")
     if config.moe.router == "none":
         return Layout(tensors, {})
     size = model.ffn_size
@@ -149,8 +150,10 @@ def _twin(config: Config, weights: Weights) -> Layout:
 
 
 def _megatron(config: Config, weights: Weights) -> Layout:
+    if config.moe.depth_vectors:
+        raise ConversionError("moe.depth_vectors=true: the published PyTorch code has no such vectors; use layout=twin")
     params, model = weights.params, config.model
-    layers, bank = params["pools"]["layers"], params["pools"]["bank"]
+    bank = params["pools"]["bank"]
     width, kv_heads, size = model.hidden_size, model.num_kv_heads, config.head_size
     per_group = model.num_heads // kv_heads
     qkv_shape = (kv_heads, per_group + 2, size, width)
@@ -161,12 +164,11 @@ def _megatron(config: Config, weights: Weights) -> Layout:
     }
     copies: dict[str, str] = {}
     for layer in range(model.num_layers):
-        pool, inner = divmod(layer, config.layers_per_pool)
-        at, name = (pool, inner, ...), f"decoder.layers.{layer}"
-        attention = {key: value[at] for key, value in layers["attention"].items()}
+        own, name = _own(config, weights, layer), f"decoder.layers.{layer}"
+        attention = own["attention"]
         # Rows run over key-value groups; each holds its queries, then its key, then its value.
         tensors |= {
-            f"{name}.self_attention.linear_qkv.layer_norm_weight": _unchanged(layers["attention_norm"][at]),
+            f"{name}.self_attention.linear_qkv.layer_norm_weight": _unchanged(own["attention_norm"]),
             f"{name}.self_attention.linear_qkv.weight": FileTensor(
                 (kv_heads * (per_group + 2) * size, width),
                 [
@@ -180,19 +182,19 @@ def _megatron(config: Config, weights: Weights) -> Layout:
             ),
             f"{name}.self_attention.linear_proj.weight": _transposed(attention["output"]),
         }
-        if config.moe.router == "none":
-            gate_DF, up_DF, down_FD = (bank[key][layer, 0] for key in ("gate", "up", "down"))
-            tensors[f"{name}.mlp.linear_fc1.layer_norm_weight"] = _unchanged(layers["ffn_norm"][at])
-            tensors[f"{name}.mlp.linear_fc1.weight"] = _gate_up(gate_DF, up_DF, (layer, 0))
-            tensors[f"{name}.mlp.linear_fc2.weight"] = _transposed(down_FD, (layer, 0))
+        if "mixture" not in own:
+            tensors[f"{name}.mlp.linear_fc1.layer_norm_weight"] = _unchanged(own["ffn_norm"])
+            fc1, fc2 = f"{name}.mlp.linear_fc1.weight", f"{name}.mlp.linear_fc2.weight"
+            tensors |= _block(config, weights, layer, fc1, fc2)
             continue
-        tensors[f"{name}.pre_mlp_layernorm.weight"] = _unchanged(layers["ffn_norm"][at])
+        tensors[f"{name}.pre_mlp_layernorm.weight"] = _unchanged(own["ffn_norm"])
         tensors |= _router(config, weights, layer, f"{name}.mlp.router", scale="norm_scale", scale_shape=(1,))
-        if config.moe.shared_experts:
+        if "shared" in own:
             there = f"{name}.mlp.shared_experts"
             fc1, fc2 = f"{there}.linear_fc1.weight", f"{there}.linear_fc2.weight"
-            tensors |= _shared(layers["shared"], at, fc1, fc2, f"{there}.gate_weight")
-        first = f"decoder.layers.{pool * config.layers_per_pool}"
+            tensors |= _shared(own["shared"], fc1, fc2, f"{there}.gate_weight")
+        pool, inner = divmod(layer - config.moe.dense_layers, config.layers_per_pool)
+        first = f"decoder.layers.{config.moe.dense_layers + pool * config.layers_per_pool}"
         for e in range(config.experts_per_pool):
             fc1, fc2 = f"mlp.experts.linear_fc1.weight{e}", f"mlp.experts.linear_fc2.weight{e}"
             if inner:
@@ -203,14 +205,32 @@ def _megatron(config: Config, weights: Weights) -> Layout:
     return Layout(tensors, copies)
 
 
-def _shared(
-    shared: dict[str, Any], at: tuple[Any, ...], gate_up: str, down: str, sigmoid_gate: str
-) -> dict[str, FileTensor]:
-    """The always-on experts of layer `at` under the names of a file."""
-    block = {key: array[at] for key, array in shared["block"].items()}
+def _own(config: Config, weights: Weights, layer: int) -> dict[str, Any]:
+    """What layer `layer` has to itself, as views: without the experts of its pool."""
+    first = config.moe.dense_layers
+    if layer < first:
+        return _taken(weights.params["dense"], (layer, ...))
+    return _taken(weights.params["pools"]["layers"], (*divmod(layer - first, config.layers_per_pool), ...))
+
+
+def _taken(tree: dict[str, Any], at: tuple[Any, ...]) -> dict[str, Any]:
+    return {key: _taken(value, at) if isinstance(value, dict) else value[at] for key, value in tree.items()}
+
+
+def _block(config: Config, weights: Weights, layer: int, gate_up: str, down: str) -> dict[str, FileTensor]:
+    """The one block of a dense layer, which in the dense model is an expert, under the names of a file."""
+    expert = None if config.moe.dense_layers else (layer, 0)
+    block = weights.params["pools"]["bank"] if expert else weights.params["dense"]["block"]
+    gate_DF, up_DF, down_FD = (block[key][expert or layer] for key in ("gate", "up", "down"))
+    return {gate_up: _gate_up(gate_DF, up_DF, expert), down: _transposed(down_FD, expert)}
+
+
+def _shared(shared: dict[str, Any], gate_up: str, down: str, sigmoid_gate: str) -> dict[str, FileTensor]:
+    """The always-on experts of one layer under the names of a file."""
+    block = shared["block"]
     tensors = {gate_up: _gate_up(block["gate"], block["up"], None), down: _transposed(block["down"])}
     if "sigmoid_gate" in shared:
-        tensors[sigmoid_gate] = _unchanged(shared["sigmoid_gate"][at])
+        tensors[sigmoid_gate] = _unchanged(shared["sigmoid_gate"])
     return tensors
 
 
@@ -218,7 +238,7 @@ def _router(
     config: Config, weights: Weights, layer: int, name: str, *, scale: str, scale_shape: tuple[int, ...]
 ) -> dict[str, FileTensor]:
     """Router weight, and NormRouter's scale and the selection bias if the model has them, of one layer."""
-    at = (*divmod(layer, config.layers_per_pool), ...)
+    at = (*divmod(layer - config.moe.dense_layers, config.layers_per_pool), ...)
     mixture = weights.params["pools"]["layers"]["mixture"]
     tensors = {f"{name}.weight": _unchanged(mixture["router"][at])}
     if "scale" in mixture:

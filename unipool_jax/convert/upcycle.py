@@ -28,7 +28,12 @@ from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.weights import Weights, empty_weights
 from unipool_jax.moe.routing import norm_constant
 
-_AROUND = ("moe.shared_experts", "moe.shared_expert_gate")
+_AROUND = frozenset(
+    (
+        *("moe.shared_experts", "moe.shared_expert_gate", "moe.depth_vectors"),
+        *("moe.dense_layers", "moe.dense_ffn_size"),
+    )
+)
 """Settings of what a layer has around its routed experts; their weights are copied."""
 
 
@@ -64,6 +69,8 @@ def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0
     backbone = ("embedding", "output", "final_norm")
     for name in backbone:
         new.params[name][...] = weights.params[name]
+    if config.moe.dense_layers:
+        jax.tree.map(np.copyto, new.params["dense"], weights.params["dense"])
     old_layers, new_layers = weights.params["pools"]["layers"], new.params["pools"]["layers"]
     for name in old_layers.keys() - {"mixture"}:
         old_tree, new_tree = old_layers[name], new_layers[name]
@@ -93,7 +100,7 @@ def _bias_by_layer(weights: Weights) -> np.ndarray:
 
 def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
     """Copies of each layer's block, with outputs scaled by 1 / the sum of a token's gates."""
-    layers, groups, experts = target.model.num_layers, target.pool.groups, target.experts_per_pool
+    layers, groups, experts = target.mixture_layers, target.pool.groups, target.experts_per_pool
     router, top_k = target.moe.router, target.moe.top_k
     old, bank = weights.params["pools"]["bank"], new.params["pools"]["bank"]
     if router == "none":
@@ -126,7 +133,7 @@ def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
 
 def _norm_from_dense(old: dict[str, Any], target: Config, new: Weights) -> None:
     """Each layer gets an equal range of its pool, all copies of its block, and routes to two of them with gate 1."""
-    layers, experts, sharing = target.model.num_layers, target.experts_per_pool, target.layers_per_pool
+    layers, experts, sharing = target.mixture_layers, target.experts_per_pool, target.layers_per_pool
     own = experts // sharing
     if own < 2:
         raise ConversionError(
@@ -171,7 +178,7 @@ def _regroup(config: Config, weights: Weights, target: Config, new: Weights) -> 
         array[...] = weights.params["pools"]["bank"][name].reshape(array.shape)
     ours, theirs = _mixture(new), _mixture(weights)
     few, many = config.experts_per_pool, target.experts_per_pool
-    for layer in range(config.model.num_layers):
+    for layer in range(config.mixture_layers):
         # Experts are numbered across all pools; each layer sees one range of them before and one after.
         old_start = layer // config.layers_per_pool * few
         new_start = layer // target.layers_per_pool * many

@@ -47,10 +47,18 @@ def recompute(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def rematerialized(
-    config: Config, policy: Literal["moe", "full"], function: Callable[..., Result]
+    config: Config, policy: Literal["moe", "full"], function: Callable[..., Result], *, in_pool: bool = True
 ) -> Callable[..., Result]:
-    """`function`, recomputed in the backward pass if model.remat is this policy and nothing around it is recomputed."""
-    return recompute(function) if config.model.remat == policy and not _recomputes_stage(config) else function
+    """`function`, recomputed in the backward pass if model.remat is this policy and nothing around it is recomputed.
+
+    Args:
+      config: of the model.
+      policy: the value of model.remat that recomputes the function.
+      function: of positional arguments.
+      in_pool: whether it is part of a pool's layers, which may be recomputed as a whole.
+    """
+    around = in_pool and _recomputes_stage(config)
+    return recompute(function) if config.model.remat == policy and not around else function
 
 
 def _regathers(config: Config) -> bool:

@@ -14,7 +14,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.model.transformer import LayerInputs, Transformer
 from unipool_jax.moe.mixture import Selection
 
-_ALWAYS_ACTIVE = ("embeddings", "attention", "norms", "shared_experts")
+_ALWAYS_ACTIVE = ("embeddings", "attention", "norms", "shared_experts", "dense_blocks", "depth_vectors")
 """Kinds of parameters that every token uses."""
 
 
@@ -30,7 +30,7 @@ def count_parameters(config: Config) -> dict[str, int]:
         counts["routers"] = sum(config.widths) * config.model.hidden_size
     per_expert = counts["experts"] // config.total_experts
     total = sum(counts.values())
-    active_experts = per_expert * config.moe.top_k * config.model.num_layers
+    active_experts = per_expert * config.moe.top_k * config.mixture_layers
     active = active_experts + sum(counts.get(kind, 0) for kind in _ALWAYS_ACTIVE)
     return counts | {"total": total, "active": active}
 
@@ -48,9 +48,11 @@ def _kind(path: list[str]) -> str:
         return "experts"
     if "shared" in path:
         return "shared_experts"
+    if "block" in path:
+        return "dense_blocks"
     if path[-2:-1] == ["attention"]:
         return "attention"
-    return {"router": "routers", "scale": "scales"}.get(path[-1], "norms")
+    return {"router": "routers", "scale": "scales", "depth": "depth_vectors"}.get(path[-1], "norms")
 
 
 def _windows(config: Config) -> list[str]:
@@ -59,9 +61,13 @@ def _windows(config: Config) -> list[str]:
     if visible_LM is None:
         return []
     columns = np.array_split(visible_LM, min(96, visible_LM.shape[1]), axis=1)
-    rows = ["".join("#" if part[layer].any() else "." for part in columns) for layer in range(len(visible_LM))]
+    rows = ["".join("#" if part[row].any() else "." for part in columns) for row in range(len(visible_LM))]
+    first = config.moe.dense_layers
     starts = config.pool.starts if isinstance(config.pool.starts, str) else "given"
-    return [f"  experts that each layer sees ({starts})", *(f"  {layer:>3}  {row}" for layer, row in enumerate(rows))]
+    return [
+        f"  experts that each layer sees ({starts})",
+        *(f"  {layer:>3}  {row}" for layer, row in enumerate(rows, first)),
+    ]
 
 
 def describe(config: Config) -> str:
@@ -77,9 +83,10 @@ def describe(config: Config) -> str:
         experts |= {"starts": list(config.windows.starts), "widths": list(config.windows.widths)}
         exposure = config.windows.exposure()
         experts["layers_per_expert"] = [int(exposure.min()), float(exposure.mean()), int(exposure.max())]
-    model = config.model
+    model, dense = config.model, config.moe.dense_layers
+    first = f", the first {dense} dense of width {config.dense_width}" if dense else ""
     lines = [
-        f"{config.scale_name} {config.method_name}: {model.num_layers} layers x {model.hidden_size}, "
+        f"{config.scale_name} {config.method_name}: {model.num_layers} layers x {model.hidden_size}{first}, "
         f"{experts['total']} experts of width {model.ffn_size} in {experts['pools']} pool(s) of {experts['per_pool']}, "
         f"router {config.moe.router}, top-{config.moe.top_k}, vocabulary {model.vocab_size:,}",
         *_windows(config),

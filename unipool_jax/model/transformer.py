@@ -1,5 +1,7 @@
 """The language model: embedding, a scan over pools, inside it a scan over the layers that share one, output head.
 
+With moe.dense_layers a scan over layers without a pool comes first.
+
 G = 1 pool is UniPool, G = L pools is the ordinary per-layer mixture, and a pool of one expert per layer without a
 router is the dense model: one structure for all of them.
 
@@ -25,6 +27,7 @@ from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
 from unipool_jax.moe.mixture import RouterParameters, RouterWeights, Selection, mixture
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.moe.shared_experts import SharedExperts, SharedWeights
+from unipool_jax.moe.swiglu import SwiGLU
 from unipool_jax.moe.visibility import layer_windows
 from unipool_jax.parallel.head import Head
 from unipool_jax.parallel.linear import lookup
@@ -48,6 +51,8 @@ class LayerWeights(NamedTuple):
     """None in the dense model."""
     shared: SharedWeights | None
     """None without moe.shared_experts."""
+    depth_D: jax.Array | None
+    """What is added to the input of router and experts; None without moe.depth_vectors."""
 
 
 class LayerInputs(NamedTuple):
@@ -107,10 +112,26 @@ def layer(
     attended_BSD, cache = attention(model, normed_BSD, weights.attention, inputs.cache, positions.start_B)
     hidden_BSD = hidden_BSD + attended_BSD
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
+    if weights.depth_D is not None:
+        # In float32, as the norm is: so is the gradient of the vector, a sum over all tokens.
+        normed_BSD = (normed_BSD.astype(jnp.float32) + weights.depth_D).astype(normed_BSD.dtype)
     block = rematerialized(config, "moe", functools.partial(mixture, config))
     mixed = block(normed_BSD, weights.router, weights.shared, inputs.selection, experts, positions.counted_BS)
     hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
     return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.experts_NK)
+
+
+def _without_experts(module: Layer | DenseLayer) -> LayerWeights:
+    """Creates what every layer has: attention and norms."""
+    model, ones, width = module.config.model, nn.initializers.ones, (module.config.model.hidden_size,)
+    return LayerWeights(
+        attention_norm_D=module.param("attention_norm", ones, width, jnp.float32),
+        attention=Attention(model, name="attention")(),
+        ffn_norm_D=module.param("ffn_norm", ones, width, jnp.float32),
+        router=None,
+        shared=None,
+        depth_D=None,
+    )
 
 
 class Layer(nn.Module):
@@ -127,20 +148,41 @@ class Layer(nn.Module):
         positions: Positions,
         inputs: LayerInputs,
     ) -> tuple[tuple[jax.Array, Bank | None], LayerOutputs]:
-        config, ones, width = self.config, nn.initializers.ones, (self.config.model.hidden_size,)
-        weights = LayerWeights(
-            attention_norm_D=self.param("attention_norm", ones, width, jnp.float32),
-            attention=Attention(config.model, name="attention")(),
-            ffn_norm_D=self.param("ffn_norm", ones, width, jnp.float32),
-            router=None if config.moe.router == "none" else RouterParameters(config, name="mixture")(),
-            shared=SharedExperts(config, name="shared")() if config.moe.shared_experts else None,
-        )
+        config, zeros, width = self.config, nn.initializers.zeros, (self.config.model.hidden_size,)
+        weights = _without_experts(self)
+        if config.moe.router != "none":
+            weights = weights._replace(router=RouterParameters(config, name="mixture")())
+        if config.moe.shared_experts:
+            weights = weights._replace(shared=SharedExperts(config, name="shared")())
+        if config.moe.depth_vectors:
+            weights = weights._replace(depth_D=self.param("depth", zeros, width, jnp.float32))
         hidden_BSD, accumulator = carry
         function = rematerialized(config, "full", functools.partial(layer, config))
         hidden_BSD, experts, outputs = function(hidden_BSD, weights, inputs, positions, Experts(bank, accumulator))
         if not self.keep_routing:
             outputs = outputs._replace(experts_NK=None)
         return (hidden_BSD, experts.accumulator), outputs
+
+
+class DenseLayer(nn.Module):
+    """A layer with one block in place of experts: the body of the scan over the first layers.
+
+    To `layer` the block is the bank of a dense model, of one expert.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, hidden_BSD: jax.Array, positions: Positions, cache: KeyValueCache | None
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        config = self.config
+        weights, block = _without_experts(self), SwiGLU(config.model, config.dense_width, name="block")()
+        inputs = LayerInputs(Selection(jnp.zeros((1,), jnp.float32)), cache)
+        experts = Experts(Bank(*(weight[None] for weight in block)), None)
+        function = rematerialized(config, "full", functools.partial(layer, config), in_pool=False)
+        hidden_BSD, _, outputs = function(hidden_BSD, weights, inputs, positions, experts)
+        return hidden_BSD, outputs.cache
 
 
 class PoolStage(nn.Module):
@@ -189,7 +231,9 @@ class ModelOutput(NamedTuple):
     head: Head
     """What logits and losses are made of."""
     layers: LayerOutputs
-    """Stacked to `[G, L/G, ...]`."""
+    """Of the layers with experts, stacked to `[G, L/G, ...]`."""
+    dense_cache: KeyValueCache | None
+    """`LayerOutputs.cache` of the first moe.dense_layers, stacked."""
     experts: Experts | None
     """The experts that the caller gave, for the next micro-batch."""
 
@@ -198,7 +242,8 @@ class Transformer(nn.Module):
     """Decoder-only language model over one or more expert pools.
 
     Parameters are float32; per-layer ones are stacked as `[G, L/G, ...]`, the bank as `[G, E, ...]`, so each pool
-    exists once in parameters, gradients and optimizer state.
+    exists once in parameters, gradients and optimizer state. Those of the first moe.dense_layers are stacked by
+    themselves, and are no part of L here.
     """
 
     config: Config
@@ -212,14 +257,16 @@ class Transformer(nn.Module):
         inputs: LayerInputs,
         positions: Positions = EVERY_POSITION,
         experts: Experts | None = None,
+        dense_cache: KeyValueCache | None = None,
     ) -> ModelOutput:
         """Apply the model.
 
         Args:
           tokens_BS: token ids, int32.
-          inputs: of every layer, stacked.
+          inputs: of every layer with experts, stacked.
           positions: of the tokens.
           experts: for G = 1, the pool's experts, `[1, ...]`, in place of those that the parameters hold.
+          dense_cache: `LayerInputs.cache` of the first moe.dense_layers, stacked.
         """
         config, model = self.config, self.config.model
         init = nn.initializers.normal(model.init_std)
@@ -227,6 +274,17 @@ class Transformer(nn.Module):
         embedding_VD = self.param("embedding", init, table_shape, jnp.float32)
         hidden_BSD = lookup(embedding_VD, tokens_BS, ("vocab", "embed"), model.compute_dtype)
         hidden_BSD = constrain(hidden_BSD, "batch", None, None)
+
+        if config.moe.dense_layers:
+            dense = nn.scan(
+                DenseLayer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=config.moe.dense_layers,
+                check_constancy_invariants=self.is_initializing(),
+            )
+            hidden_BSD, dense_cache = dense(config, name="dense")(hidden_BSD, positions, dense_cache)
 
         pools = nn.scan(
             without_gathered_weights(config, PoolStage),
@@ -246,7 +304,7 @@ class Transformer(nn.Module):
         # Groups of the Switch loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
         batch, sequences = tokens_BS.shape[0], config.loss.switch_group_sequences
         stats = outputs.stats.grouped(batch // sequences if batch % sequences == 0 else 1)
-        return ModelOutput(Head(hidden_BSD, output_VD), outputs._replace(stats=stats), experts)
+        return ModelOutput(Head(hidden_BSD, output_VD), outputs._replace(stats=stats), dense_cache, experts)
 
 
 def apply(
@@ -257,10 +315,11 @@ def apply(
     positions: Positions = EVERY_POSITION,
     experts: Experts | None = None,
     keep_routing: bool = False,
+    dense_cache: KeyValueCache | None = None,
 ) -> ModelOutput:
     """`Transformer` as a function of its parameters; arguments as there. With `experts` the parameters need no bank."""
     model: Any = Transformer(config, keep_routing)
-    output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, positions, experts)
+    output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, positions, experts, dense_cache)
     return output
 
 
@@ -276,12 +335,25 @@ def forward(
     return output.head.logits(), output.layers.stats
 
 
-def empty_cache(config: Config, batch_size: int, length: int) -> KeyValueCache:
+class ModelCache(NamedTuple):
+    """Keys and values of all layers."""
+
+    layers: KeyValueCache
+    """Of the layers with experts, `[G, L/G, ...]`."""
+    dense: KeyValueCache | None
+    """Of the first moe.dense_layers, `[n, ...]`; None without."""
+
+
+def empty_cache(config: Config, batch_size: int, length: int) -> ModelCache:
     """A cache for `length` positions of `batch_size` rows, in the compute dtype."""
-    model = config.model
-    rows = (config.pool.groups, config.layers_per_pool, batch_size, length)
-    zeros = jnp.zeros((*rows, model.num_kv_heads, config.head_size), model.compute_dtype)
-    return KeyValueCache(zeros, zeros)
+    model, moe = config.model, config.moe
+
+    def zeros(*layers: int) -> KeyValueCache:
+        shape = (*layers, batch_size, length, model.num_kv_heads, config.head_size)
+        return KeyValueCache(jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype))
+
+    dense = zeros(moe.dense_layers) if moe.dense_layers else None
+    return ModelCache(zeros(config.pool.groups, config.layers_per_pool), dense)
 
 
 def forward_cached(
@@ -289,16 +361,16 @@ def forward_cached(
     params: Any,
     tokens_BS: ArrayLike,
     expert_bias_GNE: jax.Array,
-    cache: KeyValueCache,
+    cache: ModelCache,
     start_B: jax.Array,
     score_factor_GNE: jax.Array | None = None,
-) -> tuple[jax.Array, KeyValueCache]:
+) -> tuple[jax.Array, ModelCache]:
     """`forward` for tokens that follow those in `cache`: the same logits, float32 `[B, S, V]`, and the new cache.
 
     Row b holds positions `start_B[b] .. start_B[b] + S - 1`, which must lie within the cache; the cache must hold all
     positions before them. Tokens of padding behind a row are harmless if later calls overwrite them in order.
     """
-    inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE), cache)
-    output = apply(config, params, tokens_BS, inputs, Positions(start_B))
+    inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE), cache.layers)
+    output = apply(config, params, tokens_BS, inputs, Positions(start_B), dense_cache=cache.dense)
     assert output.layers.cache is not None
-    return output.head.logits(), output.layers.cache
+    return output.head.logits(), ModelCache(output.layers.cache, output.dense_cache)

@@ -54,7 +54,7 @@ def score_factors(config: Config, candidate: Candidate | None) -> jax.Array | No
     """
     if candidate is None:
         return None
-    own_LM = candidate.owner_M == jnp.arange(config.model.num_layers)[:, None]
+    own_LM = candidate.owner_M == jnp.arange(config.mixture_layers)[:, None]
     return jnp.where(own_LM | (candidate.owner_M < 0), 1.0, 1.0 - candidate.fade)[None]
 
 

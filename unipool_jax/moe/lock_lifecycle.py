@@ -89,7 +89,7 @@ class LockRecord:
 
 def new_record(config: Config) -> LockRecord:
     """The record of a run before its first step; with random ownership from the start the lock is in it."""
-    record = LockRecord(_settings(config), config.train.lengths[0], config.model.num_layers, config.total_experts)
+    record = LockRecord(_settings(config), config.train.lengths[0], config.mixture_layers, config.total_experts)
     if config.lock.ownership != "random_from_start":
         return record
     drawn = random_assignment(np.zeros((record.layers, record.experts)), config.train.seed)
@@ -234,7 +234,7 @@ def problems(config: Config, record: LockRecord, step: int) -> list[str]:
             found.append(f"lock.{name}={wanted.get(name)}: it was {kept.get(name)} when the run began")
     for name, was, now in (
         ("train.steps", record.steps, config.train.lengths[0]),
-        ("model.num_layers", record.layers, config.model.num_layers),
+        ("model.num_layers", record.layers, config.mixture_layers),
         ("pool.experts", record.experts, config.total_experts),
     ):
         if was != now:

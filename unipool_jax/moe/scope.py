@@ -35,7 +35,7 @@ def _visible(config: Config) -> np.ndarray:
     """Whether a layer sees an expert, bool `[L, M]`; experts of all pools are counted through."""
     if (windows_LM := config.visible) is not None:
         return windows_LM
-    pool_L = np.arange(config.model.num_layers) // config.layers_per_pool
+    pool_L = np.arange(config.mixture_layers) // config.layers_per_pool
     pool_M = np.arange(config.total_experts) // config.experts_per_pool
     return pool_L[:, None] == pool_M
 

@@ -32,11 +32,12 @@ def flops_per_token(config: Config) -> float:
     width, head = model.hidden_size, config.head_size
     attention = 2 * width * model.num_heads * head + 2 * width * model.num_kv_heads * head
     experts_visited = 1 if config.moe.router == "none" else config.moe.top_k
-    widths = config.widths or (config.router_width,) * model.num_layers
+    widths = config.widths or (config.router_width,) * config.mixture_layers
     routers = 0 if config.moe.router == "none" else width * sum(widths)
     gates = width if config.moe.shared_expert_gate else 0
-    per_layer = attention + 3 * width * (experts_visited * model.ffn_size + config.shared_width) + gates
-    weights = model.num_layers * per_layer + routers + width * model.vocab_size
+    per_mixture = 3 * width * (experts_visited * model.ffn_size + config.shared_width) + gates
+    blocks = config.mixture_layers * per_mixture + config.moe.dense_layers * 3 * width * config.dense_width
+    weights = model.num_layers * attention + blocks + routers + width * model.vocab_size
     scores = model.num_layers * model.num_heads * head * config.data.sequence_length
     return 6.0 * weights + 6.0 * scores
 

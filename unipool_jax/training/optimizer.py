@@ -16,8 +16,8 @@ import optax
 
 from unipool_jax.config.schema import OptimizerConfig
 
-GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale"})
-"""Parameter names of RMSNorm gains and router scales."""
+GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale", "depth"})
+"""Parameter names of RMSNorm gains, router scales and depth vectors."""
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
@@ -107,7 +107,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for parameters with weight decay, False for norm gains and router scales.
+    """True for parameters with weight decay, False for norm gains, router scales and depth vectors.
 
     Decided by name, because layers are stacked along leading axes and a stacked gain has as many axes as a matrix.
     """

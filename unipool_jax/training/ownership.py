@@ -43,7 +43,7 @@ def ownership_metrics(
       counts_LM: routing counts per layer and expert of the pool.
       unfaded_LM: the same without fading.
     """
-    layers = config.model.num_layers
+    layers = config.mixture_layers
     reach_LM = _reach(before)
     partition = after.lock or after.candidate
     violations = 0

@@ -108,7 +108,7 @@ def balance_loss(config: Config, stats: RoutingStats, micro: MicroBatch) -> jax.
     if loss.balance == "pool":
         load = load_shares(config, stats.counts_AE) if load_GE is None else load_GE
         # In a locked layer each of f and P is L times what it is as a mean over the layers of the pool (method M6.7).
-        coefficient: float | jax.Array = loss.pool_coefficient / (config.model.num_layers if config.locked else 1)
+        coefficient: float | jax.Array = loss.pool_coefficient / (config.mixture_layers if config.locked else 1)
         if loss.pool_warmup_fraction:
             risen = micro.step.astype(jnp.float32) / (loss.pool_warmup_fraction * config.train.lengths[0])
             coefficient = coefficient * jnp.minimum(risen, 1.0)
@@ -258,8 +258,8 @@ def _zero_metrics(config: Config) -> Metrics:
         losses.append("loss/entropy")
     return dict.fromkeys(losses, jnp.zeros((), jnp.float32)) | {
         "overflow": jnp.zeros((), jnp.int32),
-        "received_L": jnp.zeros(config.model.num_layers, jnp.int32),
-        "zero_gates_L": jnp.zeros(config.model.num_layers, jnp.int32),
+        "received_L": jnp.zeros(config.mixture_layers, jnp.int32),
+        "zero_gates_L": jnp.zeros(config.mixture_layers, jnp.int32),
     }
 
 
@@ -299,7 +299,7 @@ def updated_state(
         "grad_norm": grad_norm,
         "learning_rate": next_learning_rate(config.optimizer, config.train.lengths, state.opt_state),
         "finite": finite,
-        "counts_LE": found.counts_GNE.reshape(config.model.num_layers, -1),
+        "counts_LE": found.counts_GNE.reshape(config.mixture_layers, -1),
     }
     router = params["pools"]["layers"].get("mixture", {})
     if "scale" in router:
@@ -357,7 +357,7 @@ def make_eval_step(
         losses_BS = output.head.token_losses(batch.targets)
 
         def by_layer(counts_GNAE: jax.Array) -> jax.Array:
-            return jnp.sum(counts_GNAE, axis=2).reshape(config.model.num_layers, -1)
+            return jnp.sum(counts_GNAE, axis=2).reshape(config.mixture_layers, -1)
 
         return EvalSums(
             loss_B=jnp.sum(losses_BS * batch.weights, axis=1),
