@@ -145,9 +145,12 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # Counting
 
 
-@pytest.mark.parametrize("method", ["unipool", "vanilla", "dense"])
-def test_state_bytes_are_those_of_the_parameter_tree(method: str) -> None:
-    config = compose_config(["scale=182m", f"method={method}"])
+AROUND = ("moe.shared_experts=1", "moe.shared_expert_gate=true", "moe.dense_layers=2")
+
+
+@pytest.mark.parametrize("words", [("unipool",), ("vanilla",), ("dense",), ("unipool", *AROUND)], ids=" ".join)
+def test_state_bytes_are_those_of_the_parameter_tree(words: tuple[str, ...]) -> None:
+    config = compose_config(["scale=182m", f"method={words[0]}", *words[1:]])
     counts = work.count(config, dict.fromkeys(AXES, 1), parse_topology("v5p:1x1x1"))
     parameters = count_parameters(config)
     matrices = parameters["total"] - parameters["norms"] - parameters["scales"]
@@ -358,6 +361,7 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         ("vanilla", ("loss.switch_group_sequences=8",)),
         ("vanilla", ("loss.switch_group_sequences=8", "model.remat=none")),
         ("unipool", ("pool.groups=2", "model.remat=moe")),
+        ("unipool", (*AROUND, "model.remat=moe")),
     ],
 )
 def test_counted_collectives_are_those_compiled(method: str, more: tuple[str, ...]) -> None:

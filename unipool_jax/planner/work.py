@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -108,6 +109,18 @@ class _Sizes:
         return 3 * model.hidden_size * model.ffn_size * own / self.sizes["tensor"]
 
     @property
+    def block_width(self) -> float:
+        """Hidden width, mean over layers, of what every token visits: always-on experts and blocks of dense layers."""
+        config = self.config
+        widths = config.mixture_layers * config.shared_width + config.moe.dense_layers * config.dense_width
+        return widths / config.model.num_layers
+
+    @property
+    def block_weights(self) -> float:
+        """Weights of such a block, mean over layers."""
+        return 3 * self.config.model.hidden_size * self.block_width
+
+    @property
     def attention_weights(self) -> float:
         model = self.config.model
         return 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * self.config.head_size)
@@ -127,7 +140,7 @@ def _passes(at: _Sizes) -> tuple[int, int]:
 def count(config: Config, sizes: dict[str, int], topology: Topology) -> Counts:
     """Count a step of `config` on a mesh of these axis sizes."""
     at = _Sizes(config, sizes, topology)
-    parameters, bank_parameters = _parameters(config, sizes)
+    parameters, bank_parameters = _parameters(at)
     return Counts(
         (*_layers(at), *_ends(at), Work("optimiser", 0.0, 0.0, (parameters + bank_parameters) * 8 * WIDE)),
         tuple(message for message in _messages(at) if message.sent_bytes),
@@ -138,13 +151,14 @@ def count(config: Config, sizes: dict[str, int], topology: Topology) -> Counts:
     )
 
 
-def _parameters(config: Config, sizes: dict[str, int]) -> tuple[float, float]:
+def _parameters(at: _Sizes) -> tuple[float, float]:
     """Parameters per device outside and inside the pools, without vectors."""
-    model = config.model
+    config, sizes, model = at.config, at.sizes, at.config.model
     experts = 1 if config.moe.router == "none" else sizes["expert"]
     matrices = 2 * model.vocab_size * model.hidden_size
-    matrices += model.num_layers * 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * config.head_size)
-    routers = 0 if config.moe.router == "none" else model.num_layers * config.experts_per_pool * model.hidden_size
+    matrices += model.num_layers * (at.attention_weights + at.block_weights)
+    rows = 0 if config.moe.router == "none" else config.experts_per_pool + config.moe.shared_expert_gate
+    routers = config.mixture_layers * rows * model.hidden_size
     bank = 3 * model.hidden_size * model.ffn_size * config.total_experts
     split = sizes["fsdp"] * sizes["tensor"]
     return matrices / split + routers / sizes["fsdp"], bank / (split * experts)
@@ -152,9 +166,9 @@ def _parameters(config: Config, sizes: dict[str, int]) -> tuple[float, float]:
 
 def _layers(at: _Sizes) -> tuple[Work, ...]:
     config, tensor, n = at.config, at.sizes["tensor"], at.tokens
-    model, width, layers = config.model, config.model.hidden_size, config.model.num_layers * config.num_microbatches
+    model, width, micro = config.model, config.model.hidden_size, config.num_microbatches
     forward, mixture = _passes(at)
-    work = []
+    work, mixtures = [], []
 
     weights = at.attention_weights / tensor
     moved = NARROW * (weights + n * (4 * width + 2 * model.num_kv_heads * config.head_size) / tensor)
@@ -179,17 +193,27 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
 
     # Two norms, two residual sums and rotary positions, in float32 between bfloat16 arrays.
     work.append(Work("norms and sums", 0.0, 0.0, 10 * n * width * NARROW * (forward + 2)))
+    if at.block_width:
+        hidden, weights = at.block_width / tensor, at.block_weights / tensor
+        flops = 2 * n * weights * (mixture + 2)
+        # Gate, up and their product are written, and the product is read again.
+        moved = NARROW * (weights + n * (2 * width + 4 * hidden)) * (mixture + 2)
+        work.append(Work("blocks of every token", flops, flops, moved))
     if config.moe.router != "none":
         experts = config.experts_per_pool
         flops = 2 * n * width * experts
         moved = n * (width * NARROW + 4 * experts * WIDE)
-        work.append(Work("router", flops * (mixture + 2), flops * (mixture + 2), moved * (mixture + 2)))
+        mixtures.append(Work("router", flops * (mixture + 2), flops * (mixture + 2), moved * (mixture + 2)))
         # Rows are sorted, sent, received and combined; receive buffers are cleared first.
         buffer = at.received if at.sizes["expert"] > 1 else 0
         moved = NARROW * width * (8 * at.rows + 2 * buffer)
-        work.append(Work("dispatch", 0.0, 0.0, moved * (mixture + 1)))
-    work.extend(_expert_work(at, mixture))
-    return tuple(item._replace(**{f: getattr(item, f) * layers for f in Work._fields[1:]}) for item in work)
+        mixtures.append(Work("dispatch", 0.0, 0.0, moved * (mixture + 1)))
+    mixtures.extend(_expert_work(at, mixture))
+    return (*_times(work, model.num_layers * micro), *_times(mixtures, config.mixture_layers * micro))
+
+
+def _times(work: Iterable[Work], times: int) -> tuple[Work, ...]:
+    return tuple(item._replace(**{f: getattr(item, f) * times for f in Work._fields[1:]}) for item in work)
 
 
 def _expert_work(at: _Sizes, passes: int) -> tuple[Work, Work]:
@@ -248,13 +272,13 @@ def _ends(at: _Sizes) -> tuple[Work, ...]:
 
 def _bank_traffic(at: _Sizes) -> float:
     _, mixture = _passes(at)
-    layers = at.config.model.num_layers * at.config.num_microbatches
+    layers = at.config.mixture_layers * at.config.num_microbatches
     return layers * at.bank * (NARROW * (mixture + 1) + 2 * WIDE)
 
 
 def _messages(at: _Sizes) -> list[Message]:
     config, sizes, model = at.config, at.sizes, at.config.model
-    micro, layers = config.num_microbatches, config.model.num_layers
+    micro, layers, mixtures = config.num_microbatches, config.model.num_layers, config.mixture_layers
     counting = int(counts_before_gradient(config))
     forward, mixture = _passes(at)
     shared = shares_one_bank(config)
@@ -265,6 +289,8 @@ def _messages(at: _Sizes) -> list[Message]:
     sums = 1 if shared else config.pool.groups * micro
     dense = at.attention_weights / sizes["tensor"] * NARROW
     routers = 0 if config.moe.router == "none" else config.experts_per_pool * model.hidden_size * NARROW
+    routers *= mixtures / layers
+    blocks = at.block_weights / sizes["tensor"] * NARROW
     head = model.vocab_size * model.hidden_size * NARROW
     tables = head + head / sizes["tensor"]
     again = 2 if model.remat == "full" or (model.remat == "moe" and config.pool.groups > 1) else 1
@@ -282,6 +308,15 @@ def _messages(at: _Sizes) -> list[Message]:
             "layers, gathered", "all-gather", ("fsdp",), layers * micro * (again + counting), (dense + routers) * fsdp
         ),
         *_reduced("layers", layers * micro, layers * micro, (dense + routers) / NARROW, sizes),
+        # A part of the mixture block, which remat=moe computes again.
+        Message(
+            "blocks of every token, gathered",
+            "all-gather",
+            ("fsdp",),
+            layers * micro * (1 + (model.remat != "none") + counting),
+            blocks * fsdp,
+        ),
+        *_reduced("blocks of every token", layers * micro, layers * micro, blocks / NARROW, sizes),
         Message("tables, gathered", "all-gather", ("fsdp",), micro, tables * fsdp),
         # The compiler hoists reductions of gradients that accumulate over micro-batches out of their loop, unless
         # another loop lies in between.
@@ -289,19 +324,19 @@ def _messages(at: _Sizes) -> list[Message]:
     ]
     if config.moe.router != "none" and at.transport == "ragged":
         rows = at.rows * model.hidden_size * NARROW * _other(sizes, "expert")
-        found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * layers * micro * (mixture + 1), rows))
+        found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * mixtures * micro * (mixture + 1), rows))
     elif config.moe.router != "none" and at.transport == "all_gather":
         # Every device gets all tokens, and the outputs of their experts are summed. The sum is not recomputed.
         tokens = at.tokens * model.hidden_size * (sizes["expert"] - 1)
         outputs = tokens * (NARROW if config.moe.top_k == 1 else WIDE)
         found += [
-            Message("tokens, gathered", "all-gather", ("expert",), layers * micro * mixture, tokens * NARROW),
-            Message("outputs, summed", "reduce-scatter", ("expert",), layers * micro * (1 + counting), outputs),
-            Message("outputs, gradient gathered", "all-gather", ("expert",), layers * micro, outputs),
-            Message("tokens, gradient summed", "reduce-scatter", ("expert",), layers * micro, tokens * NARROW),
+            Message("tokens, gathered", "all-gather", ("expert",), mixtures * micro * mixture, tokens * NARROW),
+            Message("outputs, summed", "reduce-scatter", ("expert",), mixtures * micro * (1 + counting), outputs),
+            Message("outputs, gradient gathered", "all-gather", ("expert",), mixtures * micro, outputs),
+            Message("tokens, gradient summed", "reduce-scatter", ("expert",), mixtures * micro, tokens * NARROW),
         ]
     if sizes["tensor"] > 1:
-        sums_of_rows = 2 * layers * micro * (forward + 1)
+        sums_of_rows = (2 * layers + (mixtures if config.moe.shared_experts else 0)) * micro * (forward + 1)
         values = 2 * at.tokens * model.hidden_size * NARROW * _other(sizes, "tensor")
         found.append(Message("tensor sums", "all-reduce", ("tensor",), sums_of_rows, values))
     return found
@@ -332,7 +367,7 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     config, sizes, model, n = at.config, at.sizes, at.config.model, at.tokens
     shared = shares_one_bank(config)
     pools = 1 if shared else config.pool.groups
-    _, bank_parameters = _parameters(config, sizes)
+    _, bank_parameters = _parameters(at)
     # The gathered bank and its float32 gradient, not sharded over fsdp; of per-layer pools one at a time, plus the
     # sharded gradient of all.
     gathered = (NARROW + WIDE) * at.bank * (pools if sizes["fsdp"] == 1 or model.remat == "none" else 1)
@@ -343,6 +378,8 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     scores = n * config.data.sequence_length * SEEN * model.num_heads / sizes["tensor"]
     mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * NARROW
     products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * NARROW
+    block = n * at.block_width / sizes["tensor"] * NARROW
+    products, mixture = products + 2 * block, mixture + 8 * block
     kept = {"full": hidden, "moe": 8 * hidden + 6 * scores, "none": 10 * hidden + 6 * scores + products}
     working = 10 * hidden + 8 * scores + mixture
     logits = n * model.vocab_size / sizes["tensor"] * (WIDE + NARROW)
@@ -358,6 +395,7 @@ def _evaluation(at: _Sizes) -> float:
     hidden = at.tokens * model.hidden_size * NARROW
     scores = at.tokens * config.data.sequence_length * model.num_heads / sizes["tensor"] / QUERY_BLOCKS
     rows = at.received * (model.ffn_size / sizes["tensor"] + 2 * model.hidden_size) * NARROW
+    rows += at.tokens * at.block_width / sizes["tensor"] * NARROW
     tables = 2 * NARROW * model.vocab_size * model.hidden_size
     gathered = NARROW * at.bank * (config.pool.groups if sizes["fsdp"] == 1 else 1)
     return gathered + tables + 6 * hidden + max(rows, WIDE * scores)
