@@ -5,19 +5,26 @@ The mathematics are compared with NumPy in `test_transformer.py` and with PyTorc
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from test_mesh import assert_equal, configure, trained
-from tiny import tiny_config, tiny_state
+from tiny import tiny_batch, tiny_config, tiny_state
+from unipool_jax.analysis.analyse import analyse
+from unipool_jax.analysis.probe import deep_half
+from unipool_jax.analysis.report import parts
 from unipool_jax.config.compose import compose_config
 from unipool_jax.model.report import count_parameters, describe
 from unipool_jax.moe.lock import locked_tree
+from unipool_jax.training import metrics
 from unipool_jax.training.flops import flops_per_token
 from unipool_jax.training.optimizer import decay_mask
+from unipool_jax.training.zero_gates import zero_gate_warning
 
 SHARED = ("moe.shared_experts=2", "moe.shared_expert_gate=true")
 DENSE = ("moe.dense_layers=2", "moe.dense_ffn_size=1000")
@@ -89,6 +96,45 @@ def test_a_lock_divides_the_pool_among_the_layers_that_have_experts() -> None:
     wanted = jax.eval_shape(lambda: tiny_state(after)).params
     assert jax.tree.map(np.shape, moved) == jax.tree.map(np.shape, wanted)
     jax.tree.map(np.testing.assert_array_equal, moved["dense"], dense)
+
+
+def test_layers_are_numbered_as_in_the_model_wherever_they_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four layers are dense, so that the first with experts is number 2."""
+    config = tiny_config("unipool", "moe.dense_layers=2")
+    state, batches = tiny_state(config), [tiny_batch(config)]
+    found = analyse(config, state.params, state.balance, lambda: batches)
+    assert found.counts_LE.sum(axis=1).tolist() == [64, 64]
+    assert found.probe is not None
+    assert found.probe.layers == [2, 3]
+    found = dataclasses.replace(found, counts_LE=np.array([[16, 16, 16, 16], [64, 0, 0, 0]]))
+    layers = next(part for part in parts(found, []) if part.title == "Layer by layer")
+    assert "Layer 3 has the lowest" in layers.words[0]
+    assert layers.figure is not None
+    figure = layers.figure[1]()
+    assert [axes.xaxis.get_major_formatter()(1) for axes in figure.axes] == ["3"] * 3
+    assert "in layer 3 (" in str(zero_gate_warning(np.array([0.0, 0.5]), config.moe.dense_layers))
+
+    class Recorded(list[str]):
+        def add_scalar(self, name: str, *_: float) -> None:
+            self.append(name)
+
+        def close(self) -> None:
+            pass
+
+    events = Recorded()
+    monkeypatch.setattr(metrics, "Events", lambda *_: events)
+    writer = metrics.MetricsWriter(tmp_path, 0, tensorboard=True, first_layer=config.moe.dense_layers)
+    writer.write("train", 1, {"load/layer": [1.0, 2.0], "load/pool": [1.5]})
+    writer.close()
+    assert events == ["train/load/layer/02", "train/load/layer/03", "train/load/pool/00"]
+
+
+def test_the_deep_half_is_that_of_the_whole_model() -> None:
+    """Of twelve layers 6 to 11, of which 2 are dense: 4 to 9 among the ten with experts."""
+    assert deep_half(10, 2) == [4, 5, 6, 7, 8, 9]
+    assert deep_half(4, 8) == [0, 1, 2, 3]
 
 
 def test_a_mesh_trains_all_of_it_as_one_device_does() -> None:

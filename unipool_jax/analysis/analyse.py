@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Analyses of a checkpoint. L layers, G pools of E experts, M = G E, k experts per token and layer."""
+    """Analyses of a checkpoint. L layers with experts, G pools of E experts, M = G E, k experts per token and layer."""
 
     config: Config
     tokens: int
@@ -87,7 +87,8 @@ class Analysis:
             "model": {
                 "scale": config.scale_name,
                 "method": config.method_name,
-                "layers": layers,
+                "layers": config.model.num_layers,
+                "dense_layers": config.moe.dense_layers,
                 "pools": config.pool.groups,
                 "experts_per_pool": config.experts_per_pool,
                 "top_k": config.moe.top_k,
@@ -201,7 +202,8 @@ def analyse(
     probed = None
     if draws:
         measure = language_model_loss(config, params, balance, batches, seed, step)
-        probed = probe(measure, counts_LE, top_k, deep_half(layers), draws)
+        dense = config.moe.dense_layers
+        probed = probe(measure, counts_LE, top_k, deep_half(layers, dense), draws, dense)
     return Analysis(
         config=config,
         tokens=tokens,

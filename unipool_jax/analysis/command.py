@@ -112,7 +112,7 @@ def analyse_command(request: AnalysisRequest) -> int:
     if measures:
         from unipool_jax.analysis.task_probe import probe_tasks
 
-        found = probe_tasks(measures, analysis.counts_LE, config.moe.top_k, request.draws)
+        found = probe_tasks(measures, analysis.counts_LE, config.moe.top_k, request.draws, config.moe.dense_layers)
         analysis = dataclasses.replace(analysis, task_probe=found)
     folder = Path(request.out) if request.out else run / "analysis" / str(step)
     page = write_results(analysis, folder, run, step, request)

@@ -106,6 +106,16 @@ def _heat(axes: Axes, values: np.ndarray, label: str, limits: tuple[float, float
     axes.figure.colorbar(image, ax=axes, label=label, pad=0.015, fraction=0.05)  # type: ignore[union-attr]
 
 
+def layers_from(first: int, draw: Draw) -> Figure:
+    """The figure of `draw` with axes of layers that begin at number `first` instead of 0."""
+    figure = draw()
+    for axes in figure.axes:
+        for axis, label in ((axes.xaxis, axes.get_xlabel()), (axes.yaxis, axes.get_ylabel())):
+            if label == "layer":
+                axis.set_major_formatter(lambda value, _: f"{first + value:g}")
+    return figure
+
+
 def usage_figure(counts_LM: np.ndarray, groups: int) -> Figure:
     """Use of each expert by each layer, and by all layers together beside even use (method M8.3)."""
     layers, experts = counts_LM.shape

@@ -34,6 +34,7 @@ class Intervention(NamedTuple):
     """Random routing in one layer."""
 
     layer: int
+    """Counted among the layers that have experts."""
     candidates_E: np.ndarray
     """Experts of the layer's pool to draw from, bool."""
     gates: GateRule
@@ -81,16 +82,16 @@ class Probe(NamedTuple):
     learned: float
     """The measurement without intervention."""
     layers: list[int]
-    """Probed layers, counted from 0."""
+    """Probed layers, counted from 0; dense ones count."""
     draws: int
     conditions: list[Condition]
     items: int
     """Windows, or questions, over which the standard errors are."""
 
 
-def deep_half(layers: int) -> list[int]:
-    """Layers l >= L/2, counted from 0 (method M10.19)."""
-    return [layer for layer in range(layers) if 2 * layer >= layers]
+def deep_half(layers: int, dense: int = 0) -> list[int]:
+    """Layers l >= L/2, counted from 0 (method M10.19), among `layers` with experts behind `dense` without."""
+    return [layer for layer in range(layers) if 2 * (dense + layer) >= dense + layers]
 
 
 def paired_difference(sums_I: np.ndarray, base: Items) -> Difference:
@@ -120,15 +121,18 @@ def candidate_sets(counts_E: np.ndarray, top_k: int) -> dict[CandidateSet, np.nd
     return sets
 
 
-def probe(measure: Measure, counts_LE: np.ndarray, top_k: int, layers: Sequence[int], draws: int = 1) -> Probe:
+def probe(
+    measure: Measure, counts_LE: np.ndarray, top_k: int, layers: Sequence[int], draws: int = 1, dense: int = 0
+) -> Probe:
     """Randomize each of `layers` separately, for every set of candidates and every rule for gates.
 
     Args:
       measure: called once without intervention and once per layer, condition and draw.
       counts_LE: routing counts per layer and expert on held-out text, for the matched variant.
       top_k: experts per token.
-      layers: layers to randomize, one at a time; see `deep_half`.
+      layers: layers to randomize, one at a time, counted among those with experts; see `deep_half`.
       draws: random draws to average over.
+      dense: dense layers before those with experts, which `layers` leaves out.
     """
     base = measure(None)
     rules: tuple[GateRule, ...] = ("learned", "own")
@@ -142,7 +146,13 @@ def probe(measure: Measure, counts_LE: np.ndarray, top_k: int, layers: Sequence[
                     sums_I[row] += measure(Intervention(layer, candidates_E, gates, draw)).sums_I / draws
             by_layer = [paired_difference(row_I, base) for row_I in sums_I]
             conditions.append(Condition(name, gates, by_layer, paired_difference(sums_I.mean(axis=0), base)))
-    return Probe(float(base.sums_I.sum() / base.weights_I.sum()), list(layers), draws, conditions, len(base.sums_I))
+    return Probe(
+        float(base.sums_I.sum() / base.weights_I.sum()),
+        [dense + layer for layer in layers],
+        draws,
+        conditions,
+        len(base.sums_I),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

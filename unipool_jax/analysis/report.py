@@ -56,7 +56,16 @@ def parts(analysis: Analysis, history: Sequence[Mapping[str, Any]]) -> list[Part
         sections.append(_probe(analysis.probe, analysis.config))
     if analysis.task_probe is not None:
         sections.append(_task_probe(analysis.task_probe))
-    return sections + _training(history)
+    first = analysis.config.moe.dense_layers
+    return [_numbered(section, first) for section in sections] + _training(history)
+
+
+def _numbered(section: Part, first: int) -> Part:
+    """A section whose figure numbers layers from `first` on: those before have no experts."""
+    if section.figure is None or not first:
+        return section
+    name, draw = section.figure
+    return section._replace(figure=(name, partial(figures.layers_from, first, draw)))
 
 
 def _signed(value: Difference) -> str:
@@ -111,7 +120,7 @@ def _ownership(analysis: Analysis) -> Part:
 
 def _co_use(analysis: Analysis) -> Part:
     observed, expected = analysis.common_LL, analysis.expected_common
-    size = analysis.config.layers_per_pool
+    size, first = analysis.config.layers_per_pool, analysis.config.moe.dense_layers
     pool = np.arange(len(observed)) // size
     pairs = (pool[:, None] == pool[None, :]) & ~np.eye(len(observed), dtype=bool)
     mean, chance = float(observed[pairs].mean()), float(expected[pairs].mean())
@@ -120,7 +129,7 @@ def _co_use(analysis: Analysis) -> Part:
         "How often does a token visit the same expert in two layers? Left: observed. Right: expected if the two layers "
         "routed independently, each with its own expert frequencies.",
         f"Over all pairs of layers that share a pool, {100 * mean:.2f}% of choices are common, against an expected "
-        f"{100 * chance:.2f}%. Layers {min(best)} and {max(best)} differ most: "
+        f"{100 * chance:.2f}%. Layers {first + min(best)} and {first + max(best)} differ most: "
         f"{_percent(float(observed[best]))} instead of {_percent(float(expected[best]))}.",
     ]
     draw = partial(figures.co_use_figure, observed, expected)
@@ -154,12 +163,12 @@ def _sets(analysis: Analysis) -> Part:
 def _layers(analysis: Analysis) -> Part:
     found, experts = analysis.diagnostics, analysis.config.experts_per_pool
     entropy_L, coverage_L = np.array(found["routing/entropy_bits"]), np.array(found["routing/top16_coverage"])
-    load, devices = analysis.load, analysis.devices
+    load, devices, first = analysis.load, analysis.devices, analysis.config.moe.dense_layers
     narrow = int(entropy_L.argmin())
     words = [
         f"Entropy measures how widely a layer spreads its tokens: {np.log2(experts):.2f} bits is uniform use of all "
-        f"{experts} experts; each bit less halves the effective number of experts. Layer {narrow} has the lowest, "
-        f"{entropy_L[narrow]:.2f} bits, about {2 ** entropy_L[narrow]:.0f} experts.",
+        f"{experts} experts; each bit less halves the effective number of experts. Layer {first + narrow} has the "
+        f"lowest, {entropy_L[narrow]:.2f} bits, about {2 ** entropy_L[narrow]:.0f} experts.",
     ]
     if devices > 1:
         words.append(

@@ -177,7 +177,7 @@ def _regroup(config: Config, weights: Weights, target: Config, new: Weights) -> 
     for name, array in new.params["pools"]["bank"].items():
         array[...] = weights.params["pools"]["bank"][name].reshape(array.shape)
     ours, theirs = _mixture(new), _mixture(weights)
-    few, many = config.experts_per_pool, target.experts_per_pool
+    few, many, first = config.experts_per_pool, target.experts_per_pool, config.moe.dense_layers
     for layer in range(config.mixture_layers):
         # Experts are numbered across all pools; each layer sees one range of them before and one after.
         old_start = layer // config.layers_per_pool * few
@@ -189,8 +189,8 @@ def _regroup(config: Config, weights: Weights, target: Config, new: Weights) -> 
         unreached = not biased or bool((np.delete(bias_E, seen) + 0.5 < bias_E[seen].min()).all())
         if outside.any() or not unreached:
             raise ConversionError(
-                f"layer {layer} can route to experts outside its part of the pool; only pools that were merged from "
-                "such parts, and not trained since, can be split without changing the model"
+                f"layer {first + layer} can route to experts outside its part of the pool; only pools that were merged "
+                "from such parts, and not trained since, can be split without changing the model"
             )
         ours["router"][layer] = 0
         ours["router"][layer, to] = theirs["router"][layer, seen]
@@ -199,7 +199,7 @@ def _regroup(config: Config, weights: Weights, target: Config, new: Weights) -> 
             _bias_by_layer(new)[layer, to] = bias_E[seen]
         if "scale" in ours:
             if theirs["scale"][layer] < 0:
-                raise ConversionError(f"layer {layer}: a negative router scale ranks experts of score 0 first")
+                raise ConversionError(f"layer {first + layer}: a negative router scale ranks experts of score 0 first")
             ours["scale"][layer] = theirs["scale"][layer] * _constant(config) / _constant(target)
 
 

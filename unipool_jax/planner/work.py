@@ -155,7 +155,7 @@ def _parameters(at: _Sizes) -> tuple[float, float]:
     """Parameters per device outside and inside the pools, without vectors."""
     config, sizes, model = at.config, at.sizes, at.config.model
     experts = 1 if config.moe.router == "none" else sizes["expert"]
-    matrices = 2 * model.vocab_size * model.hidden_size
+    matrices: float = 2 * model.vocab_size * model.hidden_size
     matrices += model.num_layers * (at.attention_weights + at.block_weights)
     rows = 0 if config.moe.router == "none" else config.experts_per_pool + config.moe.shared_expert_gate
     routers = config.mixture_layers * rows * model.hidden_size
@@ -288,8 +288,8 @@ def _messages(at: _Sizes) -> list[Message]:
     gathers = 1 if shared else config.pool.groups * micro * (1 + counting + (model.remat != "none"))
     sums = 1 if shared else config.pool.groups * micro
     dense = at.attention_weights / sizes["tensor"] * NARROW
-    routers = 0 if config.moe.router == "none" else config.experts_per_pool * model.hidden_size * NARROW
-    routers *= mixtures / layers
+    rows = 0 if config.moe.router == "none" else config.experts_per_pool
+    routers = rows * model.hidden_size * NARROW * mixtures / layers
     blocks = at.block_weights / sizes["tensor"] * NARROW
     head = model.vocab_size * model.hidden_size * NARROW
     tables = head + head / sizes["tensor"]
@@ -323,8 +323,8 @@ def _messages(at: _Sizes) -> list[Message]:
         *_reduced("tables", micro, 1, tables / NARROW, sizes),
     ]
     if config.moe.router != "none" and at.transport == "ragged":
-        rows = at.rows * model.hidden_size * NARROW * _other(sizes, "expert")
-        found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * mixtures * micro * (mixture + 1), rows))
+        sent = at.rows * model.hidden_size * NARROW * _other(sizes, "expert")
+        found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * mixtures * micro * (mixture + 1), sent))
     elif config.moe.router != "none" and at.transport == "all_gather":
         # Every device gets all tokens, and the outputs of their experts are summed. The sum is not recomputed.
         tokens = at.tokens * model.hidden_size * (sizes["expert"] - 1)

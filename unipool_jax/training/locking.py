@@ -131,7 +131,8 @@ class Locking:
             assert partition is not None
             name = "lock" if after.lock is not None else "freeze"
             title = f"{name} at step {step}, {partition.status} assignment ({partition.method})"
-            draw_ownership_map(self._folder / "lock" / f"{name}-{step}.png", title, unfaded_LM, partition)
+            path, first = self._folder / "lock" / f"{name}-{step}.png", self._config.moe.dense_layers
+            draw_ownership_map(path, title, unfaded_LM, partition, first)
         return ownership_metrics(self._config, before, after, step, result.loss, counts_LM, unfaded_LM)
 
     def apply(self, state: TrainState) -> TrainState:

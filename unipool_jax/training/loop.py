@@ -103,7 +103,13 @@ def train(config: Config) -> int:
             state = lock.start(state)
         writer = stack.enter_context(
             contextlib.closing(
-                MetricsWriter(folder.path, start, tensorboard=config.run.tensorboard, writes=is_process_0()),
+                MetricsWriter(
+                    folder.path,
+                    start,
+                    tensorboard=config.run.tensorboard,
+                    writes=is_process_0(),
+                    first_layer=config.moe.dense_layers,
+                )
             )
         )
         session = stack.enter_context(process_0_first(lambda: Session(folder.path, start, writes=is_process_0())))
@@ -408,7 +414,7 @@ class _Run:
             self.progress.message(
                 f"step {step}  valid loss {self.valid.loss:.4f}  {self.valid.perplexity:.3f} perplexity"
             )
-            if (warning := zero_gate_warning(self.valid.zero_gates_L)) is not None:
+            if (warning := zero_gate_warning(self.valid.zero_gates_L, config.moe.dense_layers)) is not None:
                 self.progress.message(warning)
         self.speed.resume()
         if self.lock is not None:

@@ -171,12 +171,14 @@ class MetricsWriter:
       resume_step: completed steps of the state that training resumes from; 0 for a new run.
       tensorboard: also write event files.
       writes: whether this process writes; in the others every method does nothing.
+      first_layer: number of the first layer with experts, which the lists with one entry per layer begin with.
 
     Raises:
       FileError: from every method, if the disk is full or the file is damaged.
     """
 
-    def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool, writes: bool = True):
+    def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool, writes: bool = True, first_layer: int = 0):
+        self._first_layer = first_layer
         self.path = folder / "metrics.jsonl" if writes else Path(os.devnull)
         tensorboard = tensorboard and writes
         kept = _drop_later_lines(self.path, resume_step) if writes else []
@@ -190,7 +192,10 @@ class MetricsWriter:
             self._events = Events(folder / "tensorboard", resume_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line, and a TensorBoard scalar for each number and each element of a list."""
+        """Append a line, and a TensorBoard scalar for each number and each element of a list.
+
+        But for `load/pool` a list has one element for each layer that has experts.
+        """
         self.kinds[kind] += 1
         line = {"kind": kind, "step": step, "time": utc_now()} | plain_json(values)
         with writing(self.path):
@@ -201,7 +206,9 @@ class MetricsWriter:
         for key, value in line.items():
             if key in ("kind", "step"):
                 continue
-            parts = {f"{key}/{i:02d}": x for i, x in enumerate(value)} if isinstance(value, list) else {key: value}
+            first = 0 if key == "load/pool" else self._first_layer
+            numbered = enumerate(value, first) if isinstance(value, list) else ()
+            parts = {f"{key}/{i:02d}": x for i, x in numbered} or {key: value}
             for name, number in parts.items():
                 if isinstance(number, int | float):
                     self._events.add_scalar(f"{kind}/{name}", number, step)

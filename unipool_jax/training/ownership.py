@@ -97,7 +97,7 @@ def _reach(record: LockRecord) -> np.ndarray:
     return np.array(record.lock.owner) == np.arange(record.layers)[:, None]
 
 
-def draw_ownership_map(path: Path, title: str, counts_LM: np.ndarray, partition: Partition) -> None:
+def draw_ownership_map(path: Path, title: str, counts_LM: np.ndarray, partition: Partition, first: int = 0) -> None:
     """Draw the ownership map: one row per layer, experts sorted by owner, colour is the fraction of routed tokens.
 
     Args:
@@ -105,6 +105,7 @@ def draw_ownership_map(path: Path, title: str, counts_LM: np.ndarray, partition:
       title: of the figure.
       counts_LM: routing counts per layer and expert of the pool, without fading.
       partition: outlined in the figure.
+      first: number of the first layer that has experts.
     """
     # Imported here because only runs with a lock draw, and the import takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -124,11 +125,13 @@ def draw_ownership_map(path: Path, title: str, counts_LM: np.ndarray, partition:
     for layer in range(layers):
         corner = (layer * per_layer - 0.5, layer - 0.5)
         axes.add_patch(Rectangle(corner, per_layer, 1, fill=False, edgecolor="tab:blue", linewidth=1.2))
-    axes.set_yticks(range(layers), [f"{layer} ({covered_L[layer]:.0%})" for layer in range(layers)], fontsize=7)
+    names = [str(first + layer) for layer in range(layers)]
+    shown = [f"{name} ({share:.0%})" for name, share in zip(names, covered_L, strict=True)]
+    axes.set_yticks(range(layers), shown, fontsize=7)
     if experts <= 64:
         axes.set_xticks(range(experts), [str(expert) for expert in ids_LK.ravel()], fontsize=6, rotation=90)
     else:
-        axes.set_xticks(np.arange(layers) * per_layer + (per_layer - 1) / 2, [str(layer) for layer in range(layers)])
+        axes.set_xticks(np.arange(layers) * per_layer + (per_layer - 1) / 2, names)
     axes.set_xlabel("expert, by owner" if experts <= 64 else "owner of the experts")
     axes.set_ylabel("layer (tokens on own experts)")
     axes.set_title(title, fontsize=10)
