@@ -129,7 +129,10 @@ def test_devices_divide_the_rows_of_a_batch_and_need_not_divide_a_sequence() -> 
 # Four layers and two experts a layer, so that windows of every kind have ends and a middle.
 WINDOWS = {
     "ring": ("mesh.expert_placement=contiguous",),
-    "sliding": ("moe.top_k=2", "train.batch_size=16", "loss.pool_statistics=previous"),
+    "sliding": (
+        *("moe.top_k=2", "train.batch_size=16", "loss.pool_statistics=previous"),
+        *("optimizer.reuse_divisor=sqrt", "optimizer.reuse_decay=compensated"),
+    ),
     "rexmoe": ("pool.span=2",),
     "tied_inner": ("pool.span=2", "pool.ends=1"),
     "bank_runs": ("pool.span=2", "pool.ends=1"),
