@@ -57,8 +57,8 @@ def _observed(
         by_layer = Forced(experts_GNNK, jnp.broadcast_to(forced.own_gates, layers))
         inputs = inputs._replace(selection=inputs.selection._replace(forced=by_layer))
     output = apply(config, params, batch.inputs, inputs, keep_routing=True)
-    experts = output.layers.experts_NK
-    assert experts is not None
+    assert output.layers.visits is not None
+    experts = output.layers.visits.experts_NK
     losses_BS = output.head.token_losses(batch.targets) * batch.weights
     return Observed(losses_BS, experts.reshape(config.model.num_layers, *experts.shape[2:]))
 
