@@ -199,6 +199,12 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("unipool_jax.convert.runs.expert_hashes", lambda _: next(hashes))
     with pytest.raises(ConversionError, match="pool 0 expert 0"):
         write_run(tmp_path / "run", config, weights)
+    hashes = iter([expert_hashes(weights)] * 2)
+    monkeypatch.setattr(
+        "unipool_jax.convert.runs.write_json", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        write_run(tmp_path / "run", config, weights, documents={"report.json": {}})
     assert not list(tmp_path.iterdir())
 
 
