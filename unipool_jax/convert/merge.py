@@ -8,6 +8,7 @@ in no common order, so their average computes neither function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -49,10 +50,12 @@ class BankErrors(NamedTuple):
         found = {"identity": self.identity_E, "merged": self.matched_E}
         return found if self.fitted_E is None else found | {"prefit": self.fitted_E}
 
-    def of_layers(self, errors_E: np.ndarray) -> float | None:
-        """Squared error of the layers' outputs relative to their square, with one expert a token."""
+    def of_layers(self, errors_E: np.ndarray) -> float:
+        """Squared error of the layers' outputs over their square, with one expert a token; NaN without inputs."""
         used_E = self.energy_E > 0
-        return float(errors_E[used_E] @ self.energy_E[used_E] / self.energy_E.sum()) if used_E.any() else None
+        if not used_E.any():
+            return math.nan
+        return float(errors_E[used_E] @ self.energy_E[used_E] / self.energy_E.sum())
 
 
 class Merged(NamedTuple):
