@@ -159,13 +159,16 @@ def _by_bank(banks: Banks, merged: Merged) -> list[dict[str, Any]]:
 def _print(report: Mapping[str, Any]) -> None:
     """Print errors by bank, and losses."""
     kinds = [kind for kind in ("identity", "merged", "prefit") if kind != "prefit" or report["prefit_steps"]]
-    table = Table(title=f"squared error of the experts' output, held out; {report['matching']} matching")
+    table = Table()
     for name in ("layers", "experts of layers", *kinds):
         table.add_column(name, justify="right")
     for bank in report["banks"]:
-        errors = ("-" if (value := bank["error"][kind]) is None else f"{value:.4f}" for kind in kinds)
-        table.add_row(*(" ".join(map(str, bank[name])) for name in ("layers", "experts_of_layers")), *errors)
+        # Experts that are kept as they are have no errors.
+        if bank["layers"] != bank["experts_of_layers"] or report["prefit_steps"]:
+            errors = ("-" if (value := bank["error"][kind]) is None else f"{value:.4f}" for kind in kinds)
+            table.add_row(*(" ".join(map(str, bank[name])) for name in ("layers", "experts_of_layers")), *errors)
     console = Console(width=None if Console().is_terminal else 100)
+    console.print(f"matching={report['matching']}; squared error of experts' outputs over their square, held out:")
     console.print(table)
     if (loss := report["loss"]) is not None:
         shown = [f"{name} {loss[name]:.4f}" for name in ("source", "merged", "prefit") if loss[name] is not None]
