@@ -179,7 +179,8 @@ def test_matching_is_nearer_than_identity_and_prefit_nearer_still() -> None:
     ("source", "shared", "message"),
     [
         (("dense",), (), "is dense and has no experts"),
-        (("unipool",), (), "the source has 1 banks of experts"),
+        (("unipool",), (), "all layers of the source share one bank"),
+        (("vanilla",), ("pool.groups=4",), "no two of the 4 banks"),
         (("vanilla",), (PAIRS, "pool.experts=8"), "layer 0 sees 2 experts, and 4 in the target"),
         (("vanilla",), ("pool.starts=ring",), "layers 0 and 1 of the target see windows that overlap in part"),
         (("vanilla",), ("method=unipool",), r"moe\.router=norm: the source has softmax"),

@@ -128,9 +128,11 @@ def joins(config: Config, target: Config) -> list[Join]:
                 )
         found.append(Join(joined[0], tuple(joined[1:])))
     if not any(join.dropped for join in found):
+        if len(old.experts) == 1:
+            raise ConversionError("all layers of the source share one bank of experts; nothing to merge")
         raise ConversionError(
-            f"the source has {len(old.experts)} banks of experts, and no two of them are one in the target; nothing to "
-            "merge. Set pool.groups, or pool.starts, to fewer"
+            f"no two of the {len(old.experts)} banks of the source are one in the target; nothing to merge. Set "
+            "pool.groups to fewer, or choose other pool.starts"
         )
     return found
 

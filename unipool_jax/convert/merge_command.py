@@ -48,6 +48,7 @@ def merge_command(request: MergeRequest) -> int:
     check_new(folder)
     config, weights = read_run(request.run, request.step)
     origin = origin_of(request.run, request.step)
+    banks = banks_of(config, "the source")
     target = merged_config(config, request.config or Choices(()))
     validate(dataclasses.replace(target, mode="describe"))
     joins(config, target)
@@ -70,7 +71,7 @@ def merge_command(request: MergeRequest) -> int:
         "seed": request.seed,
         "experts": {"source": config.total_experts, "merged": target.total_experts},
         "loss": losses,
-        "banks": _by_bank(banks_of(source, "the source"), merged),
+        "banks": _by_bank(banks, merged),
     }
     report = plain_json(facts)
     _print(report)

@@ -117,9 +117,9 @@ class MergeRequest:
     out: str
     """Folder of the new run, for example runs/merged; it must not exist."""
     matching: Literal["outputs", "identity"] = "outputs"
-    """Which experts are one. `outputs`: those whose outputs are nearest on the inputs of the one that is dropped.
-    `identity`: those of the same number, as a control."""
-    tokens: Annotated[int, Range(1, 1_000_000_000_000)] = 2_000_000
+    """How experts are paired. `outputs`: with the kept one whose outputs are nearest on the inputs of the dropped one.
+    `identity`: with the one of the same number, as a control."""
+    tokens: Annotated[int, Range(1, 1_000_000_000)] = 2_000_000
     """Tokens of the train split from which inputs of experts are drawn; at most one epoch."""
     rows: Annotated[int, Range(2, 1_000_000)] = 512
     """Inputs kept of each expert. 80% are for matching and prefit; errors are measured on the others, which are of
