@@ -63,7 +63,8 @@ def banks_of(config: Config, what: str) -> Banks:
         raise ConversionError(f"moe.router=none: {what} is dense and has no experts to merge")
     windows = config.windows
     if windows is None:
-        seen = [tuple(range(p * config.experts_per_pool, (p + 1) * config.experts_per_pool)) for p in _pools(config)]
+        size, layers = config.experts_per_pool, config.layers_per_pool
+        seen = [tuple(range(p * size, (p + 1) * size)) for p in range(config.pool.groups) for _ in range(layers)]
     else:
         ranges = zip(windows.starts, windows.widths, strict=True)
         seen = [tuple((start + place) % windows.experts for place in range(width)) for start, width in ranges]
@@ -78,10 +79,6 @@ def banks_of(config: Config, what: str) -> Banks:
                     "as a whole can be merged (pool.groups, or pool.starts=runs, cyclic or a list of such starts)"
                 )
     return Banks(tuple(found.index(experts) for experts in seen), tuple(found))
-
-
-def _pools(config: Config) -> list[int]:
-    return [layer // config.layers_per_pool for layer in range(config.model.num_layers)]
 
 
 def merged_config(parent: Config, choices: Choices) -> Config:
