@@ -138,7 +138,11 @@ def _check_rest(config: Config, target: Config) -> None:
     """Raises ConversionError for a target whose layers are other functions of the experts that they see."""
     ours, theirs = settings(target), settings(config)
     free = {"model.remat", "moe.experts_per_layer"}
-    other = [name for name in differences(config, target) if name.startswith(("model.", "moe.")) and name not in free]
+    other = [
+        name
+        for name in differences(config, target)
+        if name.startswith(("model.", "moe.", "attention.")) and name not in free
+    ]
     if (config.loss.balance == "expert_bias") != (target.loss.balance == "expert_bias"):
         other.append("loss.balance")
     if other:
