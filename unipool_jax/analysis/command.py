@@ -112,7 +112,7 @@ def analyse_command(request: AnalysisRequest) -> int:
     if measures:
         from unipool_jax.analysis.task_probe import probe_tasks
 
-        found = probe_tasks(measures, analysis.counts_LE, config.moe.top_k, request.draws)
+        found = probe_tasks(measures, analysis.counts_LE, config.moe.top_k, request.draws, config.visible)
         analysis = dataclasses.replace(analysis, task_probe=found)
     folder = Path(request.out) if request.out else run / "analysis" / str(step)
     page = write_results(analysis, folder, run, step, request)
@@ -120,6 +120,11 @@ def analyse_command(request: AnalysisRequest) -> int:
         print(f"{name}: {value}")
     print(f"report: {page}")
     return 0
+
+
+def _rule(config: Config) -> str:
+    starts, span = config.pool.starts, config.pool.span
+    return f"pool.starts={starts}, pool.span={span}" if isinstance(starts, str) else "starts listed"
 
 
 def _task_measures(request: AnalysisRequest, model: LanguageModel) -> list[TaskMeasure]:
@@ -141,6 +146,8 @@ def write_results(analysis: Analysis, folder: Path, run: Path, step: int, reques
     write_json(folder / "analysis.json", document, indent=1)
     config = analysis.config
     pools = "one pool" if config.pool.groups == 1 else f"{config.pool.groups} pools"
+    if config.windows is not None:
+        pools = f"one bank with windows ({_rule(config)})"
     title = f"Inside {run.name}: {config.method_name} after {step:,} steps"
     subtitle = (
         f"{config.scale_name}, {config.model.num_layers} layers, {config.total_experts} experts in {pools}, "

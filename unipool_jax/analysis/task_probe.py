@@ -106,7 +106,13 @@ def task_measure(model: LanguageModel, task: Any, limit: int | None = None, seed
     return TaskMeasure(name, accuracy, metric, len(questions))
 
 
-def probe_tasks(measures: Sequence[TaskMeasure], counts_LE: np.ndarray, top_k: int, draws: int = 1) -> TaskProbe:
+def probe_tasks(
+    measures: Sequence[TaskMeasure],
+    counts_LE: np.ndarray,
+    top_k: int,
+    draws: int = 1,
+    visible_LE: np.ndarray | None = None,
+) -> TaskProbe:
     """The probe on every task.
 
     Args:
@@ -114,9 +120,10 @@ def probe_tasks(measures: Sequence[TaskMeasure], counts_LE: np.ndarray, top_k: i
       counts_LE: routing counts per layer and expert on held-out text (not the tasks), for the matched variant.
       top_k: experts per token.
       draws: random draws to average over.
+      visible_LE: with windows, the experts that each layer sees, bool.
     """
     layers = deep_half(len(counts_LE))
-    probes = {found.name: probe(found.accuracy, counts_LE, top_k, layers, draws) for found in measures}
+    probes = {found.name: probe(found.accuracy, counts_LE, top_k, layers, draws, visible_LE) for found in measures}
     return TaskProbe(
         probes,
         {found.name: found.metric for found in measures},
