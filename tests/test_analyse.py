@@ -13,7 +13,7 @@ import pytest
 from matplotlib import image
 
 import oracles
-from runner import overrides
+from runner import overrides, write_text
 from test_compare import check_page
 from tiny import tiny_batch, tiny_config, tiny_state
 from unipool_jax.analysis import figures, routing_figures
@@ -53,6 +53,8 @@ def test_the_command_writes_what_a_run_knows_and_more(run: Path, capsys: pytest.
     summary = json.loads((run / "summary.json").read_text())
     assert found["loss"] == pytest.approx(last["loss"], abs=1e-6)
     assert found["tokens"] == last["tokens"] == summary["results"]["valid"]["tokens"]
+    assert (found["text"], found["own_text"]) == (last["text"], True)
+    np.testing.assert_allclose(found["routing"]["routing/zero_gates"], last["routing/zero_gates"])
     assert found["probe"]["learned"] == pytest.approx(last["loss"], abs=1e-6)
     assert np.array(found["usage"]["counts"]).sum() == 2 * found["tokens"]
     assert sum(found["unique_experts"]["tokens_by_number"]) == found["tokens"]
@@ -69,9 +71,12 @@ def test_the_command_writes_what_a_run_knows_and_more(run: Path, capsys: pytest.
 
 
 def test_another_step_split_and_folder(run: Path, tmp_path: Path) -> None:
-    assert execute(["analyse", f"run={run.parent}/latest", "step=10", "split=test", "draws=0", f"out={tmp_path}"]) == 0
+    other = f"data.files=[{write_text(tmp_path / 'other.jsonl', documents=30)}]"
+    words = [f"run={run.parent}/latest", "step=10", "split=test", "draws=0", f"out={tmp_path}", other]
+    assert execute(["analyse", *words]) == 0
     found = json.loads((tmp_path / "analysis.json").read_text())
-    assert (found["step"], found["split"], found["probe"]) == (10, "test", None)
+    assert (found["step"], found["split"], found["probe"], found["own_text"]) == (10, "test", None, False)
+    assert "not the text that the run was trained beside" in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "probe.png").exists()
 
 

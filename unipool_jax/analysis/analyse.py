@@ -162,7 +162,11 @@ class Analysis:
 
 def _task_probe_json(result: TaskProbe) -> dict[str, Any]:
     tasks = {
-        name: {"questions": result.questions[name], **_probe_json(found, result.metrics[name])}
+        name: {
+            "questions": result.questions[name],
+            "text": result.text[name],
+            **_probe_json(found, result.metrics[name]),
+        }
         for name, found in result.by_task.items()
     }
     return {"tasks": tasks, "average": _probe_json(result.average, "accuracy, mean over tasks")}

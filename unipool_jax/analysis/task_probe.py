@@ -26,7 +26,7 @@ from unipool_jax.analysis.probe import (
 )
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.evaluation.harness import fitting_windows
+from unipool_jax.evaluation.harness import fitting_windows, questions_fingerprint
 from unipool_jax.evaluation.scoring import LanguageModel, ScoreBatch, Scores, encode_pairs, score_windows
 
 
@@ -39,6 +39,8 @@ class TaskMeasure(NamedTuple):
     metric: str
     """`acc_norm` if the task reports it, otherwise `acc` (method M10.17)."""
     questions: int
+    text: str
+    """Fingerprint of the questions, see `harness.questions_fingerprint`."""
 
 
 class TaskProbe(NamedTuple):
@@ -49,6 +51,8 @@ class TaskProbe(NamedTuple):
     metrics: dict[str, str]
     """See `TaskMeasure.metric`."""
     questions: dict[str, int]
+    text: dict[str, str]
+    """See `TaskMeasure.text`."""
     average: Probe
     """Plain mean over tasks."""
 
@@ -103,7 +107,7 @@ def task_measure(model: LanguageModel, task: Any, limit: int | None = None, seed
         right_I = np.array([result[metric] for result in results(log_likelihood_R)], np.float64)
         return Items(right_I, np.ones(len(right_I)))
 
-    return TaskMeasure(name, accuracy, metric, len(questions))
+    return TaskMeasure(name, accuracy, metric, len(questions), questions_fingerprint(task.instances))
 
 
 def probe_tasks(
@@ -128,6 +132,7 @@ def probe_tasks(
         probes,
         {found.name: found.metric for found in measures},
         {found.name: found.questions for found in measures},
+        {found.name: found.text for found in measures},
         mean_probe(list(probes.values())),
     )
 
