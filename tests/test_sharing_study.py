@@ -22,9 +22,11 @@ from unipool_jax.data.pipeline import WindowSource, training_batches
 from unipool_jax.training.state import init_state
 from unipool_jax.training.step import make_train_step
 
-SMALL = ("model.num_layers=2", "model.hidden_size=16", "model.ffn_size=16", "moe.experts_per_layer=2")
-SMALL += ("data.sequence_length=16", "train.batch_size=4", "train.microbatch_size=4", "train.steps=8")
-SMALL += ("loss.switch_group_sequences=4", "train.log_every=2", "train.eval_batch_size=64")
+SMALL = (
+    *("model.num_layers=2", "model.hidden_size=16", "model.ffn_size=16", "moe.experts_per_layer=2"),
+    *("data.sequence_length=16", "train.batch_size=4", "train.microbatch_size=4", "train.steps=8"),
+    *("loss.switch_group_sequences=4", "train.log_every=2", "train.eval_batch_size=64"),
+)
 CASE = Case("unipool", ("method=unipool", *SMALL))
 
 

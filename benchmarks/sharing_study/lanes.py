@@ -46,7 +46,8 @@ def make_block(config: Config) -> Callable[[TrainState, np.ndarray], tuple[Train
     """The jitted function `(lanes, tokens [steps, lanes, B, S + 1]) -> (lanes, KEPT of every step and lane)`."""
 
     def step(lanes: TrainState, tokens: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch: Any = Batch(tokens[..., :-1], tokens[..., 1:], jnp.ones(tokens[..., 1:].shape, jnp.float32))
+        arrays: Any = tokens[..., :-1], tokens[..., 1:], jnp.ones(tokens[..., 1:].shape, jnp.float32)
+        batch = Batch(*arrays)
         lanes, metrics = jax.vmap(functools.partial(train_step, config, None))(lanes, batch)
         return lanes, {name: metrics[name] for name in KEPT}
 
@@ -88,7 +89,7 @@ def without_folders(config: Config) -> Config:
 
 def eval_values(config: Config, result: EvalResult) -> dict[str, Any]:
     """Loss and routing of an evaluation, for the metrics and the summary."""
-    values = result.as_json()
+    values: dict[str, Any] = result.as_json()
     if config.moe.router != "none":
         values["routing/zero_gates"] = result.zero_gates_L.tolist()
         values |= load_metrics(result.counts_LE, config.pool.groups, config.visible)
