@@ -110,7 +110,7 @@ def test_layers_are_numbered_as_in_the_model_wherever_they_are_shown(
     assert found.probe.layers == [2, 3]
     found = dataclasses.replace(found, counts_LE=np.array([[16, 16, 16, 16], [64, 0, 0, 0]]))
     layers = next(part for part in parts(found, []) if part.title == "Layer by layer")
-    assert "Layer 3 has the lowest" in layers.words[0]
+    assert "Layer 3 is furthest below" in layers.words[0]
     assert layers.figure is not None
     figure = layers.figure[1]()
     assert [axes.xaxis.get_major_formatter()(1) for axes in figure.axes] == ["3"] * 3

@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiny import AROUND_METHODS, METHODS, tiny_config, tiny_state
+from tiny import AROUND_METHODS, METHODS, WINDOWS, tiny_config, tiny_state
 from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.corpus import open_corpus
 from unipool_jax.data.pipeline import WindowSource, training_batches
 from unipool_jax.training.step import make_train_step
 
+RECORDED = {method: WINDOWS.get(method, ()) for method in (*METHODS, "unipool_centered", *WINDOWS, *AROUND_METHODS)}
+"""Methods, and their settings beside those of `losses`."""
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 50
-RECORDED = (*METHODS, *AROUND_METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def losses(method: str, text: Path) -> list[float]:
     """Language-model loss of each of the first 50 steps."""
     config = tiny_config(
         method,
+        *RECORDED[method],
         "data.source=files",
         f"data.files=[{text}]",
         f"data.cache_dir={text.parent / 'cache'}",

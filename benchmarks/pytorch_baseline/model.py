@@ -57,15 +57,21 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.attention = Attention(settings)
         self.ffn_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
-        first = index < settings.dense_layers
-        hidden = settings.dense_width if first else settings.ffn_size
-        dense = first or settings.router == "none"
-        self.ffn: SwiGLU | Mixture = SwiGLU(settings.hidden_size, hidden) if dense else Mixture(settings)
+        place = index - settings.dense_layers  # among the layers with experts
+        hidden = settings.dense_width if place < 0 else settings.ffn_size
+        dense = place < 0 or settings.router == "none"
+        self.ffn: SwiGLU | Mixture = SwiGLU(settings.hidden_size, hidden) if dense else Mixture(settings, place)
         has_depth = settings.depth_vectors and not dense
         self.depth = nn.Parameter(torch.zeros(settings.hidden_size)) if has_depth else None
 
     def forward(
-        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, bank: tuple[Tensor, Tensor] | None, num_groups: int
+        self,
+        x_BSD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bank: tuple[Tensor, Tensor] | None,
+        num_groups: int,
+        open_M: Tensor | None = None,
     ) -> tuple[Tensor, Statistics | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin)
         normed_BSD = self.ffn_norm(x_BSD)
@@ -74,7 +80,7 @@ class Layer(nn.Module):
         if bank is None:
             return x_BSD + self.ffn(normed_BSD), None
         run = recomputed if self.recompute == "moe" and torch.is_grad_enabled() else call
-        output_BSD, statistics = run(self.ffn, normed_BSD, *bank, num_groups)
+        output_BSD, statistics = run(self.ffn, normed_BSD, *bank, num_groups, open_M)
         return x_BSD + output_BSD, statistics
 
 
@@ -89,7 +95,10 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Transformer(nn.Module):
-    """Tokens `[B, S]` to logits `[B, S, V]` (float32) and the statistics of each mixture layer."""
+    """Tokens `[B, S]` to logits `[B, S, V]` (float32) and the statistics of each mixture layer.
+
+    `open_LM` are the experts that each layer may choose in this step, bool; None: all that it sees.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -120,7 +129,7 @@ class Transformer(nn.Module):
                 scaled = std / math.sqrt(2 * self.settings.num_layers) if last else std
                 nn.init.normal_(parameter, std=scaled, generator=generator)
 
-    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Statistics]]:
+    def forward(self, tokens_BS: Tensor, open_LM: Tensor | None = None) -> tuple[Tensor, list[Statistics]]:
         settings = self.settings
         batch, length = tokens_BS.shape
         cos, sin = self.cos[:length], self.sin[:length]
@@ -132,10 +141,11 @@ class Transformer(nn.Module):
         x_BSD = self.embedding(tokens_BS).to(self.dtype)
         statistics = []
         for index, layer in enumerate(self.layers):
-            pool = (index - settings.dense_layers) // settings.layers_per_pool
-            bank = banks[pool] if banks and pool >= 0 else None
+            place = index - settings.dense_layers
+            bank = banks[place // settings.layers_per_pool] if banks and place >= 0 else None
             run = recomputed if settings.recompute == "full" and torch.is_grad_enabled() else call
-            x_BSD, layer_statistics = run(layer, x_BSD, cos, sin, bank, num_groups)
+            open_M = None if open_LM is None or place < 0 else open_LM[place]
+            x_BSD, layer_statistics = run(layer, x_BSD, cos, sin, bank, num_groups, open_M)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         return self.output(self.norm(x_BSD)).float(), statistics

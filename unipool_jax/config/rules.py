@@ -157,6 +157,7 @@ def _experts(config: Config) -> Iterator[str]:
 
 
 _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.problems)
+_rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.reuse_problems)
 
 
 _rule("moe.shared_experts", "moe.dense_layers", "moe.dense_ffn_size")(block_rules.problems)
