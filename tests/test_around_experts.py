@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from test_mesh import assert_equal, configure, trained
-from tiny import tiny_batch, tiny_config, tiny_state
+from tiny import AROUND_METHODS, tiny_batch, tiny_config, tiny_state
 from unipool_jax.analysis.analyse import analyse
 from unipool_jax.analysis.probe import deep_half
 from unipool_jax.analysis.report import parts
 from unipool_jax.config.compose import compose_config
+from unipool_jax.config.rules import problems
 from unipool_jax.model.report import count_parameters, describe
 from unipool_jax.moe.lock import locked_tree
 from unipool_jax.training import metrics
@@ -141,3 +142,11 @@ def test_a_mesh_trains_all_of_it_as_one_device_does() -> None:
     """Over fsdp, expert and tensor at once, with the experts of windows spread over devices; blocks stay in place."""
     config = configure("more", *SHARED, "moe.dense_layers=1", "pool.starts=ring")
     assert_equal(trained(config, (1, 2, 2, 2)), trained(config, None))
+
+
+@pytest.mark.parametrize("method", AROUND_METHODS)
+def test_the_methods_are_valid_at_182m(method: str) -> None:
+    config = compose_config(["scale=182m", f"method={method}", "mode=describe"])
+    assert problems(config) == []
+    assert (config.method_name, config.total_experts, config.shared_width) == (method, 96, 3072)
+    assert (config.widths is not None, config.moe.depth_vectors) == ((True,) * 2 if method == "more" else (False,) * 2)
