@@ -12,7 +12,7 @@ import numpy as np
 
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.model.transformer import apply
+from unipool_jax.model.transformer import Positions, apply
 from unipool_jax.moe.routing import Forced
 from unipool_jax.training.state import BalanceState, layer_inputs
 
@@ -56,7 +56,7 @@ def _observed(
         experts_GNNK = forced.experts_LNK.reshape(*layers, *forced.experts_LNK.shape[1:])
         by_layer = Forced(experts_GNNK, jnp.broadcast_to(forced.own_gates, layers))
         inputs = inputs._replace(selection=inputs.selection._replace(forced=by_layer))
-    output = apply(config, params, batch.inputs, inputs, keep_routing=True)
+    output = apply(config, params, batch.inputs, inputs, Positions(segments=batch.segments), keep_routing=True)
     experts = output.layers.experts_NK
     assert experts is not None
     losses_BS = output.head.token_losses(batch.targets) * batch.weights

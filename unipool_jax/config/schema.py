@@ -276,6 +276,9 @@ class DataConfig:
     """`bytes`, `demo`, `gpt2`, or the path of a tokenizer.json file."""
     sequence_length: int = 1024
     """Tokens S per sequence."""
+    document_mask: bool = False
+    """Whether documents in one sequence are kept apart: attention does not cross their borders, and positions count
+    from the beginning of each. Off as published."""
     split: tuple[int, ...] = (969, 30, 1)
     """Relative sizes of the train, valid and test splits in documents; our own stores keep the split they were built
     with."""

@@ -118,6 +118,8 @@ TABLE: dict[str, Effect] = {
     "data.source": Effect(place=True, why=_PLACE.why),
     **dict.fromkeys(("data.files", "data.stores", "data.tokenizer"), _PLACE),
     **dict.fromkeys(("data.sequence_length", "data.split", "data.split_order"), _TEXT),
+    # Not a setting of the text: the same tokens are predicted, so runs with and without it are compared.
+    "data.document_mask": _NUMBERS,
     **dict.fromkeys(("data.cache_dir", "data.num_threads"), _LOCAL),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.expert_placement"), _MESH),
     **dict.fromkeys(("mesh.tensor", "mesh.transport", "kernels.implementation"), Effect(rounding=True)),

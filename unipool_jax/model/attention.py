@@ -8,8 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import ArrayLike
 
 from unipool_jax.config.schema import ModelConfig
+from unipool_jax.model.documents import document_positions
 from unipool_jax.parallel.linear import linear
 from unipool_jax.parallel.mesh import constrain
 
@@ -58,8 +60,12 @@ def rotate(heads_BSHC: jax.Array, positions_BS: jax.Array, base: float) -> jax.A
     return rotated.astype(heads_BSHC.dtype)
 
 
-def causal_attention(query_BSHC: jax.Array, key_BSHC: jax.Array, value_BSHC: jax.Array) -> jax.Array:
+def causal_attention(
+    query_BSHC: jax.Array, key_BSHC: jax.Array, value_BSHC: jax.Array, segments_BS: jax.Array | None = None
+) -> jax.Array:
     """Softmax attention of each position to itself and those before, `[B, S, H, C]` in the dtype of the queries.
+
+    With `segments_BS`, int32, a position sees only those before that have its segment id.
 
     Scores and softmax are float32. Key and value heads may be fewer: each serves H / (its number) adjacent query heads.
     Queries are taken in blocks, each with the keys up to its end, so most of what the mask hides is never computed.
@@ -75,8 +81,11 @@ def causal_attention(query_BSHC: jax.Array, key_BSHC: jax.Array, value_BSHC: jax
         scores_BJIST = jnp.einsum(
             "bjisc,bjtc->bjist", query_BJISC[..., rows, :], key_BJSC[..., seen, :], preferred_element_type=jnp.float32
         )
-        visible_ST = position_S[rows, None] >= position_S[seen]
-        weights_BJIST = jax.nn.softmax(jnp.where(visible_ST, scores_BJIST / math.sqrt(channels), -jnp.inf))
+        visible = position_S[rows, None] >= position_S[seen]
+        if segments_BS is not None:
+            same_BST = segments_BS[:, rows, None] == segments_BS[:, None, seen]
+            visible = visible & same_BST[:, None, None]
+        weights_BJIST = jax.nn.softmax(jnp.where(visible, scores_BJIST / math.sqrt(channels), -jnp.inf))
         mixed.append(jnp.einsum("bjist,bjtc->bjisc", weights_BJIST.astype(value_BSHC.dtype), value_BJSC[..., seen, :]))
     return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
 
@@ -115,22 +124,33 @@ def attention(
     weights: AttentionWeights,
     cache: KeyValueCache | None = None,
     start_B: jax.Array | None = None,
+    segments: ArrayLike | None = None,
 ) -> tuple[jax.Array, KeyValueCache | None]:
     """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`, and the cache with these positions.
 
     Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the cache.
+    `segments` are the ids of documents, int32 `[B, S]`, with a cache those of its slots, `[B, T]`; rotary positions
+    then count from the beginning of each document.
     """
     positions = jnp.arange(hidden_BSD.shape[1])
     if start_B is not None:
         positions = start_B[:, None] + positions
-    query = rotate(_heads(config, hidden_BSD, weights.query), positions, config.rope_base)
-    key = rotate(_heads(config, hidden_BSD, weights.key), positions, config.rope_base)
+    turned = positions
+    if segments is not None:
+        segments = jnp.asarray(segments)
+        turned = document_positions(segments)
+        turned = turned if start_B is None else jnp.take_along_axis(turned, positions, axis=1)
+    query = rotate(_heads(config, hidden_BSD, weights.query), turned, config.rope_base)
+    key = rotate(_heads(config, hidden_BSD, weights.key), turned, config.rope_base)
     value = _heads(config, hidden_BSD, weights.value)
     if cache is None:
-        mixed_BSHC = causal_attention(query, key, value)
+        mixed_BSHC = causal_attention(query, key, value, segments)
     else:
         cache = cache.write(key, value, positions)
         seen_B1ST = jnp.arange(cache.key_BTHC.shape[1]) <= positions[:, None, :, None]
+        if segments is not None:
+            own_BS = jnp.take_along_axis(segments, positions, axis=1)
+            seen_B1ST &= segments[:, None, None, :] == own_BS[:, None, :, None]
         mixed_BSHC = jax.nn.dot_product_attention(query, *cache, mask=seen_B1ST)
     return linear(mixed_BSHC.reshape(hidden_BSD.shape), weights.output, ("heads", "embed")), cache
 

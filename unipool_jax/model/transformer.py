@@ -62,6 +62,9 @@ class Positions(NamedTuple):
     """With a cache, the position of each row's first token, int32."""
     counted_BS: jax.Array | None = None
     """Which positions routing statistics are about, bool; None is all of them. Padding is routed like text."""
+    segments: ArrayLike | None = None
+    """Ids of documents that do not see each other, int32 `[B, S]`, with a cache of its slots, `[B, T]`; None: a row is
+    one text. Routing does not depend on it."""
 
 
 EVERY_POSITION = Positions()
@@ -101,7 +104,9 @@ def layer(
     """
     model = config.model
     normed_BSD = rms_norm(hidden_BSD, weights.attention_norm_D, model.norm_epsilon)
-    attended_BSD, cache = attention(model, normed_BSD, weights.attention, inputs.cache, positions.start_B)
+    attended_BSD, cache = attention(
+        model, normed_BSD, weights.attention, inputs.cache, positions.start_B, positions.segments
+    )
     hidden_BSD = hidden_BSD + attended_BSD
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
     block = rematerialized(config, "moe", functools.partial(mixture, config))
@@ -266,9 +271,14 @@ def forward(
     tokens_BS: ArrayLike,
     expert_bias_GNE: jax.Array,
     score_factor_GNE: jax.Array | None = None,
+    segments_BS: ArrayLike | None = None,
 ) -> tuple[jax.Array, RoutingStats]:
-    """Logits `[B, S, V]` float32 and `RoutingStats` stacked to `[G, L/G, ...]`; see `Selection` for the last two."""
-    output = apply(config, params, tokens_BS, LayerInputs(Selection(expert_bias_GNE, score_factor_GNE)))
+    """Logits `[B, S, V]` float32 and `RoutingStats` stacked to `[G, L/G, ...]`.
+
+    See `Selection` for the bias and the factors, `Positions` for segments.
+    """
+    inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE))
+    output = apply(config, params, tokens_BS, inputs, Positions(segments=segments_BS))
     return output.head.logits(), output.layers.stats
 
 
@@ -288,13 +298,15 @@ def forward_cached(
     cache: KeyValueCache,
     start_B: jax.Array,
     score_factor_GNE: jax.Array | None = None,
+    segments_BT: ArrayLike | None = None,
 ) -> tuple[jax.Array, KeyValueCache]:
     """`forward` for tokens that follow those in `cache`: the same logits, float32 `[B, S, V]`, and the new cache.
 
     Row b holds positions `start_B[b] .. start_B[b] + S - 1`, which must lie within the cache; the cache must hold all
     positions before them. Tokens of padding behind a row are harmless if later calls overwrite them in order.
+    `segments_BT` are the documents of all slots; those behind a row's last token do not matter.
     """
     inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE), cache)
-    output = apply(config, params, tokens_BS, inputs, Positions(start_B))
+    output = apply(config, params, tokens_BS, inputs, Positions(start_B, segments=segments_BT))
     assert output.layers.cache is not None
     return output.head.logits(), output.layers.cache

@@ -145,7 +145,8 @@ def compile_evaluation(config: Config, mesh: Mesh) -> Evaluation:
 def _batch(config: Config, sequences: int, mesh: Mesh) -> Batch:
     """Shapes and shardings of a batch."""
     shape, rows = (sequences, config.data.sequence_length), batch_sharding(mesh)
-    arrays: Any = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (jnp.int32, jnp.int32, jnp.float32))
+    dtypes = (jnp.int32, jnp.int32, jnp.float32, *((jnp.int32,) if config.data.document_mask else ()))
+    arrays: Any = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes)
     return Batch(*arrays)
 
 

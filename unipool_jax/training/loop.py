@@ -300,8 +300,10 @@ class _Run:
         """This process's rows of the remaining training batches."""
         config = self.config
         num_windows = [steps * config.train.batch_size for steps in config.train.lengths]
-        length, seed = config.data.sequence_length, config.train.seed
-        source = WindowSource(self.corpus.stores, "train", length, num_windows, seed)
+        data, seed = config.data, config.train.seed
+        source = WindowSource(
+            self.corpus.stores, "train", data.sequence_length, num_windows, seed, document_mask=data.document_mask
+        )
         return training_batches(
             source,
             batch_size=config.train.batch_size,

@@ -142,7 +142,8 @@ def micro_batch_loss(
     """
     experts = None if weights is None else Experts(weights, accumulator)
     inputs = layer_inputs(config, micro.balance, micro.step)
-    output = apply(config, params, micro.batch.inputs, inputs, experts=experts)
+    positions = Positions(segments=micro.batch.segments)
+    output = apply(config, params, micro.batch.inputs, inputs, positions, experts)
     stats = output.layers.stats
     tokens = config.train.microbatch_size * config.data.sequence_length
     # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
@@ -181,7 +182,7 @@ def batch_load(config: Config, params: Any, experts: Experts | None, inputs: Lay
     """Share of choices per expert over all micro-batches `[m, ...]` of a batch, by a forward pass over each."""
 
     def count(carry: None, micro: Batch) -> tuple[None, jax.Array]:
-        output = apply(config, params, micro.inputs, inputs, experts=experts)
+        output = apply(config, params, micro.inputs, inputs, Positions(segments=micro.segments), experts)
         return carry, output.layers.stats.counts_AE
 
     counts_mGNAE = jax.lax.scan(count, None, micros)[1]
@@ -352,7 +353,8 @@ def make_eval_step(
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
         counted_BS = jnp.asarray(batch.weights) > 0
-        output = apply(config, params, batch.inputs, layer_inputs(config, balance), Positions(counted_BS=counted_BS))
+        positions = Positions(counted_BS=counted_BS, segments=batch.segments)
+        output = apply(config, params, batch.inputs, layer_inputs(config, balance), positions)
         stats = output.layers.stats
         losses_BS = output.head.token_losses(batch.targets)
 
