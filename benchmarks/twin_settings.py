@@ -18,6 +18,7 @@ def twin_settings(config: Config) -> Settings:
         vocab_size=model.vocab_size,
         rope_base=model.rope_base,
         norm_epsilon=model.norm_epsilon,
+        windows=tuple(None if sees_all else config.attention.window for sees_all in config.sees_all),
         init_std=model.init_std,
         dtype=model.compute_dtype,
         recompute=model.remat,

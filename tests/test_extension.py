@@ -235,5 +235,6 @@ def test_what_only_rounds_or_counts_the_same_experts_is_no_other_architecture() 
     config = compose_config(["moe.experts_per_layer=8"])
     other = compose_config(["moe.experts_per_layer=16", "pool.fraction=0.5", "model.remat=full", "model.init_std=1"])
     assert architecture_differences(config, other) == []
+    assert architecture_differences(config, compose_config(["attention.kind=window", "moe.experts_per_layer=8"])) == []
     biased = dataclasses.replace(config, loss=dataclasses.replace(config.loss, balance="expert_bias"))
     assert architecture_differences(config, biased) == ["loss.balance=expert_bias: False there, True here"]

@@ -27,6 +27,10 @@ VARIANTS = {
     "shared_pool_aux top-3, z-loss": ("shared_pool_aux", "moe.top_k=3", "loss.z_coefficient=1e-2"),
     "unipool top-2, one micro-batch behind": ("unipool", "moe.top_k=2", "loss.pool_statistics=previous", *_SMALL),
     "unipool, exact, micro-batches": ("unipool", *_SMALL),
+    "windows and one full layer": (
+        *("unipool", "moe.experts_per_layer=4", "attention.kind=alternating", "attention.window=3"),
+        "attention.full_layers=[1]",
+    ),
 }
 
 SLOW_VARIANTS = {

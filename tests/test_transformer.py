@@ -35,6 +35,8 @@ VARIANTS = [
     ("unipool", ("pool.starts=sliding", "pool.span=3", "moe.top_k=2")),
     ("shared_pool_aux", ("pool.starts=wide_runs", "pool.ends=1")),
     ("vanilla_aux_free", ("pool.groups=1", "pool.starts=[5,0,3,6]", "pool.window=[3,4,2,3]")),
+    ("unipool", ("attention.kind=window", "attention.window=3")),
+    ("vanilla", ("attention.kind=alternating", "attention.window=2", "attention.full_layers=[0,2]")),
 ]
 
 

@@ -33,10 +33,14 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; one projection makes queries, keys and values."""
+    """Causal grouped-query attention; one projection makes queries, keys and values.
 
-    def __init__(self, settings: Settings):
+    With a window, a position sees only so many of those before it, itself among them.
+    """
+
+    def __init__(self, settings: Settings, window: int | None = None):
         super().__init__()
+        self.window = window
         self.heads, self.kv_heads, self.head_size = settings.num_heads, settings.num_kv_heads, settings.head_size
         self.qkv = Linear(settings.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_size)
         self.out = Linear(settings.hidden_size, settings.hidden_size)
@@ -46,7 +50,13 @@ class Attention(nn.Module):
         heads_BHSC = self.qkv(x_BSD).view(batch, length, -1, self.head_size).transpose(1, 2)
         query, key, value = heads_BHSC.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         query, key = rotate(query, cos_SC, sin_SC), rotate(key, cos_SC, sin_SC)
-        mixed_BHSC = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        seen = None
+        if self.window is not None:
+            ones = torch.ones(length, length, dtype=torch.bool, device=x_BSD.device)
+            seen = ones.tril() & ones.triu(1 - self.window)
+        mixed_BHSC = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True
+        )
         return self.out(mixed_BHSC.transpose(1, 2).reshape_as(x_BSD))
 
 
@@ -73,11 +83,11 @@ class DenseFFN(nn.Module):
 class Layer(nn.Module):
     """One transformer layer. A mixture is handed the bank of its pool, so a pool is registered once."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, window: int | None = None):
         super().__init__()
         self.recompute = settings.recompute
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
-        self.attention = Attention(settings)
+        self.attention = Attention(settings, window)
         self.ffn_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.ffn: DenseFFN | Mixture = DenseFFN(settings) if settings.router == "none" else Mixture(settings)
 
@@ -115,7 +125,7 @@ class Transformer(nn.Module):
         self.dtype = getattr(torch, settings.dtype)
         pooled = settings.router != "none"
         self.embedding = nn.Embedding(settings.vocab_size, settings.hidden_size)
-        self.layers = nn.ModuleList(Layer(settings) for _ in range(settings.num_layers))
+        self.layers = nn.ModuleList(Layer(settings, settings.window(index)) for index in range(settings.num_layers))
         self.experts = nn.ModuleList(ExpertPool(settings) for _ in range(settings.num_pools if pooled else 0))
         self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.output = Linear(settings.hidden_size, settings.vocab_size)

@@ -18,6 +18,8 @@ class Settings:
     vocab_size: int = 51200
     rope_base: float = 1e6
     norm_epsilon: float = 1e-5
+    windows: tuple[int | None, ...] = ()
+    """Of each layer, the positions that a token attends to, its own among them; None, or no entry, is all before it."""
     init_std: float = 0.01
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations, and of weights at use; parameters and optimizer state are float32."""
@@ -58,6 +60,10 @@ class Settings:
     def layers_per_pool(self) -> int:
         """Adjacent layers that share one pool."""
         return self.num_layers // self.num_pools
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a token attends to in a layer; None is all before it."""
+        return self.windows[layer] if self.windows else None
 
     @property
     def head_size(self) -> int:

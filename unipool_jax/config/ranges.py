@@ -40,6 +40,8 @@ RANGES = {
     "model.rope_base": Range(1, 1e12, open_low=True),
     "model.norm_epsilon": _EPSILON,
     "model.init_std": Range(0, 10, open_low=True),
+    "attention.window": Range(1, 1_048_575),
+    "attention.full_layers": Range(0, 1023),
     "moe.experts_per_layer": Range(1, MAX_EXPERTS),
     "moe.top_k": Range(1, MAX_EXPERTS),
     "moe.score_epsilon": _EPSILON,

@@ -67,6 +67,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """Which of the positions before it a token attends to; see docs/attention.md."""
+
+    kind: Literal["full", "window", "alternating"] = "full"
+    """`full`: all positions before, in every layer. `window`: the last attention.window, in every layer. `alternating`:
+    all in attention.full_layers, the window in the others."""
+    window: int = 128
+    """Positions w that a token sees in a layer with a window, its own among them; less than data.sequence_length."""
+    full_layers: int | tuple[int, ...] = 4
+    """Layers that see all positions, with attention.kind=alternating: every n-th (4: layers 3, 7, 11, ..., counted from
+    0), or a list of layers."""
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     """Experts and how a layer routes tokens to them."""
 
@@ -372,7 +386,7 @@ class RunConfig:
     """Folder of this run inside run.dir; null derives it from scale, method, steps, seed, text and run.init_from."""
     init_from: str | None = None
     """Run, or one checkpoint (RUN/checkpoints/STEP), whose parameters a new run starts with; optimizer state, schedule
-    and step are new. Everything of the architecture must be the same."""
+    and step are new. Everything of the architecture must be the same, but for the kind of attention."""
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` resumes from the newest complete checkpoint if there is one; `never` refuses a run that exists; `required`
     refuses to start a new one."""
@@ -385,6 +399,7 @@ class Config:
     """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -451,6 +466,15 @@ class Config:
         if self.widths is not None:
             return max(self.widths)
         return self.experts_per_pool if self.lock.ownership == "none" else self.total_experts
+
+    @property
+    def sees_all(self) -> tuple[bool, ...]:
+        """Whether each layer attends to all positions before, not only to attention.window of them."""
+        kind, full = self.attention.kind, self.attention.full_layers
+        if kind != "alternating":
+            return (kind == "full",) * self.model.num_layers
+        layers = range(full - 1, self.model.num_layers, full) if isinstance(full, int) else full
+        return tuple(layer in layers for layer in range(self.model.num_layers))
 
     @property
     def locked(self) -> bool:

@@ -80,6 +80,7 @@ TABLE: dict[str, Effect] = {
         (
             *("model.num_layers", "model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.ffn_size"),
             *("model.vocab_size", "model.rope_base", "model.norm_epsilon", "model.init_std", "model.compute_dtype"),
+            *("attention.kind", "attention.window", "attention.full_layers"),
             *("moe.router", "moe.experts_per_layer", "moe.top_k", "moe.router_dtype"),
             *("moe.score_constant", "moe.score_epsilon", "moe.score_centering"),
             *("pool.groups", "pool.fraction", "pool.experts", "pool.starts", "pool.window", "pool.span", "pool.ends"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,15 +12,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from unipool_jax.config.schema import ModelConfig
+from unipool_jax.config.schema import Config, ModelConfig
+from unipool_jax.kernels.causal import cached_attention, causal_attention
 from unipool_jax.model.documents import document_positions
+from unipool_jax.model.remat import recompute
 from unipool_jax.parallel.linear import linear
 from unipool_jax.parallel.mesh import constrain
-
-_QUERY_BLOCKS = 4
-"""Blocks of queries in `causal_attention`: 4 skip three eighths of all scores; 8 were no faster."""
-_LEAST_BLOCK = 64
-"""Queries of a block at least: skipping parts of short sequences saves nothing, and every block is a program part."""
 
 
 class KeyValueCache(NamedTuple):
@@ -60,36 +59,6 @@ def rotate(heads_BSHC: jax.Array, positions_BS: jax.Array, base: float) -> jax.A
     return rotated.astype(heads_BSHC.dtype)
 
 
-def causal_attention(
-    query_BSHC: jax.Array, key_BSHC: jax.Array, value_BSHC: jax.Array, segments_BS: jax.Array | None = None
-) -> jax.Array:
-    """Softmax attention of each position to itself and those before, `[B, S, H, C]` in the dtype of the queries.
-
-    With `segments_BS`, int32, a position sees only those before that have its segment id.
-
-    Scores and softmax are float32. Key and value heads may be fewer: each serves H / (its number) adjacent query heads.
-    Queries are taken in blocks, each with the keys up to its end, so most of what the mask hides is never computed.
-    """
-    batch, length, heads, channels = query_BSHC.shape
-    # J key-value heads, I query heads for each. With heads ahead of positions each head's matrices lie in one piece.
-    query_BJISC = query_BSHC.reshape(batch, length, key_BSHC.shape[2], -1, channels).transpose(0, 2, 3, 1, 4)
-    key_BJSC, value_BJSC = key_BSHC.transpose(0, 2, 1, 3), value_BSHC.transpose(0, 2, 1, 3)
-    position_S = jnp.arange(length)
-    block, mixed = max(-(-length // _QUERY_BLOCKS), _LEAST_BLOCK), []
-    for start in range(0, length, block):
-        rows, seen = slice(start, start + block), slice(start + block)
-        scores_BJIST = jnp.einsum(
-            "bjisc,bjtc->bjist", query_BJISC[..., rows, :], key_BJSC[..., seen, :], preferred_element_type=jnp.float32
-        )
-        visible = position_S[rows, None] >= position_S[seen]
-        if segments_BS is not None:
-            same_BST = segments_BS[:, rows, None] == segments_BS[:, None, seen]
-            visible = visible & same_BST[:, None, None]
-        weights_BJIST = jax.nn.softmax(jnp.where(visible, scores_BJIST / math.sqrt(channels), -jnp.inf))
-        mixed.append(jnp.einsum("bjist,bjtc->bjisc", weights_BJIST.astype(value_BSHC.dtype), value_BJSC[..., seen, :]))
-    return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
-
-
 class AttentionWeights(NamedTuple):
     """Parameters of one attention block, float32; head channels are the last axis but for `output`."""
 
@@ -119,20 +88,22 @@ class Attention(nn.Module):
 
 
 def attention(
-    config: ModelConfig,
+    config: Config,
     hidden_BSD: jax.Array,
     weights: AttentionWeights,
     cache: KeyValueCache | None = None,
     start_B: jax.Array | None = None,
     segments: ArrayLike | None = None,
+    sees_all: ArrayLike | None = None,
 ) -> tuple[jax.Array, KeyValueCache | None]:
     """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`, and the cache with these positions.
 
     Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the cache.
     `segments` are the ids of documents, int32 `[B, S]`, with a cache those of its slots, `[B, T]`; rotary positions
-    then count from the beginning of each document.
+    then count from the beginning of each document. With attention.kind=alternating `sees_all` says whether this layer is
+    one of attention.full_layers, bool.
     """
-    positions = jnp.arange(hidden_BSD.shape[1])
+    model, positions = config.model, jnp.arange(hidden_BSD.shape[1])
     if start_B is not None:
         positions = start_B[:, None] + positions
     turned = positions
@@ -140,19 +111,38 @@ def attention(
         segments = jnp.asarray(segments)
         turned = document_positions(segments)
         turned = turned if start_B is None else jnp.take_along_axis(turned, positions, axis=1)
-    query = rotate(_heads(config, hidden_BSD, weights.query), turned, config.rope_base)
-    key = rotate(_heads(config, hidden_BSD, weights.key), turned, config.rope_base)
-    value = _heads(config, hidden_BSD, weights.value)
+    query = rotate(_heads(model, hidden_BSD, weights.query), turned, model.rope_base)
+    key = rotate(_heads(model, hidden_BSD, weights.key), turned, model.rope_base)
+    value = _heads(model, hidden_BSD, weights.value)
     if cache is None:
-        mixed_BSHC = causal_attention(query, key, value, segments)
+        mixed_BSHC = _by_kind(config, causal_attention, sees_all, query, key, value, segments)
     else:
+        assert start_B is not None
         cache = cache.write(key, value, positions)
-        seen_B1ST = jnp.arange(cache.key_BTHC.shape[1]) <= positions[:, None, :, None]
-        if segments is not None:
-            own_BS = jnp.take_along_axis(segments, positions, axis=1)
-            seen_B1ST &= segments[:, None, None, :] == own_BS[:, None, :, None]
-        mixed_BSHC = jax.nn.dot_product_attention(query, *cache, mask=seen_B1ST)
+        mixed_BSHC = _by_kind(config, cached_attention, sees_all, query, *cache, start_B, segments)
     return linear(mixed_BSHC.reshape(hidden_BSD.shape), weights.output, ("heads", "embed")), cache
+
+
+def _by_kind(
+    config: Config, product: Callable[..., jax.Array], sees_all: ArrayLike | None, *operands: jax.Array | None
+) -> jax.Array:
+    """`product(*operands)` over all positions before, or those of the window, as the layer's kind says."""
+    if config.attention.kind == "full":
+        return product(*operands)
+    of_window = functools.partial(product, window=config.attention.window)
+    if config.attention.kind == "window":
+        return of_window(*operands)
+
+    # The kind is a value, not part of the program: layers are scanned, whatever their pattern and however pools divide
+    # them. One of the branches runs.
+    def either(sees_all: ArrayLike, *operands: jax.Array | None) -> jax.Array:
+        return jax.lax.cond(sees_all, product, of_window, *operands)
+
+    # A differentiated conditional keeps the residuals of both branches, so a layer of the window would keep as much as
+    # a full one: of a layer that is not recomputed itself, keep the operands.
+    function = either if config.model.remat == "full" else recompute(either)
+    assert sees_all is not None
+    return function(sees_all, *operands)
 
 
 def _heads(config: ModelConfig, hidden_BSD: jax.Array, weights: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
 
@@ -53,6 +54,8 @@ class LayerInputs(NamedTuple):
     selection: Selection
     cache: KeyValueCache | None = None
     """Keys and values of the positions before; None: the tokens are all there is."""
+    sees_all: ArrayLike | None = None
+    """With attention.kind=alternating, whether the layer attends to all positions before, bool."""
 
 
 class Positions(NamedTuple):
@@ -105,7 +108,13 @@ def layer(
     model = config.model
     normed_BSD = rms_norm(hidden_BSD, weights.attention_norm_D, model.norm_epsilon)
     attended_BSD, cache = attention(
-        model, normed_BSD, weights.attention, inputs.cache, positions.start_B, positions.segments
+        config,
+        normed_BSD,
+        weights.attention,
+        inputs.cache,
+        positions.start_B,
+        positions.segments,
+        inputs.sees_all,
     )
     hidden_BSD = hidden_BSD + attended_BSD
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
@@ -229,6 +238,9 @@ class Transformer(nn.Module):
         hidden_BSD = lookup(embedding_VD, tokens_BS, ("vocab", "embed"), model.compute_dtype)
         hidden_BSD = constrain(hidden_BSD, "batch", None, None)
 
+        if config.attention.kind == "alternating":
+            by_layer = np.array(config.sees_all).reshape(config.pool.groups, config.layers_per_pool)
+            inputs = inputs._replace(sees_all=by_layer)
         pools = nn.scan(
             without_gathered_weights(config, PoolStage),
             variable_axes={"params": 0},

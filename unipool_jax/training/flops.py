@@ -25,8 +25,9 @@ def flops_per_token(config: Config) -> float:
     """Training FLOPs per token: forward and backward, without recomputation.
 
     6 FLOPs per weight of every matrix product (2 forward, 4 backward), counting `top_k` experts per layer, plus
-    `6 L D S` for attention: half of the usual `12 L D S`, because the causal mask keeps half of the scores. The
-    embedding lookup is free. Recomputation is not model work, so remat lowers the MFU.
+    `6 L D S` for attention: half of the usual `12 L D S`, because the causal mask keeps half of the scores. A layer
+    with a window w keeps `w - w^2 / (2 S)` of them per token instead of `S / 2`. The embedding lookup is free.
+    Recomputation is not model work, so remat lowers the MFU.
     """
     model = config.model
     width, head = model.hidden_size, config.head_size
@@ -36,7 +37,9 @@ def flops_per_token(config: Config) -> float:
     routers = 0 if config.moe.router == "none" else width * sum(widths)
     per_layer = attention + experts_visited * 3 * width * model.ffn_size
     weights = model.num_layers * per_layer + routers + width * model.vocab_size
-    scores = model.num_layers * model.num_heads * head * config.data.sequence_length
+    length, window = config.data.sequence_length, config.attention.window
+    seen = sum(length if sees_all else 2 * window - window**2 / length for sees_all in config.sees_all)
+    scores = seen * model.num_heads * head
     return 6.0 * weights + 6.0 * scores
 
 
