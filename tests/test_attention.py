@@ -55,11 +55,12 @@ def documents(length: int) -> np.ndarray:
 def test_values_and_gradients(length: int, num_heads: int, num_kv_heads: int, window: int | None, apart: bool) -> None:
     """One block of queries, two, four, many at once; lengths that they do not divide; windows of every width."""
     operands, segments = heads(length, num_heads, num_kv_heads), documents(length) if apart else None
+    numbers = None if segments is None else jnp.asarray(segments)
     upstream = np.random.default_rng(1).normal(size=operands[0].shape).astype(np.float32)
 
     @jax.jit
     def both(*operands: jax.Array) -> Any:
-        product = functools.partial(causal_attention, segments_BS=segments, window=window)
+        product = functools.partial(causal_attention, segments_BS=numbers, window=window)
         found, pullback = jax.vjp(product, *operands)
         return found, pullback(jnp.asarray(upstream))
 
@@ -67,9 +68,9 @@ def test_values_and_gradients(length: int, num_heads: int, num_kv_heads: int, wi
     wide = [np.asarray(operand, np.float64) for operand in operands]
     for row in range(2):
         seen = oracles.visible(length, window, None if segments is None else segments[row])
-        own = [operand[row] for operand in wide]
-        np.testing.assert_allclose(found[row], oracles.product(*own, seen), rtol=1e-4, atol=1e-5)
-        expected = oracles.product_gradients(*own, seen, upstream[row])
+        query, key, value = (operand[row] for operand in wide)
+        np.testing.assert_allclose(found[row], oracles.product(query, key, value, seen), rtol=1e-4, atol=1e-5)
+        expected = oracles.product_gradients(query, key, value, seen, upstream[row])
         for mine, theirs in zip(gradients, expected, strict=True):
             np.testing.assert_allclose(mine[row], theirs, rtol=1e-4, atol=2e-5)
 
@@ -97,8 +98,8 @@ def test_the_work_of_a_window_grows_with_the_sequence_alone() -> None:
     def work(length: int, window: int | None) -> float:
         shapes = [jax.ShapeDtypeStruct((1, length, count, 64), jnp.float32) for count in (4, 2, 2)]
 
-        def loss(*operands: jax.Array) -> jax.Array:
-            return jnp.sum(causal_attention(*operands, window=window))
+        def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            return jnp.sum(causal_attention(query, key, value, window=window))
 
         return flops(jax.grad(loss, argnums=(0, 1, 2)), *shapes)
 
@@ -134,12 +135,13 @@ def test_a_cache_is_attended_to_like_a_sequence(
 ) -> None:
     """Each row from its own position on: one token, a few, and more than one block of queries."""
     operands, segments = heads(SLOTS, 4, 2), documents(SLOTS) if apart else None
-    query = jnp.stack([row[start : start + length] for row, start in zip(operands[0], starts, strict=True)])
+    queries = jnp.stack([row[start : start + length] for row, start in zip(operands[0], starts, strict=True)])
     product = jax.jit(functools.partial(cached_attention, window=window))
-    found = np.asarray(product(query, *operands[1:], jnp.asarray(starts), segments))
+    found = np.asarray(product(queries, *operands[1:], jnp.asarray(starts), segments))
     for row, start in enumerate(starts):
         seen = oracles.visible(SLOTS, window, None if segments is None else segments[row])
-        whole = oracles.product(*(np.asarray(operand[row], np.float64) for operand in operands), seen)
+        query, key, value = (np.asarray(operand[row], np.float64) for operand in operands)
+        whole = oracles.product(query, key, value, seen)
         np.testing.assert_allclose(found[row], whole[start : start + length], rtol=1e-4, atol=1e-5)
 
 

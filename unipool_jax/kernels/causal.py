@@ -160,7 +160,7 @@ def cached_attention(
         visible_BST = slot_BT[:, None] <= position_BS1
         if window is not None:
             visible_BST &= position_BS1 - slot_BT[:, None] < window
-        if segments_BT is not None:
+        if segments_BT is not None and segments is not None:
             own_BS = jnp.take_along_axis(segments_BT, position_BS1[..., 0], axis=1)
             visible_BST &= own_BS[..., None] == segments[:, None]
         return jax.nn.dot_product_attention(query_BSHC, key, value, mask=visible_BST[:, None])

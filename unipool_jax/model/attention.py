@@ -100,8 +100,8 @@ def attention(
 
     Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the cache.
     `segments` are the ids of documents, int32 `[B, S]`, with a cache those of its slots, `[B, T]`; rotary positions
-    then count from the beginning of each document. With attention.kind=alternating `sees_all` says whether this layer is
-    one of attention.full_layers, bool.
+    then count from the beginning of each document. With attention.kind=alternating `sees_all` says whether this layer
+    is one of attention.full_layers, bool.
     """
     model, positions = config.model, jnp.arange(hidden_BSD.shape[1])
     if start_B is not None:
