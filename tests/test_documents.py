@@ -14,7 +14,7 @@ import pytest
 import oracles
 from runner import overrides
 from test_megatron import documents, write_pair
-from tiny import tiny_config, tiny_state
+from tiny import END, tiny_config, tiny_state
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
 from unipool_jax.data.corpus import open_corpus
@@ -35,7 +35,6 @@ from unipool_jax.training.step import make_eval_step, make_train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 
-END = 0
 LENGTHS = [(3, 1, 7, 5), (9, 7), (1, 1, 14), (16,)]
 """Of the documents of each row; the last of a row is cut by its end."""
 ALTERNATING = ("attention.kind=alternating", "attention.window=4", "attention.full_layers=[2]")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unipool_jax.config import attention_rules, lock_schedule, mesh_rules, sharing_rules
+from unipool_jax.config import attention_rules, lock_schedule, mesh_rules, rope_rules, sharing_rules
 from unipool_jax.config.addresses import split_address
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.parsing import as_written, from_mapping
@@ -151,6 +151,7 @@ def _experts(config: Config) -> Iterator[str]:
 
 
 _rule("attention.window", "attention.full_layers", "data.sequence_length", "model.num_layers")(attention_rules.problems)
+_rule("data.sequence_length", *(name for name in RANGES if name.startswith("model.rope_")))(rope_rules.problems)
 _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.problems)
 
 

@@ -55,6 +55,19 @@ class ModelConfig:
     """Rows V of the embedding and of the output head, at least the tokenizer's vocabulary; padding rows are trained."""
     rope_base: float = 1_000_000.0
     """Base (theta) of the rotary position frequencies."""
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"
+    """Scaling of rotary positions to sequences longer than model.rope_original_length; see docs/attention.md. `linear`:
+    every frequency over model.rope_factor. `yarn`: only the slow ones, and sharper attention (arXiv 2309.00071)."""
+    rope_factor: float = 1.0
+    """Scaling factor s: the model reads s x model.rope_original_length positions."""
+    rope_original_length: int | None = None
+    """Sequence length that the model was trained on before its positions were scaled; needed by a scaling."""
+    rope_beta_fast: float = 32.0
+    """Frequencies with more turns than this in the original length are kept, with model.rope_scaling=yarn."""
+    rope_beta_slow: float = 1.0
+    """Frequencies with fewer turns than this in the original length are interpolated, with model.rope_scaling=yarn."""
+    rope_attention_factor: float | None = None
+    """Factor on rotated queries and keys, with model.rope_scaling=yarn; null is 0.1 ln(rope_factor) + 1."""
     norm_epsilon: float = 1e-5
     """Epsilon added to the mean square in RMSNorm."""
     init_std: float = 0.01
@@ -489,6 +502,14 @@ class Config:
     def layers_per_pool(self) -> int:
         """Adjacent layers that share one pool, L / G."""
         return self.model.num_layers // self.pool.groups
+
+    @property
+    def positions(self) -> int:
+        """Positions that the model can read: those of training, or more with scaled rotary positions."""
+        original = self.model.rope_original_length
+        if self.model.rope_scaling == "none" or original is None:
+            return self.data.sequence_length
+        return int(self.model.rope_factor * original)
 
     @property
     def head_size(self) -> int:

@@ -16,6 +16,7 @@ from unipool_jax.config.schema import Config, ModelConfig
 from unipool_jax.kernels.causal import cached_attention, causal_attention
 from unipool_jax.model.documents import document_positions
 from unipool_jax.model.remat import recompute
+from unipool_jax.model.rope import rotate
 from unipool_jax.parallel.linear import linear
 from unipool_jax.parallel.mesh import constrain
 
@@ -38,25 +39,6 @@ class KeyValueCache(NamedTuple):
             self.key_BTHC.at[row_B1, positions_BS].set(key_BSHC),
             self.value_BTHC.at[row_B1, positions_BS].set(value_BSHC),
         )
-
-
-def rotate(heads_BSHC: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding over the whole head (arXiv 2104.09864).
-
-    Half-rotation layout: channel i is paired with channel i + C/2. Angles and products are float32.
-
-    Args:
-      heads_BSHC: queries or keys, `[B, S, H, C]` with even C.
-      positions_BS: int32 `[B, S]`, or `[S]` where all rows have the same.
-      base: base of the frequencies `base^(-2 i / C)`.
-    """
-    channels = heads_BSHC.shape[3]
-    frequencies = base ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
-    angles_BS1C = positions_BS.astype(jnp.float32)[..., None, None] * frequencies
-    cos, sin = jnp.cos(angles_BS1C), jnp.sin(angles_BS1C)
-    first, second = jnp.split(heads_BSHC.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(heads_BSHC.dtype)
 
 
 class AttentionWeights(NamedTuple):
@@ -111,8 +93,8 @@ def attention(
         segments = jnp.asarray(segments)
         turned = document_positions(segments)
         turned = turned if start_B is None else jnp.take_along_axis(turned, positions, axis=1)
-    query = rotate(_heads(model, hidden_BSD, weights.query), turned, model.rope_base)
-    key = rotate(_heads(model, hidden_BSD, weights.key), turned, model.rope_base)
+    query = rotate(_heads(model, hidden_BSD, weights.query), turned, model)
+    key = rotate(_heads(model, hidden_BSD, weights.key), turned, model)
     value = _heads(model, hidden_BSD, weights.value)
     if cache is None:
         mixed_BSHC = _by_kind(config, causal_attention, sees_all, query, key, value, segments)
