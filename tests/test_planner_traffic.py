@@ -154,6 +154,26 @@ def test_each_kind_of_attention_computes_its_own_scores(remat: str) -> None:
         assert counted(small("unipool", *kinds[1]), SIZES)[name] == counted(small("unipool"), SIZES)[name]
 
 
+@pytest.mark.parametrize(("remat", "again", "forward"), [("none", 0, 2), ("full", 0, 3), ("moe", 1, 2)])
+def test_kernels_of_attention_move_tiles_and_no_scores(remat: str, again: int, forward: int) -> None:
+    """512 positions are one tile, 1024 are two by two, of which the mask hides one; a window of 400 hides no more.
+
+    Each of two sequences of four heads, of 64 channels. Alternating layers compute the product once more themselves.
+    """
+    kinds = ("attention.kind=alternating", "attention.window=400") if again else ()
+    more = ("data.sequence_length=1024", *kinds)
+    found = counted(small("unipool", "kernels.attention=auto", f"model.remat={remat}", *more), SIZES)[
+        "attention scores"
+    ]
+    tiles, matrix = 4 * 2 * 3, 2 * 4 * 1024 * 64
+    products = 2 * (forward + again) + 4 + 3
+    assert found.unpadded_flops == LAYERS * MICRO * tiles * products * 2 * 512 * 512 * 64
+    # A tile needs keys and values, in the backward kernel of those queries and gradients instead.
+    read = moved((tiles * 512 * 64, HALF, 2 * (forward + again) + 2 + 2))
+    # Queries and results; backward, the gradient of results, of queries, keys and values, and what belongs to rows.
+    assert found.bytes == LAYERS * MICRO * (read + moved((matrix, HALF, 2 * (forward + again) + 6)))
+
+
 def test_one_device_has_no_receive_buffer() -> None:
     config, alone = small("unipool"), dict.fromkeys(SIZES, 1)
     assert counted(config, alone)["dispatch"].bytes == LAYERS * MICRO * (3 + 1) * moved((8 * 256 * D, HALF, 8))

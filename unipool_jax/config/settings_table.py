@@ -125,7 +125,9 @@ TABLE: dict[str, Effect] = {
     "data.document_mask": _NUMBERS,
     **dict.fromkeys(("data.cache_dir", "data.num_threads"), _LOCAL),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.expert_placement"), _MESH),
-    **dict.fromkeys(("mesh.tensor", "mesh.transport", "kernels.implementation"), Effect(rounding=True)),
+    **dict.fromkeys(
+        ("mesh.tensor", "mesh.transport", "kernels.implementation", "kernels.attention"), Effect(rounding=True)
+    ),
     "run.init_from": Effect(numbers=True, why="a run starts once"),
     "mesh.topology": Effect(why="only mode=plan reads it"),
     **dict.fromkeys(("mesh.capacity_factor", "mesh.overflow"), Effect(numbers=drops, why=_DROPPED)),

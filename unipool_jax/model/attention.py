@@ -13,12 +13,14 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from unipool_jax.config.schema import Config, ModelConfig
-from unipool_jax.kernels.causal import cached_attention, causal_attention
+from unipool_jax.kernels.attention import PRODUCTS
+from unipool_jax.kernels.causal import cached_attention
+from unipool_jax.kernels.implementations import resolve_attention
 from unipool_jax.model.documents import document_positions
 from unipool_jax.model.remat import recompute
 from unipool_jax.model.rope import rotate
 from unipool_jax.parallel.linear import linear
-from unipool_jax.parallel.mesh import constrain
+from unipool_jax.parallel.mesh import constrain, on_each_device
 
 
 class KeyValueCache(NamedTuple):
@@ -97,12 +99,34 @@ def attention(
     key = rotate(_heads(model, hidden_BSD, weights.key), turned, model)
     value = _heads(model, hidden_BSD, weights.value)
     if cache is None:
-        mixed_BSHC = _by_kind(config, causal_attention, sees_all, query, key, value, segments)
+        mixed_BSHC = _by_kind(config, sequence_product(config), sees_all, query, key, value, segments)
     else:
         assert start_B is not None
         cache = cache.write(key, value, positions)
         mixed_BSHC = _by_kind(config, cached_attention, sees_all, query, *cache, start_B, segments)
     return linear(mixed_BSHC.reshape(hidden_BSD.shape), weights.output, ("heads", "embed")), cache
+
+
+def sequence_product(config: Config) -> Callable[..., jax.Array]:
+    """`kernels.causal.causal_attention`, by the implementation that the configuration names for this platform."""
+    name = resolve_attention(config.kernels.attention, config.model.compute_dtype, config.head_size)
+    if name == "blocks":
+        return PRODUCTS[name]
+
+    def product(
+        query_BSHC: jax.Array,
+        key_BSHC: jax.Array,
+        value_BSHC: jax.Array,
+        segments_BS: jax.Array | None = None,
+        window: int | None = None,
+    ) -> jax.Array:
+        operands, heads = [query_BSHC, key_BSHC, value_BSHC], ("batch", None, "heads", None)
+        axes: list[tuple[str | None, ...]] = [heads] * 3
+        if segments_BS is not None:
+            operands, axes = [*operands, segments_BS], [*axes, ("batch", None)]
+        return on_each_device(functools.partial(PRODUCTS[name], window=window), operands, axes, heads)
+
+    return product
 
 
 def _by_kind(

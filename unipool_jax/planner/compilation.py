@@ -97,9 +97,12 @@ def topology_mesh(config: Config) -> Mesh:
 
 def for_tpu(config: Config) -> Config:
     """`config` with kernels resolved for TPU: while planning, the default backend is the CPU."""
-    if config.kernels.implementation != "auto":
-        return config
-    return dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, implementation="pallas_tpu"))
+    kernels = config.kernels
+    if kernels.implementation == "auto":
+        kernels = dataclasses.replace(kernels, implementation="pallas_tpu")
+    if kernels.attention == "auto":
+        kernels = dataclasses.replace(kernels, attention="splash")
+    return dataclasses.replace(config, kernels=kernels)
 
 
 def compile_step(config: Config, mesh: Mesh) -> Program:

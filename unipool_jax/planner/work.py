@@ -14,13 +14,10 @@ import numpy as np
 from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
-from unipool_jax.kernels.causal import QUERY_BLOCKS, computed_scores
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
+from unipool_jax.planner.attention import NARROW, WIDE, AttentionCost, attention_cost, padding
 from unipool_jax.training.step import counts_before_gradient, shares_one_bank
-
-NARROW, WIDE = 2, 4
-"""Bytes of a bfloat16 and of a float32 number."""
 
 
 class Work(NamedTuple):
@@ -104,23 +101,15 @@ class _Sizes:
         own = experts / (1 if config.moe.router == "none" else self.sizes["expert"])
         return 3 * model.hidden_size * model.ffn_size * own / self.sizes["tensor"]
 
-    @property
-    def scores(self) -> tuple[float, ...]:
-        """Scores of all heads that each layer computes."""
-        length = self.config.data.sequence_length
-        rows = self.tokens * self.config.model.num_heads / self.sizes["tensor"]
-        full, of_window = computed_scores(length), computed_scores(length, self.config.attention.window)
-        return tuple(rows * ((full if sees_all else of_window) / length) for sees_all in self.config.sees_all)
+    def attention(self, forward: int = 1) -> AttentionCost:
+        """What attention costs with so many forward passes over a layer."""
+        rows = self.tokens / self.config.data.sequence_length * self.config.model.num_heads / self.sizes["tensor"]
+        return attention_cost(self.config, self.topology, rows, forward)
 
     @property
     def attention_weights(self) -> float:
         model = self.config.model
         return 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * self.config.head_size)
-
-
-def _recomputes_product(config: Config) -> bool:
-    """Whether a layer computes its attention product again although it is not recomputed itself."""
-    return config.attention.kind == "alternating" and config.model.remat != "full"
 
 
 def _passes(at: _Sizes) -> tuple[int, int]:
@@ -171,22 +160,9 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     flops = 2 * n * weights
     work.append(Work("projections", flops * (forward + 2), flops * (forward + 2), moved * (forward + 2)))
 
-    # Forward, the compiler computes the scores twice, for their maximum and for their exponentials, which it keeps in
-    # float32 for the product with the values. Backward, it computes them again, and four more products.
-    scores = sum(at.scores) / model.num_layers
-    product = 2 * scores * config.head_size
-    unit = at.topology.chip.matrix_unit
-    padded = math.ceil(config.head_size / unit) * unit / config.head_size
-    again = _recomputes_product(config)
-    products = 3 * (forward + again) + 4 + (0 if config.model.remat == "full" or again else 1)
-    work.append(
-        Work(
-            "attention scores",
-            product * products * padded,
-            product * products,
-            scores * (2 * WIDE * (forward + again) + 5 * WIDE),
-        )
-    )
+    scores = at.attention(forward)
+    padded = scores.flops * padding(config, at.topology)
+    work.append(Work("attention scores", padded, scores.flops, scores.bytes))
 
     # Two norms, two residual sums and rotary positions, in float32 between bfloat16 arrays.
     work.append(Work("norms and sums", 0.0, 0.0, 10 * n * width * NARROW * (forward + 2)))
@@ -351,11 +327,11 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     dense = WIDE * parameters * (1 if config.num_microbatches == 1 else 2)
     tables = 2 * NARROW * model.vocab_size * model.hidden_size
     hidden = n * model.hidden_size * NARROW
-    scores, largest = sum(at.scores) / model.num_layers * (not _recomputes_product(config)), max(at.scores)
+    scores = at.attention()
     mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * NARROW
     products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * NARROW
-    kept = {"full": hidden, "moe": 8 * hidden + 6 * scores, "none": 10 * hidden + 6 * scores + products}
-    working = 10 * hidden + 8 * largest + mixture
+    kept = {"full": hidden, "moe": 8 * hidden + scores.kept_bytes, "none": 10 * hidden + scores.kept_bytes + products}
+    working = 10 * hidden + scores.working_bytes + mixture
     logits = n * model.vocab_size / sizes["tensor"] * (WIDE + NARROW)
     return gathered + gradient + dense + tables + model.num_layers * kept[config.model.remat] + max(working, logits)
 
@@ -367,11 +343,7 @@ def _evaluation(at: _Sizes) -> float:
     mesh = dataclasses.replace(config.mesh, capacity_factor=math.inf)
     at = dataclasses.replace(at, config=dataclasses.replace(config, train=batches, mesh=mesh))
     hidden = at.tokens * model.hidden_size * NARROW
-    # One of the blocks of queries at a time; those of a window are computed at once.
-    scores = at.tokens * config.data.sequence_length * model.num_heads / sizes["tensor"] / QUERY_BLOCKS
-    if not any(config.sees_all):
-        scores = min(scores, at.scores[0])
     rows = at.received * (model.ffn_size / sizes["tensor"] + 2 * model.hidden_size) * NARROW
     tables = 2 * NARROW * model.vocab_size * model.hidden_size
     gathered = NARROW * at.bank * (config.pool.groups if sizes["fsdp"] == 1 else 1)
-    return gathered + tables + 6 * hidden + max(rows, WIDE * scores)
+    return gathered + tables + 6 * hidden + max(rows, at.attention().evaluation_bytes)

@@ -21,7 +21,7 @@ from unipool_jax.data.corpus import Corpus, open_corpus
 from unipool_jax.data.identity import text_identity
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
-from unipool_jax.kernels.implementations import resolve
+from unipool_jax.kernels.implementations import resolve, resolve_attention
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.moe.lock_lifecycle import LossExcessError
 from unipool_jax.parallel.mesh import usable_mesh
@@ -181,7 +181,8 @@ class _Run:
         self.progress.message(
             f"{self.folder.path}: {config.scale_name} {config.method_name} on {self.num_devices} x "
             f"{device.device_kind}, {config.total_experts} experts in {config.pool.groups} pool(s), "
-            f"{config.tokens_per_step:,} tokens per step, {resolve(config.kernels.implementation)} kernels"
+            f"{config.tokens_per_step:,} tokens per step, {resolve(config.kernels.implementation)} kernels, "
+            f"{resolve_attention(config.kernels.attention, config.model.compute_dtype, config.head_size)} attention"
         )
         if counts_before_gradient(config):
             self.progress.message(
