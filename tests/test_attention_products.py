@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -33,7 +34,8 @@ def test_splash_attention_against_numpy(monkeypatch: pytest.MonkeyPatch, window:
     @jax.jit
     def both(*operands: jax.Array) -> Any:
         numbers = None if segments is None else jnp.asarray(segments)
-        found, pullback = jax.vjp(lambda *three: splash_attention(*three, numbers, window), *operands)
+        product = functools.partial(splash_attention, segments_BS=numbers, window=window)
+        found, pullback = jax.vjp(product, *operands)
         return found, pullback(jnp.asarray(upstream, jnp.float32))
 
     found, gradients = both(*(jnp.asarray(array, jnp.float32) for array in wide))
@@ -129,8 +131,9 @@ def test_what_cudnn_is_asked_for_is_our_product(
     length, random = 20, np.random.default_rng(0)
     wide = [random.normal(size=(1, length, heads, 8)) for heads in (4, 2, 2)]
     segments = np.sort(random.integers(0, 3, (1, length)).astype(np.int32)) if apart else None
-    operands = [jnp.asarray(array, jnp.float32) for array in wide]
-    found = cudnn_attention(*operands, None if segments is None else jnp.asarray(segments), window)
+    numbers = None if segments is None else jnp.asarray(segments)
+    product = functools.partial(cudnn_attention, segments_BS=numbers, window=window)
+    found = product(*(jnp.asarray(array, jnp.float32) for array in wide))
     query, key, value = (array[0] for array in wide)
     seen = oracles.visible(length, window, None if segments is None else segments[0])
     np.testing.assert_allclose(found[0], oracles.product(query, key, value, seen), rtol=1e-4, atol=1e-5)
