@@ -407,6 +407,11 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield f"run.dir={config.run.dir!r}: must be the path of a folder; for example run.dir=runs"
     elif _is_file(config.run.dir):
         yield f"run.dir={config.run.dir!r}: is a file; give the path of a folder"
+    if config.run.allow_new and config.run.init_from is None:
+        yield (
+            f"run.allow_new=[{','.join(config.run.allow_new)}]: unused without run.init_from, the run to start from; "
+            "remove it or set run.init_from"
+        )
     if config.run.name == "latest":
         yield "run.name='latest': reserved, as run=latest means the newest run; choose another name"
     for name, value in (

@@ -403,6 +403,10 @@ class RunConfig:
     init_from: str | None = None
     """Run, or one checkpoint (RUN/checkpoints/STEP), whose parameters a new run starts with; optimizer state, schedule
     and step are new. Everything of the architecture must be the same, but for the kind of attention."""
+    allow_new: tuple[str, ...] = ()
+    """What may be new in a run that starts from run.init_from: parameters that its parent does not have, which are
+    initialized as in any run, and settings of the architecture with other values. Names or patterns, such as
+    `pools.layers.mixture.scale` or `model.rope_*`; anything else must be the same."""
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` resumes from the newest complete checkpoint if there is one; `never` refuses a run that exists; `required`
     refuses to start a new one."""

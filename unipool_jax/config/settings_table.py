@@ -128,7 +128,7 @@ TABLE: dict[str, Effect] = {
     **dict.fromkeys(
         ("mesh.tensor", "mesh.transport", "kernels.implementation", "kernels.attention"), Effect(rounding=True)
     ),
-    "run.init_from": Effect(numbers=True, why="a run starts once"),
+    **dict.fromkeys(("run.init_from", "run.allow_new"), Effect(numbers=True, why="a run starts once")),
     "mesh.topology": Effect(why="only mode=plan reads it"),
     **dict.fromkeys(("mesh.capacity_factor", "mesh.overflow"), Effect(numbers=drops, why=_DROPPED)),
     **dict.fromkeys(

@@ -82,7 +82,7 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
     """
     if folder.exists():
         raise ConversionError(f"{folder}: already exists; choose another name or delete it")
-    place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name, init_from=None)
+    place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name, init_from=None, allow_new=())
     config = dataclasses.replace(config, run=place, train=dataclasses.replace(config.train, earlier_steps=()))
     origin, name = origin or Origin(), str(folder / TOKENIZER)
     if origin.tokenizer is None:

@@ -34,12 +34,13 @@ def encode_prompts(
       ConfigError: a prompt without tokens, or one that leaves fewer than `max_tokens` of the model's positions.
     """
     rows, positions = tokenizer.encode_batch(prompts), config.positions
+    scaled = config.model.rope_scaling != "none"
+    length = "model.rope_factor x model.rope_original_length" if scaled else "data.sequence_length"
     wanted = max_tokens or max(1, min(DEFAULT_TOKENS, positions - max(len(row) for row in rows)))
     room, lower = positions - wanted, "" if wanted == 1 else " or lower max_tokens"
     problems = [
         f"prompt={text!r}: {len(row)} tokens; with max_tokens={wanted} a prompt can have 1 to {max(room, 0)}, as "
-        f"the model reads {positions} positions (data.sequence_length, or model.rope_factor x "
-        f"model.rope_original_length); shorten the prompt{lower}"
+        f"the model reads {positions} positions ({length}); shorten the prompt{lower}"
         for text, row in zip(prompts, rows, strict=True)
         if not 1 <= len(row) <= room
     ]
