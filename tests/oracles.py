@@ -148,6 +148,7 @@ class Forward:
     Attributes:
       logits: `[B, S, V]`.
       scores, experts: one array per layer, `[B S, E]` and `[B S, k]`.
+      switched: with attention.kind=switch, by layer and sequence: logits, gates and disagreement (mean), `[S]` each.
     """
 
     def __init__(self, config: Config, params: Any, tokens: np.ndarray, expert_bias: np.ndarray | None = None):
@@ -156,19 +157,31 @@ class Forward:
         layers, banks = wide["pools"]["layers"], wide["pools"]["bank"]
         self.scores: list[np.ndarray] = []
         self.experts: list[np.ndarray] = []
+        self.switched: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         model = config.model
         x = wide["embedding"][tokens]
         for layer in range(model.num_layers):
             pool, inner = divmod(layer, config.layers_per_pool)
             own = _index(_index(layers, pool), inner)
             normed = rms_norm(x, own["attention_norm"], model.norm_epsilon)
-            shape = model.num_heads, model.num_kv_heads, model.rope_base, self._window(layer)
-            x = x + np.stack([attention(s, own["attention"], *shape) for s in normed])
+            x = x + np.stack([self._attend(s, own["attention"], layer) for s in normed])
             normed = rms_norm(x, own["ffn_norm"], model.norm_epsilon).reshape(-1, model.hidden_size)
             bias = None if expert_bias is None else expert_bias[pool, inner]
             seen = None if config.windows is None else self._seen(layer)
             x = x + self._mixture(normed, own.get("mixture", {}), _index(banks, pool), bias, seen).reshape(x.shape)
         self.logits = rms_norm(x, wide["final_norm"], model.norm_epsilon) @ wide["output"].T
+
+    def _attend(self, x: np.ndarray, own: dict[str, np.ndarray], layer: int) -> np.ndarray:
+        model, settings = self.config.model, self.config.attention
+        heads = model.num_heads, model.num_kv_heads, model.rope_base
+        if settings.kind != "switch":
+            return attention(x, own, *heads, self._window(layer))
+        mixed = own | {"output": np.eye(x.shape[1])}
+        to_all, to_window = (attention(x, mixed, *heads, window) for window in (None, settings.window))
+        logit = x @ own["switch"]
+        full = np.array([z > 0 and t >= settings.window for t, z in enumerate(logit)])
+        self.switched.append((logit, full, ((to_all - to_window) ** 2).mean(axis=1)))
+        return np.where(full[:, None], to_all, to_window) @ own["output"]
 
     def _window(self, layer: int) -> int | None:
         """Positions that a layer sees at most; None is all."""

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 
 LENGTHS = [(3, 1, 7, 5), (9, 7), (1, 1, 14), (16,)]
 """Of the documents of each row; the last of a row is cut by its end."""
+SWITCH = ("attention.kind=switch", "attention.window=4")
 ALTERNATING = ("attention.kind=alternating", "attention.window=4", "attention.full_layers=[2]")
 
 
@@ -81,7 +82,12 @@ def test_segments_and_positions() -> None:
 
 @pytest.mark.parametrize(
     ("method", "more"),
-    [("unipool", ("moe.top_k=2",)), ("vanilla_aux_free", ("model.num_kv_heads=1",)), ("unipool", ALTERNATING)],
+    [
+        ("unipool", ("moe.top_k=2",)),
+        ("vanilla_aux_free", ("model.num_kv_heads=1",)),
+        ("unipool", ALTERNATING),
+        ("vanilla", SWITCH),
+    ],
 )
 def test_logits_are_those_of_each_document_alone_in_numpy(method: str, more: tuple[str, ...]) -> None:
     config, state = model(method, *more)

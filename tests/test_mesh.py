@@ -152,9 +152,15 @@ def test_every_window_on_every_mesh(method: str, mesh: str, placement: str) -> N
     assert_equal(trained(configure(method, *more), MESHES[mesh]), alone(method, *more))
 
 
-def test_kinds_of_attention_train_as_on_one_device() -> None:
-    """Layers that see a window or everything, by a value of each: over all axes but tensor, and recomputed."""
-    kinds = ("attention.kind=alternating", "attention.window=3", "attention.full_layers=2")
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("attention.kind=alternating", "attention.window=3", "attention.full_layers=2"),
+        ("attention.kind=switch", "attention.window=3", "attention.switch_weight=0.1"),
+    ],
+)
+def test_kinds_of_attention_train_as_on_one_device(kinds: tuple[str, ...]) -> None:
+    """Layers, or tokens, that see a window or everything: over all axes but tensor, and recomputed."""
     config = configure("unipool", *kinds, "model.remat=full")
     assert_equal(trained(config, MESHES[ALL_WAYS]), alone("unipool", *kinds))
 

@@ -26,6 +26,7 @@ VARIANTS = {
     "one key-value head": ("unipool", "model.num_kv_heads=1"),
     "as many key-value heads as heads": ("vanilla", "model.num_kv_heads=4"),
     "rematerialized": ("unipool", "model.remat=full"),
+    "switch": ("unipool", "attention.kind=switch", "attention.window=3"),
     "window": ("unipool", "attention.kind=window", "attention.window=3"),
     "every second layer full": (
         *("unipool", "pool.groups=2", "attention.kind=alternating", "attention.window=3", "attention.full_layers=2"),

@@ -21,6 +21,19 @@ def problems(config: Config) -> Iterator[str]:
             f"attention.window={attention.window}: must be less than data.sequence_length={length}, else every layer "
             "sees all positions; lower it, or set attention.kind=full"
         )
+    if attention.kind == "switch":
+        if config.lock.ownership != "none":
+            yield (
+                f"attention.kind=switch: not with lock.ownership={config.lock.ownership}, whose lock arranges layers "
+                "anew; set lock.ownership=none or another kind"
+            )
+    else:
+        for name in ("gate", "switch_weight", "switch_epsilon", "switch_alpha", "switch_weighting", "disagreement"):
+            if (value := getattr(attention, name)) != getattr(usual, name):
+                yield (
+                    f"attention.{name}={value}: unused with attention.kind={attention.kind}; set attention.kind=switch "
+                    "or remove it"
+                )
     if attention.kind == "alternating":
         yield from _full_layer_problems(config)
     elif attention.full_layers != usual.full_layers:

@@ -83,14 +83,29 @@ class ModelConfig:
 class AttentionConfig:
     """Which of the positions before it a token attends to; see docs/attention.md."""
 
-    kind: Literal["full", "window", "alternating"] = "full"
+    kind: Literal["full", "window", "alternating", "switch"] = "full"
     """`full`: all positions before, in every layer. `window`: the last attention.window, in every layer. `alternating`:
-    all in attention.full_layers, the window in the others."""
+    all in attention.full_layers, the window in the others. `switch`: a router of each layer chooses for each token
+    (Switch Attention)."""
     window: int = 128
     """Positions w that a token sees in a layer with a window, its own among them; less than data.sequence_length."""
     full_layers: int | tuple[int, ...] = 4
     """Layers that see all positions, with attention.kind=alternating: every n-th (4: layers 3, 7, 11, ..., counted from
     0), or a list of layers."""
+    gate: Literal["learned", "full", "window"] = "learned"
+    """With attention.kind=switch: what the router says, or, to compare with, the same for every token."""
+    switch_weight: float = 1e-3
+    """Weight of the penalty on full attention, the mean over layers and tokens of softplus(router logit) x weight /
+    (switch_epsilon + the token's loss + switch_alpha x disagreement). As published; small models need more."""
+    switch_epsilon: float = 0.1
+    """What is added to the loss in nats there."""
+    switch_alpha: float = 100.0
+    """Weight of the disagreement of full attention and window there."""
+    switch_weighting: Literal["adaptive", "fixed"] = "adaptive"
+    """`fixed` is a control: the penalty of every token has the weight attention.switch_weight."""
+    disagreement: Literal["mean", "sum", "relative"] = "mean"
+    """Squared difference of the two results of a token, before the output projection: its mean over channels, its sum,
+    or over the squared norms of both."""
 
 
 @dataclass(frozen=True)
@@ -489,10 +504,10 @@ class Config:
 
     @property
     def sees_all(self) -> tuple[bool, ...]:
-        """Whether each layer attends to all positions before, not only to attention.window of them."""
+        """Whether tokens of each layer attend to all positions before, or may, not only to attention.window of them."""
         kind, full = self.attention.kind, self.attention.full_layers
         if kind != "alternating":
-            return (kind == "full",) * self.model.num_layers
+            return (kind != "window",) * self.model.num_layers
         layers = range(full - 1, self.model.num_layers, full) if isinstance(full, int) else full
         return tuple(layer in layers for layer in range(self.model.num_layers))
 

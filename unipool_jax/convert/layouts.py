@@ -29,6 +29,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from unipool_jax.config.schema import Config
+from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.requests import LayoutName
 from unipool_jax.convert.weights import Weights
 
@@ -64,7 +65,13 @@ class Layout(NamedTuple):
 
 
 def make_layout(name: LayoutName, config: Config, weights: Weights) -> Layout:
-    """The table of one layout; its parts are views of `weights`."""
+    """The table of one layout; its parts are views of `weights`.
+
+    Raises:
+      ConversionError: the layout cannot hold the model.
+    """
+    if config.attention.kind == "switch":
+        raise ConversionError(f"layout={name}: has no place for the routers of attention.kind=switch")
     return {"twin": _twin, "megatron": _megatron}[name](config, weights)
 
 

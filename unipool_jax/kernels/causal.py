@@ -33,29 +33,93 @@ def causal_attention(
       segments_BS: int32; a query sees only keys of an equal number. None: a row is one text.
       window: w, positions that a query sees at most, so that time and memory are O(S w); None is all before it.
     """
-    length = query_BSHC.shape[1]
-    if window is not None and block_of_window(window, length) is not None:
-        return _banded(query_BSHC, key_BSHC, value_BSHC, segments_BS, window)
-    batch, _, heads, channels = query_BSHC.shape
+    return _in_blocks(query_BSHC, key_BSHC, value_BSHC, segments_BS, window)[0]
+
+
+def causal_attention_of_both(
+    query_BSHC: jax.Array,
+    key_BSHC: jax.Array,
+    value_BSHC: jax.Array,
+    segments_BS: jax.Array | None,
+    window: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`causal_attention` to all positions before and to those of the window, for little more than the first alone.
+
+    Keys are split into the window and the rest. With the log-sum-exp of the scores of each, W and R, the rest has the
+    weight sigmoid(R - W) in the softmax over both: flash-decoding's merge of two parts (arXiv 2205.14135).
+
+    Returns:
+      Attention to all, and to the window.
+    """
+    narrow_BSHC, window_BSH = _in_blocks(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer=True)
+    rest_BSHC, rest_BSH = _blocks(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer=True, rest=True)
+    assert window_BSH is not None
+    assert rest_BSH is not None
+    share_BSH1 = jax.nn.sigmoid(rest_BSH - window_BSH)[..., None]
+    full_BSHC = (1 - share_BSH1) * narrow_BSHC + share_BSH1 * rest_BSHC
+    return full_BSHC.astype(query_BSHC.dtype), narrow_BSHC
+
+
+def _in_blocks(
+    query_BSHC: jax.Array,
+    key_BSHC: jax.Array,
+    value_BSHC: jax.Array,
+    segments_BS: jax.Array | None,
+    window: int | None,
+    normalizer: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attention, and the log-sum-exp of every query's scores, float32 `[B, S, H]`, if that is wanted."""
+    if window is not None and block_of_window(window, query_BSHC.shape[1]) is not None:
+        return _banded(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer)
+    return _blocks(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer)
+
+
+_UNSEEN = -1e30
+"""Log-sum-exp of nothing: finite, so that gradients of a query that sees nothing are zero and not NaN."""
+
+
+def _blocks(
+    query_BSHC: jax.Array,
+    key_BSHC: jax.Array,
+    value_BSHC: jax.Array,
+    segments_BS: jax.Array | None,
+    window: int | None,
+    normalizer: bool = False,
+    rest: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`_in_blocks` in four blocks, each with the keys that one of its queries sees; `rest` is what the window hides."""
+    batch, length, heads, channels = query_BSHC.shape
     # J key-value heads, I query heads for each. With heads ahead of positions each head's matrices lie in one piece.
     query_BJISC = query_BSHC.reshape(batch, length, key_BSHC.shape[2], -1, channels).transpose(0, 2, 3, 1, 4)
     key_BJSC, value_BJSC = key_BSHC.transpose(0, 2, 1, 3), value_BSHC.transpose(0, 2, 1, 3)
-    position_S = jnp.arange(length)
-    block, mixed = _block(length), []
+    position_S, hidden = jnp.arange(length), _UNSEEN if rest else -jnp.inf
+    block, mixed, sums = _block(length), list[jax.Array](), list[jax.Array]()
     for start in range(0, length, block):
-        first = 0 if window is None else max(start - window + 1, 0)
-        rows, seen = slice(start, start + block), slice(first, start + block)
+        rows, end = slice(start, start + block), start + block
+        first = 0 if window is None or rest else max(start - window + 1, 0)
+        if rest:
+            assert window is not None
+            # One key at least, of which nothing may be seen.
+            end = max(min(end, length) - window, 1)
+        seen = slice(first, end)
         scores_BJIST = jnp.einsum(
             "bjisc,bjtc->bjist", query_BJISC[..., rows, :], key_BJSC[..., seen, :], preferred_element_type=jnp.float32
         )
         visible_ST = position_S[rows, None] >= position_S[seen]
         if window is not None:
-            visible_ST &= position_S[rows, None] - position_S[seen] < window
+            near_ST = position_S[rows, None] - position_S[seen] < window
+            visible_ST &= ~near_ST if rest else near_ST
         if segments_BS is not None:
             visible_ST = visible_ST & (segments_BS[:, rows, None] == segments_BS[:, None, seen])[:, None, None]
-        weights_BJIST = jax.nn.softmax(jnp.where(visible_ST, scores_BJIST / math.sqrt(channels), -jnp.inf))
+        masked_BJIST = jnp.where(visible_ST, scores_BJIST / math.sqrt(channels), hidden)
+        weights_BJIST = jax.nn.softmax(masked_BJIST)
         mixed.append(jnp.einsum("bjist,bjtc->bjisc", weights_BJIST.astype(value_BSHC.dtype), value_BJSC[..., seen, :]))
-    return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
+        if normalizer:
+            sums.append(jax.nn.logsumexp(masked_BJIST, axis=-1))
+    mixed_BSHC = jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
+    if not normalizer:
+        return mixed_BSHC, None
+    return mixed_BSHC, jnp.concatenate(sums, axis=3).transpose(0, 3, 1, 2).reshape(batch, length, heads)
 
 
 def block_of_window(window: int, length: int) -> int | None:
@@ -91,8 +155,9 @@ def _banded(
     value_BSHC: jax.Array,
     segments_BS: jax.Array | None,
     window: int,
-) -> jax.Array:
-    """`causal_attention` in N equal blocks at once: a loop over them would be a program that grows with S / w."""
+    normalizer: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`_in_blocks` in N equal blocks at once: a loop over them would be a program that grows with S / w."""
     batch, length, heads, channels = query_BSHC.shape
     kv_heads, block = key_BSHC.shape[2], block_of_window(window, length)
     assert block is not None
@@ -122,9 +187,14 @@ def _banded(
     scores_BJINST = jnp.einsum(
         "bjinsc,bjntc->bjinst", query_BJINSC, key_BJNTC, preferred_element_type=jnp.float32
     ) / math.sqrt(channels)
-    weights_BJINST = jax.nn.softmax(jnp.where(visible_NST, scores_BJINST, -jnp.inf)).astype(value_BSHC.dtype)
+    masked_BJINST = jnp.where(visible_NST, scores_BJINST, -jnp.inf)
+    weights_BJINST = jax.nn.softmax(masked_BJINST).astype(value_BSHC.dtype)
     mixed_BJINSC = jnp.einsum("bjinst,bjntc->bjinsc", weights_BJINST, value_BJNTC)
-    return mixed_BJINSC.transpose(0, 3, 4, 1, 2, 5).reshape(batch, -1, heads, channels)[:, :length]
+    mixed_BSHC = mixed_BJINSC.transpose(0, 3, 4, 1, 2, 5).reshape(batch, -1, heads, channels)[:, :length]
+    if not normalizer:
+        return mixed_BSHC, None
+    sum_BJINS = jax.nn.logsumexp(masked_BJINST, axis=-1)
+    return mixed_BSHC, sum_BJINS.transpose(0, 3, 4, 1, 2).reshape(batch, -1, heads)[:, :length]
 
 
 def cached_attention(

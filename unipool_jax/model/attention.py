@@ -19,6 +19,7 @@ from unipool_jax.kernels.implementations import resolve_attention
 from unipool_jax.model.documents import document_positions
 from unipool_jax.model.remat import recompute
 from unipool_jax.model.rope import rotate
+from unipool_jax.model.switch import Switched, router_logits, switched, switched_cached
 from unipool_jax.parallel.linear import linear
 from unipool_jax.parallel.mesh import constrain, on_each_device
 
@@ -50,16 +51,24 @@ class AttentionWeights(NamedTuple):
     key: jax.Array
     value: jax.Array
     output: jax.Array
+    switch_D: jax.Array | None = None
+    """Row of the router of attention.kind=switch."""
+
+
+_SWITCH_STD = 0.02
+"""Of the first weights of that router. With zeros every token would take the window, and go on with it."""
 
 
 class Attention(nn.Module):
     """Creates `AttentionWeights`."""
 
     config: ModelConfig
+    switches: bool = False
 
     @nn.compact
     def __call__(self) -> AttentionWeights:
         config, width = self.config, self.config.hidden_size
+        switch = nn.initializers.normal(_SWITCH_STD)
         keys = width // config.num_heads * config.num_kv_heads
         init = nn.initializers.normal(config.init_std)
         init_output = nn.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))
@@ -68,6 +77,7 @@ class Attention(nn.Module):
             key=self.param("key", init, (width, keys), jnp.float32),
             value=self.param("value", init, (width, keys), jnp.float32),
             output=self.param("output", init_output, (width, width), jnp.float32),
+            switch_D=self.param("switch", switch, (width,), jnp.float32) if self.switches else None,
         )
 
 
@@ -79,13 +89,13 @@ def attention(
     start_B: jax.Array | None = None,
     segments: ArrayLike | None = None,
     sees_all: ArrayLike | None = None,
-) -> tuple[jax.Array, KeyValueCache | None]:
+) -> tuple[jax.Array, KeyValueCache | None, Switched | None]:
     """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`, and the cache with these positions.
 
     Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the cache.
     `segments` are the ids of documents, int32 `[B, S]`, with a cache those of its slots, `[B, T]`; rotary positions
     then count from the beginning of each document. With attention.kind=alternating `sees_all` says whether this layer
-    is one of attention.full_layers, bool.
+    is one of attention.full_layers, bool. With attention.kind=switch what the layer's router decided is returned too.
     """
     model, positions = config.model, jnp.arange(hidden_BSD.shape[1])
     if start_B is not None:
@@ -98,13 +108,23 @@ def attention(
     query = rotate(_heads(model, hidden_BSD, weights.query), turned, model)
     key = rotate(_heads(model, hidden_BSD, weights.key), turned, model)
     value = _heads(model, hidden_BSD, weights.value)
-    if cache is None:
-        mixed_BSHC = _by_kind(config, sequence_product(config), sees_all, query, key, value, segments)
-    else:
+    product, gate = sequence_product(config), None
+    operands: tuple[jax.Array | None, ...] = (query, key, value, segments)
+    if cache is not None:
         assert start_B is not None
         cache = cache.write(key, value, positions)
-        mixed_BSHC = _by_kind(config, cached_attention, sees_all, query, *cache, start_B, segments)
-    return linear(mixed_BSHC.reshape(hidden_BSD.shape), weights.output, ("heads", "embed")), cache
+        product, operands = cached_attention, (query, *cache, start_B, segments)
+    if config.attention.kind == "switch":
+        assert weights.switch_D is not None
+        logit_BS = router_logits(hidden_BSD, weights.switch_D)
+        position_BS = jnp.broadcast_to(turned, logit_BS.shape)
+        if cache is None:
+            mixed_BSHC, gate = switched(config.attention, product, logit_BS, position_BS, operands)
+        else:
+            mixed_BSHC, gate = switched_cached(config.attention, logit_BS, position_BS, operands)
+    else:
+        mixed_BSHC = _by_kind(config, product, sees_all, *operands)
+    return linear(mixed_BSHC.reshape(hidden_BSD.shape), weights.output, ("heads", "embed")), cache, gate
 
 
 def sequence_product(config: Config) -> Callable[..., jax.Array]:

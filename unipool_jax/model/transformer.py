@@ -22,6 +22,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
 from unipool_jax.model.remat import rematerialized, without_gathered_weights
+from unipool_jax.model.switch import Switched
 from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
 from unipool_jax.moe.mixture import RouterParameters, RouterWeights, Selection, mixture
 from unipool_jax.moe.routing import RoutingStats
@@ -82,6 +83,8 @@ class LayerOutputs(NamedTuple):
     """The cache with these tokens in it."""
     experts_NK: jax.Array | None
     """Experts that the tokens visited, int32, where they are to be kept."""
+    switched: Switched | None = None
+    """With attention.kind=switch, which tokens attended to what."""
 
 
 def layer(
@@ -107,7 +110,7 @@ def layer(
     """
     model = config.model
     normed_BSD = rms_norm(hidden_BSD, weights.attention_norm_D, model.norm_epsilon)
-    attended_BSD, cache = attention(
+    attended_BSD, cache, gate = attention(
         config,
         normed_BSD,
         weights.attention,
@@ -121,7 +124,7 @@ def layer(
     block = rematerialized(config, "moe", functools.partial(mixture, config))
     mixed = block(normed_BSD, weights.router, inputs.selection, experts, positions.counted_BS)
     hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
-    return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.experts_NK)
+    return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.experts_NK, gate)
 
 
 class Layer(nn.Module):
@@ -141,7 +144,7 @@ class Layer(nn.Module):
         config, ones, width = self.config, nn.initializers.ones, (self.config.model.hidden_size,)
         weights = LayerWeights(
             attention_norm_D=self.param("attention_norm", ones, width, jnp.float32),
-            attention=Attention(config.model, name="attention")(),
+            attention=Attention(config.model, config.attention.kind == "switch", name="attention")(),
             ffn_norm_D=self.param("ffn_norm", ones, width, jnp.float32),
             router=None if config.moe.router == "none" else RouterParameters(config, name="mixture")(),
         )

@@ -63,6 +63,9 @@ def padding(config: Config, topology: Topology) -> float:
 def _blocks(config: Config, rows: float, forward: int) -> AttentionCost:
     length, again = config.data.sequence_length, recomputes_product(config)
     full, of_window = computed_scores(length), computed_scores(length, config.attention.window)
+    if config.attention.kind == "switch" and config.attention.gate == "learned":
+        # The window, and what it hides: of the rest a block sees a window less than of everything.
+        full += of_window - min(config.attention.window * length, full)
     by_layer = [rows * (full if sees_all else of_window) for sees_all in config.sees_all]
     scores = sum(by_layer) / len(by_layer)
     # Forward, the compiler computes the scores twice, for their maximum and for their exponentials, which it keeps in
@@ -81,9 +84,12 @@ def _blocks(config: Config, rows: float, forward: int) -> AttentionCost:
 
 def _fused(config: Config, rows: float, forward: int) -> AttentionCost:
     length, size, window = config.data.sequence_length, config.head_size, config.attention.window
-    tile, full = splash_tile(length), splash_tiles(length)
+    tile, full, of_window = splash_tile(length), splash_tiles(length), splash_tiles(length, window)
+    if config.attention.kind == "switch" and config.attention.gate == "learned":
+        # Both are computed one after the other.
+        full += of_window
     layers = config.sees_all
-    tiles = rows * sum(full if sees_all else splash_tiles(length, window) for sees_all in layers) / len(layers)
+    tiles = rows * sum(full if sees_all else of_window for sees_all in layers) / len(layers)
     # Two products forward; backward, one kernel for keys and values with four, and one for queries with three.
     side, sequence = NARROW * tile * size, NARROW * rows * length * size
     return AttentionCost(

@@ -49,6 +49,7 @@ from unipool_jax.training.speed import Speed
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
+from unipool_jax.training.switching import switch_values
 from unipool_jax.training.zero_gates import zero_gate_warning
 
 EXIT_NONFINITE = 3
@@ -336,6 +337,7 @@ class _Run:
             values["router_scale"] = host["router_scale_L"]
         zero_gates_L = host["zero_gates_L"] / self.config.tokens_per_step
         values["routing/zero_gates"] = zero_gates_L.tolist()
+        values |= switch_values(self.config, host)
         values |= self.loads(host) | {"overflow": self.buffers.take_overflow()}
         self.writer.write("train", step, values)
         left = self.speed.left(step, self.config.train.steps)

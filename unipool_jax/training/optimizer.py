@@ -16,8 +16,8 @@ import optax
 
 from unipool_jax.config.schema import OptimizerConfig
 
-GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale"})
-"""Parameter names of RMSNorm gains and router scales."""
+GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale", "switch"})
+"""Parameter names of RMSNorm gains, router scales and gates of Switch Attention, which are not decayed."""
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
