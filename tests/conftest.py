@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+# `TEST_PLATFORM=cuda` runs what is asked for on a GPU: docs/testing.md says which tests are made for it.
+_PLATFORM = os.environ.get("TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu" if _PLATFORM == "cpu" else f"{_PLATFORM},cpu"
+if _PLATFORM != "cpu":
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # The TPU's compiler works without a TPU: look for none, and let several processes compile at once.
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 # Tests compile many tiny programs and run each a few times: compiling fast matters, running fast does not.
-_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8" if _PLATFORM == "cpu" else ""
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 # The older emitters halve the time of compiling; XLA removed them, and the flag, between jaxlib 0.11.0 and 0.11.1. The
 # compiler for TPUs reads the same variable. Both end a process for a flag that they do not know, so this one is set

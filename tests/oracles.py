@@ -244,6 +244,22 @@ class Forward:
         return float(-np.take_along_axis(log_probability, targets[..., None], -1).mean())
 
 
+def merging_costs(
+    own: dict[str, np.ndarray], other: dict[str, np.ndarray], inputs: list[np.ndarray], weights: list[np.ndarray]
+) -> np.ndarray:
+    """C[e, e'] = sum w |E_own,e(x) - E_other,e'(x)|^2 / sum w |E_own,e(x)|^2, pair by pair and input by input."""
+    found = np.zeros((len(inputs), len(inputs)))
+    for e, (x_e, w_e) in enumerate(zip(inputs, weights, strict=True)):
+        for candidate in range(len(inputs)):
+            distance = energy = 0.0
+            for x, w in zip(x_e, w_e, strict=True):
+                output = expert(x[None], own, e)[0]
+                distance += w * float(((output - expert(x[None], other, candidate)[0]) ** 2).sum())
+                energy += w * float((output**2).sum())
+            found[e, candidate] = distance / energy
+    return found
+
+
 def choice_counts(experts: list[np.ndarray], width: int, counted: np.ndarray | None = None) -> np.ndarray:
     """How many of the `counted` tokens went to each of `width` experts, layer by layer."""
     chosen = [e if counted is None else e[counted.reshape(-1) > 0] for e in experts]

@@ -12,20 +12,22 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from runner import overrides
+import oracles
+from runner import overrides, write_text
 from test_compare import check_page
 from tiny import tiny_batch, tiny_config, tiny_state
-from unipool_jax.analysis import figures
+from unipool_jax.analysis import figures, routing_figures
 from unipool_jax.analysis.analyse import analyse
 from unipool_jax.analysis.command import expert_devices
 from unipool_jax.analysis.figures import Series
-from unipool_jax.analysis.history import read_history, series_of
+from unipool_jax.analysis.history import layers_of, read_history, series_of
 from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.analysis.probe import Condition, Difference, Probe
 from unipool_jax.analysis.report import _probe, facts, parts
 from unipool_jax.analysis.requests import AnalysisRequest
 from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config, save_config
+from unipool_jax.config.files import FileError
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.config.words import from_words
 from unipool_jax.training import loop
@@ -51,6 +53,8 @@ def test_the_command_writes_what_a_run_knows_and_more(run: Path, capsys: pytest.
     summary = json.loads((run / "summary.json").read_text())
     assert found["loss"] == pytest.approx(last["loss"], abs=1e-6)
     assert found["tokens"] == last["tokens"] == summary["results"]["valid"]["tokens"]
+    assert (found["text"], found["own_text"]) == (last["text"], True)
+    np.testing.assert_allclose(found["routing"]["routing/zero_gates"], last["routing/zero_gates"])
     assert found["probe"]["learned"] == pytest.approx(last["loss"], abs=1e-6)
     assert np.array(found["usage"]["counts"]).sum() == 2 * found["tokens"]
     assert sum(found["unique_experts"]["tokens_by_number"]) == found["tokens"]
@@ -60,16 +64,19 @@ def test_the_command_writes_what_a_run_knows_and_more(run: Path, capsys: pytest.
     names = {path.stem for path in out.glob("*.png")}
     assert names == {
         *("usage", "ownership", "co_use", "favourites", "layers"),
-        *("unique", "similarity", "probe", "loss", "load"),
+        *("unique", "similarity", "probe", "loss", "load", "zero_gates"),
     }
     page = check_page(out / "report.html")
     assert page.images == len(names)
 
 
 def test_another_step_split_and_folder(run: Path, tmp_path: Path) -> None:
-    assert execute(["analyse", f"run={run.parent}/latest", "step=10", "split=test", "draws=0", f"out={tmp_path}"]) == 0
+    other = f"data.files=[{write_text(tmp_path / 'other.jsonl', documents=30)}]"
+    words = [f"run={run.parent}/latest", "step=10", "split=test", "draws=0", f"out={tmp_path}", other]
+    assert execute(["analyse", *words]) == 0
     found = json.loads((tmp_path / "analysis.json").read_text())
-    assert (found["step"], found["split"], found["probe"]) == (10, "test", None)
+    assert (found["step"], found["split"], found["probe"], found["own_text"]) == (10, "test", None, False)
+    assert "not the text that the run was trained beside" in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "probe.png").exists()
 
 
@@ -99,6 +106,45 @@ def test_an_ordinary_mixture_has_no_shared_pool_to_show() -> None:
     names = [part.figure[0] for part in parts(found, []) if part.figure]
     assert names == ["usage", "layers", "similarity"]
     assert facts(found)["experts in use"].endswith("of 8")
+
+
+@pytest.mark.parametrize("rule", ["sliding", "runs"])
+def test_windows_by_numpy(rule: str) -> None:
+    """What an analysis of windows counts, by the model in NumPy, token by token."""
+    ends = ["pool.ends=1"] if rule == "runs" else []
+    config = tiny_config("ring", "moe.experts_per_layer=2", f"pool.starts={rule}", "pool.span=2", *ends)
+    state, batch = tiny_state(config), tiny_batch(config)
+    batch.weights[-1] = 0
+    found = analyse(config, state.params, state.balance, lambda: [batch], devices=2, draws=0)
+    truth, text_N = oracles.Forward(config, state.params, batch.inputs), batch.weights.reshape(-1) > 0
+    np.testing.assert_array_equal(found.counts_LE, truth.counts(batch.weights))
+    assert not found.usage_map[~found.visible].any()
+    zero = [np.take_along_axis(s, e, 1).max(axis=1) == 0 for s, e in zip(truth.scores, truth.experts, strict=True)]
+    np.testing.assert_allclose(found.zero_gates_L, [layer_N[text_N].mean() for layer_N in zero])
+    assert found.zero_gates_L.max() > 0
+    chosen_LN = np.array(truth.experts)[:, text_N, 0]
+    assert found.unique_mean == pytest.approx(np.mean([len(set(token)) for token in chosen_LN.T]))
+    np.testing.assert_allclose(found.common_LL, (chosen_LN[:, None] == chosen_LN).mean(axis=2))
+    windows = config.windows
+    assert windows is not None
+    seen = [set(np.flatnonzero(row).tolist()) for row in windows.visible()]
+    together = [
+        [i != j and any({i, j} <= s for s in seen) for j in range(windows.experts)] for i in range(windows.experts)
+    ]
+    assert found.seen_together[0].tolist() == together
+    # Every other expert is on the same of two devices.
+    even = found.counts_LE[:, ::2].sum(axis=1) / found.counts_LE.sum(axis=1)
+    np.testing.assert_allclose(found.load.by_layer_L, 2 * np.maximum(even, 1 - even))
+    if rule == "sliding":
+        return
+    sections = parts(found, [])
+    words = " ".join(word for part in sections for word in part.words)
+    # Two of four layers share two experts; the others own theirs.
+    assert "(uniform sharing: 50.0%)" in words
+    assert "Not counted are 4 experts" in words
+    drawn = [part.figure for part in sections if part.figure]
+    assert {name for name, _ in drawn} >= {"usage", "zero_gates", "ownership", "co_use", "layers", "similarity"}
+    assert all(_pixels(draw).shape[1] == 1118 for _, draw in drawn)
 
 
 def test_requests_are_parsed_and_mistakes_named() -> None:
@@ -148,6 +194,16 @@ def test_history_survives_a_torn_line(tmp_path: Path) -> None:
     assert read_history(tmp_path / "nowhere") == []
 
 
+def test_a_metric_of_layers_over_steps() -> None:
+    lines = [{"kind": "train", "step": step, "x": [0.5, step]} for step in (1, 4)]
+    found = layers_of(lines, "train", "x", 2)
+    assert (found.x.tolist(), found.y.tolist()) == ([1, 4], [[0.5, 0.5], [1.0, 4.0]])
+    assert layers_of(lines, "valid", "x", 2).y.shape == (2, 0)
+    for damaged in ([0.5], [0.5, "a"], 3.0):
+        with pytest.raises(FileError, match=r"train line of step 9: x is .*, expected 2 numbers"):
+            layers_of([*lines, {"kind": "train", "step": 9, "x": damaged}], "train", "x", 2)
+
+
 def _pixels(draw: figures.Draw, *, dark: bool = False) -> np.ndarray:
     return image.imread(io.BytesIO(figures.png(draw, dark=dark)))
 
@@ -158,13 +214,13 @@ def test_figures_of_the_smallest_and_the_largest_model(layers: int, groups: int,
     counts = random.integers(0, 50, (layers, groups * experts))
     square = random.random((layers, layers))
     draws: list[figures.Draw] = [
-        lambda: figures.usage_figure(counts, groups),
-        lambda: figures.ownership_figure(counts),
-        lambda: figures.co_use_figure(square, square),
-        lambda: figures.layers_figure(square[0], square[0], square[0] + 1, experts, 8),
-        lambda: figures.unique_figure(random.integers(0, 9, layers + 1), 3.0, 3.5),
-        lambda: figures.similarity_figure(random.random((groups, experts, experts))),
-        lambda: figures.coverage_figure([1, 2], [2, 4], [4, 8], [0.5, 0.9]),
+        lambda: routing_figures.usage_figure(counts),
+        lambda: routing_figures.ownership_figure(counts),
+        lambda: routing_figures.co_use_figure(square, square),
+        lambda: routing_figures.layers_figure(square[0], square[0], square[0] + 1, np.full(layers, experts), 8),
+        lambda: routing_figures.unique_figure(random.integers(0, 9, layers + 1), 3.0, 3.5),
+        lambda: routing_figures.similarity_figure(random.random((groups, experts, experts))),
+        lambda: routing_figures.coverage_figure([1, 2], [2, 4], [4, 8], [0.5, 0.9]),
     ]
     for draw in draws:
         assert _pixels(draw).shape[1] == 1118
@@ -187,7 +243,15 @@ def test_probe_figure_and_page(tmp_path: Path) -> None:
         "<b>title</b> & more",
         "sub",
         {"loss": "3.0"},
-        [Part("Probe", ["a < b"], ("probe", lambda: figures.probe_figure(probe)), "alt", Table(["a"], [["<1>"]]))],
+        [
+            Part(
+                "Probe",
+                ["a < b"],
+                ("probe", lambda: routing_figures.probe_figure(probe)),
+                "alt",
+                Table(["a"], [["<1>"]]),
+            )
+        ],
         "python",
     )
     text = page.read_text()

@@ -55,6 +55,19 @@ def test_a_file_holds_everything_once(variant: tuple[str, ...], layout: LayoutNa
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_file_holds_the_router_rows_of_visible_experts(tmp_path: Path) -> None:
+    config = tiny_config("sliding")  # windows of 4, 6, 6 and 4 experts
+    weights, path = random_weights(config), tmp_path / "model.safetensors"
+    write_file(path, "twin", config, weights)
+    shapes = {name: array.shape for name, array in load_file(path).items()}
+    assert [shapes[f"layers.{layer}.ffn.router.weight"] for layer in range(4)] == [(4, 16), (6, 16), (6, 16), (4, 16)]
+    for layer in (0, 3):
+        weights.params["pools"]["layers"]["mixture"]["router"][0, layer, 4:] = 0
+    assert_equal(read_file(path, "twin", config), weights)
+    with pytest.raises(ConversionError, match=r"pool.starts=sliding: .* use layout=twin"):
+        write_file(tmp_path / "other.safetensors", "megatron", config, weights)
+
+
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_the_parts_are_views(layout: LayoutName) -> None:
     """A part that were a copy would lose what is written to it."""
@@ -186,6 +199,12 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("unipool_jax.convert.runs.expert_hashes", lambda _: next(hashes))
     with pytest.raises(ConversionError, match="pool 0 expert 0"):
         write_run(tmp_path / "run", config, weights)
+    hashes = iter([expert_hashes(weights)] * 2)
+    monkeypatch.setattr(
+        "unipool_jax.convert.runs.write_json", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        write_run(tmp_path / "run", config, weights, documents={"report.json": {}})
     assert not list(tmp_path.iterdir())
 
 

@@ -16,7 +16,14 @@ from alphabet import alphabet_model, log_likelihood, random_model
 from task_files import ALPHABET, DOUBTFUL, metrics, write_task
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.evaluation import harness
-from unipool_jax.evaluation.harness import UniPoolLM, fitting_windows, harness_version, load_tasks, run_tasks
+from unipool_jax.evaluation.harness import (
+    UniPoolLM,
+    fitting_windows,
+    harness_version,
+    load_tasks,
+    questions_fingerprint,
+    run_tasks,
+)
 from unipool_jax.evaluation.requests import TaskRequest
 from unipool_jax.evaluation.scoring import LanguageModel, Window
 from unipool_jax.training.run_folder import RunError
@@ -195,8 +202,9 @@ def test_every_kind_of_request(tmp_path: Path) -> None:
         metric_list=[{"metric": "bits_per_byte"}],
     )
     request = TaskRequest(("letters", "last_word", "spell", "rolling"), str(tmp_path))
-    found = run_tasks(model, request, load_tasks(request), bootstrap=20)
-    assert set(found) == set(request.tasks)
+    found, text = run_tasks(model, request, load_tasks(request), bootstrap=20)
+    assert set(found) == set(request.tasks) == set(text)
+    assert len(set(text.values())) == 4
     assert found["letters"]["documents"] == 3
     assert found["letters"]["acc_norm"] == 1.0
     assert found["letters"]["acc_stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
@@ -212,9 +220,27 @@ def test_every_kind_of_request(tmp_path: Path) -> None:
 def test_limit_and_examples(tmp_path: Path) -> None:
     write_task(tmp_path, "letters", ALPHABET)
     request = TaskRequest((), str(tmp_path), limit=2, num_fewshot=1)
-    found = run_tasks(alphabet_model(), request, load_tasks(request), bootstrap=0)
+    found = run_tasks(alphabet_model(), request, load_tasks(request), bootstrap=0).metrics
     assert found["letters"]["documents"] == 2
     assert found["letters"]["acc_stderr"] is None
+
+
+def test_what_was_asked_is_known_by_questions_and_answers(tmp_path: Path) -> None:
+    def fingerprint(name: str, rows: Any, limit: int | None = None) -> str:
+        write_task(tmp_path / name, "letters", rows)
+        (task,) = load_tasks(TaskRequest(tasks_path=str(tmp_path / name)))
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+        assert questions_fingerprint(task.instances) == questions_fingerprint(reversed(task.instances))
+        return questions_fingerprint(task.instances)
+
+    same = fingerprint("here", ALPHABET)
+    assert fingerprint("elsewhere", ALPHABET) == same
+    others = [
+        fingerprint("answers", [ALPHABET[0] | {"gold": 1}, *ALPHABET[1:]]),
+        fingerprint("questions", [ALPHABET[0] | {"context": "another"}, *ALPHABET[1:]]),
+        fingerprint("fewer", ALPHABET, limit=2),
+    ]
+    assert len({same, *others}) == 4
 
 
 def test_tasks_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

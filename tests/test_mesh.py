@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiny import METHODS, tiny_batch, tiny_config, tiny_state
+from tiny import METHODS, WINDOWS, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config.mesh_rules import problems, resolve_sizes
 from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 from unipool_jax.parallel.mesh import make_mesh, usable_mesh
@@ -126,21 +126,22 @@ def test_devices_divide_the_rows_of_a_batch_and_need_not_divide_a_sequence() -> 
     assert state.params["pools"]["bank"]["gate"].shape[1] == 12
 
 
-# Four layers and two experts a layer, so that windows of every kind have ends and a middle.
-WINDOWS = {
+# Beside them: a placement, several micro-batches and choices, and updates that are divided, in which the order of the
+# experts on their devices must be that of the numbers that the update knows.
+BESIDE = {
     "ring": ("mesh.expert_placement=contiguous",),
-    "sliding": ("moe.top_k=2", "train.batch_size=16", "loss.pool_statistics=previous"),
-    "rexmoe": ("pool.span=2",),
-    "tied_inner": ("pool.span=2", "pool.ends=1"),
-    "bank_runs": ("pool.span=2", "pool.ends=1"),
-    "cyclic": ("pool.span=2", "pool.ends=0"),
+    "sliding": (
+        *("moe.top_k=2", "train.batch_size=16", "loss.pool_statistics=previous"),
+        *("optimizer.reuse_divisor=sqrt", "optimizer.reuse_decay=compensated"),
+    ),
 }
 
 
 @pytest.mark.parametrize("method", ["ring", "sliding"])
 def test_windows_train_as_on_one_device(method: str) -> None:
     """Under both placements."""
-    assert_equal(trained(configure(method, *WINDOWS[method]), MESHES[ALL_WAYS]), alone(method, *WINDOWS[method]))
+    more = (*WINDOWS[method], *BESIDE[method])
+    assert_equal(trained(configure(method, *more), MESHES[ALL_WAYS]), alone(method, *more))
 
 
 @pytest.mark.slow
@@ -148,7 +149,7 @@ def test_windows_train_as_on_one_device(method: str) -> None:
 @pytest.mark.parametrize("mesh", ["data 2, expert 4", ALL_WAYS])
 @pytest.mark.parametrize("method", WINDOWS)
 def test_every_window_on_every_mesh(method: str, mesh: str, placement: str) -> None:
-    more = (*WINDOWS[method], f"mesh.expert_placement={placement}")
+    more = (*WINDOWS[method], *BESIDE.get(method, ()), f"mesh.expert_placement={placement}")
     assert_equal(trained(configure(method, *more), MESHES[mesh]), alone(method, *more))
 
 

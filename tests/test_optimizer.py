@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,21 @@ import numpy as np
 import optax
 import pytest
 
-from unipool_jax.config.schema import OptimizerConfig
-from unipool_jax.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule, warmup_steps
+from tiny import tiny_config
+from unipool_jax.config.compose import compose_config
+from unipool_jax.config.rules import validate
+from unipool_jax.config.schema import ConfigError, OptimizerConfig
+from unipool_jax.moe.placement import strided_placement
+from unipool_jax.moe.visibility import exposure
+from unipool_jax.training.optimizer import (
+    clip_by_global_norm,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    reuse_divisors,
+    run_optimizer,
+    warmup_steps,
+)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +173,82 @@ def test_first_update_moves_moments_but_not_parameters() -> None:
     assert all(float(jnp.abs(u).max()) == 0.0 for u in jax.tree.leaves(updates))
     moments = optax.tree_utils.tree_get(state, "mu")
     assert all(float(jnp.abs(m).min()) > 0.0 for m in jax.tree.leaves(moments))
+
+
+STARTS = ("pool.starts=[0,2,4,6]", "pool.window=[4,4,4,3]")
+"""Over a bank of eight."""
+SEEN = {
+    STARTS: [[2, 1, 2, 2, 2, 2, 2, 2]],
+    ("pool.starts=runs", "pool.ends=1"): [[1, 1, 2, 2, 1, 1]],
+    ("pool.groups=2",): [[2] * 4] * 2,
+    (): [[4] * 8],
+}
+
+
+@pytest.mark.parametrize("words", SEEN)
+def test_exposure_is_the_number_of_layers_that_see_an_expert(words: tuple[str, ...]) -> None:
+    assert exposure(tiny_config("unipool", *words)).tolist() == SEEN[words]
+
+
+def test_exposure_follows_experts_that_change_places() -> None:
+    config = tiny_config("unipool", *STARTS, "mesh.expert=2", "mesh.expert_placement=strided")
+    assert exposure(config)[0].tolist() == np.array(SEEN[STARTS][0])[strided_placement(8, 2)].tolist()
+
+
+def test_after_a_lock_every_expert_has_one_layer() -> None:
+    config = tiny_config("unipool", "lock.ownership=learned", "optimizer.reuse_divisor=linear")
+    assert np.unique(np.array(reuse_divisors(config))).tolist() == [4]
+    assert np.unique(np.array(reuse_divisors(config.after_lock()))).tolist() == [1]
+
+
+def _tree(random: np.random.Generator) -> dict[str, Any]:
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    layers = {"attention": {"query": draw(1, 4, 2, 2)}, "ffn_norm": draw(1, 4, 2)}
+    bank = {"gate": draw(1, 8, 2, 3), "up": draw(1, 8, 2, 3), "down": draw(1, 8, 3, 2)}
+    return {"embedding": draw(5, 2), "pools": {"layers": layers, "bank": bank}}
+
+
+@pytest.mark.parametrize("decay", ["scaled", "compensated"])
+@pytest.mark.parametrize(("divisor", "power"), [("sqrt", 0.5), ("linear", 1.0)])
+def test_updates_of_reused_experts_are_divided(divisor: str, power: float, decay: str) -> None:
+    """By u^p in every one of six steps, with or without their weight decay; all other updates are the plain ones."""
+    words = (f"optimizer.reuse_divisor={divisor}", f"optimizer.reuse_decay={decay}")
+    changed = ("optimizer.weight_decay=0.1", "optimizer.warmup_fraction=0", "optimizer.clip_norm=2")
+    plain = tiny_config("unipool", *STARTS, *changed)
+    config = tiny_config("unipool", *STARTS, *changed, *words)
+    random = np.random.default_rng(2)
+    params, usual, divided = _tree(random), run_optimizer(plain), run_optimizer(config)
+    states = usual.init(params), divided.init(params)
+    u = np.array(SEEN[STARTS][0], np.float64)[None, :, None, None]
+    for step in range(6):
+        gradients = _tree(random)
+        update, first = usual.update(gradients, states[0], params)
+        found, second = divided.update(gradients, states[1], params)
+        states = first, second
+        for name, matrix in params["pools"]["bank"].items():
+            whole = np.asarray(update["pools"]["bank"][name], np.float64)
+            rate = float(make_schedule(config.optimizer, config.train.lengths)(step))
+            kept = -rate * 0.1 * np.asarray(matrix, np.float64) if decay == "compensated" else 0.0
+            expected = (whole - kept) / u**power + kept
+            np.testing.assert_allclose(found["pools"]["bank"][name], expected, rtol=2e-5, atol=1e-9)
+        found["pools"].pop("bank"), update["pools"].pop("bank")
+        jax.tree.map(np.testing.assert_array_equal, found, update)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("pool.groups=4 optimizer.reuse_divisor=sqrt", "optimizer.reuse_divisor=sqrt: no expert is seen by more"),
+        ("pool.starts=runs pool.span=1 optimizer.reuse_divisor=linear", "optimizer.reuse_divisor=linear: no expert"),
+        ("method=dense moe.experts_per_layer=1 optimizer.reuse_divisor=sqrt", "reuse_divisor=sqrt: no expert"),
+        ("lock.ownership=random_from_start optimizer.reuse_divisor=sqrt", "reuse_divisor=sqrt: no expert"),
+        ("optimizer.reuse_decay=compensated", "optimizer.reuse_decay=compensated: unused"),
+    ],
+)
+def test_divisors_that_divide_nothing_are_refused(words: str, named: str) -> None:
+    small = ["method=unipool", "model.num_layers=4", "moe.experts_per_layer=2", "train.eval_every=70"]
+    with pytest.raises(ConfigError) as raised:
+        validate(compose_config([*small, *words.split()]))
+    assert named in str(raised.value)

@@ -112,6 +112,36 @@ def test_deep_half_and_candidates() -> None:
     assert list(candidate_sets(counts, top_k=9)) == ["full_pool"]
 
 
+def test_candidates_are_what_the_layer_sees() -> None:
+    counts, visible = np.zeros(12, int), np.arange(12) >= 2
+    counts[11] = 5
+    sets = candidate_sets(counts, top_k=1, visible_E=visible)
+    assert np.flatnonzero(sets["full_pool"]).tolist() == list(range(2, 12))
+    # Of experts without use those of low number come first, but none that is hidden.
+    assert np.flatnonzero(sets["top_8"]).tolist() == [2, 3, 4, 5, 6, 7, 8, 11]
+    assert list(candidate_sets(counts, 1, np.arange(12) >= 4)) == ["full_pool"]
+
+
+def test_random_choices_stay_within_windows() -> None:
+    """A layer of eight experts has no narrower set, and draws from all of them where others draw from their busiest."""
+    visible = np.arange(20) < np.array([[4], [20], [8], [12]])
+    asked: list[Intervention] = []
+
+    def measure(intervention: Intervention | None) -> Items:
+        asked.extend([] if intervention is None else [intervention])
+        return Items(np.ones(3), np.ones(3))
+
+    counts = np.tile(np.arange(20), (4, 1)) * visible
+    found = probe(measure, counts, 1, [2, 3], visible_LE=visible)
+    assert [c.candidates for c in found.conditions] == ["full_pool", "full_pool", "top_8", "top_8"]
+    drawn = {
+        layer: [np.flatnonzero(one.candidates_E).tolist() for one in asked if one.layer == layer] for layer in (2, 3)
+    }
+    assert drawn[2] == [list(range(8))] * 4
+    assert drawn[3] == [list(range(12))] * 2 + [list(range(4, 12))] * 2
+    assert [c.candidates for c in probe(measure, counts, 1, [0], visible_LE=visible).conditions] == ["full_pool"] * 2
+
+
 def test_paired_differences_by_hand() -> None:
     base = Items(np.array([10.0, 20.0, 30.0]), np.array([10.0, 10.0, 10.0]))
     found = paired_difference(np.array([11.0, 23.0, 32.0]), base)

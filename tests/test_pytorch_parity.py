@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.pytorch_baseline.train import Trainer
-from tiny import METHODS, tiny_batch, tiny_config
+from tiny import METHODS, WINDOWS, tiny_batch, tiny_config
 from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import forward
+from unipool_jax.moe.opening import open_experts
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import make_train_step
 
@@ -38,6 +41,17 @@ VARIANTS = {
     ),
 }
 
+# With settings that the methods leave alone.
+SHARING = {
+    "unipool_centered": (),
+    "ring": ("loss.pool_scores=normalized", "loss.pool_warmup_fraction=0.05", "loss.pressure=layer"),
+    "sliding": ("moe.top_k=2", "loss.z_coefficient=1e-3", "optimizer.reuse_divisor=linear", *_SMALL),
+    "rexmoe": ("pool.opening=[0.005,0.025]",),
+    "tied_inner": ("optimizer.reuse_decay=compensated",),
+    "bank_runs": ("moe.top_k=2",),
+    "cyclic": (),
+}
+
 SLOW_VARIANTS = {
     "vanilla_normrouter",
     "shared_layer_aux",
@@ -45,6 +59,9 @@ SLOW_VARIANTS = {
     "vanilla top-2, micro-batches",
     "aux-free top-2, micro-batches",
     "shared_pool_aux top-3, z-loss",
+    "unipool_centered",
+    "tied_inner",
+    "cyclic",
 }
 
 
@@ -90,13 +107,42 @@ def test_float32(variant: str) -> None:
     batch = tiny_batch(config)
     theirs = trainer.model(torch_batch(batch)[0])[0].detach().numpy()
     assert relative(theirs, logits(config, state, batch)) < 1e-5
+    gaps, last = compare_steps(config, state, trainer, steps)
+    print(f"{variant}: {len(gaps)} steps together, gap in the loss {max(gaps):.1e} nats, in the weights {last:.1e}")
+    assert len(gaps) >= min(steps, SURE_STEPS)
+    assert max(gaps[:SURE_STEPS]) < 1e-4
+    assert max(gaps) < 1e-2
+    assert last < 3e-2
 
-    step, beta, gaps = make_train_step(config), config.optimizer.beta1, []
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in SHARING]
+)
+def test_methods_with_windows(method: str) -> None:
+    """Losses, gradients and new weights of three steps; which experts are open in them is drawn by us alone."""
+    words = (*WINDOWS.get(method, ()), *SHARING[method])
+    config = tiny_config(method, *words, "train.steps=100", "optimizer.weight_decay=0.1", "optimizer.warmup_fraction=0")
+    state = random_state(config)
+    gaps, last = compare_steps(config, state, twin_of(config, state), OTHER_STEPS)
+    assert len(gaps) == OTHER_STEPS
+    assert max(gaps) < 1e-5
+    assert last < 1e-4
+
+
+def compare_steps(config: Config, state: TrainState, trainer: Trainer, steps: int) -> tuple[list[float], float]:
+    """Train both until they choose other experts, with losses and gradients compared over the first steps.
+
+    Returns:
+      The gap in the loss of each step, nats, and the largest relative gap of a parameter at the end.
+    """
+    step, beta, gaps = make_train_step(config), config.optimizer.beta1, list[float]()
     old = {name: np.zeros_like(value) for name, value in moments(state).items()}
     for number in range(steps):
         batch = tiny_batch(config, seed=number % 4)
+        opened = open_experts(config, jnp.int32(number))
+        open_LM = None if opened is None else torch.from_numpy(np.asarray(opened[0]) > 0)
         state, metrics = step(state, batch)
-        losses = trainer.step(*torch_batch(batch))
+        losses = trainer.step(*torch_batch(batch), open_LM)
         if "counts" in losses and not np.array_equal(losses["counts"], metrics["counts_LE"]):
             break
         gaps.append(abs(float(losses["total"]) - float(metrics["loss/total"])))
@@ -114,12 +160,7 @@ def test_float32(variant: str) -> None:
         errors = {name: relative(found[name], (new[name] - beta * old[name]) / (1 - beta)) for name in new}
         assert max(errors.values()) < 1e-4, errors
         old = new
-    last = weights_gap(config, trainer, state)
-    print(f"{variant}: {len(gaps)} steps together, gap in the loss {max(gaps):.1e} nats, in the weights {last:.1e}")
-    assert len(gaps) >= min(steps, SURE_STEPS)
-    assert max(gaps[:SURE_STEPS]) < 1e-4
-    assert max(gaps) < 1e-2
-    assert last < 3e-2
+    return gaps, weights_gap(config, trainer, state)
 
 
 BFLOAT16 = {

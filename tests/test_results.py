@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from benchmarks.intervals import difference_cells, differences_table, main, stored_losses
+from benchmarks.sharing_study.report import finished_runs, tables
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LOCK, ABLATIONS, METHODS = (RESULTS / name for name in ("lock_demo", "ablations_demo", "demo_methods"))
+SHARING = RESULTS / "sharing_study"
 
 
 def rows_of(folder: Path, first: str) -> dict[str, list[str]]:
@@ -121,3 +123,10 @@ def test_intervals_of_a_folder(
     monkeypatch.setattr("sys.argv", ["intervals", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="give the folder of a study"):
         main()
+
+
+def test_sharing_study_tables() -> None:
+    """The page holds the tables of the runs that are there."""
+    text = (SHARING / "README.md").read_text(encoding="utf-8")
+    for found in tables(finished_runs(SHARING / "runs")):
+        assert found.strip() in text

@@ -66,8 +66,11 @@ def test_a_folder_of_tasks_on_a_run(run: Path, tasks: Path, capsys: pytest.Captu
         **{"olmo_arc_easy": 3, "olmo_arc_easy_test": 1, "olmo_arc_challenge": 2, "olmo_arc_challenge_test": 1},
         **{"olmo_piqa": 1, "olmo_hellaswag": 1, "olmo_winogrande": 1, "olmo_lambada": 2},
     }
-    assert set(found["results"]["olmo_arc_easy"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents"}
-    assert set(found["results"]["olmo_winogrande"]) == {"acc", "acc_stderr", "documents"}
+    assert set(found["results"]["olmo_arc_easy"]) == {
+        *("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "documents", "text")
+    }
+    assert set(found["results"]["olmo_winogrande"]) == {"acc", "acc_stderr", "documents", "text"}
+    assert all(len(result["text"]) == 64 for result in found["results"].values())
     assert found["results"]["olmo_lambada"]["perplexity"] > 1
     assert found["average_acc"] is None
     for shown in ("acc_norm", "perplexity", "olmo_winogrande", " ± "):

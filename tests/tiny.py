@@ -26,6 +26,16 @@ METHODS = (
     "unipool",
 )
 
+WINDOWS: dict[str, tuple[str, ...]] = {
+    "ring": (),
+    "sliding": (),
+    "rexmoe": ("pool.span=2",),
+    "tied_inner": ("pool.span=2", "pool.ends=1"),
+    "bank_runs": ("pool.span=2", "pool.ends=1"),
+    "cyclic": ("pool.span=2", "pool.ends=0"),
+}
+"""Methods with windows, and what gives them ends and a middle in four layers."""
+
 _TINY = [
     "model.num_layers=4",
     "model.hidden_size=16",

@@ -19,7 +19,7 @@ from unipool_jax.convert.layouts import make_layout
 from unipool_jax.convert.runs import as_numpy
 from unipool_jax.convert.weights import empty_weights
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.training.optimizer import GAIN_NAMES, make_optimizer
+from unipool_jax.training.optimizer import GAIN_NAMES, run_optimizer
 from unipool_jax.training.state import TrainState, init_balance
 
 # Threads that wait for each other cost more than they bring at these sizes.
@@ -44,8 +44,10 @@ def random_state(config: Config, seed: int = 0) -> TrainState:
         return random.normal(0, config.model.init_std, leaf.shape).astype(np.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, empty_weights(config).params)
+    for layer, width in enumerate(config.widths or ()):
+        params["pools"]["layers"]["mixture"]["router"][0, layer, width:] = 0  # rows of no expert, which the twin lacks
     params = jax.tree.map(jnp.asarray, params)
-    opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
+    opt_state = run_optimizer(config).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, init_balance(config))
 
 

@@ -86,13 +86,13 @@ class DenseFFN(nn.Module):
 class Layer(nn.Module):
     """One transformer layer. A mixture is handed the bank of its pool, so a pool is registered once."""
 
-    def __init__(self, settings: Settings, window: int | None = None):
+    def __init__(self, settings: Settings, index: int):
         super().__init__()
         self.recompute = settings.recompute
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
-        self.attention = Attention(settings, window)
+        self.attention = Attention(settings, settings.window(index))
         self.ffn_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
-        self.ffn: DenseFFN | Mixture = DenseFFN(settings) if settings.router == "none" else Mixture(settings)
+        self.ffn: DenseFFN | Mixture = DenseFFN(settings) if settings.router == "none" else Mixture(settings, index)
 
     def forward(
         self,
@@ -102,13 +102,14 @@ class Layer(nn.Module):
         same_BSS: Tensor | None,
         bank: tuple[Tensor, Tensor] | None,
         num_groups: int,
+        open_M: Tensor | None = None,
     ) -> tuple[Tensor, Statistics | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, same_BSS)
         normed_BSD = self.ffn_norm(x_BSD)
         if bank is None:
             return x_BSD + self.ffn(normed_BSD), None
         run = recomputed if self.recompute == "moe" and torch.is_grad_enabled() else call
-        output_BSD, statistics = run(self.ffn, normed_BSD, *bank, num_groups)
+        output_BSD, statistics = run(self.ffn, normed_BSD, *bank, num_groups, open_M)
         return x_BSD + output_BSD, statistics
 
 
@@ -123,7 +124,10 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Transformer(nn.Module):
-    """Tokens `[B, S]` to logits `[B, S, V]` (float32) and the statistics of each mixture layer."""
+    """Tokens `[B, S]` to logits `[B, S, V]` (float32) and the statistics of each mixture layer.
+
+    `open_LM` are the experts that each layer may choose in this step, bool; None: all that it sees.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -134,7 +138,7 @@ class Transformer(nn.Module):
         self.dtype = getattr(torch, settings.dtype)
         pooled = settings.router != "none"
         self.embedding = nn.Embedding(settings.vocab_size, settings.hidden_size)
-        self.layers = nn.ModuleList(Layer(settings, settings.window(index)) for index in range(settings.num_layers))
+        self.layers = nn.ModuleList(Layer(settings, index) for index in range(settings.num_layers))
         self.experts = nn.ModuleList(ExpertPool(settings) for _ in range(settings.num_pools if pooled else 0))
         self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.output = Linear(settings.hidden_size, settings.vocab_size)
@@ -153,7 +157,7 @@ class Transformer(nn.Module):
                 scaled = std / math.sqrt(2 * self.settings.num_layers) if last else std
                 nn.init.normal_(parameter, std=scaled, generator=generator)
 
-    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, list[Statistics]]:
+    def forward(self, tokens_BS: Tensor, open_LM: Tensor | None = None) -> tuple[Tensor, list[Statistics]]:
         settings = self.settings
         batch, length = tokens_BS.shape
         cos, sin, same_BSS = self.cos[:length], self.sin[:length], None
@@ -170,7 +174,8 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             bank = banks[index // settings.layers_per_pool] if banks else None
             run = recomputed if settings.recompute == "full" and torch.is_grad_enabled() else call
-            x_BSD, layer_statistics = run(layer, x_BSD, cos, sin, same_BSS, bank, num_groups)
+            open_M = None if open_LM is None else open_LM[index]
+            x_BSD, layer_statistics = run(layer, x_BSD, cos, sin, same_BSS, bank, num_groups, open_M)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         return self.output(self.norm(x_BSD)).float(), statistics

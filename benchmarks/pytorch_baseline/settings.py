@@ -39,13 +39,27 @@ class Settings:
     num_pools: int = 1
     """1 is UniPool, num_layers the ordinary mixture."""
     experts_per_pool: int = 96
+    starts: tuple[int, ...] | None = None
+    """With one pool, the first expert that each layer sees; None: all layers see all experts of their pool."""
+    widths: tuple[int, ...] | None = None
+    """With starts, how many experts each layer sees, around the end of the bank."""
     top_k: int = 1
     router_dtype: Literal["float32", "bfloat16"] = "float32"
     score_constant: Literal["monte_carlo", "one"] = "monte_carlo"
     score_epsilon: float = 1e-8
+    score_centering: bool = False
+    """Whether the mean over the experts of a layer is taken from its router's logits."""
 
     balance: Literal["none", "switch", "pool", "expert_bias"] = "pool"
     pool_statistics: Literal["current", "previous"] = "current"
+    scope: Literal["component", "layer", "bank"] = "component"
+    """Layers over which the pool loss averages: those that share experts, each layer, or all layers."""
+    pressure: Literal["scope", "layer"] = "scope"
+    """Whether the pool loss of some layers is weighed by their share of all layers."""
+    pool_scores: Literal["raw", "normalized"] = "raw"
+    """Scores in the pool loss, or scores over their sum per token."""
+    pool_warmup_fraction: float = 0.0
+    """Part of the steps over which the coefficient of the pool loss rises from 0."""
     switch_coefficient: float = 1e-2
     switch_group_sequences: int = 16
     pool_coefficient: float = 1e-2
@@ -62,6 +76,10 @@ class Settings:
     epsilon: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    reuse_divisor: Literal["none", "sqrt", "linear"] = "none"
+    """What the update of an expert is divided by: nothing, or the number of layers that see it, or its root."""
+    reuse_decay: Literal["scaled", "compensated"] = "scaled"
+    """Whether the weight decay of an expert is divided too."""
     seed: int = 1234
 
     @property

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.pytorch_baseline.model import Transformer
-from benchmarks.pytorch_baseline.moe import Mixture, Statistics, pool_loss, switch_loss
+from benchmarks.pytorch_baseline.moe import Mixture, Statistics, set_loss, switch_loss
 from benchmarks.pytorch_baseline.settings import Settings
+from benchmarks.pytorch_baseline.sharing import balance_sets, counted_through, seen_experts
 
 
 def learning_rate(settings: Settings, completed: int) -> float:
@@ -64,48 +65,60 @@ class Trainer:
         self.model, self.settings = model, model.settings
         self.run = torch.compile(model) if compiled else model
         self.optimizer = make_optimizer(model)
+        self.sets = balance_sets(self.settings)
+        self.seen = [seen_experts(self.settings, layer) for layer in range(self.settings.num_layers)]
         self.completed = 0
-        self.previous_counts_GM: Tensor | None = None
+        self.previous_counts_SM: Tensor | None = None
 
     def micro_losses(
-        self, tokens_BS: Tensor, targets_BS: Tensor, mean_counts_GM: Tensor | None = None
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        mean_counts_SM: Tensor | None = None,
+        open_LM: Tensor | None = None,
     ) -> tuple[Losses, list[Statistics]]:
         """Losses of one micro-batch.
 
-        `mean_counts_GM` are the choices per expert that the pool loss uses, averaged over the layers of each pool; None
+        `mean_counts_SM` are the choices per expert that the pool loss uses, averaged over the layers of each set; None
         takes those of this micro-batch.
         """
         settings = self.settings
-        logits_BSV, statistics = self.run(tokens_BS)
+        logits_BSV, statistics = self.run(tokens_BS, open_LM)
         lm = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
         balance = z = torch.zeros((), device=lm.device)
         if settings.balance == "switch":
             tokens = settings.switch_group_sequences * tokens_BS.shape[1]
-            balance = switch_loss(statistics, tokens, settings.top_k, settings.switch_coefficient)
+            widths = [len(experts) for experts in self.seen]
+            balance = switch_loss(statistics, widths, tokens, settings.top_k, settings.switch_coefficient)
         elif settings.balance == "pool":
-            counts_GM = self.mean_counts(statistics) if mean_counts_GM is None else mean_counts_GM
-            size = settings.layers_per_pool
-            for pool, counts_M in enumerate(counts_GM):
-                layers = statistics[pool * size : (pool + 1) * size]
-                balance = balance + pool_loss(
-                    layers, counts_M, tokens_BS.numel(), settings.top_k, settings.pool_coefficient
+            counts_SM = self.mean_counts(statistics) if mean_counts_SM is None else mean_counts_SM
+            for members, counts_M in zip(self.sets, counts_SM, strict=True):
+                balance = balance + set_loss(
+                    settings, members, statistics, counts_M, tokens_BS.numel(), self.pool_coefficient()
                 )
         if settings.z_coefficient:
             z = settings.z_coefficient * torch.stack([layer.z_square_mean for layer in statistics]).sum()
         return Losses(lm, balance, z), statistics
 
+    def pool_coefficient(self) -> float:
+        """Weight of the pool loss in this step."""
+        risen = self.completed / (self.settings.pool_warmup_fraction * self.settings.steps or 1)
+        return self.settings.pool_coefficient * (min(risen, 1.0) if self.settings.pool_warmup_fraction else 1.0)
+
     def mean_counts(self, statistics: list[Statistics]) -> Tensor:
-        """Choices per expert averaged over the layers of each pool, float32 `[G, M]`."""
-        counts_LM = torch.stack([layer.counts_AM.sum(0) for layer in statistics]).float()
-        return counts_LM.view(self.settings.num_pools, self.settings.layers_per_pool, -1).mean(1)
+        """Choices per expert of all pools averaged over the layers of each set, float32 `[S, M]`."""
+        counts_LM = torch.stack(
+            [counted_through(self.settings, at, layer.counts_AM.sum(0)) for at, layer in enumerate(statistics)]
+        ).float()
+        return torch.stack([counts_LM[members.layers].mean(0) for members in self.sets])
 
     @torch.no_grad()
-    def count(self, micros: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def count(self, micros: list[tuple[Tensor, Tensor]], open_LM: Tensor | None) -> Tensor:
         """Mean choices per expert over all micro-batches: the exact pool loss needs them before any gradient."""
-        return torch.stack([self.mean_counts(self.run(tokens)[1]) for tokens, _ in micros]).mean(0)
+        return torch.stack([self.mean_counts(self.run(tokens, open_LM)[1]) for tokens, _ in micros]).mean(0)
 
-    def step(self, tokens_BS: Tensor, targets_BS: Tensor) -> dict[str, Tensor]:
-        """One optimizer step over a batch.
+    def step(self, tokens_BS: Tensor, targets_BS: Tensor, open_LM: Tensor | None = None) -> dict[str, Tensor]:
+        """One optimizer step over a batch. With windows that open, `open_LM` are the open experts of each layer, bool.
 
         Returns:
           Losses (means over micro-batches), the norm of the gradient, and the choices per layer and expert, `counts`.
@@ -113,9 +126,9 @@ class Trainer:
         settings = self.settings
         size = settings.microbatch_size
         micros = list(zip(tokens_BS.split(size), targets_BS.split(size), strict=True))
-        use_GM = None
+        use_SM = None
         if settings.balance == "pool" and settings.pool_statistics == "current" and len(micros) > 1:
-            use_GM = self.count(micros)
+            use_SM = self.count(micros, open_LM)
 
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -123,13 +136,13 @@ class Trainer:
         for tokens, targets in micros:
             if settings.balance == "pool" and settings.pool_statistics == "previous":
                 # Nothing is known before the first micro-batch, and counts of zero make the loss zero.
-                shape = (settings.num_pools, settings.experts_per_pool)
-                fresh_GM = torch.zeros(shape, device=tokens.device)
-                use_GM = fresh_GM if self.previous_counts_GM is None else self.previous_counts_GM
-            losses, statistics = self.micro_losses(tokens, targets, use_GM)
+                shape = (len(self.sets), settings.num_pools * settings.experts_per_pool)
+                fresh_SM = torch.zeros(shape, device=tokens.device)
+                use_SM = fresh_SM if self.previous_counts_SM is None else self.previous_counts_SM
+            losses, statistics = self.micro_losses(tokens, targets, use_SM, open_LM)
             (losses.total / len(micros)).backward()
             if statistics:
-                self.previous_counts_GM = self.mean_counts(statistics)
+                self.previous_counts_SM = self.mean_counts(statistics)
                 micro_counts_LM = torch.stack([layer.counts_AM.sum(0) for layer in statistics])
                 counts_LM = micro_counts_LM if counts_LM is None else counts_LM + micro_counts_LM
             for name in ("lm", "balance", "z", "total"):
@@ -137,9 +150,7 @@ class Trainer:
                 sums[name] = sums[name] + part if name in sums else part
 
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, self.completed)
-        self.optimizer.step()
+        self._update()
         if counts_LM is not None:
             sums["counts"] = counts_LM
             if settings.balance == "expert_bias":
@@ -148,8 +159,31 @@ class Trainer:
         return sums
 
     @torch.no_grad()
+    def _update(self) -> None:
+        """One step of AdamW; of experts that u layers see, a step over u or its root."""
+        settings, rate = self.settings, learning_rate(self.settings, self.completed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        divided = settings.reuse_divisor != "none"
+        before = [matrix.clone() for pool in self.model.experts for matrix in pool.parameters()] if divided else []
+        self.optimizer.step()
+        if not divided:
+            return
+        uses = torch.zeros(settings.experts_per_pool)
+        for experts in self.seen[: settings.layers_per_pool]:
+            uses[experts] += 1
+        divisor_M11 = (uses.sqrt() if settings.reuse_divisor == "sqrt" else uses).view(-1, 1, 1)
+        matrices = [matrix for pool in self.model.experts for matrix in pool.parameters()]
+        for matrix, old in zip(matrices, before, strict=True):
+            whole = -rate * settings.weight_decay * old if settings.reuse_decay == "compensated" else 0 * old
+            matrix.copy_(old + (matrix - old - whole) / divisor_M11.to(old.device) + whole)
+
+    @torch.no_grad()
     def _update_expert_bias(self, counts_LM: Tensor) -> None:
-        """`b += rate * sign(mean count - count)` with the counts of the full batch."""
-        for layer, counts_M in zip(self.model.layers, counts_LM, strict=True):
+        """`b += rate * sign(mean count - count)` with the counts of the full batch, for the experts of each layer."""
+        for layer, experts, counts_M in zip(self.model.layers, self.seen, counts_LM, strict=True):
             assert isinstance(layer.ffn, Mixture)
-            layer.ffn.router.expert_bias += self.settings.expert_bias_rate * (counts_M.mean() - counts_M).sign()
+            counts_W = counts_M[experts]
+            layer.ffn.router.expert_bias[experts] += (
+                self.settings.expert_bias_rate * (counts_W.mean() - counts_W).sign()
+            )

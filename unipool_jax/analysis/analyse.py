@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from unipool_jax.analysis.observe import make_observed_step, text_positions
 from unipool_jax.analysis.probe import Probe, deep_half, language_model_loss, probe
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.moe.scope import visible_experts
 from unipool_jax.training.metrics import load_metrics, plain_json, routing_diagnostics
 from unipool_jax.training.state import BalanceState
 
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Analyses of a checkpoint. L layers, G pools of E experts, M = G E, k experts per token and layer."""
+    """Analyses of a checkpoint. L layers, G pools of E experts, M = G E, k experts per token and layer.
+
+    With windows over one bank a layer sees W of its pool's E experts; everything it is compared with keeps to them.
+    """
 
     config: Config
     tokens: int
@@ -36,6 +41,8 @@ class Analysis:
     """Number of tokens that visit 0, 1, 2, ... distinct experts, int64."""
     common_LL: np.ndarray
     """Fraction of choices that two layers have in common, float64."""
+    zero_gates_L: np.ndarray
+    """Share of tokens whose gates are all zero, so that no expert computes for them, float64."""
     batch_load: tuple[float, float]
     """Means of `DeviceLoad.critical_path` and `.whole_model` over batches, each as often as it has tokens."""
     cosine_GEE: np.ndarray
@@ -50,15 +57,39 @@ class Analysis:
         """Routing counts per layer and expert of all pools, int64 `[L, M]`."""
         return usage.usage_map(self.counts_LE, self.config.pool.groups)
 
+    @functools.cached_property
+    def visible(self) -> np.ndarray:
+        """Whether a layer sees an expert, bool `[L, M]`."""
+        return visible_experts(self.config)
+
+    @property
+    def even_load(self) -> np.ndarray:
+        """Share of all choices of each expert if every layer routes evenly over what it sees, `[M]`."""
+        return np.asarray(usage.even_shares(self.visible).mean(axis=0))
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether any expert is seen by more than one layer."""
+        return bool((self.visible.sum(axis=0) > 1).any())
+
+    @property
+    def seen_together(self) -> np.ndarray:
+        """Whether some layer sees both of two different experts of a pool, bool `[G, E, E]`."""
+        experts = self.config.experts_per_pool
+        seen_EE = np.ones((experts, experts), bool)
+        if (visible_LE := self.config.visible) is not None:
+            seen_EE = np.asarray(visible_LE.T @ visible_LE)
+        return np.broadcast_to(seen_EE & ~np.eye(experts, dtype=bool), self.cosine_GEE.shape)
+
     @property
     def load(self) -> usage.DeviceLoad:
         """Device load over the full text."""
-        return usage.device_load(self.counts_LE, self.devices)
+        return usage.device_load(self.counts_LE, self.devices, strided=self.config.windows is not None)
 
     @property
     def diagnostics(self) -> dict[str, Any]:
         """Routing diagnostics (method M8.4)."""
-        return routing_diagnostics(self.counts_LE, self.config.pool.groups)
+        return routing_diagnostics(self.counts_LE, self.config.pool.groups, self.config.visible)
 
     @property
     def expected_common(self) -> np.ndarray:
@@ -75,16 +106,13 @@ class Analysis:
     @property
     def unique_chance(self) -> float:
         """Expected `unique_mean` for uniform independent routing."""
-        config = self.config
-        return usage.chance_unique(
-            config.model.num_layers, config.pool.groups, config.experts_per_pool, config.moe.top_k
-        )
+        return usage.chance_unique(self.visible, self.config.moe.top_k)
 
     def as_json(self) -> dict[str, Any]:
         """All results as a JSON document."""
         config, counts_LM = self.config, self.usage_map
         layers, load = config.model.num_layers, self.load
-        pairs = self.cosine_GEE[:, *np.triu_indices(self.cosine_GEE.shape[1], 1)]
+        pairs = self.cosine_GEE[np.triu(self.seen_together)]
         document = {
             "model": {
                 "scale": config.scale_name,
@@ -93,6 +121,7 @@ class Analysis:
                 "pools": config.pool.groups,
                 "experts_per_pool": config.experts_per_pool,
                 "top_k": config.moe.top_k,
+                "windows": None if config.windows is None else config.windows._asdict(),
             },
             "tokens": self.tokens,
             "loss": self.loss,
@@ -103,7 +132,7 @@ class Analysis:
                 "owner": usage.owners(counts_LM),
             },
             "load": load_metrics(self.counts_LE, config.pool.groups, config.visible),
-            "routing": self.diagnostics,
+            "routing": self.diagnostics | {"routing/zero_gates": self.zero_gates_L},
             "unique_experts": {
                 "mean": self.unique_mean,
                 "mean_per_layer": self.unique_mean / layers,
@@ -133,7 +162,11 @@ class Analysis:
 
 def _task_probe_json(result: TaskProbe) -> dict[str, Any]:
     tasks = {
-        name: {"questions": result.questions[name], **_probe_json(found, result.metrics[name])}
+        name: {
+            "questions": result.questions[name],
+            "text": result.text[name],
+            **_probe_json(found, result.metrics[name]),
+        }
         for name, found in result.by_task.items()
     }
     return {"tasks": tasks, "average": _probe_json(result.average, "accuracy, mean over tasks")}
@@ -185,6 +218,7 @@ def analyse(
     counts_LE = np.zeros((layers, experts), np.int64)
     unique_U = np.zeros(layers * top_k + 1, np.int64)
     common_LL = np.zeros((layers, layers), np.int64)
+    zero_gates_L = np.zeros(layers, np.int64)
     load_sums = np.zeros(2)
     for batch in batches():
         seen = jax.device_get(step(params, balance, jax.device_put(batch), None))
@@ -196,14 +230,15 @@ def analyse(
         counts_LE += batch_counts_LE
         unique_U += np.bincount(usage.unique_experts(experts_LNK, groups, experts), minlength=len(unique_U))
         common_LL += usage.same_expert(experts_LNK, groups)
-        load = usage.device_load(batch_counts_LE, devices)
+        zero_gates_L += seen.zero_gates_L
+        load = usage.device_load(batch_counts_LE, devices, strided=config.windows is not None)
         load_sums += np.array([load.critical_path, load.whole_model]) * text_N.sum()
     bank = params["pools"]["bank"]
     cosine_GEE = usage.expert_similarity(*(np.asarray(bank[name]) for name in ("gate", "up", "down")))
     probed = None
     if draws:
         measure = language_model_loss(config, params, balance, batches, seed, step)
-        probed = probe(measure, counts_LE, top_k, deep_half(layers), draws)
+        probed = probe(measure, counts_LE, top_k, deep_half(layers), draws, config.visible)
     return Analysis(
         config=config,
         tokens=tokens,
@@ -211,6 +246,7 @@ def analyse(
         counts_LE=counts_LE,
         unique_U=unique_U,
         common_LL=common_LL / (tokens * top_k),
+        zero_gates_L=zero_gates_L / tokens,
         batch_load=(float(load_sums[0] / tokens), float(load_sums[1] / tokens)),
         cosine_GEE=cosine_GEE,
         devices=devices,

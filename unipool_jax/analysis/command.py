@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -57,6 +58,10 @@ class OpenedRun(NamedTuple):
     corpus: Corpus
     batches: Callable[[], Iterable[Batch]]
     """Gives the same batches of the text each time."""
+    text: str
+    """Fingerprint of the text of these batches, its tokenizer and windows, as in evaluations."""
+    own_text: bool | None
+    """Whether it is the text that the run was trained beside; None in a run of an earlier version."""
 
 
 def open_run(request: AnalysisRequest) -> OpenedRun:
@@ -74,11 +79,13 @@ def open_run(request: AnalysisRequest) -> OpenedRun:
             raise RunError(f"{run}: moe.router=none, a dense model: there is no routing to analyse")
         corpus = open_corpus(config.data, config.model.vocab_size)
         check_tokenizer(corpus.tokenizer, meta, checkpoints.path(step))
-        reads_own_text(run, meta, corpus)
+        own_text = reads_own_text(run, meta, corpus)
         # After a lock each layer has a pool of its own.
         config, params, balance = restore_model(checkpoints, config, step)
     evaluator = Evaluator(config, corpus, [request.split], limited=True)
-    return OpenedRun(run, step, config, params, balance, corpus, lambda: evaluator.fixed(request.split))
+    text = evaluator.fixed(request.split).fingerprint()
+    batches = functools.partial(evaluator.fixed, request.split)
+    return OpenedRun(run, step, config, params, balance, corpus, batches, text, own_text)
 
 
 def analyse_run(request: AnalysisRequest, opened: OpenedRun) -> Analysis:
@@ -112,14 +119,19 @@ def analyse_command(request: AnalysisRequest) -> int:
     if measures:
         from unipool_jax.analysis.task_probe import probe_tasks
 
-        found = probe_tasks(measures, analysis.counts_LE, config.moe.top_k, request.draws)
+        found = probe_tasks(measures, analysis.counts_LE, config.moe.top_k, request.draws, config.visible)
         analysis = dataclasses.replace(analysis, task_probe=found)
     folder = Path(request.out) if request.out else run / "analysis" / str(step)
-    page = write_results(analysis, folder, run, step, request)
+    page = write_results(analysis, folder, opened, request)
     for name, value in facts(analysis).items():
         print(f"{name}: {value}")
     print(f"report: {page}")
     return 0
+
+
+def _rule(config: Config) -> str:
+    starts, span = config.pool.starts, config.pool.span
+    return f"pool.starts={starts}, pool.span={span}" if isinstance(starts, str) else "starts listed"
 
 
 def _task_measures(request: AnalysisRequest, model: LanguageModel) -> list[TaskMeasure]:
@@ -134,18 +146,23 @@ def _task_measures(request: AnalysisRequest, model: LanguageModel) -> list[TaskM
     return [task_measure(model, task, limit, request.seed) for task in load_tasks(request.tasks)]
 
 
-def write_results(analysis: Analysis, folder: Path, run: Path, step: int, request: AnalysisRequest) -> Path:
+def write_results(analysis: Analysis, folder: Path, opened: OpenedRun, request: AnalysisRequest) -> Path:
     """Write `analysis.json`, the figures and the page into `folder`; returns the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"run": str(run), "step": step, "split": request.split} | analysis.as_json()
-    write_json(folder / "analysis.json", document, indent=1)
+    run, step = opened.run, opened.step
+    document = {"run": str(run), "step": step, "split": request.split, "text": opened.text, "own_text": opened.own_text}
+    write_json(folder / "analysis.json", document | analysis.as_json(), indent=1)
     config = analysis.config
     pools = "one pool" if config.pool.groups == 1 else f"{config.pool.groups} pools"
+    if config.windows is not None:
+        pools = f"one bank with windows ({_rule(config)})"
     title = f"Inside {run.name}: {config.method_name} after {step:,} steps"
     subtitle = (
         f"{config.scale_name}, {config.model.num_layers} layers, {config.total_experts} experts in {pools}, "
         f"top-{config.moe.top_k}; {analysis.tokens:,} tokens of the {request.split} split. "
         "Layers and experts count from 0."
     )
+    if opened.own_text is False:
+        subtitle += " This is not the text that the run was trained beside."
     command = shlex.join(["unipool", "analyse", *to_words(request)])
     return write_page(folder, title, subtitle, facts(analysis), parts(analysis, read_history(run, step)), command)

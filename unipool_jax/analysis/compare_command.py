@@ -104,7 +104,9 @@ def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
     if loads:
         text = [
             "Load of the busiest expert over the mean of all experts, in single training batches; 1 is perfect "
-            "balance. Read it beside the loss: a method may win because it balances, or in spite of not balancing."
+            "balance. The mean of an expert that fewer or more layers see than others is what they would give it if "
+            "they chose evenly. Read it beside the loss: a method may win because it balances, or in spite of not "
+            "balancing."
         ]
         draw = partial(figures.curves_figure, loads, "busiest expert over mean load")
         found.append(Part("Balance over training", text, ("load", draw), "Load of the busiest expert over steps."))

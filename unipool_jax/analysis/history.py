@@ -38,9 +38,23 @@ def series_of(history: Sequence[Mapping[str, Any]], kind: str, name: str) -> Ser
         return None
     for step, value in points:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise FileError(
-                f"metrics.jsonl, {kind} line of step {step}: {name} is {value!r:.80}, expected a number; correct or "
-                "delete that line"
-            )
+            raise _unexpected(kind, step, name, value, "a number")
     steps, values = zip(*points, strict=True)
     return Series(np.array(steps), np.array([values], dtype=float))
+
+
+def layers_of(history: Sequence[Mapping[str, Any]], kind: str, name: str, layers: int) -> Series:
+    """A metric of each layer over steps, one row per layer; without steps where it was never written."""
+    points = [(line["step"], line[name]) for line in history if line.get("kind") == kind and line.get(name) is not None]
+    for step, value in points:
+        if not isinstance(value, list) or len(value) != layers or not all(isinstance(x, int | float) for x in value):
+            raise _unexpected(kind, step, name, value, f"{layers} numbers")
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    return Series(np.array(steps, np.int64), np.array(values, dtype=float).reshape(len(points), layers).T)
+
+
+def _unexpected(kind: str, step: int, name: str, value: object, expected: str) -> FileError:
+    return FileError(
+        f"metrics.jsonl, {kind} line of step {step}: {name} is {value!r:.80}, expected {expected}; correct or "
+        "delete that line"
+    )

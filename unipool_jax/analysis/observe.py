@@ -33,6 +33,8 @@ class Observed(NamedTuple):
     """Cross-entropy of each position in nats, float32; zero for padding."""
     experts_LNK: jax.Array
     """Experts that tokens visited, indices within the layer's pool, int32."""
+    zero_gates_L: jax.Array
+    """Tokens of the text whose gates are all zero by the layer's own choice, int32."""
 
 
 ObservedStep = Callable[[Any, BalanceState, Batch, ForcedLayers | None], Observed]
@@ -56,11 +58,13 @@ def _observed(
         experts_GNNK = forced.experts_LNK.reshape(*layers, *forced.experts_LNK.shape[1:])
         by_layer = Forced(experts_GNNK, jnp.broadcast_to(forced.own_gates, layers))
         inputs = inputs._replace(selection=inputs.selection._replace(forced=by_layer))
-    output = apply(config, params, batch.inputs, inputs, Positions(segments=batch.segments), keep_routing=True)
-    experts = output.layers.experts_NK
-    assert experts is not None
+    text = Positions(counted_BS=jnp.asarray(batch.weights) > 0, segments=batch.segments)
+    output = apply(config, params, batch.inputs, inputs, text, keep_routing=True)
+    assert output.layers.visits is not None
+    experts = output.layers.visits.experts_NK
     losses_BS = output.head.token_losses(batch.targets) * batch.weights
-    return Observed(losses_BS, experts.reshape(config.model.num_layers, *experts.shape[2:]))
+    zero_gates_L = jnp.sum(output.layers.stats.zero_gates_A, axis=-1).reshape(-1)
+    return Observed(losses_BS, experts.reshape(config.model.num_layers, *experts.shape[2:]), zero_gates_L)
 
 
 def text_positions(batch: Batch) -> np.ndarray:

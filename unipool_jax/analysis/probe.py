@@ -27,6 +27,7 @@ MATCHED = 8
 """Candidates of the matched variant: the experts per layer of the published vanilla mixture (method M8.1)."""
 
 CandidateSet = Literal["full_pool", "top_8"]
+"""All experts that the layer sees, or the `MATCHED` ones that it uses most."""
 GateRule = Literal["learned", "own"]
 
 
@@ -35,7 +36,7 @@ class Intervention(NamedTuple):
 
     layer: int
     candidates_E: np.ndarray
-    """Experts of the layer's pool to draw from, bool."""
+    """Experts to draw from among those of the layer's pool, bool."""
     gates: GateRule
     """Gates of the drawn experts: those of the experts they replace, slot by slot, or their own scores."""
     draw: int = 0
@@ -105,22 +106,34 @@ def paired_difference(sums_I: np.ndarray, base: Items) -> Difference:
     return Difference(mean, variance**0.5 / float(weights_I.sum()))
 
 
-def candidate_sets(counts_E: np.ndarray, top_k: int) -> dict[CandidateSet, np.ndarray]:
-    """Experts to draw from, bool `[E]`: all of the pool and, if the pool is larger, the 8 that the layer uses most.
+def candidate_sets(
+    counts_E: np.ndarray, top_k: int, visible_E: np.ndarray | None = None
+) -> dict[CandidateSet, np.ndarray]:
+    """Experts to draw from, bool `[E]`: all that the layer sees and, if these are more, the 8 that it uses most.
 
     Ties rank by id. With top_k above 8 there is no matched variant.
 
     Args:
       counts_E: routing counts of the layer on held-out text.
       top_k: experts to draw.
+      visible_E: the experts that the layer sees, bool; None: all of its pool.
     """
-    sets: dict[CandidateSet, np.ndarray] = {"full_pool": np.ones(len(counts_E), bool)}
-    if top_k <= MATCHED < len(counts_E):
-        sets["top_8"] = np.isin(np.arange(len(counts_E)), np.argsort(-counts_E, kind="stable")[:MATCHED])
+    seen_E = np.ones(len(counts_E), bool) if visible_E is None else visible_E
+    sets: dict[CandidateSet, np.ndarray] = {"full_pool": seen_E}
+    if top_k <= MATCHED < seen_E.sum():
+        busiest = np.argsort(np.where(seen_E, -counts_E.astype(np.int64), 1), kind="stable")[:MATCHED]
+        sets["top_8"] = np.isin(np.arange(len(counts_E)), busiest)
     return sets
 
 
-def probe(measure: Measure, counts_LE: np.ndarray, top_k: int, layers: Sequence[int], draws: int = 1) -> Probe:
+def probe(
+    measure: Measure,
+    counts_LE: np.ndarray,
+    top_k: int,
+    layers: Sequence[int],
+    draws: int = 1,
+    visible_LE: np.ndarray | None = None,
+) -> Probe:
     """Randomize each of `layers` separately, for every set of candidates and every rule for gates.
 
     Args:
@@ -129,15 +142,21 @@ def probe(measure: Measure, counts_LE: np.ndarray, top_k: int, layers: Sequence[
       top_k: experts per token.
       layers: layers to randomize, one at a time; see `deep_half`.
       draws: random draws to average over.
+      visible_LE: with windows, the experts that each layer sees, bool. A layer that sees no more than 8 draws from all
+        of them in both variants.
     """
     base = measure(None)
     rules: tuple[GateRule, ...] = ("learned", "own")
+    sets = {
+        layer: candidate_sets(counts_LE[layer], top_k, None if visible_LE is None else visible_LE[layer])
+        for layer in layers
+    }
     conditions = []
-    for name in candidate_sets(counts_LE[0], top_k):
+    for name in max(sets.values(), key=len):
         for gates in rules:
             sums_I = np.zeros((len(layers), len(base.sums_I)))
             for row, layer in enumerate(layers):
-                candidates_E = candidate_sets(counts_LE[layer], top_k)[name]
+                candidates_E = sets[layer].get(name, sets[layer]["full_pool"])
                 for draw in range(draws):
                     sums_I[row] += measure(Intervention(layer, candidates_E, gates, draw)).sums_I / draws
             by_layer = [paired_difference(row_I, base) for row_I in sums_I]

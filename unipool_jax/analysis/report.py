@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unipool_jax.analysis import figures, usage
+from unipool_jax.analysis import figures, routing_figures, usage
 from unipool_jax.analysis.analyse import Analysis
-from unipool_jax.analysis.history import series_of
+from unipool_jax.analysis.history import layers_of, series_of
 from unipool_jax.analysis.page import Part, Table
 from unipool_jax.analysis.paired import paired_of
 from unipool_jax.analysis.probe import Condition, Difference, Probe
@@ -20,19 +20,25 @@ if TYPE_CHECKING:
     from unipool_jax.analysis.task_probe import TaskProbe
 
 _SETS = (1, 2, 3, 5, 8, 10, 16, 20, 32, 48, 64)
+_JACCARD_TOP = 16
+"""Experts in the sets of `routing/jaccard`; a layer that sees no more has only one such set, whatever it prefers."""
 
 
 def facts(analysis: Analysis) -> dict[str, str]:
     """The numbers at the top of the page, by label."""
     config, counts_LM = analysis.config, analysis.usage_map
     dead = len(usage.dead_experts(counts_LM))
-    busiest = float(usage.total_shares(counts_LM).max()) * config.total_experts
+    busiest = float((usage.total_shares(counts_LM) / analysis.even_load).max())
     found = {
         "loss on this text (nats per token)": f"{analysis.loss:.4f}",
         "experts in use": f"{config.total_experts - dead} of {config.total_experts}",
         "busiest expert over mean load": f"{busiest:.2f}",
         f"distinct experts of a token over {config.model.num_layers} layers": f"{analysis.unique_mean:.2f}",
     }
+    if _can_be_zero(analysis):
+        worst = int(analysis.zero_gates_L.argmax())
+        share, most = _percent(float(analysis.zero_gates_L.mean())), _percent(float(analysis.zero_gates_L[worst]))
+        found["tokens without an expert, mean over layers"] = f"{share} (layer {worst}: {most})"
     if analysis.probe is not None:
         added = analysis.probe.conditions[0].average.mean
         found["added loss when a deep layer routes at random"] = f"{added:+.4f}"
@@ -47,15 +53,17 @@ def parts(analysis: Analysis, history: Sequence[Mapping[str, Any]]) -> list[Part
       history: lines of the run's metrics file; may be empty.
     """
     sections = [_usage(analysis)]
-    if analysis.config.layers_per_pool > 1:
+    if _can_be_zero(analysis):
+        sections.append(_zero_gates(analysis, history))
+    if analysis.shares_experts:
         sections += [_ownership(analysis), _co_use(analysis), _sets(analysis)]
     sections += [_layers(analysis), _unique(analysis)]
-    if analysis.config.experts_per_pool > 1:
+    if analysis.seen_together.any():
         sections.append(_similarity(analysis))
     if analysis.probe is not None:
         sections.append(_probe(analysis.probe, analysis.config))
     if analysis.task_probe is not None:
-        sections.append(_task_probe(analysis.task_probe))
+        sections.append(_task_probe(analysis.task_probe, analysis.config))
     return sections + _training(history)
 
 
@@ -71,14 +79,15 @@ def _percent(share: float) -> str:
 def _usage(analysis: Analysis) -> Part:
     config, counts_LM = analysis.config, analysis.usage_map
     total_M = usage.total_shares(counts_LM)
-    experts, dead = config.total_experts, usage.dead_experts(counts_LM)
+    over_M = total_M / analysis.even_load
+    experts, dead, busiest = config.total_experts, usage.dead_experts(counts_LM), int(over_M.argmax())
     order = np.argsort(-total_M, kind="stable")
     tenth = max(1, round(experts / 10))
     words = [
         "Each row of the heat map is a layer, each column an expert; bright means that the layer routes many of its "
         "tokens there. The bars above sum over all layers; the dashed line is uniform use.",
-        f"The busiest expert, number {order[0]}, gets {_percent(total_M[order[0]])} of all tokens, "
-        f"{total_M[order[0]] * experts:.1f} times the mean. The busiest {tenth} of {experts} get "
+        f"The busiest expert, number {busiest}, gets {_percent(total_M[busiest])} of all tokens, "
+        f"{over_M[busiest]:.1f} times its even share. The {tenth} of {experts} with most tokens get "
         f"{_percent(float(total_M[order[:tenth]].sum()))}.",
     ]
     if dead:
@@ -88,16 +97,69 @@ def _usage(analysis: Analysis) -> Part:
         words.append("Every expert is used by some layer.")
     if config.pool.groups > 1:
         words.append(f"Layers can use only the {config.experts_per_pool} experts of their own pool, hence the blocks.")
-    draw = partial(figures.usage_figure, counts_LM, config.pool.groups)
+    if (windows := config.windows) is not None:
+        words.append(
+            f"A layer sees {_range(windows.widths)} of the {experts} experts, and an expert is seen by "
+            f"{_range(windows.exposure().tolist())} of the {config.model.num_layers} layers; what a layer does not see "
+            "is blank. Uniform use, and the mean load of an expert here and below, is that of layers that choose "
+            "evenly among what they see."
+        )
+    draw = partial(routing_figures.usage_figure, counts_LM, analysis.visible)
     return Part("Who uses which experts", words, ("usage", draw), "Heat map of expert use by layer under a bar chart.")
 
 
+def _range(values: Sequence[int]) -> str:
+    """`4`, or `4 to 12`."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _can_be_zero(analysis: Analysis) -> bool:
+    """Whether a token can have no expert: NormRouter's scores can be zero, probabilities are not."""
+    return analysis.config.moe.router == "norm" or bool(analysis.zero_gates_L.any())
+
+
+def _zero_gates(analysis: Analysis, history: Sequence[Mapping[str, Any]]) -> Part:
+    config, share_L = analysis.config, analysis.zero_gates_L
+    worst, mean = int(share_L.argmax()), float(share_L.mean())
+    over_time = layers_of(history, "train", "routing/zero_gates", len(share_L))
+    words = [
+        "NormRouter's scores of a token can all be zero. Then no expert computes for it in that layer; it is counted "
+        "for the expert of the lowest number that the layer sees, whose load above is too high by so much.",
+        f"Of the tokens of this text {_percent(mean)} have no expert, on average over layers; in layer {worst} it is "
+        f"{_percent(float(share_L[worst]))}.",
+        _balance_words(config),
+    ]
+    draw = partial(routing_figures.zero_gates_figure, share_L, over_time.x, over_time.y)
+    alt = "Share of tokens without an expert, by layer and over steps."
+    return Part("Tokens without an expert", words, ("zero_gates", draw), alt)
+
+
+def _balance_words(config: Config) -> str:
+    """What of the settings decides how many tokens lose all gates."""
+    if config.moe.score_centering:
+        return (
+            "Logits are centered over experts before the norm (moe.score_centering=true), so that one score is "
+            "positive unless all logits are equal."
+        )
+    if config.loss.balance != "pool":
+        return f"No loss pays for scores of zero here (loss.balance={config.loss.balance})."
+    if config.loss.pool_scores == "normalized":
+        return (
+            "The pool loss is computed on scores over their sum (loss.pool_scores=normalized): zeros do not lower it."
+        )
+    return (
+        f"The pool loss is the published one, with coefficient {config.loss.pool_coefficient:g}: it falls when scores "
+        "fall to zero. moe.score_centering=true and loss.pool_scores=normalized are ways out, see docs/sharing.md."
+    )
+
+
 def _ownership(analysis: Analysis) -> Part:
-    counts_LM = analysis.usage_map
+    counts_LM, visible_LM = analysis.usage_map, analysis.visible
     share_M = usage.column_shares(counts_LM).max(axis=0)
-    used = counts_LM.sum(axis=0) > 0
+    used = (counts_LM.sum(axis=0) > 0) & (visible_LM.sum(axis=0) > 1)
     owned = int((share_M[used] > 0.5).sum())
-    even = 1 / analysis.config.layers_per_pool
+    even = float(usage.even_owner_share(visible_LM)[used].mean())
     words = [
         "Which layers do the tokens of an expert come from? Experts are sorted by the layer that uses them most, so a "
         "bright staircase means that layers have divided the pool among themselves, and uniform columns mean that "
@@ -105,70 +167,77 @@ def _ownership(analysis: Analysis) -> Part:
         f"On average the main layer of an expert sends {_percent(float(share_M[used].mean()))} of its tokens (uniform "
         f"sharing: {_percent(even)}), and {owned} of {int(used.sum())} used experts get more than half from one layer.",
     ]
-    draw = partial(figures.ownership_figure, counts_LM)
+    if private := int((visible_LM.sum(axis=0) == 1).sum()):
+        words.append(
+            f"Not counted are {private} experts that one layer alone sees; what a layer does not see is blank."
+        )
+    draw = partial(routing_figures.ownership_figure, counts_LM, visible_LM)
     return Part("Who owns the experts", words, ("ownership", draw), "Heat map of where each expert's tokens come from.")
 
 
 def _co_use(analysis: Analysis) -> Part:
     observed, expected = analysis.common_LL, analysis.expected_common
-    size = analysis.config.layers_per_pool
-    pool = np.arange(len(observed)) // size
-    pairs = (pool[:, None] == pool[None, :]) & ~np.eye(len(observed), dtype=bool)
+    pairs = usage.sharing_pairs(analysis.visible)
     mean, chance = float(observed[pairs].mean()), float(expected[pairs].mean())
     best = np.unravel_index(np.argmax(np.where(pairs, observed - expected, -1.0)), observed.shape)
     words = [
         "How often does a token visit the same expert in two layers? Left: observed. Right: expected if the two layers "
         "routed independently, each with its own expert frequencies.",
-        f"Over all pairs of layers that share a pool, {100 * mean:.2f}% of choices are common, against an expected "
+        f"Over all pairs of layers that share experts, {100 * mean:.2f}% of choices are common, against an expected "
         f"{100 * chance:.2f}%. Layers {min(best)} and {max(best)} differ most: "
         f"{_percent(float(observed[best]))} instead of {_percent(float(expected[best]))}.",
     ]
-    draw = partial(figures.co_use_figure, observed, expected)
+    if not pairs.any(axis=1).all() or pairs.sum() < pairs.size - len(pairs):
+        words.append("Pairs of layers that see no expert in common are blank.")
+    draw = partial(routing_figures.co_use_figure, observed, expected, pairs)
     return Part("The same expert twice", words, ("co_use", draw), "Two heat maps of common choices of pairs of layers.")
 
 
 def _sets(analysis: Analysis) -> Part:
-    config, found = analysis.config, analysis.diagnostics
-    sizes = [size for size in _SETS if size <= config.experts_per_pool]
+    found, width_L = analysis.diagnostics, analysis.visible.sum(axis=1)
+    sizes = [size for size in _SETS if size <= width_L.max()]
     union = [found[f"routing/union_size_{size}"] for size in sizes]
-    most = [min(size * config.model.num_layers, config.total_experts) for size in sizes]
+    most = [round(size / found[f"routing/saturation_{sets}"]) for sets, size in zip(sizes, union, strict=True)]
     tokens = [found[f"routing/token_coverage_{size}"] for size in sizes]
     top = min(8, sizes[-1])
     jaccard = found["routing/jaccard"]
     words = [
-        "Take the K busiest experts of every layer. Left: how many distinct experts they are; at the dashed line no "
-        "two layers have one in common. Right: the fraction of tokens that these experts process.",
+        "Take the K busiest experts of every layer. Left: how many distinct experts they are, below the most that "
+        "could be. Right: the fraction of tokens that these experts process.",
         f"With K = {top}, the busiest experts of all layers are {found[f'routing/union_size_{top}']} distinct experts, "
         f"which process {_percent(found[f'routing/token_coverage_{top}'])} of all tokens.",
     ]
-    if jaccard is not None:
+    if jaccard is not None and width_L.min() > _JACCARD_TOP:
         words.append(
-            f"The {min(16, config.experts_per_pool)} busiest experts of two layers overlap with a mean Jaccard index "
-            f"of {jaccard:.2f}: 0 is no overlap, 1 the same set."
+            f"The {_JACCARD_TOP} busiest experts of two layers that share experts overlap with a mean Jaccard index of "
+            f"{jaccard:.2f}: 0 is no overlap, 1 the same set."
         )
-    draw = partial(figures.coverage_figure, sizes, union, most, tokens)
+    draw = partial(routing_figures.coverage_figure, sizes, union, most, tokens)
     alt = "Experts in the union of the layers' busiest experts, and fraction of tokens on them, against K."
     return Part("Favourites", words, ("favourites", draw), alt)
 
 
 def _layers(analysis: Analysis) -> Part:
-    found, experts = analysis.diagnostics, analysis.config.experts_per_pool
+    found, width_L = analysis.diagnostics, analysis.visible.sum(axis=1)
     entropy_L, coverage_L = np.array(found["routing/entropy_bits"]), np.array(found["routing/top16_coverage"])
     load, devices = analysis.load, analysis.devices
-    narrow = int(entropy_L.argmin())
+    narrow = int((entropy_L - np.log2(width_L)).argmin())
+    bits = " to ".join(f"{np.log2(width):.2f}" for width in sorted({int(width_L.min()), int(width_L.max())}))
     words = [
-        f"Entropy measures how widely a layer spreads its tokens: {np.log2(experts):.2f} bits is uniform use of all "
-        f"{experts} experts; each bit less halves the effective number of experts. Layer {narrow} has the lowest, "
-        f"{entropy_L[narrow]:.2f} bits, about {2 ** entropy_L[narrow]:.0f} experts.",
+        f"Entropy measures how widely a layer spreads its tokens: {bits} bits is uniform use of all "
+        f"{_range(width_L.tolist())} experts that a layer sees; each bit less halves the effective number of experts. "
+        f"Layer {narrow} is furthest below, with {entropy_L[narrow]:.2f} bits, about {2 ** entropy_L[narrow]:.0f} of "
+        f"{width_L[narrow]} experts.",
     ]
+    placed = "" if analysis.config.windows is None else f", expert e on device e modulo {devices}"
     if devices > 1:
         words.append(
-            f"If the experts of a pool are sharded over {devices} devices, the busiest device of a layer gets "
+            f"If the experts of a pool are sharded over {devices} devices{placed}, the busiest device of a layer gets "
             f"{load.by_layer_L.mean():.2f} times the mean load on average, and {load.by_layer_L.max():.2f} times in "
             "the worst layer. As each layer waits for its busiest device, the expert part of a pass takes "
             f"{load.critical_path:.2f} times as long as with balanced load."
         )
-        if analysis.config.layers_per_pool > 1 and load.critical_path > 1.1 * load.whole_model:
+        if analysis.shares_experts and load.critical_path > 1.1 * load.whole_model:
             words.append(
                 f"Summed over all layers the busiest device has only {load.whole_model:.2f} times the mean: balance "
                 "over the pool is not balance in each layer."
@@ -179,7 +248,7 @@ def _layers(analysis: Analysis) -> Part:
         )
     else:
         words.append("A single device has no load to balance; expert_parallel=4, for example, shows that of four.")
-    draw = partial(figures.layers_figure, entropy_L, coverage_L, load.by_layer_L, experts, devices)
+    draw = partial(routing_figures.layers_figure, entropy_L, coverage_L, load.by_layer_L, width_L, devices)
     return Part("Layer by layer", words, ("layers", draw), "Entropy, coverage and device load of each layer.")
 
 
@@ -190,7 +259,7 @@ def _unique(analysis: Analysis) -> Part:
         f"On its way through {layers} layers a token visits {mean:.2f} distinct experts, {mean / layers:.1%} of the "
         f"number of layers. Uniform independent routing would give {chance:.2f}.",
     ]
-    if config.layers_per_pool == 1:
+    if not analysis.shares_experts:
         words.append("Layers with private experts cannot share one: both numbers are equal by definition.")
     elif mean < chance - 0.005:
         words.append(
@@ -202,26 +271,28 @@ def _unique(analysis: Analysis) -> Part:
     else:
         words.append("That is the chance level: no sign that tokens return to the same experts.")
     title = "Distinct experts of one token"
-    if config.layers_per_pool == 1:
+    if float(analysis.zero_gates_L.mean()) > 0.01:
+        words.append("A token without an expert in a layer is counted as if it visited one there.")
+    if not analysis.shares_experts:
         return Part(title, words)
-    draw = partial(figures.unique_figure, analysis.unique_U, mean, chance)
+    draw = partial(routing_figures.unique_figure, analysis.unique_U, mean, chance)
     return Part(title, words, ("unique", draw), "Distribution of distinct experts per token.")
 
 
 def _similarity(analysis: Analysis) -> Part:
-    cosine = analysis.cosine_GEE
+    cosine, together = analysis.cosine_GEE, analysis.seen_together
     experts = cosine.shape[1]
-    above = np.triu(np.ones((experts, experts), bool), 1)
-    pairs = cosine[:, above]
+    above = np.triu(together)
+    pairs, only = cosine[above], "" if analysis.config.windows is None else " that some layer sees both of"
     pool, first, second = np.unravel_index(np.argmax(np.where(above, cosine, -2.0)), cosine.shape)
     words = [
         "Are some experts copies of each other? Each expert is one vector (gate, up and down weights); the cosine is 1 "
         "for copies and near 0 for unrelated weights. Experts that compute the same function with permuted hidden "
         "units are not found this way.",
-        f"The mean over all pairs is {pairs.mean():.4f}; the closest are experts {pool * experts + first} and "
+        f"The mean over all pairs{only} is {pairs.mean():.4f}; the closest are experts {pool * experts + first} and "
         f"{pool * experts + second} with {cosine[pool, first, second]:.4f}.",
     ]
-    draw = partial(figures.similarity_figure, cosine)
+    draw = partial(routing_figures.similarity_figure, cosine, together)
     return Part("Do experts look alike?", words, ("similarity", draw), "Histogram and heat map of cosines.")
 
 
@@ -235,10 +306,10 @@ def _probe(probe: Probe, config: Config) -> Part:
     ]
     _, interval, _, reading = added.cells()
     words.append(
-        f"Random experts from the full pool, with the gates of the learned routing, add {_signed(first.average)} nats "
-        f"per token to the loss of {probe.learned:.4f}, on average over layers {probe.layers[0]} to "
-        f"{probe.layers[-1]}. 95% interval over {probe.items} windows of text: {interval}; that the choice matters is "
-        f"{reading}."
+        f"Random experts from the {_full(config)}, with the gates of the learned routing, add "
+        f"{_signed(first.average)} nats per token to the loss of {probe.learned:.4f}, on average over layers "
+        f"{probe.layers[0]} to {probe.layers[-1]}. 95% interval over {probe.items} windows of text: {interval}; "
+        f"that the choice matters is {reading}."
     )
     if len(probe.conditions) > 2:
         words.append(
@@ -250,18 +321,22 @@ def _probe(probe: Probe, config: Config) -> Part:
             "With their own gates, random experts with score zero contribute nothing, so these bars include the loss "
             "of skipping the layer for such tokens."
         )
-    rows = [[_name(c), *(_signed(value) for value in c.by_layer), _signed(c.average)] for c in probe.conditions]
+    rows = [[_name(c, config), *(_signed(value) for value in c.by_layer), _signed(c.average)] for c in probe.conditions]
     table = Table(["added loss (nats per token)", *(f"layer {layer}" for layer in probe.layers), "average"], rows)
-    draw = partial(figures.probe_figure, probe)
+    draw = partial(routing_figures.probe_figure, probe, _full(config))
     return Part("Random choices in one layer", words, ("probe", draw), "Bars of added loss per layer.", table)
 
 
-def _name(condition: Condition) -> str:
-    candidates = {"full_pool": "full pool", "top_8": "8 busiest"}[condition.candidates]
+def _full(config: Config) -> str:
+    return "full pool" if config.windows is None else "layer's window"
+
+
+def _name(condition: Condition, config: Config) -> str:
+    candidates = {"full_pool": _full(config), "top_8": "8 busiest"}[condition.candidates]
     return f"{candidates}, {condition.gates} gates"
 
 
-def _task_probe(found: TaskProbe) -> Part:
+def _task_probe(found: TaskProbe, config: Config) -> Part:
     probes = [*found.by_task.values(), found.average]
     names = [f"{task} ({found.metrics[task]})" for task in found.by_task]
     asked = ", ".join(f"{number:,} of {task}" for task, number in found.questions.items())
@@ -273,7 +348,7 @@ def _task_probe(found: TaskProbe) -> Part:
     ]
     rows = [["no intervention", *(f"{100 * probe.learned:.2f}" for probe in probes)]]
     for same in zip(*(probe.conditions for probe in probes), strict=True):
-        rows.append([_name(same[0]), *(_points(condition.average) for condition in same)])
+        rows.append([_name(same[0], config), *(_points(condition.average) for condition in same)])
     table = Table(["accuracy (percent)", *names, "mean"], rows)
     return Part("Random choices and zero-shot tasks", words, table=table)
 
@@ -295,7 +370,7 @@ def _training(history: Sequence[Mapping[str, Any]]) -> list[Part]:
     busiest = series_of(history, "train", "load/busiest_over_mean")
     if busiest is not None and float(busiest.y.max()) > 1:
         words = [
-            "Load of the busiest expert over the mean load, summed over the layers that share the pool, per batch. 1 "
+            "Load of the busiest expert over the mean load, summed over the layers that see it, per batch. 1 "
             f"is perfect balance; it ends at {busiest.y[0, -1]:.2f}, with a maximum of {busiest.y.max():.2f}."
         ]
         draw = partial(figures.curves_figure, {"train": busiest}, "busiest expert over mean load")

@@ -26,7 +26,7 @@ from unipool_jax.analysis.probe import (
 )
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.evaluation.harness import fitting_windows
+from unipool_jax.evaluation.harness import fitting_windows, questions_fingerprint
 from unipool_jax.evaluation.scoring import LanguageModel, ScoreBatch, Scores, encode_pairs, score_windows
 
 
@@ -39,6 +39,8 @@ class TaskMeasure(NamedTuple):
     metric: str
     """`acc_norm` if the task reports it, otherwise `acc` (method M10.17)."""
     questions: int
+    text: str
+    """Fingerprint of the questions, see `harness.questions_fingerprint`."""
 
 
 class TaskProbe(NamedTuple):
@@ -49,6 +51,8 @@ class TaskProbe(NamedTuple):
     metrics: dict[str, str]
     """See `TaskMeasure.metric`."""
     questions: dict[str, int]
+    text: dict[str, str]
+    """See `TaskMeasure.text`."""
     average: Probe
     """Plain mean over tasks."""
 
@@ -103,10 +107,16 @@ def task_measure(model: LanguageModel, task: Any, limit: int | None = None, seed
         right_I = np.array([result[metric] for result in results(log_likelihood_R)], np.float64)
         return Items(right_I, np.ones(len(right_I)))
 
-    return TaskMeasure(name, accuracy, metric, len(questions))
+    return TaskMeasure(name, accuracy, metric, len(questions), questions_fingerprint(task.instances))
 
 
-def probe_tasks(measures: Sequence[TaskMeasure], counts_LE: np.ndarray, top_k: int, draws: int = 1) -> TaskProbe:
+def probe_tasks(
+    measures: Sequence[TaskMeasure],
+    counts_LE: np.ndarray,
+    top_k: int,
+    draws: int = 1,
+    visible_LE: np.ndarray | None = None,
+) -> TaskProbe:
     """The probe on every task.
 
     Args:
@@ -114,13 +124,15 @@ def probe_tasks(measures: Sequence[TaskMeasure], counts_LE: np.ndarray, top_k: i
       counts_LE: routing counts per layer and expert on held-out text (not the tasks), for the matched variant.
       top_k: experts per token.
       draws: random draws to average over.
+      visible_LE: with windows, the experts that each layer sees, bool.
     """
     layers = deep_half(len(counts_LE))
-    probes = {found.name: probe(found.accuracy, counts_LE, top_k, layers, draws) for found in measures}
+    probes = {found.name: probe(found.accuracy, counts_LE, top_k, layers, draws, visible_LE) for found in measures}
     return TaskProbe(
         probes,
         {found.name: found.metric for found in measures},
         {found.name: found.questions for found in measures},
+        {found.name: found.text for found in measures},
         mean_probe(list(probes.values())),
     )
 

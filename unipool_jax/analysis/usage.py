@@ -4,7 +4,8 @@
 (coverage, entropy, Jaccard, unions). Here are the maps, and what needs the experts of single tokens.
 
 `counts_LE` and `experts_LNK` index experts within the layer's pool; `_LM` has one column for each of the M = G E
-experts, ordered by pool.
+experts, ordered by pool. `visible_LM` says which of them a layer sees: those of its pool, or of its window over one
+bank.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+
+from unipool_jax.moe.placement import device_load as placed_load
+from unipool_jax.moe.placement import strided_placement
 
 
 def pool_offsets(layers: int, groups: int, experts: int) -> np.ndarray:
@@ -33,6 +37,17 @@ def usage_map(counts_LE: np.ndarray, groups: int) -> np.ndarray:
     return map_LM
 
 
+def even_shares(visible_LM: np.ndarray) -> np.ndarray:
+    """Fraction of each layer's choices per expert if it routes evenly over what it sees, `[L, M]`; rows sum to 1."""
+    return visible_LM / visible_LM.sum(axis=1, keepdims=True)
+
+
+def sharing_pairs(visible_LM: np.ndarray) -> np.ndarray:
+    """Whether two different layers see an expert in common, bool `[L, L]`."""
+    shared_LL = (visible_LM.astype(np.int64) @ visible_LM.T) > 0
+    return np.asarray(shared_LL & ~np.eye(len(visible_LM), dtype=bool))
+
+
 def row_shares(counts_LM: np.ndarray) -> np.ndarray:
     """Fraction of each layer's tokens per expert (method M8.3), `[L, M]`; rows sum to 1, or 0 without tokens."""
     return counts_LM / np.maximum(counts_LM.sum(axis=1, keepdims=True), 1)
@@ -46,6 +61,12 @@ def total_shares(counts_LM: np.ndarray) -> np.ndarray:
 def column_shares(counts_LM: np.ndarray) -> np.ndarray:
     """Fraction of each expert's tokens from each layer, float64 `[L, M]`; columns sum to 1, or 0 for dead experts."""
     return counts_LM / np.maximum(counts_LM.sum(axis=0, keepdims=True), 1)
+
+
+def even_owner_share(visible_LM: np.ndarray) -> np.ndarray:
+    """Largest fraction of an expert's tokens from one layer if layers route evenly over what they see, `[M]`."""
+    even_LM = even_shares(visible_LM)
+    return np.asarray(even_LM.max(axis=0) / even_LM.sum(axis=0))
 
 
 def owners(counts_LM: np.ndarray) -> np.ndarray:
@@ -73,14 +94,14 @@ def unique_experts(experts_LNK: np.ndarray, groups: int, num_experts: int) -> np
     return 1 + (np.diff(sorted_NL, axis=1) != 0).sum(axis=1)
 
 
-def chance_unique(layers: int, groups: int, num_experts: int, top_k: int) -> float:
-    """Expected number of distinct experts of a token if each layer draws k of its pool's E uniformly, independently.
+def chance_unique(visible_LM: np.ndarray, top_k: int) -> float:
+    """Expected number of distinct experts of a token if each layer draws k of those it sees uniformly, independently.
 
-    A layer misses an expert with probability 1 - k/E, so the number is `G E (1 - (1 - k/E)^(L/G))`; with one pool and
-    k = 1, `M (1 - (1 - 1/M)^L)` (method M8.2).
+    A layer that sees W experts misses each with probability 1 - k/W, so the number is the sum over experts of
+    `1 - prod (1 - k/W)` over the layers that see it; with one pool and k = 1, `M (1 - (1 - 1/M)^L)` (method M8.2).
     """
-    missed = (1 - top_k / num_experts) ** (layers // groups)
-    return groups * num_experts * (1 - missed)
+    missed_LM = 1 - top_k * even_shares(visible_LM)
+    return float((1 - missed_LM.prod(axis=0)).sum())
 
 
 def same_expert(experts_LNK: np.ndarray, groups: int) -> np.ndarray:
@@ -139,12 +160,13 @@ class DeviceLoad(NamedTuple):
     """Maximum over mean load of all layers together, which a pool-level loss balances."""
 
 
-def device_load(counts_LE: np.ndarray, devices: int) -> DeviceLoad:
+def device_load(counts_LE: np.ndarray, devices: int, *, strided: bool = False) -> DeviceLoad:
     """Load of the devices of an expert-parallel group: device p holds the experts `p E/P .. (p+1) E/P - 1` of a pool.
 
     Args:
       counts_LE: routing counts per layer and expert.
       devices: P, devices of the group; must divide E.
+      strided: device p holds the experts p, p + P, p + 2 P, ... instead, as with windows over one bank.
 
     Raises:
       ValueError: P does not divide E.
@@ -155,7 +177,8 @@ def device_load(counts_LE: np.ndarray, devices: int) -> DeviceLoad:
         raise ValueError(
             f"{experts} experts of a pool cannot be sharded equally over {devices} devices; choose one of {sizes}"
         )
-    load_LP = counts_LE.astype(np.int64).reshape(layers, devices, -1).sum(axis=2)
+    order_E = strided_placement(experts, devices) if strided else np.arange(experts)
+    load_LP = placed_load(counts_LE.astype(np.int64), order_E, devices)
     mean_L, total_P = load_LP.mean(axis=1), load_LP.sum(axis=0)
     by_layer_L = np.divide(load_LP.max(axis=1), mean_L, out=np.zeros(layers), where=mean_L > 0)
     total = max(float(mean_L.sum()), 1e-300)

@@ -118,6 +118,13 @@ COMMANDS = (
         (CONFIG_DIR,),
     ),
     Command(
+        "convert merge",
+        "Make a model with fewer experts of a trained one.",
+        "unipool_jax.convert.requests:MergeRequest",
+        "unipool_jax.convert.merge_command:merge_command",
+        (CONFIG_DIR,),
+    ),
+    Command(
         "data",
         "Tokenise files of text into a token store, or check a store.",
         "unipool_jax.data.requests:DataRequest",

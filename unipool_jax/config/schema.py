@@ -256,6 +256,11 @@ class OptimizerConfig:
     """Decoupled weight decay of all matrices; norm gains and router scales are not decayed."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm where theirs is larger."""
+    reuse_divisor: Literal["none", "sqrt", "linear"] = "none"
+    """What the update of an expert is divided by: nothing, the square root of the number of layers that see it, or that
+    number. One update changes all those layers at once."""
+    reuse_decay: Literal["scaled", "compensated"] = "scaled"
+    """Whether optimizer.reuse_divisor divides the weight decay of an expert with its update, or leaves it whole."""
     extension: Literal["constant", "rewarm"] = "constant"
     """Learning rate of the steps by which a finished run is extended. `constant` stays at min_learning_rate; `rewarm`
     rises to learning_rate again over warmup_fraction of the new steps and falls by another cosine."""

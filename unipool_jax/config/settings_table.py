@@ -98,6 +98,7 @@ TABLE: dict[str, Effect] = {
             *("lock.excess_evaluations", "lock.count_lookback", "lock.count_smoothing"),
             *("optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.warmup_fraction"),
             *("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay"),
+            *("optimizer.reuse_divisor", "optimizer.reuse_decay"),
             *("optimizer.clip_norm", "train.steps", "train.earlier_steps", "train.batch_size", "train.seed"),
         ),
         _NUMBERS,

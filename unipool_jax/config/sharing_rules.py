@@ -95,3 +95,24 @@ def _window_problems(config: Config, shown: str) -> Iterator[str]:
             f"{shown}: no layer sees {len(hidden)} of the {windows.experts} experts ({some}); widen pool.window, or "
             "choose other starts"
         )
+
+
+def reuse_problems(config: Config) -> Iterator[str]:
+    """Why updates of reused experts cannot be divided as `optimizer.reuse_divisor` says."""
+    optimizer = config.optimizer
+    if optimizer.reuse_divisor == "none":
+        if optimizer.reuse_decay != "scaled":
+            yield (
+                f"optimizer.reuse_decay={optimizer.reuse_decay}: unused with optimizer.reuse_divisor=none; choose sqrt "
+                "or linear, or remove it"
+            )
+        return
+    if any(problems(config)):
+        return
+    windows = config.windows
+    reused = config.layers_per_pool > 1 if windows is None else int(windows.exposure().max()) > 1
+    if not reused or config.moe.router == "none" or config.lock.ownership == "random_from_start":
+        yield (
+            f"optimizer.reuse_divisor={optimizer.reuse_divisor}: no expert is seen by more than one layer; set "
+            "optimizer.reuse_divisor=none, or let layers share experts (pool.groups, pool.starts)"
+        )

@@ -28,6 +28,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
+from unipool_jax.config.parsing import as_written
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.requests import LayoutName
@@ -68,10 +69,15 @@ def make_layout(name: LayoutName, config: Config, weights: Weights) -> Layout:
     """The table of one layout; its parts are views of `weights`.
 
     Raises:
-      ConversionError: the layout cannot hold the model.
+      ConversionError: the layout has no place for windows over a bank, or for the routers of Switch Attention.
     """
     if config.attention.kind == "switch":
         raise ConversionError(f"layout={name}: has no place for the routers of attention.kind=switch")
+    if name == "megatron" and config.windows is not None:
+        raise ConversionError(
+            f"pool.starts={as_written(config.pool.starts)}: the published code trains no windows, and the megatron "
+            "layout has no place for them; use layout=twin"
+        )
     return {"twin": _twin, "megatron": _megatron}[name](config, weights)
 
 
@@ -208,7 +214,9 @@ def _router(
     """Router weight, and NormRouter's scale and the selection bias if the model has them, of one layer."""
     at = (*divmod(layer, config.layers_per_pool), ...)
     mixture = weights.params["pools"]["layers"]["mixture"]
-    tensors = {f"{name}.weight": _unchanged(mixture["router"][at])}
+    # Rows past a narrow window have no expert.
+    width = mixture["router"].shape[2] if config.widths is None else config.widths[layer]
+    tensors = {f"{name}.weight": _unchanged(mixture["router"][at][:width])}
     if "scale" in mixture:
         tensors[f"{name}.{scale}"] = _unchanged(mixture["scale"][at], scale_shape)
     if config.loss.balance == "expert_bias":

@@ -1,4 +1,4 @@
-"""Settings of the commands `convert export`, `convert import` and `convert upcycle`."""
+"""Settings of the commands below `convert`: export, import, upcycle and merge."""
 
 from __future__ import annotations
 
@@ -93,5 +93,43 @@ class UpcycleRequest:
     """Folder of the new run, for example runs/mixture; it must not exist."""
     noise: Annotated[float, Range(0, 1e6)] = 0.0
     """Standard deviation of what is added to the weights of the experts; 0 computes the same as before."""
+    config: Annotated[Choices | None, Composed()] = None
+    """Choices and settings of the new model, as for `unipool train`; all others are those of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest:
+    """Make a model with fewer experts of a trained one: layers come to share banks, experts matched on data.
+
+    Say what is shared as for `unipool train`: pool.groups, or pool.starts=runs. Without that it is one pool. Each layer
+    sees as many experts as before; of the banks that become one, that of the first layer stays. Reads the run's text,
+    prints errors and losses, and writes them to merge.json of the new run, which is at step 0 with a fresh optimizer.
+
+        unipool convert merge runs/vanilla out=runs/pool
+        unipool convert merge runs/vanilla out=runs/pairs pool.groups=3 prefit=2000
+        unipool convert merge runs/vanilla out=runs/inner pool.starts=runs pool.span=2 pool.ends=1 matching=identity
+    """
+
+    run: Annotated[str, Positional()] = "latest"
+    """Folder of a run, or `latest`, the run below runs/ that was saved to last."""
+    step: Annotated[int | None, _STEP] = None
+    """Which checkpoint of the run; null is the newest."""
+    out: str
+    """Folder of the new run, for example runs/merged; it must not exist."""
+    matching: Literal["outputs", "identity"] = "outputs"
+    """How experts are paired. `outputs`: with the kept one whose outputs are nearest on the inputs of the dropped one.
+    `identity`: with the one of the same number, as a control."""
+    tokens: Annotated[int, Range(1, 1_000_000_000)] = 2_000_000
+    """Tokens of the train split from which inputs of experts are drawn; at most one epoch."""
+    rows: Annotated[int, Range(2, 1_000_000)] = 512
+    """Inputs kept of each expert. 80% are for matching and prefit; errors are measured on the others, which are of
+    other sequences."""
+    prefit: Annotated[int, Range(0, 10_000_000)] = 0
+    """Steps of AdamW that fit each merged bank to the outputs of the banks that it replaces; 0 keeps the experts of one
+    as they are."""
+    prefit_rate: Annotated[float, Range(0, 1, open_low=True)] = 1e-4
+    """Learning rate of prefit."""
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    """Of the text, of the inputs that are kept and of prefit."""
     config: Annotated[Choices | None, Composed()] = None
     """Choices and settings of the new model, as for `unipool train`; all others are those of the run."""

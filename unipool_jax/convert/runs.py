@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unipool_jax.config.compose import save_config
-from unipool_jax.config.files import write_atomically
+from unipool_jax.config.files import write_atomically, write_json
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.inheritance import Origin
@@ -60,7 +61,19 @@ def as_numpy(params: Any, expert_bias_GNE: Any) -> Weights:
     return Weights(jax.tree.map(np.array, jax.device_get(params)), np.array(expert_bias_GNE))
 
 
-def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | None = None) -> int:
+def check_new(folder: Path) -> None:
+    """Raises ConversionError if `folder` exists."""
+    if folder.exists():
+        raise ConversionError(f"{folder}: already exists; choose another name or delete it")
+
+
+def write_run(
+    folder: Path,
+    config: Config,
+    weights: Weights,
+    origin: Origin | None = None,
+    documents: Mapping[str, Any] | None = None,
+) -> int:
     """Write a run folder with a checkpoint of step 0: `weights` and a new optimizer state.
 
     `unipool eval FOLDER` evaluates it; `unipool train` with the settings of `config` and this `run.dir` and `run.name`
@@ -73,6 +86,7 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
         taken from was started from and extended by.
       weights: of the model.
       origin: of the weights: a tokenizer to use in place of data.tokenizer, and the text they were trained on.
+      documents: JSON to write beside the checkpoint, by name of the file.
 
     Returns:
       The number of experts.
@@ -80,8 +94,7 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
     Raises:
       ConversionError: `folder` exists, or reading back gives other weights.
     """
-    if folder.exists():
-        raise ConversionError(f"{folder}: already exists; choose another name or delete it")
+    check_new(folder)
     place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name, init_from=None, allow_new=())
     config = dataclasses.replace(config, run=place, train=dataclasses.replace(config.train, earlier_steps=()))
     origin, name = origin or Origin(), str(folder / TOKENIZER)
@@ -102,6 +115,8 @@ def write_run(folder: Path, config: Config, weights: Weights, origin: Origin | N
             checkpoints.wait()
             check_same_experts(wanted, expert_hashes(_restore(checkpoints, config, 0)), str(folder))
         save_config(config, temporary / CONFIG)
+        for name, document in (documents or {}).items():
+            write_json(temporary / name, document, indent=2)
         if origin.parent is not None:
             record(temporary, "converted", 0, **origin.parent)
         if tokenizer.definition is not None:

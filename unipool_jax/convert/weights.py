@@ -27,9 +27,12 @@ class Weights(NamedTuple):
 
 
 def empty_weights(config: Config) -> Weights:
-    """Uninitialized weights of the model of `config`."""
+    """Weights of the model of `config`, zeros until something is written into them.
+
+    What no file fills, router rows past a narrow window, stays zero.
+    """
     state = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), state.params)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), state.params)
     return Weights(params, np.zeros(state.balance.expert_bias_GNE.shape, np.float32))
 
 

@@ -6,11 +6,13 @@ Importing this module needs lm-eval (`pip install ".[harness]"`), so import it w
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import lm_eval
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.data.store_format import json_sha256
 from unipool_jax.evaluation.requests import TaskRequest
 from unipool_jax.evaluation.scoring import (
     LanguageModel,
@@ -76,6 +79,12 @@ class UniPoolLM(LM):
         super().__init__()
         self._model = model
         self._key = jax.random.key(seed)
+        self.asked: dict[str, list[Instance]] = {}
+        """The requests of each task so far."""
+
+    def _note(self, requests: Sequence[Instance]) -> None:
+        for request in requests:
+            self.asked.setdefault(str(request.task_name), []).append(request)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each continuation given its context, and whether greedy decoding produces it.
@@ -83,6 +92,7 @@ class UniPoolLM(LM):
         See `encode_pairs` for how texts are split and for empty contexts, `fitting_windows` for texts that are too
         long. An empty continuation gives 0.0 and True.
         """
+        self._note(requests)
         arguments = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
         answers = self._score(encode_pairs(self._model.tokenizer, arguments))
         for pair, answer in zip(arguments, answers, strict=True):
@@ -91,6 +101,7 @@ class UniPoolLM(LM):
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-likelihood in nats of each text, in disjoint windows, the first token after an end-of-document token."""
+        self._note(requests)
         model, texts = self._model, [str(request.args[0]) for request in requests]
         start = np.array([model.tokenizer.eod], np.int32)
         answers = self._score([Window(start, tokens) for tokens in model.tokenizer.encode_batch(texts)])
@@ -124,6 +135,7 @@ class UniPoolLM(LM):
         Raises:
           RunError: a `max_gen_toks` that leaves no position for the context, or unknown settings.
         """
+        self._note(requests)
         tokenizer = self._model.tokenizer
         contexts = tokenizer.encode_batch([str(request.args[0]) for request in requests])
         groups: dict[tuple[Sampling, int], list[int]] = {}
@@ -222,10 +234,27 @@ def load_tasks(request: TaskRequest) -> list[Any]:
     return loaded
 
 
-def run_tasks(
-    model: LanguageModel, request: TaskRequest, tasks: Sequence[Any], bootstrap: int = 1000
-) -> dict[str, dict[str, float | int | None]]:
-    """Results by task: metrics by lm-eval's names, each with its `NAME_stderr`, and `documents`.
+def questions_fingerprint(requests: Iterable[Instance]) -> str:
+    """sha256 of what a task asks and of its documents, answers included; the order of requests does not matter."""
+
+    def digest(request: Instance) -> str:
+        asked = [request.request_type, request.doc_id, request.idx, request.args, request.doc]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+    return json_sha256(sorted(map(digest, requests)))
+
+
+class TaskResults(NamedTuple):
+    """Results by task."""
+
+    metrics: dict[str, dict[str, float | int | None]]
+    """Metrics by lm-eval's names, each with its `NAME_stderr`, and `documents`."""
+    text: dict[str, str]
+    """Fingerprints of the questions, see `questions_fingerprint`; of groups none."""
+
+
+def run_tasks(model: LanguageModel, request: TaskRequest, tasks: Sequence[Any], bootstrap: int = 1000) -> TaskResults:
+    """Ask a checkpoint the questions of tasks.
 
     Args:
       model: the checkpoint.
@@ -235,8 +264,9 @@ def run_tasks(
     """
     # lm-eval bootstraps in forked processes, and forking a process with JAX's threads may hang.
     os.environ["DISABLE_MULTIPROC"] = "1"
+    answering = UniPoolLM(model)
     found: Any = lm_eval.simple_evaluate(
-        model=UniPoolLM(model),
+        model=answering,
         tasks=list(tasks),
         num_fewshot=request.num_fewshot,
         limit=request.limit,
@@ -251,4 +281,5 @@ def run_tasks(
         counted = found["n-samples"].get(name)
         results[name] = {key: None if value == "N/A" else value for key, value in metrics.items()}
         results[name]["documents"] = None if counted is None else counted["effective"]
-    return results
+    asked = {name: questions_fingerprint(requests) for name, requests in answering.asked.items()}
+    return TaskResults(results, asked)

@@ -39,9 +39,11 @@ def tasks_command(request: EvalRequest, tasks: TaskRequest) -> int:
 
     loaded = load_tasks(tasks)
     model, title = open_model(request)
-    results = run_tasks(model, tasks, loaded)
+    results, text = run_tasks(model, tasks, loaded)
     print_tasks(results, title=f"{title}, {harness_version()}")
-    document = {"harness": harness_version(), **dataclasses.asdict(tasks), "tasks": list(results), "results": results}
+    # What was asked, as evaluations on text say what was read: numbers of other questions are not comparable.
+    known = {name: {**result, "text": text.get(name)} for name, result in results.items()}
+    document = {"harness": harness_version(), **dataclasses.asdict(tasks), "tasks": list(results), "results": known}
     # A folder may hold a task twice, on two splits; a mean is of tasks that someone chose.
     average = average_accuracy(results) if tasks.tasks else None
     if average is not None:

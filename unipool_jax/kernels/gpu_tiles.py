@@ -13,7 +13,7 @@ class GpuTile(NamedTuple):
     """The tile of one program of a GPU kernel. Sizes are powers of two, at least 16, the minimum of Triton's dot.
 
     They are the largest with which the bfloat16 kernels of the published models, compiled for compute capabilities 8.0
-    and 9.0, do not spill registers and fit shared memory (96 KiB and 144 KiB). None was timed on a GPU.
+    and 9.0, do not spill registers and fit shared memory (96 KiB and 144 KiB). Others were not tried on a GPU.
 
     Attributes:
         rows: rows of the output tile.

@@ -24,7 +24,7 @@ from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCac
 from unipool_jax.model.remat import rematerialized, without_gathered_weights
 from unipool_jax.model.switch import Switched
 from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
-from unipool_jax.moe.mixture import RouterParameters, RouterWeights, Selection, mixture
+from unipool_jax.moe.mixture import RouterParameters, RouterWeights, Selection, Visits, mixture
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.moe.visibility import layer_windows
 from unipool_jax.parallel.head import Head
@@ -81,8 +81,8 @@ class LayerOutputs(NamedTuple):
     stats: RoutingStats
     cache: KeyValueCache | None
     """The cache with these tokens in it."""
-    experts_NK: jax.Array | None
-    """Experts that the tokens visited, int32, where they are to be kept."""
+    visits: Visits | None
+    """Who visited which experts, where that is to be kept."""
     switched: Switched | None = None
     """With attention.kind=switch, which tokens attended to what."""
 
@@ -124,7 +124,7 @@ def layer(
     block = rematerialized(config, "moe", functools.partial(mixture, config))
     mixed = block(normed_BSD, weights.router, inputs.selection, experts, positions.counted_BS)
     hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
-    return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.experts_NK, gate)
+    return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.visits, gate)
 
 
 class Layer(nn.Module):
@@ -152,7 +152,7 @@ class Layer(nn.Module):
         function = rematerialized(config, "full", functools.partial(layer, config))
         hidden_BSD, experts, outputs = function(hidden_BSD, weights, inputs, positions, Experts(bank, accumulator))
         if not self.keep_routing:
-            outputs = outputs._replace(experts_NK=None)
+            outputs = outputs._replace(visits=None)
         return (hidden_BSD, experts.accumulator), outputs
 
 
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
 
     config: Config
     keep_routing: bool = False
-    """Whether `LayerOutputs.experts_NK` is returned."""
+    """Whether `LayerOutputs.visits` is returned."""
 
     @nn.compact
     def __call__(

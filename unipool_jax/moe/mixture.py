@@ -60,6 +60,17 @@ class Selection(NamedTuple):
     """The experts that the layer sees, which the model fills in; None: all."""
 
 
+class Visits(NamedTuple):
+    """Which experts the tokens of a layer visited, and with what."""
+
+    experts_NK: jax.Array
+    """Experts of the layer's pool, int32."""
+    gates_NK: jax.Array
+    """Factors on their outputs, float32."""
+    hidden_ND: jax.Array
+    """What they were given, in the compute dtype."""
+
+
 class MixtureOutput(NamedTuple):
     """What a mixture layer returns."""
 
@@ -67,8 +78,8 @@ class MixtureOutput(NamedTuple):
     experts: Experts
     """For the next layer of the pool."""
     stats: RoutingStats
-    experts_NK: jax.Array | None
-    """Experts that the tokens visited, int32; None in the dense model."""
+    visits: Visits | None
+    """None in the dense model."""
 
 
 def mixture(
@@ -121,7 +132,8 @@ def mixture(
         routing = replaced(routing, scores_NE, selection.forced, moe.router)
     output_ND, experts, received_X = moe_ffn(hidden_ND, routing, experts, config.kernels.implementation, config.mesh)
     stats = routing.stats._replace(received_X=received_X)
-    return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, routing.experts_NK)
+    visits = Visits(routing.experts_NK, routing.gates_NK, hidden_ND)
+    return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, visits)
 
 
 def moe_ffn(

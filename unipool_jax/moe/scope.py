@@ -31,7 +31,7 @@ class Scope(NamedTuple):
     """Pressure on a set over the target share of each expert, float32; 0 for experts that it does not see."""
 
 
-def _visible(config: Config) -> np.ndarray:
+def visible_experts(config: Config) -> np.ndarray:
     """Whether a layer sees an expert, bool `[L, M]`; experts of all pools are counted through."""
     if (windows_LM := config.visible) is not None:
         return windows_LM
@@ -45,7 +45,7 @@ def pool_scope(config: Config) -> Scope | None:
     loss = config.loss
     if config.windows is None and loss.scope == "component" and loss.pressure == "scope":
         return None
-    visible_LM = _visible(config)
+    visible_LM = visible_experts(config)
     layers = len(visible_LM)
     match loss.scope:
         case "layer":

@@ -39,6 +39,16 @@ def expert_order(config: Config) -> np.ndarray:
     return np.arange(config.experts_per_pool)
 
 
+def exposure(config: Config) -> np.ndarray:
+    """u, the number of layers that see each expert, int64 `[G, E]`; of a bank with windows in the order of places.
+
+    After a lock every expert has one layer.
+    """
+    if config.windows is None:
+        return np.full((config.pool.groups, config.experts_per_pool), config.layers_per_pool)
+    return config.windows.exposure()[None, expert_order(config)]
+
+
 def layer_windows(config: Config) -> Window | None:
     """The windows of all layers, constants `[L, ...]`; None where layers see all experts of their pool."""
     windows = config.windows

@@ -403,7 +403,8 @@ class _Run:
         # A run killed between its last checkpoint and its summary has already written this line.
         if self.valid is not None and not (step == self.start and self.validated):
             counts, groups = self.valid.counts_LE, config.pool.groups
-            routing = {} if config.moe.router == "none" else routing_diagnostics(counts, groups)
+            dense = config.moe.router == "none"
+            routing = {} if dense else routing_diagnostics(counts, groups, config.visible)
             routing["routing/zero_gates"] = self.valid.zero_gates_L.tolist()
             self.writer.write(
                 "valid", step, self.valid.as_json() | load_metrics(counts, groups, config.visible) | routing | owned

@@ -90,56 +90,82 @@ def device_loads(counts_LE: np.ndarray, devices: int) -> list[float]:
     return _busiest_over_mean(loads_LP).tolist()
 
 
-def routing_diagnostics(counts_LE: np.ndarray, groups: int) -> dict[str, Value]:
+def routing_diagnostics(counts_LE: np.ndarray, groups: int, visible_LE: np.ndarray | None = None) -> dict[str, Value]:
     """How layers share experts. Sets of experts of layers in different pools are disjoint.
 
     Args:
       counts_LE: routing counts per layer and expert of the layer's pool, integers `[L, E]`.
       groups: number of pools G.
+      visible_LE: with windows, the experts that each layer sees, bool. The top-K set of a layer that sees fewer than K
+        is its window.
 
     Returns:
       `routing/top16_coverage` `[L]`: fraction of a layer's tokens on its 16 most used experts;
       `routing/entropy_bits` `[L]`: entropy of a layer's counts;
-      `routing/jaccard`: mean Jaccard index of the top-16 sets over ordered pairs of different layers (None for one
-      layer); for K in 1 .. 64 up to E: `routing/union_size_K`, experts in the union of the layers' top-K sets,
-      `routing/pool_coverage_K`, its fraction of all experts, `routing/saturation_K`, its fraction of the largest
-      possible union, and `routing/token_coverage_K`, the fraction of all tokens on their layer's top-K experts, with
-      `_mean`, `_min`, `_median`, `_max` over layers. Ties rank by id.
+      `routing/jaccard`: mean Jaccard index of the top-16 sets over ordered pairs of different layers, with windows of
+      those that see an expert in common (None without such pairs); for K in 1 .. 64 up to E, or to the widest window:
+      `routing/union_size_K`, experts in the union of the layers' top-K sets, `routing/pool_coverage_K`, its fraction of
+      all experts, `routing/saturation_K`, its fraction of the largest possible union, and `routing/token_coverage_K`,
+      the fraction of all tokens on their layer's top-K experts, with `_mean`, `_min`, `_median`, `_max` over layers.
+      Ties rank by id.
     """
     counts_LE = counts_LE.astype(np.int64)
     layers, experts = counts_LE.shape
-    total = experts * groups
-    order_LE = np.argsort(-counts_LE, axis=1, kind="stable")
+    seen_LE = np.ones(counts_LE.shape, bool) if visible_LE is None else visible_LE
+    compared_LL = np.ones((layers, layers), bool) if visible_LE is None else visible_LE @ visible_LE.T
+    width_L = seen_LE.sum(axis=1)
+    # What a layer does not see ranks behind what it sees and did not use.
+    order_LE = np.argsort(np.where(seen_LE, -counts_LE, 1), axis=1, kind="stable")
     pool_offset = (np.arange(layers) // (layers // groups) * experts)[:, None]
     sums_L = np.maximum(counts_LE.sum(axis=1), 1)
     ranked_LE = np.take_along_axis(counts_LE, order_LE, axis=1)
 
     def top_sets(size: int) -> list[set[int]]:
-        return [set(row.tolist()) for row in order_LE[:, :size] + pool_offset]
+        rows = zip(order_LE + pool_offset, width_L, strict=True)
+        return [set(row[: min(size, width)].tolist()) for row, width in rows]
 
     share_LE = counts_LE / sums_L[:, None]
     sets = top_sets(min(_COVERAGE_TOP, experts))
-    pairs = [len(a & b) / len(a | b) for i, a in enumerate(sets) for j, b in enumerate(sets) if i != j]
+    pairs = zip(*np.nonzero(compared_LL & ~np.eye(layers, dtype=bool)), strict=True)
+    jaccard = [len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for i, j in pairs]
     result: dict[str, Value] = {
         "routing/top16_coverage": (ranked_LE[:, :_COVERAGE_TOP].sum(axis=1) / sums_L).tolist(),
         "routing/entropy_bits": np.abs(-(share_LE * np.log2(np.maximum(share_LE, 1e-12))).sum(axis=1)).tolist(),
-        "routing/jaccard": float(np.mean(pairs)) if pairs else None,
+        "routing/jaccard": float(np.mean(jaccard)) if jaccard else None,
     }
-    for size in (k for k in _SET_SIZES if k <= experts):
-        union = len(set().union(*top_sets(size)))
-        on_top_L = ranked_LE[:, :size].sum(axis=1)
-        coverage_L = on_top_L / sums_L
+    for size in (k for k in _SET_SIZES if k <= width_L.max()):
+        union, total = len(set().union(*top_sets(size))), experts * groups
+        most = min(size * layers, total) if visible_LE is None else _largest_union(visible_LE, size)
         result |= {
             f"routing/union_size_{size}": union,
             f"routing/pool_coverage_{size}": union / total,
-            f"routing/saturation_{size}": union / min(size * layers, total),
-            f"routing/token_coverage_{size}": float(on_top_L.sum() / max(counts_LE.sum(), 1)),
-            f"routing/token_coverage_{size}_mean": float(coverage_L.mean()),
-            f"routing/token_coverage_{size}_min": float(coverage_L.min()),
-            f"routing/token_coverage_{size}_median": float(np.median(coverage_L)),
-            f"routing/token_coverage_{size}_max": float(coverage_L.max()),
+            f"routing/saturation_{size}": union / most,
         }
+        result |= _token_coverage(ranked_LE[:, :size].sum(axis=1), counts_LE.sum(axis=1), size)
     return result
+
+
+def _token_coverage(on_top_L: np.ndarray, tokens_L: np.ndarray, size: int) -> dict[str, Value]:
+    """`routing/token_coverage_K` and its statistics over layers, from each layer's choices of its top-K experts."""
+    coverage_L = on_top_L / np.maximum(tokens_L, 1)
+    name = f"routing/token_coverage_{size}"
+    return {
+        name: float(on_top_L.sum() / max(tokens_L.sum(), 1)),
+        f"{name}_mean": float(coverage_L.mean()),
+        f"{name}_min": float(coverage_L.min()),
+        f"{name}_median": float(np.median(coverage_L)),
+        f"{name}_max": float(coverage_L.max()),
+    }
+
+
+def _largest_union(visible_LE: np.ndarray, size: int) -> int:
+    """The most experts that sets of `size` visible ones for each layer, or of all it sees, have in their union."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
+    # One row for each place in a set: a matching gives different places different experts.
+    places = np.repeat(visible_LE, size, axis=0)
+    return int((maximum_bipartite_matching(csr_array(places), perm_type="column") >= 0).sum())
 
 
 def perplexity(loss: float) -> float:

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from unipool_jax.config.schema import OptimizerConfig
+from unipool_jax.config.schema import Config, OptimizerConfig
+from unipool_jax.moe.visibility import exposure
 
 GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale", "switch"})
 """Parameter names of RMSNorm gains, router scales and gates of Switch Attention, which are not decayed."""
@@ -119,20 +121,54 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int | Sequence[int]) -> optax.GradientTransformation:
+def reuse_divisors(config: Config) -> np.ndarray | None:
+    """u^p of each expert, float32 `[G, E]`: u layers see it, p is that of `optimizer.reuse_divisor`. None if p is 0.
+
+    The argument for p = 1/2 (arXiv 2606.16825): a step of Adam is as long whether one layer or u layers had a part in
+    the gradient, but it changes u layers at once.
+    """
+    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[config.optimizer.reuse_divisor]
+    return np.power(exposure(config), power).astype(np.float32) if power else None
+
+
+def divide_experts(divisors_GE: np.ndarray) -> optax.GradientTransformation:
+    """Divide the update of each expert, three matrices of `params["pools"]["bank"]`, by its divisor."""
+
+    def update(updates: Any, params: Any = None) -> Any:
+        del params
+        bank = {name: rows / divisors_GE[..., None, None] for name, rows in updates["pools"]["bank"].items()}
+        return updates | {"pools": updates["pools"] | {"bank": bank}}
+
+    return optax.stateless(update)
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int | Sequence[int], divisors_GE: np.ndarray | None = None
+) -> optax.GradientTransformation:
     """Clipping, then AdamW: `p <- p - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p)`.
 
-    `update` needs the parameters as its third argument. Moments are float32.
+    `update` needs the parameters as its third argument. Moments are float32. With divisors the expert e of a bank has
+
+        p <- p - lr / d_e (m_hat / (sqrt(v_hat) + eps) + weight_decay p)       reuse_decay=scaled
+        p <- p - lr (m_hat / (sqrt(v_hat) + eps) / d_e + weight_decay p)       reuse_decay=compensated
+
+    Args:
+      config: of the optimizer.
+      steps: lengths of the run; see `make_schedule`.
+      divisors_GE: d, of `reuse_divisors`; None divides nothing.
     """
-    return optax.chain(
-        clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-            mu_dtype=jnp.float32,
-        ),
+    divide = [] if divisors_GE is None else [divide_experts(divisors_GE)]
+    compensated = config.reuse_decay == "compensated"
+    adamw = optax.chain(
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon, mu_dtype=jnp.float32),
+        *(divide if compensated else []),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        *([] if compensated else divide),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
+    return optax.chain(clip_by_global_norm(config.clip_norm), adamw)
+
+
+def run_optimizer(config: Config) -> optax.GradientTransformation:
+    """The optimizer of a run; where experts change places (`training.placement`), `config` says so."""
+    return make_optimizer(config.optimizer, config.train.lengths, reuse_divisors(config))

@@ -16,7 +16,7 @@ from unipool_jax.moe.lock import Candidate, init_candidate, score_factors
 from unipool_jax.moe.mixture import Selection
 from unipool_jax.moe.opening import open_experts
 from unipool_jax.moe.scope import pool_scope
-from unipool_jax.training.optimizer import make_optimizer
+from unipool_jax.training.optimizer import run_optimizer
 from unipool_jax.training.sharding import state_shardings
 
 
@@ -65,7 +65,7 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 
 def new_state(config: Config, params: Any, expert_bias_GNE: jax.Array) -> TrainState:
     """State before the first step of a run that starts with these parameters; traceable."""
-    opt_state = make_optimizer(config.optimizer, config.train.lengths).init(params)
+    opt_state = run_optimizer(config).init(params)
     balance = init_balance(config)._replace(expert_bias_GNE=expert_bias_GNE)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, balance)
 

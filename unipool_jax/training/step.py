@@ -29,7 +29,7 @@ from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.moe.scope import pool_scope, scoped_load, scoped_pool_loss
 from unipool_jax.parallel.mesh import constrain, on_mesh
-from unipool_jax.training.optimizer import make_optimizer, next_learning_rate
+from unipool_jax.training.optimizer import next_learning_rate, run_optimizer
 from unipool_jax.training.sharding import replicated, state_shardings
 from unipool_jax.training.state import BalanceState, TrainState, join_bank, layer_inputs, split_bank, state_shapes
 from unipool_jax.training.switching import switch_penalty, zero_gate_metrics
@@ -299,7 +299,7 @@ def updated_state(
     finite = jnp.isfinite(found.metrics["loss/total"]) & jnp.isfinite(grad_norm)
     applied = finite if config.mesh.overflow == "drop" else finite & (found.metrics["overflow"] == 0)
 
-    optimizer = make_optimizer(config.optimizer, config.train.lengths)
+    optimizer = run_optimizer(config)
     updates, opt_state = optimizer.update(found.params, state.opt_state, state.params)
     changed = (optax.apply_updates(state.params, updates), opt_state, updated_balance(config, balance, found))
     kept = (state.params, state.opt_state, state.balance)

@@ -1,0 +1,176 @@
+"""`unipool convert merge`: reads a run and its text, merges, measures, and writes the new run with a report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from unipool_jax.config.compose import Choices
+from unipool_jax.config.rules import validate
+from unipool_jax.config.schema import Config, ConfigError, MeshConfig
+from unipool_jax.convert.errors import ConversionError
+from unipool_jax.convert.inheritance import Origin, origin_of, same_text
+from unipool_jax.convert.joining import Banks, banks_of, joins, merged_config
+from unipool_jax.convert.merge import Merged, merge
+from unipool_jax.convert.requests import MergeRequest
+from unipool_jax.convert.runs import check_new, read_run, write_run
+from unipool_jax.convert.weights import Weights
+from unipool_jax.data.corpus import Corpus, open_corpus
+from unipool_jax.data.identity import text_differences, text_identity
+from unipool_jax.data.pipeline import Batch, WindowSource, evaluation_batches
+from unipool_jax.kernels.implementations import platform_problem
+from unipool_jax.parallel.accelerators import check_platforms
+from unipool_jax.training.evaluate import EvalResult, Evaluator
+from unipool_jax.training.metrics import plain_json
+from unipool_jax.training.state import init_balance
+
+REPORT = "merge.json"
+"""In the folder of a merged run."""
+
+_PASS_TOKENS = 8192
+"""Tokens of a pass whose inputs of experts are drawn from: what all layers give them is in memory at once."""
+
+
+def merge_command(request: MergeRequest) -> int:
+    """Make a run with fewer experts of a run.
+
+    Raises:
+      ConfigError, RunError, CheckpointError, ConversionError, DataError: with what to do about it.
+    """
+    folder = Path(request.out)
+    check_new(folder)
+    config, weights = read_run(request.run, request.step)
+    origin = origin_of(request.run, request.step)
+    banks = banks_of(config, "the source")
+    target = merged_config(config, request.config or Choices(()))
+    validate(dataclasses.replace(target, mode="describe"))
+    joins(config, target)
+    check_platforms()
+    if problem := platform_problem(target.kernels.implementation):
+        raise ConfigError([problem])
+    corpus = open_corpus(target.data, target.model.vocab_size)
+    kept = _inherited(origin, config, target, corpus)
+
+    source, alone = (dataclasses.replace(c, data=target.data, mesh=MeshConfig(data=1)) for c in (config, target))
+    windows = _windows(source, corpus, request)
+    merged = merge(source, weights, alone, _passes(windows), request)
+    losses = _losses(source, alone, weights, merged, corpus)
+    facts = {
+        "matching": request.matching,
+        "prefit_steps": request.prefit,
+        "prefit_rate": request.prefit_rate,
+        "tokens": len(windows) * windows.sequence_length,
+        "rows": request.rows,
+        "seed": request.seed,
+        "experts": {"source": config.total_experts, "merged": target.total_experts},
+        "loss": losses,
+        "banks": _by_bank(banks, merged),
+    }
+    report = plain_json(facts)
+    _print(report)
+    count = write_run(folder, target, merged.fitted or merged.matched, kept, {REPORT: report})
+    print(f"{folder}: {count} experts instead of {config.total_experts}, at step 0; {REPORT} has the errors of each")
+    return 0
+
+
+def _inherited(origin: Origin, config: Config, target: Config, corpus: Corpus) -> Origin:
+    """What the new run takes over.
+
+    Raises:
+      ConversionError: the text or the tokenizer is not that of the run, although no other was named.
+    """
+    if corpus.tokenizer.definition != origin.tokenizer:
+        raise ConversionError(
+            f"data.tokenizer={target.data.tokenizer}: the model was trained with another; leave it out"
+        )
+    parent = None if origin.parent is None else origin.parent | {"conversion": "merge"}
+    if not same_text(config.data, target.data):
+        return Origin(parent=parent)
+    if origin.text is not None and (changed := text_differences(origin.text, text_identity(corpus))):
+        listed = "\n".join(f"  - {line}" for line in changed)
+        raise ConversionError(
+            f"the run was trained on another text:\n{listed}\nRestore that one, or name the text with data.files=[...]"
+        )
+    return Origin(text=origin.text, parent=parent)
+
+
+def _windows(config: Config, corpus: Corpus, request: MergeRequest) -> WindowSource:
+    """The text that inputs of experts are drawn from, at most one epoch of the train split."""
+    length = config.data.sequence_length
+    tokens = min(request.tokens, corpus.num_tokens("train") - 1)
+    return WindowSource(corpus.stores, "train", length, max(tokens // length, 1), request.seed)
+
+
+def _passes(windows: WindowSource) -> Iterator[Batch]:
+    rows = max(min(_PASS_TOKENS // windows.sequence_length, len(windows)), 1)
+    return evaluation_batches(windows, batch_size=rows)
+
+
+def _losses(
+    config: Config, target: Config, weights: Weights, merged: Merged, corpus: Corpus
+) -> dict[str, str | int | float | None] | None:
+    """Held-out losses of the source and the merged model, as long as an evaluation in training; None without text."""
+    held_out = [split for split in corpus.splits() if split != "train"]
+    if not held_out:
+        return None
+    split = held_out[0]
+
+    def result(evaluator: Evaluator, config: Config, weights: Weights) -> EvalResult:
+        balance = init_balance(config)._replace(expert_bias_GNE=jnp.asarray(weights.expert_bias_GNE))
+        params = jax.tree.map(jnp.asarray, weights.params)
+        found = evaluator.evaluate(params, balance, evaluator.fixed(split))
+        assert found is not None
+        return found
+
+    before = result(Evaluator(config, corpus, [split], limited=True), config, weights)
+    after = Evaluator(target, corpus, [split], limited=True)
+    return {
+        "split": split,
+        "tokens": before.tokens,
+        "source": before.loss,
+        "merged": result(after, target, merged.matched).loss,
+        "prefit": None if merged.fitted is None else result(after, target, merged.fitted).loss,
+    }
+
+
+def _by_bank(banks: Banks, merged: Merged) -> list[dict[str, Any]]:
+    """The errors of a report."""
+    return [
+        {
+            "layers": banks.layers(bank),
+            "experts_of_layers": banks.layers(kept),
+            "error": {name: errors.of_layers(values) for name, values in errors.kinds().items()},
+            "experts": [
+                {"expert": expert, "becomes": errors.place_E[expert], "inputs": errors.inputs_E[expert]}
+                | {name: values[expert] for name, values in errors.kinds().items()}
+                for expert in range(len(errors.place_E))
+            ],
+        }
+        for (bank, kept), errors in merged.errors.items()
+    ]
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    """Print errors by bank, and losses."""
+    kinds = [kind for kind in ("identity", "merged", "prefit") if kind != "prefit" or report["prefit_steps"]]
+    table = Table()
+    for name in ("layers", "experts of layers", *kinds):
+        table.add_column(name, justify="right")
+    for bank in report["banks"]:
+        # Experts that are kept as they are have no errors.
+        if bank["layers"] != bank["experts_of_layers"] or report["prefit_steps"]:
+            errors = ("-" if (value := bank["error"][kind]) is None else f"{value:.4f}" for kind in kinds)
+            table.add_row(*(" ".join(map(str, bank[name])) for name in ("layers", "experts_of_layers")), *errors)
+    console = Console(width=None if Console().is_terminal else 100)
+    console.print(f"matching={report['matching']}; squared error of experts' outputs over their square, held out:")
+    console.print(table)
+    if (loss := report["loss"]) is not None:
+        shown = [f"{name} {loss[name]:.4f}" for name in ("source", "merged", "prefit") if loss[name] is not None]
+        console.print(f"loss on {loss['split']} (nats per token): {', '.join(shown)}", highlight=False)
