@@ -13,6 +13,9 @@ import pytest
 
 import oracles
 from tiny import tiny_batch, tiny_config, tiny_state
+from unipool_jax.analysis.figures import png
+from unipool_jax.analysis.switch_report import gates
+from unipool_jax.config.files import FileError
 from unipool_jax.config.schema import AttentionConfig, Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.layouts import make_layout
@@ -212,6 +215,23 @@ def test_a_step_pays_the_penalty_and_reports_the_gates() -> None:
     np.testing.assert_allclose(weight, expected["switch/weight"], rtol=1e-3)
     assert float(found[4]["grad_norm"]) == pytest.approx(float(found[8]["grad_norm"]), rel=1e-5)
     assert switch_values(tiny_config("unipool"), found[8]) == {}
+
+
+def test_the_report_has_a_map_of_gates() -> None:
+    """Two layers and three parts, in the first of which no token has a choice; from the newest line."""
+    config = tiny_config("unipool", *SWITCH, "model.num_layers=2")
+    lines = [
+        {"kind": "train", "step": step, "switch/full_map": [[None, share, 0.5], [None, 0.0, 0.2]]}
+        for step, share in ((1, 1.0), (2, 0.25))
+    ]
+    (part,) = gates(config, lines)
+    assert "Layer 0 attends to everything most often (37.5%), layer 1 least often (10.0%)" in part.words[1]
+    assert part.figure is not None
+    assert png(part.figure[1]).startswith(b"\x89PNG")
+    assert gates(config, lines[:0]) == gates(tiny_config("unipool"), []) == []
+    for damaged in ([[0.5, 0.5]], [1, 2], "x", [[0.5], [0.5, 1]]):
+        with pytest.raises(FileError, match="switch/full_map"):
+            gates(config, [{"kind": "train", "step": 3, "switch/full_map": damaged}])
 
 
 def test_a_file_without_a_place_for_routers_is_refused() -> None:

@@ -150,7 +150,10 @@ def _experts(config: Config) -> Iterator[str]:
         )
 
 
-_rule("attention.window", "attention.full_layers", "data.sequence_length", "model.num_layers")(attention_rules.problems)
+_rule(
+    *("attention.window", "attention.full_layers", "attention.switch_weight", "attention.switch_epsilon"),
+    *("attention.switch_alpha", "data.sequence_length", "model.num_layers"),
+)(attention_rules.problems)
 _rule("data.sequence_length", *(name for name in RANGES if name.startswith("model.rope_")))(rope_rules.problems)
 _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.problems)
 _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.reuse_problems)
