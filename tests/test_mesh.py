@@ -183,6 +183,14 @@ def test_every_method_on_every_mesh(method: str, mesh: str) -> None:
     assert_equal(trained(configure(method), MESHES[mesh]), alone(method))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [method for method in (*METHODS, "unipool_centered") if method != "dense"])
+def test_every_method_with_strided_experts(method: str) -> None:
+    """Without windows, where `auto` leaves them in their order."""
+    more = ("mesh.expert_placement=strided",)
+    assert_equal(trained(configure(method, *more), MESHES[ALL_WAYS]), alone(method, *more))
+
+
 @pytest.mark.parametrize(
     "more",
     [

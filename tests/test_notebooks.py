@@ -119,6 +119,7 @@ def test_the_tour_trains_a_pool_and_looks_inside(tour: Executed, folder: Path) -
     assert [int(row[0]) for row in rows] == [6, 12, 18, 24]
     assert float(rows[-1][1]) < float(rows[0][1])
     assert all(1 <= int(row[2]) <= 16 and 1 <= float(row[3]) <= 16 and 0 <= float(row[4]) <= 4 for row in rows)
+    assert all(0 <= float(row[6].rstrip("%")) <= 100 for row in rows)
     assert tour.images == 3
     assert {row[0] for row in tour.table("setting")} > {"moe.router", "pool.groups", "loss.balance"}
     for prompt in ("The state of the Union is", "My fellow citizens,", "Congress must"):
@@ -138,7 +139,7 @@ def test_the_anatomy_has_every_analysis_of_that_run(tour: Executed, folder: Path
     shown = execute("02_pool_anatomy", folder, RUN=str(folder / "tour"), DEVICES=4)
     assert (folder / "tour" / "metrics.jsonl").read_text() == before, "it trained although there was a run"
     assert "L = 4, G = 1, E = 16, k = 1" in shown.text
-    assert shown.images == 10
+    assert shown.images == 11
     (valid,) = (row for row in shown.table("", "this checkpoint") if row[0].startswith("loss on this text"))
     assert float(valid[1]) == pytest.approx(float(tour.table("step", "valid loss")[-1][1]), abs=2e-4)
     by_layer = shown.table("layer", "entropy (bits)")
@@ -154,7 +155,7 @@ def test_the_anatomy_has_every_analysis_of_that_run(tour: Executed, folder: Path
 
 def test_routers_and_losses_have_their_exact_values(folder: Path) -> None:
     shown = execute("03_routers_and_losses", folder, TOKENS=2000, SCALES=("182m",))
-    assert shown.images == 3
+    assert shown.images == 4
     for row in shown.table("router", "logits"):
         if row[0] == "NormRouter":
             assert row[2:] == ["0.2308", "0.3077", "0.0000", "0.0000", "1"]
@@ -181,6 +182,10 @@ def test_routers_and_losses_have_their_exact_values(folder: Path) -> None:
     assert softmax == "1.00"
     assert [row[3] for row in shown.table("sigma")] == ["1.000000"] * 3
     assert shown.table("scale", "L", "M")[0][-1] == "0.0131"  # method M4.5
+    silent = shown.table("mean logit")
+    # All of 8 normal logits below 3: 0.99865^8.
+    assert float(silent[-1][1].rstrip("%")) == pytest.approx(98.9, abs=1.5)
+    assert [row[2] for row in silent] == ["0.0%"] * 4
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

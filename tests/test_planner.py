@@ -145,7 +145,7 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # Counting
 
 
-@pytest.mark.parametrize("method", ["unipool", "vanilla", "dense"])
+@pytest.mark.parametrize("method", ["unipool", "vanilla", "dense", "ring", "tied_inner"])
 def test_state_bytes_are_those_of_the_parameter_tree(method: str) -> None:
     config = compose_config(["scale=182m", f"method={method}"])
     counts = work.count(config, dict.fromkeys(AXES, 1), parse_topology("v5p:1x1x1"))
@@ -358,6 +358,7 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         ("vanilla", ("loss.switch_group_sequences=8",)),
         ("vanilla", ("loss.switch_group_sequences=8", "model.remat=none")),
         ("unipool", ("pool.groups=2", "model.remat=moe")),
+        ("sliding", ("train.batch_size=8", "model.remat=none")),
     ],
 )
 def test_counted_collectives_are_those_compiled(method: str, more: tuple[str, ...]) -> None:
@@ -387,8 +388,8 @@ def test_the_report_names_what_it_found() -> None:
 # Complete plans
 
 
-def fits(scale: str, preset: str) -> None:
-    config = compose_config([f"scale={scale}", f"mesh={preset}", "mode=plan"])
+def fits(scale: str, preset: str, method: str = "unipool") -> None:
+    config = compose_config([f"scale={scale}", f"mesh={preset}", f"method={method}", "mode=plan"])
     plan = report.make_plan(config)
     assert plan.fits
     assert plan.collectives is not None
@@ -402,6 +403,13 @@ def fits(scale: str, preset: str) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_fits(scale: str, preset: str) -> None:
     fits(scale, preset)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ring", "sliding", "tied_inner"])
+def test_windows_fit(method: str) -> None:
+    fits("182m", "v5p_64", method)
 
 
 def test_devices_without_their_compiler_are_counted() -> None:

@@ -35,6 +35,15 @@ def test_intensity_is_that_of_a_gated_ffn(method: str, experts: int) -> None:
     assert found.peak_share == pytest.approx(min(roof, 1 / found.padding))
 
 
+def test_rows_of_a_window_are_those_of_the_experts_that_a_layer_sees() -> None:
+    found = [
+        expert_kernels(compose_config(["scale=182m", f"method={m}"]), CHIPS["v5p"], 16) for m in ("unipool", "ring")
+    ]
+    assert found[1].rows == found[0].rows * 96 / 24
+    assert found[1].intensity > found[0].intensity
+    assert found[1].padding < found[0].padding
+
+
 def test_chips_without_counted_tiles_have_no_padding() -> None:
     found = expert_kernels(compose_config(["scale=182m"]), CHIPS["gpu"], 16)
     assert (found.tile_rows, found.padding) == (None, 1.0)

@@ -75,6 +75,21 @@ def test_memory_is_added_up_and_compared_with_the_chip() -> None:
     assert not plan._replace(evaluation_bytes=1, temporary_bytes=92 * GIB).fits
 
 
+def test_windows_are_said_with_the_load_of_the_busiest_device() -> None:
+    """Windows of 8 of 32 consecutive experts, of which each of eight devices has four."""
+    tied = ("pool.starts=runs", "pool.span=1")
+    sizes = {"data": 1, "fsdp": 1, "expert": 8, "tensor": 1}
+    found = []
+    for placement in ("auto", "contiguous"):
+        config = small("ring", *tied, f"mesh.expert_placement={placement}")
+        lines = report.text(made_up(compiled=False)._replace(config=config, sizes=sizes)).splitlines()
+        found += [line for line in lines if line.startswith("windows")]
+    said = "windows: layers see 8 to 8 of 32 experts; with even routing the busiest device receives"
+    assert found[0] == f"{said} 1.00 times the mean (mesh.expert_placement=auto)"
+    assert found[1].startswith(f"{said} 4.00 times the mean (mesh.expert_placement=contiguous), more than the 3 that")
+    assert "windows" not in report.text(made_up(compiled=False))
+
+
 def test_collectives_are_listed_by_size_and_the_small_ones_together() -> None:
     text = report.text(made_up(compiled=False))
     assert section(text, "collectives per device") == [

@@ -349,3 +349,42 @@ def test_what_was_compiled_replaces_what_was_counted(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(links, "seconds", lambda kind, sent, *_: sent)
     found = roofline.estimate(small("unipool"), SIZES, TOPOLOGY, None, compiled=[])
     assert not any(part.bound == "links" for part in found.parts)
+
+
+def experts(config: Config, sizes: dict[str, int]) -> tuple[float, float, float]:
+    """Padded FLOPs, FLOPs and bytes of all expert kernels."""
+    found = counted(config, sizes)
+    parts = [found[name] for name in ("experts forward", "experts backward")]
+    return sum(w.flops for w in parts), sum(w.unpadded_flops for w in parts), sum(w.bytes for w in parts)
+
+
+def test_a_layer_reads_the_experts_that_it_sees() -> None:
+    """Four layers see 16, 24, 24 and 16 of 32 experts, on both devices alike; the bank is one."""
+    whole, windows = small("unipool"), small("sliding")
+    sparing = 1 - (16 + 24 + 24 + 16) / (4 * EXPERTS)
+    padded, flops, moved_ = experts(windows, SIZES)
+    padded_whole, flops_whole, moved_whole = experts(whole, SIZES)
+    assert flops == flops_whole
+    # More rows of an expert fill its tiles better.
+    assert padded < padded_whole
+    bank = 3 * D * F * EXPERTS / 2
+    passes = 3 + 1  # forward, counted before, recomputed; and backward
+    not_moved = LAYERS * MICRO * sparing * moved((bank, HALF, passes), (bank, FULL, 2))
+    assert moved_ == pytest.approx(moved_whole - not_moved)
+    traffic = [work.count(config, SIZES, TOPOLOGY).bank_traffic_bytes for config in (whole, windows)]
+    assert traffic[0] - traffic[1] == pytest.approx(not_moved)
+    sent = [{m.name: m.total_bytes for m in work.count(c, SIZES, TOPOLOGY).messages} for c in (whole, windows)]
+    assert sent[0] == sent[1]
+
+
+def test_a_layer_waits_for_its_busiest_device() -> None:
+    """Consecutive experts: the windows of 8 of 32 lie on one of two devices."""
+    tied = ("pool.starts=runs", "pool.span=1", "pool.groups=1", "pool.ends=0")
+    strided, consecutive = small("ring", *tied), small("ring", *tied, "mesh.expert_placement=contiguous")
+    assert [work.count(config, SIZES, TOPOLOGY).busiest for config in (strided, consecutive)] == [1, 2]
+    assert experts(consecutive, SIZES)[1] == 2 * experts(strided, SIZES)[1]
+    exchanged = []
+    for config in (strided, consecutive):
+        parts = roofline.estimate(config, SIZES, TOPOLOGY, None).parts
+        exchanged.append(next(part.seconds for part in parts if part.name.startswith("ragged-all-to-all")))
+    assert exchanged[1] == 2 * exchanged[0]

@@ -102,7 +102,7 @@ def sample_inputs(
     for batch in batches:
         length = batch.inputs.shape[1]
         fit_N = np.repeat(random.random(len(batch.inputs)) < FIT, length)
-        for layer, visits in zip(layers, look(batch.inputs), strict=True):
+        for layer, visits in zip(layers, look(batch), strict=True):
             bank, (choices_NK, gates_NK, hidden_ND) = banks.of_layer[layer], map(np.asarray, visits)
             token_R, slot_R = np.nonzero(gates_NK * (batch.weights.reshape(-1, 1) > 0))
             gates_R, choices_R, fit_R = gates_NK[token_R, slot_R], choices_NK[token_R, slot_R], fit_N[token_R]
@@ -123,14 +123,14 @@ def _stacked(reservoirs: list[Reservoir]) -> Sample:
     return Sample(np.stack(inputs), np.stack(weights), np.array([reservoir.shown for reservoir in reservoirs]))
 
 
-def _looker(config: Config, weights: Weights, layers: tuple[int, ...]) -> Callable[[np.ndarray], list[Visits]]:
-    """From tokens `[B, S]` to the visits of `layers`."""
+def _looker(config: Config, weights: Weights, layers: tuple[int, ...]) -> Callable[[Batch], list[Visits]]:
+    """From text to the visits of `layers`."""
     bias_GNE = jnp.asarray(weights.expert_bias_GNE)
 
     @jax.jit
-    def look(params: Any, tokens_BS: jax.Array) -> list[Visits]:
+    def look(params: Any, batch: Batch) -> list[Visits]:
         inputs = layer_inputs(config, init_balance(config)._replace(expert_bias_GNE=bias_GNE))
-        found = apply(config, params, tokens_BS, inputs, keep_routing=True).layers.visits
+        found = apply(config, params, batch.inputs, inputs, keep_routing=True).layers.visits
         by_layer = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
         return [jax.tree.map(operator.itemgetter(layer), by_layer) for layer in layers]
 

@@ -23,6 +23,7 @@ from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.parallel.mesh import make_mesh
+from unipool_jax.training.placement import with_placement
 from unipool_jax.training.sharding import batch_sharding, replicated
 from unipool_jax.training.state import state_shapes
 from unipool_jax.training.step import make_eval_step, make_train_step
@@ -111,7 +112,7 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
     Raises:
       MemoryExceededError: the step does not fit in device memory.
     """
-    config, start = for_tpu(config), time.monotonic()
+    config, start = with_placement(for_tpu(config), mesh), time.monotonic()
     # Trace under the mesh, because its devices determine kernels, tiles and transports.
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         step: Any = make_train_step(config, mesh)
@@ -135,7 +136,7 @@ def compile_evaluation(config: Config, mesh: Mesh) -> Evaluation:
     Raises:
       MemoryExceededError: as `compile_step`.
     """
-    config, start = for_tpu(config), time.monotonic()
+    config, start = with_placement(for_tpu(config), mesh), time.monotonic()
     with jax.set_mesh(mesh):
         step: Any = make_eval_step(config, mesh)
         state = state_shapes(config, mesh)

@@ -9,6 +9,7 @@ from unipool_jax.config.chips import Chip, Topology
 from unipool_jax.config.mesh_rules import AXES
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
+from unipool_jax.planner.windows import mean_width
 from unipool_jax.planner.work import count
 
 
@@ -17,7 +18,7 @@ class ExpertKernels(NamedTuple):
 
     chip: Chip
     rows: float
-    """Mean rows of an expert."""
+    """Mean rows of an expert that a layer sees."""
     tile_rows: int | None
     """Rows of a tile of the TPU kernels; None on other chips, whose tiles are not modelled."""
     padding: float
@@ -48,11 +49,11 @@ def expert_kernels(config: Config, chip: Chip, sequences: int) -> ExpertKernels:
     alone = Topology(chip, (1,) * max(1, chip.torus_axes))
     works = count(dataclasses.replace(config, train=train), dict.fromkeys(AXES, 1), alone).work
     forward = next(work for work in works if work.name == "experts forward")
-    rows = sequences * config.data.sequence_length * config.moe.top_k / config.experts_per_pool
+    routed = sequences * config.data.sequence_length * config.moe.top_k
     return ExpertKernels(
         chip,
-        rows,
-        tpu_tiles.tile_rows(chip.device_kind, rows) if chip.torus_axes else None,
+        routed / mean_width(config),
+        tpu_tiles.tile_rows(chip.device_kind, routed / config.experts_per_pool) if chip.torus_axes else None,
         forward.flops / forward.unpadded_flops,
         forward.unpadded_flops / forward.bytes,
     )

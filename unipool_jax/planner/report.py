@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from unipool_jax.config.chips import Topology, parse_topology
 from unipool_jax.config.mesh_rules import AXES, resolve_sizes
 from unipool_jax.config.schema import Config, ConfigError
+from unipool_jax.moe.capacity import UNMEASURED_FACTOR
 from unipool_jax.planner import collectives as collectives_of
 from unipool_jax.planner.collectives import Collective
 from unipool_jax.planner.compilation import (
@@ -24,6 +25,7 @@ from unipool_jax.planner.compilation import (
     topology_mesh,
 )
 from unipool_jax.planner.roofline import Estimate, estimate
+from unipool_jax.planner.windows import layer_loads
 from unipool_jax.planner.work import Counts, count
 from unipool_jax.training.sharding import placement
 from unipool_jax.training.state import state_shapes
@@ -170,6 +172,7 @@ def text(plan: Plan) -> str:
         f"  evaluation, with the state   {plan.evaluation_total_bytes / _GIB:8.2f} GiB "
         f"{_room(plan, plan.evaluation_total_bytes)}; train.eval_batch_size={config.train.eval_batch_size}",
         *_compile_seconds(plan),
+        *_windows(plan),
         "",
         "kernels: " + (", ".join(f"{name} x {n}" for name, n in sorted(plan.kernels.items())) or "counted only"),
         "",
@@ -192,6 +195,22 @@ def text(plan: Plan) -> str:
 def _room(plan: Plan, needed: int) -> str:
     room = plan.topology.chip.hbm_bytes
     return f"of {room / _GIB:.2f}{'' if needed <= room else ', DOES NOT FIT'}"
+
+
+def _windows(plan: Plan) -> list[str]:
+    """How evenly windows over one bank load the devices that share it, and whether buffers hold it."""
+    if plan.config.windows is None or plan.sizes["expert"] == 1:
+        return []
+    mesh, windows = plan.config.mesh, plan.config.windows
+    busiest = max(load.busiest for load in layer_loads(plan.config, plan.sizes))
+    room = UNMEASURED_FACTOR if mesh.capacity_factor is None else mesh.capacity_factor
+    found = (
+        f"windows: layers see {min(windows.widths)} to {max(windows.widths)} of {windows.experts} experts; with even "
+        f"routing the busiest device receives {busiest:.2f} times the mean "
+        f"(mesh.expert_placement={mesh.expert_placement})"
+    )
+    too_much = f", more than the {room:g} that its buffer holds: set mesh.expert_placement=auto"
+    return ["", found + (too_much if busiest > room else "")]
 
 
 def _compile_seconds(plan: Plan) -> list[str]:

@@ -101,6 +101,8 @@ def estimate(
         place = links.span(mesh, topology, message.axes, sizes)
         name = f"{message.kind} over {' x '.join(message.axes)}"
         taken = message.times * links.seconds(message.kind, message.sent_bytes, place, chip)
+        if message.kind == "ragged-all-to-all":
+            taken *= counts.busiest  # what is sent is counted evenly; the busiest device receives more
         by_kind[name] = by_kind.get(name, 0.0) + taken
     parts.extend(Part(name, taken, "links") for name, taken in by_kind.items())
     model_flops = flops_per_token(config) * config.tokens_per_step / topology.num_devices

@@ -17,6 +17,7 @@ from unipool_jax.kernels import tpu_tiles
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
 from unipool_jax.planner.attention import NARROW, WIDE, AttentionCost, attention_cost, padding
+from unipool_jax.planner.windows import LayerLoad, layer_loads
 from unipool_jax.training.step import counts_before_gradient, shares_one_bank
 
 
@@ -60,6 +61,8 @@ class Counts(NamedTuple):
     """Temporaries of an evaluation step, an estimate."""
     bank_traffic_bytes: float
     """Memory traffic that reads experts and accumulates their gradient."""
+    busiest: float = 1.0
+    """Rows of a layer's busiest device over the mean of devices, under even routing, averaged over layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,7 @@ def count(config: Config, sizes: dict[str, int], topology: Topology) -> Counts:
         _temporaries(at, parameters),
         _evaluation(at),
         _bank_traffic(at),
+        float(np.mean([load.busiest for load in layer_loads(config, sizes)])),
     )
 
 
@@ -143,7 +147,7 @@ def _parameters(config: Config, sizes: dict[str, int]) -> tuple[float, float]:
     experts = 1 if config.moe.router == "none" else sizes["expert"]
     matrices = 2 * model.vocab_size * model.hidden_size
     matrices += model.num_layers * 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * config.head_size)
-    routers = 0 if config.moe.router == "none" else model.num_layers * config.experts_per_pool * model.hidden_size
+    routers = 0 if config.moe.router == "none" else model.num_layers * config.router_width * model.hidden_size
     bank = 3 * model.hidden_size * model.ffn_size * config.total_experts
     split = sizes["fsdp"] * sizes["tensor"]
     return matrices / split + routers / sizes["fsdp"], bank / (split * experts)
@@ -180,31 +184,51 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
 
 
 def _expert_work(at: _Sizes, passes: int) -> tuple[Work, Work]:
-    """Forward kernels of one layer, and backward kernels including the gradient of the bank."""
-    config, rows, tensor = at.config, at.rows, at.sizes["tensor"]
+    """Forward kernels of one layer, and backward kernels including the gradient of the bank; the mean of all layers.
+
+    A layer waits for its busiest device.
+    """
+    layers = [_expert_work_of(at, passes, load) for load in layer_loads(at.config, at.sizes)]
+    return _mean([forward for forward, _ in layers]), _mean([backward for _, backward in layers])
+
+
+def _mean(layers: list[Work]) -> Work:
+    if len(set(layers)) == 1:
+        return layers[0]
+    flops, unpadded, moved = (
+        sum(numbers) / len(layers) for numbers in zip(*(work[1:] for work in layers), strict=True)
+    )
+    return Work(layers[0].name, flops, unpadded, moved)
+
+
+def _expert_work_of(at: _Sizes, passes: int, load: LayerLoad) -> tuple[Work, Work]:
+    config, rows, tensor = at.config, at.rows * load.busiest, at.sizes["tensor"]
     width, hidden = config.model.hidden_size, config.model.ffn_size / tensor
     flops = 2 * rows * 3 * width * hidden
-    padded = _tile_padding(at)
-    bank = at.bank * NARROW
+    padded = _tile_padding(at, load)
+    # Experts without rows are not read.
+    weights = at.bank * load.share * load.busiest
+    bank = weights * NARROW
     # Rows of no group are also written, as zeros.
     out = at.received * NARROW
     read = rows * NARROW
     forward = bank + read * (width + hidden) + out * (3 * hidden + width)
     backward = bank + read * (width + 2 * hidden + 2 * hidden) + out * (3 * hidden + width)
-    backward += read * (3 * width + 3 * hidden) + 2 * WIDE * at.bank
+    backward += read * (3 * width + 3 * hidden) + 2 * WIDE * weights
     return (
         Work("experts forward", flops * padded * passes, flops * passes, forward * passes),
         Work("experts backward", 2 * flops * padded, 2 * flops, backward),
     )
 
 
-def _tile_padding(at: _Sizes) -> float:
+def _tile_padding(at: _Sizes, load: LayerLoad) -> float:
     """Computed rows over real rows: groups are divided into tiles, of which the last is not full."""
     config = at.config
     if config.moe.router == "none" or at.topology.chip.torus_axes == 0:
         return 1.0
     group = at.rows * at.sizes["expert"] / config.experts_per_pool
-    return expected_tile_rows(group, tpu_tiles.tile_rows(at.topology.chip.device_kind, group)) / group
+    tile = tpu_tiles.tile_rows(at.topology.chip.device_kind, group)
+    return expected_tile_rows(group / load.share, tile) / (group / load.share)
 
 
 def expected_tile_rows(group: float, tile: int) -> float:
@@ -235,8 +259,8 @@ def _ends(at: _Sizes) -> tuple[Work, ...]:
 
 def _bank_traffic(at: _Sizes) -> float:
     _, mixture = _passes(at)
-    layers = at.config.model.num_layers * at.config.num_microbatches
-    return layers * at.bank * (NARROW * (mixture + 1) + 2 * WIDE)
+    read = sum(load.share * load.busiest for load in layer_loads(at.config, at.sizes))
+    return at.config.num_microbatches * read * at.bank * (NARROW * (mixture + 1) + 2 * WIDE)
 
 
 def _messages(at: _Sizes) -> list[Message]:

@@ -95,13 +95,17 @@ def _exchange(config: Config, mesh: Mesh, orders_GE: np.ndarray) -> Callable[[Tr
 
 def with_placement(config: Config, mesh: Mesh | None) -> Config:
     """`config` with the placement of a run on `mesh` in place of `auto`, and the sizes of the mesh."""
-    sized = on_mesh(config, mesh)
-    kind = sized.mesh.expert_placement
+    return placed(on_mesh(config, mesh))
+
+
+def placed(config: Config) -> Config:
+    """`config` with a placement in place of `auto`; its mesh has the sizes of that of the run."""
+    kind = config.mesh.expert_placement
     if kind == "auto":
-        kind = "contiguous" if sized.windows is None else "strided"
-    if sized.mesh.expert == 1:
+        kind = "contiguous" if config.windows is None else "strided"
+    if config.mesh.expert == 1:
         kind = "contiguous"
-    return dataclasses.replace(sized, mesh=dataclasses.replace(sized.mesh, expert_placement=kind))
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, expert_placement=kind))
 
 
 def strided(config: Config, mesh: Mesh) -> Placement:
