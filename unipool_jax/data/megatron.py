@@ -96,7 +96,7 @@ class MegatronTokenStore(TokenStore):
             return None
         return (
             f"{self.path}: documents do not end with end-of-document token {self.eod} of {self.tokenizer_name!r}; "
-            "preprocess with --append-eod"
+            "make the pair anew, by preprocess_data.py --append-eod"
         )
 
     @property
