@@ -63,7 +63,6 @@ def shuffled_pairs(config: Config) -> Weights:
     ("method", "shared"),
     [
         (("vanilla",), (PAIRS,)),
-        (("vanilla", "moe.top_k=2"), ("pool.starts=[0,0,4,4]",)),
         (("unipool", PAIRS, "pool.fraction=0.5"), ("pool.groups=1",)),
         (("vanilla_aux_free", "moe.top_k=2"), (PAIRS,)),
         (("vanilla_aux_free",), ("pool.starts=runs", "pool.span=2")),
