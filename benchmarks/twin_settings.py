@@ -6,8 +6,10 @@ from benchmarks.pytorch_baseline.settings import Settings
 from unipool_jax.config.schema import Config
 
 
-def twin_settings(config: Config) -> Settings:
-    """The twin's settings that mean the same."""
+def twin_settings(config: Config, end_of_document: int | None = None) -> Settings:
+    """The twin's settings that mean the same; with data.document_mask, `end_of_document` is the token that ends one."""
+    if config.data.document_mask and end_of_document is None:
+        raise ValueError("data.document_mask=true: the twin needs the end-of-document token")
     model, moe, loss, optimizer = config.model, config.moe, config.loss, config.optimizer
     return Settings(
         num_layers=model.num_layers,
@@ -17,7 +19,15 @@ def twin_settings(config: Config) -> Settings:
         ffn_size=model.ffn_size,
         vocab_size=model.vocab_size,
         rope_base=model.rope_base,
+        rope_scaling=model.rope_scaling,
+        rope_factor=model.rope_factor,
+        rope_original_length=model.rope_original_length or config.data.sequence_length,
+        rope_beta_fast=model.rope_beta_fast,
+        rope_beta_slow=model.rope_beta_slow,
+        rope_attention_factor=model.rope_attention_factor,
+        end_of_document=end_of_document if config.data.document_mask else None,
         norm_epsilon=model.norm_epsilon,
+        windows=tuple(None if sees_all else config.attention.window for sees_all in config.sees_all),
         init_std=model.init_std,
         dtype=model.compute_dtype,
         recompute=model.remat,

@@ -74,7 +74,53 @@ def rotate(x: np.ndarray, base: float) -> np.ndarray:
     return np.concatenate([turned.real, turned.imag], axis=1)
 
 
-def attention(x: np.ndarray, weights: dict[str, np.ndarray], heads: int, kv_heads: int, base: float) -> np.ndarray:
+def visible(length: int, window: int | None = None, segments: np.ndarray | None = None) -> np.ndarray:
+    """Which keys each query sees, bool `[S, S]`: t - w < s <= t, of its own segment."""
+    seen = np.zeros((length, length), bool)
+    for t in range(length):
+        for s in range(t + 1):
+            seen[t, s] = (window is None or s > t - window) and (segments is None or segments[s] == segments[t])
+    return seen
+
+
+def product(query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """softmax(Q K^T / sqrt(C)) V of one sequence, `[S, H, C]` and `[S, J, C]`, head by head over what is seen."""
+    output = np.zeros(query.shape)
+    for head in range(query.shape[1]):
+        shared = head // (query.shape[1] // key.shape[1])
+        logits = query[:, head] @ key[:, shared].T / math.sqrt(query.shape[2])
+        output[:, head] = softmax(np.where(seen, logits, -np.inf)) @ value[:, shared]
+    return output
+
+
+def product_gradients(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: np.ndarray, upstream: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of sum(upstream * product).
+
+    dV = P^T dO; with dP = dO V^T, dS = P (dP - sum P dP); dQ = dS K, dK = dS^T Q.
+    """
+    gradients = np.zeros(query.shape), np.zeros(key.shape), np.zeros(value.shape)
+    scale = 1 / math.sqrt(query.shape[2])
+    for head in range(query.shape[1]):
+        shared = head // (query.shape[1] // key.shape[1])
+        weights = softmax(np.where(seen, query[:, head] @ key[:, shared].T * scale, -np.inf))
+        to_weights = upstream[:, head] @ value[:, shared].T
+        to_scores = weights * (to_weights - (weights * to_weights).sum(1, keepdims=True)) * scale
+        gradients[0][:, head] = to_scores @ key[:, shared]
+        gradients[1][:, shared] += to_scores.T @ query[:, head]
+        gradients[2][:, shared] += weights.T @ upstream[:, head]
+    return gradients
+
+
+def attention(
+    x: np.ndarray,
+    weights: dict[str, np.ndarray],
+    heads: int,
+    kv_heads: int,
+    base: float,
+    window: int | None = None,
+) -> np.ndarray:
     """Causal grouped-query attention on one sequence `[S, D]`, head by head."""
     length, width = x.shape
     size = width // heads
@@ -85,7 +131,7 @@ def attention(x: np.ndarray, weights: dict[str, np.ndarray], heads: int, kv_head
         k = rotate(x @ weights["key"][:, shared * size : (shared + 1) * size], base)
         v = x @ weights["value"][:, shared * size : (shared + 1) * size]
         logits = q @ k.T / math.sqrt(size)
-        logits[np.triu_indices(length, 1)] = -np.inf
+        logits[~visible(length, window)] = -np.inf
         outputs.append(softmax(logits) @ v)
     return np.concatenate(outputs, axis=1) @ weights["output"]
 
@@ -111,6 +157,7 @@ class Forward:
     Attributes:
       logits: `[B, S, V]`.
       scores, experts: one array per layer with experts, `[B S, E]` and `[B S, k]`.
+      switched: with attention.kind=switch, by layer and sequence: logits, gates and disagreement (mean), `[S]` each.
     """
 
     def __init__(self, config: Config, params: Any, tokens: np.ndarray, expert_bias: np.ndarray | None = None):
@@ -119,6 +166,7 @@ class Forward:
         layers, banks, first = wide["pools"]["layers"], wide["pools"]["bank"], config.moe.dense_layers
         self.scores: list[np.ndarray] = []
         self.experts: list[np.ndarray] = []
+        self.switched: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         model = config.model
         x = wide["embedding"][tokens]
         for layer in range(model.num_layers):
@@ -126,9 +174,7 @@ class Forward:
             pool, inner = divmod(layer - first, config.layers_per_pool)
             own = _index(wide["dense"], layer) if dense else _index(_index(layers, pool), inner)
             normed = rms_norm(x, own["attention_norm"], model.norm_epsilon)
-            x = x + np.stack(
-                [attention(s, own["attention"], model.num_heads, model.num_kv_heads, model.rope_base) for s in normed]
-            )
+            x = x + np.stack([self._attend(s, own["attention"], layer) for s in normed])
             normed = rms_norm(x, own["ffn_norm"], model.norm_epsilon).reshape(-1, model.hidden_size)
             if dense:
                 x = x + always_on(normed, own).reshape(x.shape)
@@ -142,6 +188,27 @@ class Forward:
                 mixed = mixed + always_on(normed, own["shared"])
             x = x + mixed.reshape(x.shape)
         self.logits = rms_norm(x, wide["final_norm"], model.norm_epsilon) @ wide["output"].T
+
+    def _attend(self, x: np.ndarray, own: dict[str, np.ndarray], layer: int) -> np.ndarray:
+        model, settings = self.config.model, self.config.attention
+        heads = model.num_heads, model.num_kv_heads, model.rope_base
+        if settings.kind != "switch":
+            return attention(x, own, *heads, self._window(layer))
+        mixed = own | {"output": np.eye(x.shape[1])}
+        to_all, to_window = (attention(x, mixed, *heads, window) for window in (None, settings.window))
+        logit = x @ own["switch"]
+        full = np.array([z > 0 and t >= settings.window for t, z in enumerate(logit)])
+        self.switched.append((logit, full, ((to_all - to_window) ** 2).mean(axis=1)))
+        return np.where(full[:, None], to_all, to_window) @ own["output"]
+
+    def _window(self, layer: int) -> int | None:
+        """Positions that a layer sees at most; None is all."""
+        attention = self.config.attention
+        if attention.kind == "full":
+            return None
+        every = attention.full_layers
+        full = (layer + 1) % every == 0 if isinstance(every, int) else layer in every
+        return None if attention.kind == "alternating" and full else attention.window
 
     def _seen(self, layer: int) -> np.ndarray:
         """The experts of a layer's window, in the order of its router's rows."""

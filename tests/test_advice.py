@@ -23,6 +23,7 @@ OPTIONS = {f"--{option.name}" for command in COMMANDS for option in (HELP, *comm
 OTHERS = {
     "pip": {"--no-deps"},
     "docker": {"--gpus"},
+    "preprocess_data.py": {"--append-eod"},
     "complete": {"--command", "--arguments"},
     "commandline": {"--cut-at-cursor"},
 }

@@ -25,11 +25,13 @@ from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.analysis.probe import Condition, Difference, Probe
 from unipool_jax.analysis.report import _probe, facts, parts
 from unipool_jax.analysis.requests import AnalysisRequest
+from unipool_jax.analysis.windows_figure import windows_figure
 from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config, save_config
 from unipool_jax.config.files import FileError
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.config.words import from_words
+from unipool_jax.moe.scope import visible_experts
 from unipool_jax.training import loop
 from unipool_jax.training.checkpoint import CheckpointError, Checkpoints, make_meta
 from unipool_jax.training.run_folder import RunError
@@ -224,6 +226,23 @@ def test_figures_of_the_smallest_and_the_largest_model(layers: int, groups: int,
     ]
     for draw in draws:
         assert _pixels(draw).shape[1] == 1118
+
+
+def test_maps_are_drawn_to_one_scale() -> None:
+    """Every layer's row is colored where it sees an expert, in the color of how many layers do."""
+    designs = {name: tiny_config(name) for name in ("vanilla", "unipool", "ring", "tied_inner")}
+    figure = windows_figure(designs)
+    colors: dict[int, set[tuple[float, ...]]] = {}
+    for axes, config in zip(figure.axes, designs.values(), strict=False):
+        image = np.asarray(axes.get_images()[0].get_array())
+        visible = visible_experts(config)
+        assert ((image[:, :, 3] > 0) == visible).all()
+        assert axes.get_xlim() == figure.axes[0].get_xlim()
+        for layer, expert in zip(*np.nonzero(visible), strict=True):
+            colors.setdefault(int(visible[:, expert].sum()), set()).add(tuple(image[layer, expert]))
+    assert sorted(colors) == [1, 3, 4]
+    assert all(len(found) == 1 for found in colors.values())
+    assert len(set.union(*colors.values())) == 3
 
 
 def test_light_and_dark_have_the_right_paper() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from unipool_jax.analysis.compare import check_slices, compare, families, grouped, load_run, mean_and_error
-from unipool_jax.analysis.compare_command import compare_parts
+from unipool_jax.analysis.compare_command import compare_parts, table_of
+from unipool_jax.analysis.page import Table
 from unipool_jax.analysis.paired import Paired
 from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config, save_config
@@ -297,6 +298,29 @@ def check_page(path: Path) -> References:
     assert "<script" not in text
     assert "prefers-color-scheme: dark" in text
     return page
+
+
+def test_tokens_without_an_expert_have_a_column_where_there_are_any(tmp_path: Path) -> None:
+    old, vanilla, ours = (
+        make_run(tmp_path, name, [3.0] * 5, f"method={method}", f"train.seed={seed}")
+        for name, method, seed in (("old", "unipool", 1), ("vanilla", "vanilla", 2), ("ours", "unipool", 2))
+    )
+
+    def table() -> Table:
+        groups = grouped([load_run(folder) for folder in (old, vanilla, ours)])
+        return table_of(compare(groups, groups[0]))
+
+    for folder, shares in ((vanilla, [0.0, 0.0]), (ours, [0.0, 0.0])):
+        with Path(folder, "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps({"kind": "valid", "step": 100, "loss": 3.0, "routing/zero_gates": shares}) + "\n")
+    assert "no expert" not in table().head
+    with Path(ours, "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps({"kind": "valid", "step": 100, "loss": 3.0, "routing/zero_gates": [0.1, 0.5]}) + "\n")
+    found = table()
+    assert found.head[-1] == "no expert"
+    # The run of an earlier version, of one group with ours, does not know.
+    assert [row[-1] for row in found.rows] == ["30.0%", "0.0%"]
+    assert load_run(old).zero_gates is None
 
 
 def test_the_command_writes_table_figures_and_page(

@@ -21,13 +21,15 @@ from unipool_jax.config.lock_schedule import make_schedule as lock_schedule
 from unipool_jax.config.rules import problems
 from unipool_jax.config.schema import Config, ConfigError, OptimizerConfig
 from unipool_jax.convert.runs import read_run, write_run
+from unipool_jax.data.tokenizer import load_tokenizer
 from unipool_jax.moe.lock_lifecycle import from_document, new_record, to_document
 from unipool_jax.training import loop
 from unipool_jax.training.extension import with_more_steps
 from unipool_jax.training.lineage import read_lineage
 from unipool_jax.training.optimizer import extension_notice
 from unipool_jax.training.run_folder import RunError
-from unipool_jax.training.warm_start import architecture_differences
+from unipool_jax.training.state import state_shapes
+from unipool_jax.training.warm_start import architecture_differences, warm_state
 
 pytestmark = pytest.mark.usefixtures("steps_are_shared")
 
@@ -231,9 +233,66 @@ def test_another_model_is_refused_by_name(short: Path, tmp_path: Path) -> None:
             execute(["train", *overrides(place, f"run.dir={tmp_path}", f"run.init_from={wrong}")])
 
 
+@pytest.fixture(scope="module")
+def softmax(short: Path) -> Path:
+    """The short run with a softmax router, which has no scale."""
+    config, weights = read_run(str(short))
+    weights.params["pools"]["layers"]["mixture"].pop("scale")
+    folder = short.parent / "softmax"
+    write_run(folder, dataclasses.replace(config, moe=dataclasses.replace(config.moe, router="softmax")), weights)
+    return folder
+
+
+def started(parent: Path, *words: str) -> tuple[Any, dict[str, Any]]:
+    """The first state of a run from `parent`, and its lineage; a norm router unless `words` say otherwise."""
+    config = compose_config(overrides(parent.parents[1], f"run.init_from={parent}", "train.seed=7", *words))
+    return warm_state(config, state_shapes(config), load_tokenizer("bytes").sha256)
+
+
+def test_new_parameters_are_allowed_by_name(softmax: Path) -> None:
+    config = load_config(softmax / "config.yaml")
+    state, lineage = started(softmax, "run.allow_new=[moe.router,*.mixture.scale]")
+    assert lineage["new_parameters"] == ["pools.layers.mixture.scale"]
+    assert lineage["changed_settings"] == ["moe.router"]
+    parent = final_state(config, softmax)
+    scale = state.params["pools"]["layers"]["mixture"].pop("scale")
+    np.testing.assert_array_equal(scale, np.ones_like(scale))
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": state.params}):
+        np.testing.assert_array_equal(leaf, parent[jax.tree_util.keystr(path)])
+    # Its moments are there too, and zero.
+    assert "scale" in state.opt_state[1][0].mu["pools"]["layers"]["mixture"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "words", "message"),
+    [
+        ("", [], "moe.router: 'softmax' there, 'norm' here"),
+        ("moe.router", [], "params.pools.layers.mixture.scale: absent in the checkpoint"),
+        ("*scale", [], "moe.router: 'softmax' there"),
+        ("moe.router,*scale,pools.*.query", [], "run.allow_new=pools.*.query: nothing of this name is new"),
+        ("*", ["moe.experts_per_layer=4"], "pools.layers.mixture.router: in the checkpoint, but not as expected here"),
+    ],
+)
+def test_nothing_else_may_be_new(softmax: Path, allowed: str, words: list[str], message: str) -> None:
+    with pytest.raises(RunError) as caught:
+        started(softmax, f"run.allow_new=[{allowed}]", *words)
+    assert message in str(caught.value)
+
+
+def test_what_may_be_new_needs_a_parent() -> None:
+    (problem,) = problems(compose_config(["run.allow_new=[x]"]))
+    assert "run.allow_new=[x]: unused without run.init_from" in problem
+
+
+def test_what_the_new_model_lacks_is_refused_whatever_is_allowed(short: Path) -> None:
+    with pytest.raises(RunError, match=r"pools.layers.mixture.scale: in the checkpoint, but not as expected here"):
+        started(short, "moe.router=softmax", "run.allow_new=[*]")
+
+
 def test_what_only_rounds_or_counts_the_same_experts_is_no_other_architecture() -> None:
     config = compose_config(["moe.experts_per_layer=8"])
     other = compose_config(["moe.experts_per_layer=16", "pool.fraction=0.5", "model.remat=full", "model.init_std=1"])
     assert architecture_differences(config, other) == []
+    assert architecture_differences(config, compose_config(["attention.kind=window", "moe.experts_per_layer=8"])) == []
     biased = dataclasses.replace(config, loss=dataclasses.replace(config.loss, balance="expert_bias"))
     assert architecture_differences(config, biased) == ["loss.balance=expert_bias: False there, True here"]

@@ -54,7 +54,7 @@ def test_every_setting_is_read_and_a_prompt_is_literal() -> None:
         ("step=1.5", "step=1.5"),
         ("run=", "run=: empty"),
         ("top_k=3", "top_k=3: not understood"),
-        ("run.name=x", "run.name=x: not understood; use run=, prompt=,"),
+        ("run.name=x", "run.name=x: not a setting that can be replaced here; use run=, prompt=,"),
     ],
 )
 def test_a_bad_word_is_named_and_all_are_reported(word: str, message: str) -> None:

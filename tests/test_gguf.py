@@ -158,8 +158,8 @@ def field(name: str, value: Any) -> Change:
 
 
 CHANGES_OF_THE_MODEL: list[tuple[str, Any]] = [
-    ("llama.rope.scaling.type", "linear"),
-    ("llama.rope.scaling.factor", 4.0),
+    ("llama.rope.scaling.type", "longrope"),
+    ("llama.rope.scaling.yarn_log_multiplier", 0.1),
     ("llama.rope.scale_linear", 2.0),
     ("llama.rope.scaling.attn_factor", 0.5),
     ("llama.attention.sliding_window", 16),
@@ -193,8 +193,30 @@ def test_a_field_that_changes_the_model_is_refused_by_name(name: str, value: Any
 
 def test_the_import_names_all_such_fields(tmp_path: Path) -> None:
     tiny_file(tmp_path / "odd.gguf", lambda fields, _: fields.update(CHANGES_OF_THE_MODEL[:3]))
-    with pytest.raises(ConversionError, match=r"(?s)scaling\.type=linear.*scaling\.factor=4\.0.*scale_linear=2\.0"):
+    with pytest.raises(ConversionError, match=r"(?s)type=longrope: .*use none, lin.*log_multi.*scale_linear=2\.0"):
         read_gguf(tmp_path / "odd.gguf")
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"type": "linear", "factor": 4.0}, ("linear", 4.0, 8, 32.0, 1.0, None)),
+        ({"factor": 4.0}, ("linear", 4.0, 8, 32.0, 1.0, None)),
+        ({"type": "none", "factor": 4.0}, ("none", 1.0, None, 32.0, 1.0, None)),
+        ({"type": "yarn", "factor": 4.0, "finetuned": True}, ("yarn", 4.0, 32, 32.0, 1.0, None)),
+        (
+            {"type": "yarn", "factor": 2.0, "original_context_length": 16, "attn_factor": 0.5, "yarn_beta_fast": 8.0},
+            ("yarn", 2.0, 16, 8.0, 1.0, 0.5 * (0.1 * np.log(2) + 1)),
+        ),
+    ],
+)
+def test_scaled_positions_are_read(tmp_path: Path, fields: dict[str, Any], wanted: tuple[Any, ...]) -> None:
+    scaling = {f"llama.rope.scaling.{name}": value for name, value in fields.items()}
+    tiny_file(tmp_path / "long.gguf", lambda known, _: known.update(scaling))
+    model = read_gguf(tmp_path / "long.gguf")[0].model
+    found = (model.rope_scaling, model.rope_factor, model.rope_original_length)
+    assert (*found, model.rope_beta_fast, model.rope_beta_slow) == wanted[:-1]
+    assert model.rope_attention_factor == (wanted[-1] and pytest.approx(wanted[-1]))
 
 
 def test_fields_that_change_nothing_are_accepted(tmp_path: Path) -> None:

@@ -153,6 +153,19 @@ def test_every_window_on_every_mesh(method: str, mesh: str, placement: str) -> N
     assert_equal(trained(configure(method, *more), MESHES[mesh]), alone(method, *more))
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("attention.kind=alternating", "attention.window=3", "attention.full_layers=2"),
+        ("attention.kind=switch", "attention.window=3", "attention.switch_weight=0.1"),
+    ],
+)
+def test_kinds_of_attention_train_as_on_one_device(kinds: tuple[str, ...]) -> None:
+    """Layers, or tokens, that see a window or everything: over all axes but tensor, and recomputed."""
+    config = configure("unipool", *kinds, "model.remat=full")
+    assert_equal(trained(config, MESHES[ALL_WAYS]), alone("unipool", *kinds))
+
+
 def test_the_size_of_buffers_changes_no_bit() -> None:
     large, small = (
         trained(configure("unipool", f"mesh.capacity_factor={size}", "train.steps=20"), MESHES["data 2, expert 4"])

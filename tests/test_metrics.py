@@ -12,7 +12,7 @@ import pytest
 
 from unipool_jax.analysis.history import read_history
 from unipool_jax.config.files import FileError
-from unipool_jax.config.schema import Config, ModelConfig, MoEConfig, PoolConfig
+from unipool_jax.config.schema import AttentionConfig, Config, ModelConfig, MoEConfig, PoolConfig
 from unipool_jax.training.events import Events
 from unipool_jax.training.flops import flops_per_token, peak_flops, utilization
 from unipool_jax.training.metrics import (
@@ -107,7 +107,9 @@ def test_metrics_are_json_lines_and_events(tmp_path: Path) -> None:
         {"kind": "train", "step": 1, "loss/lm": 2.5, "load/layer": [1.0, 2.0], "mfu": None},
         {"kind": "valid", "step": 1, "loss": None},
     ]
-    assert any(path.stat().st_size > 100 for path in (tmp_path / "tensorboard").iterdir())
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    # What there is of each layer has a curve for each.
+    assert all(tag in events for tag in (b"train/loss/lm", b"train/load/layer/00", b"train/load/layer/01"))
 
 
 def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
@@ -164,6 +166,16 @@ def test_flops_of_the_published_182m_model() -> None:
     two = flops_per_token(Config(moe=MoEConfig(top_k=2))) - flops_per_token(Config())
     assert two == 6 * 12 * 3 * 768 * 3072
     assert flops_per_token(Config(model=ModelConfig(remat="none"))) == flops_per_token(Config())
+
+
+def test_a_window_counts_the_scores_that_its_mask_keeps() -> None:
+    """Of 1024 positions the first 256 see half of 256 on average, the others 256: 256 (768 + 128) scores."""
+    of_window = Config(attention=AttentionConfig(kind="window", window=256))
+    full_scores, scores = 1024 * 512, 256 * (768 + 128)
+    fewer = 12 * 768 * 12 * (full_scores - scores) / 1024
+    assert flops_per_token(Config()) - flops_per_token(of_window) == fewer
+    alternating = Config(attention=AttentionConfig(kind="alternating", window=256, full_layers=3))
+    assert flops_per_token(Config()) - flops_per_token(alternating) == fewer * 8 / 12
 
 
 def test_utilization_counts_all_devices() -> None:

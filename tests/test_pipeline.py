@@ -306,13 +306,13 @@ def test_real_store_gives_the_windows_of_the_rule(real_store: TokenStore) -> Non
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_batches_do_not_depend_on_processes_or_resume(real_store: TokenStore, count: int) -> None:
-    source = WindowSource(real_store, "train", 16, 8 * 12, 1)
+    source = WindowSource(real_store, "train", 16, 8 * 12, 1, document_mask=True)
     expected = [source.batch(range(step * 8, step * 8 + 8)) for step in range(12)]
     # First leg on one number of processes, the rest on another.
     for processes, start, stop in ((count, 0, 5), (4 // count, 5, 12)):
         loaders = [
             training_batches(
-                WindowSource(real_store, "train", 16, 8 * 12, 1),
+                WindowSource(real_store, "train", 16, 8 * 12, 1, document_mask=True),
                 batch_size=8,
                 start_step=start,
                 end_step=stop,
@@ -323,9 +323,10 @@ def test_batches_do_not_depend_on_processes_or_resume(real_store: TokenStore, co
             for process in range(processes)
         ]
         for step, parts in zip(range(start, stop), zip(*loaders, strict=True), strict=True):
-            for field, want in enumerate(expected[step]):
-                for process, part in enumerate(parts):
-                    np.testing.assert_array_equal(part[field], want[process::processes])
+            for process, part in enumerate(parts):
+                for name, found, want in zip(Batch._fields, part, expected[step], strict=True):
+                    assert want is not None
+                    np.testing.assert_array_equal(found, want[process::processes], err_msg=name)
 
 
 def test_grain_path_equals_the_direct_one_and_reopened_stores_agree(real_store: TokenStore) -> None:

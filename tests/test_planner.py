@@ -177,9 +177,9 @@ def test_flops_are_those_of_a_compiled_layer() -> None:
     with jax.set_mesh(mesh):
         step: Any = compilation.make_train_step(config, mesh)
         rows = compilation.batch_sharding(mesh)
-        batch = compilation.Batch._make(
-            [jax.ShapeDtypeStruct((16, 1024), dtype, sharding=rows) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
-        )
+        kinds = (jnp.int32, jnp.int32, jnp.float32)
+        arrays: Any = (jax.ShapeDtypeStruct((16, 1024), dtype, sharding=rows) for dtype in kinds)
+        batch = compilation.Batch(*arrays)
         compiled = step.lower(compilation.state_shapes(config, mesh), batch).compile()
     counted = work.count(config, dict(mesh.shape), parse_topology("v5p:2x2x1"))
     expected = sum(item.unpadded_flops for item in counted.work)

@@ -133,6 +133,47 @@ def test_a_layer_moves_what_the_ledger_says(remat: str, mixture: int, layer: int
     assert traffic == times * moved((bank, HALF, mixture + 1), (bank, FULL, 2))
 
 
+@pytest.mark.parametrize("remat", ["moe", "full"])
+def test_each_kind_of_attention_computes_its_own_scores(remat: str) -> None:
+    """A window of 64 in 256 positions: four blocks of 64 queries, each compared with itself and the block before."""
+    kinds = (
+        ("attention.kind=full",),
+        ("attention.kind=window", "attention.window=64"),
+        (*("attention.kind=alternating", "attention.window=64", "attention.full_layers=[1]"),),
+    )
+    full, window, alternating = (
+        counted(small("unipool", f"model.remat={remat}", *kind), SIZES)["attention scores"] for kind in kinds
+    )
+    fraction = 4 * 64 * 128 / (64 * 64 * (1 + 2 + 3 + 4))
+    for field in ("flops", "unpadded_flops", "bytes"):
+        assert getattr(window, field) == fraction * getattr(full, field)
+    # Products alone: counted once and three times a pass, and five backward, of which one is a recomputation.
+    again = {"moe": (2 * 3 + 3 + 4) / (2 * 3 + 5), "full": 1.0}[remat]
+    assert alternating.flops == pytest.approx((1 + 3 * fraction) / 4 * again * full.flops)
+    for name in ("projections", "norms and sums", "router"):
+        assert counted(small("unipool", *kinds[1]), SIZES)[name] == counted(small("unipool"), SIZES)[name]
+
+
+@pytest.mark.parametrize(("remat", "again", "forward"), [("none", 0, 2), ("full", 0, 3), ("moe", 1, 2)])
+def test_kernels_of_attention_move_tiles_and_no_scores(remat: str, again: int, forward: int) -> None:
+    """512 positions are one tile, 1024 are two by two, of which the mask hides one; a window of 400 hides no more.
+
+    Each of two sequences of four heads, of 64 channels. Alternating layers compute the product once more themselves.
+    """
+    kinds = ("attention.kind=alternating", "attention.window=400") if again else ()
+    more = ("data.sequence_length=1024", *kinds)
+    found = counted(small("unipool", "kernels.attention=auto", f"model.remat={remat}", *more), SIZES)[
+        "attention scores"
+    ]
+    tiles, matrix = 4 * 2 * 3, 2 * 4 * 1024 * 64
+    products = 2 * (forward + again) + 4 + 3
+    assert found.unpadded_flops == LAYERS * MICRO * tiles * products * 2 * 512 * 512 * 64
+    # A tile needs keys and values, in the backward kernel of those queries and gradients instead.
+    read = moved((tiles * 512 * 64, HALF, 2 * (forward + again) + 2 + 2))
+    # Queries and results; backward, the gradient of results, of queries, keys and values, and what belongs to rows.
+    assert found.bytes == LAYERS * MICRO * (read + moved((matrix, HALF, 2 * (forward + again) + 6)))
+
+
 def test_one_device_has_no_receive_buffer() -> None:
     config, alone = small("unipool"), dict.fromkeys(SIZES, 1)
     assert counted(config, alone)["dispatch"].bytes == LAYERS * MICRO * (3 + 1) * moved((8 * 256 * D, HALF, 8))

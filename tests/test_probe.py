@@ -238,10 +238,9 @@ def test_results_do_not_depend_on_the_batch_size_and_padding_counts_nowhere() ->
     params, whole = tiny_state(CONFIG).params, tiny_batch(CONFIG)
     whole.weights[-1, 3:] = 0
     padded = [
-        Batch(
-            *(np.concatenate([a[s : s + 3], np.zeros((3 - len(a[s : s + 3]), *a.shape[1:]), a.dtype)]) for a in whole)
-        )
-        for s in (0, 3, 6)
+        whole.mapped(lambda a: a[:3]),
+        whole.mapped(lambda a: a[3:6]),
+        whole.mapped(lambda a: np.pad(a[6:], ((0, 1), (0, 0)))),
     ]
     choice = Intervention(3, np.ones(CONFIG.experts_per_pool, bool), "own")
     one, other = (

@@ -12,6 +12,7 @@ from benchmarks.pytorch_baseline.train import Trainer
 from tiny import METHODS, WINDOWS, tiny_batch, tiny_config
 from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
 from unipool_jax.config.schema import Config
+from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.opening import open_experts
 from unipool_jax.training.state import TrainState
@@ -30,6 +31,14 @@ VARIANTS = {
     "shared_pool_aux top-3, z-loss": ("shared_pool_aux", "moe.top_k=3", "loss.z_coefficient=1e-2"),
     "unipool top-2, one micro-batch behind": ("unipool", "moe.top_k=2", "loss.pool_statistics=previous", *_SMALL),
     "unipool, exact, micro-batches": ("unipool", *_SMALL),
+    "documents apart, YaRN": (
+        *("unipool", "moe.experts_per_layer=4", "data.document_mask=true", "data.sequence_length=16"),
+        *("model.rope_scaling=yarn", "model.rope_factor=2", "model.rope_original_length=8", "model.rope_base=10"),
+    ),
+    "windows and one full layer": (
+        *("unipool", "moe.experts_per_layer=4", "attention.kind=alternating", "attention.window=3"),
+        "attention.full_layers=[1]",
+    ),
 }
 
 # With settings that the methods leave alone.
@@ -64,8 +73,9 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - wide)) / max(float(np.linalg.norm(wide)), 1e-30)
 
 
-def logits(config: Config, state: TrainState, tokens: np.ndarray) -> np.ndarray:
-    run = jax.jit(lambda params: forward(config, params, tokens, state.balance.expert_bias_GNE)[0])
+def logits(config: Config, state: TrainState, batch: Batch) -> np.ndarray:
+    bias = state.balance.expert_bias_GNE
+    run = jax.jit(lambda params: forward(config, params, batch.inputs, bias, None, batch.segments)[0])
     return np.asarray(run(state.params))
 
 
@@ -98,7 +108,7 @@ def test_float32(variant: str) -> None:
     trainer = twin_of(config, state)
     batch = tiny_batch(config)
     theirs = trainer.model(torch_batch(batch)[0])[0].detach().numpy()
-    assert relative(theirs, logits(config, state, batch.inputs)) < 1e-5
+    assert relative(theirs, logits(config, state, batch)) < 1e-5
     gaps, last = compare_steps(config, state, trainer, steps)
     print(f"{variant}: {len(gaps)} steps together, gap in the loss {max(gaps):.1e} nats, in the weights {last:.1e}")
     assert len(gaps) >= min(steps, SURE_STEPS)
@@ -173,7 +183,7 @@ def test_bfloat16(variant: str) -> None:
     state, batch = random_state(config), tiny_batch(config)
     trainer = twin_of(config, state)
     tokens, targets = torch_batch(batch)
-    theirs, ours = trainer.model(tokens)[0].detach().numpy(), logits(config, state, batch.inputs)
+    theirs, ours = trainer.model(tokens)[0].detach().numpy(), logits(config, state, batch)
     per_position = np.linalg.norm(theirs - ours, axis=-1) / np.linalg.norm(ours, axis=-1)
 
     state, metrics = make_train_step(config)(state, batch)

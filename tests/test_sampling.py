@@ -27,6 +27,11 @@ VARIANTS = {
     "as many key-value heads as heads": ("vanilla", "model.num_kv_heads=4"),
     "rematerialized": ("unipool", "model.remat=full"),
     "dense layers first": ("unipool", "moe.dense_layers=2", "moe.shared_experts=1", "moe.depth_vectors=true"),
+    "switch": ("unipool", "attention.kind=switch", "attention.window=3"),
+    "window": ("unipool", "attention.kind=window", "attention.window=3"),
+    "every second layer full": (
+        *("unipool", "pool.groups=2", "attention.kind=alternating", "attention.window=3", "attention.full_layers=2"),
+    ),
 }
 LENGTHS = np.array([1, 7, 4], np.int32)
 MAX_TOKENS = 9

@@ -101,7 +101,7 @@ def test_previous_statistics_are_one_micro_batch_behind_and_start_empty() -> Non
     assert float(metrics["loss/balance"]) == pytest.approx(expected, rel=1e-4)
 
     # Within a step the state moves from one micro-batch to the next.
-    halves = Batch(*(np.concatenate([a[:4], b[:4]]) for a, b in zip(first, second, strict=True)))
+    halves: Batch = jax.tree.map(lambda a, b: np.concatenate([a[:4], b[:4]]), first, second)
     _, metrics = _step(_accumulating(config, 4), tiny_state(config), halves)
     one = oracles.Forward(config, state.params, first.inputs[:4])
     two = oracles.Forward(config, state.params, second.inputs[:4])

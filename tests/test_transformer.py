@@ -35,10 +35,16 @@ VARIANTS = [
     ("unipool", ("pool.starts=sliding", "pool.span=3", "moe.top_k=2")),
     ("shared_pool_aux", ("pool.starts=wide_runs", "pool.ends=1")),
     ("vanilla_aux_free", ("pool.groups=1", "pool.starts=[5,0,3,6]", "pool.window=[3,4,2,3]")),
+    ("unipool", ("attention.kind=window", "attention.window=3")),
+    ("vanilla", ("attention.kind=alternating", "attention.window=2", "attention.full_layers=[0,2]")),
     ("shared_layer_aux", ("moe.shared_experts=2",)),
     ("unipool", ("moe.shared_experts=1", "moe.shared_expert_gate=true", "pool.groups=2")),
     ("unipool", ("moe.depth_vectors=true", "moe.dense_layers=2", "moe.dense_ffn_size=20", "pool.groups=2")),
     ("vanilla_aux_free", ("pool.groups=1", "moe.dense_layers=1", "pool.starts=[5,0,3]", "pool.window=[3,4,2]")),
+    (
+        "unipool",
+        ("moe.dense_layers=2", "attention.kind=alternating", "attention.window=2", "attention.full_layers=[0,3]"),
+    ),
 ]
 
 

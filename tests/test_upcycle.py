@@ -124,3 +124,5 @@ def test_what_cannot_be_exact_is_refused() -> None:
         upcycle(private, weights, tiny_config("vanilla_normrouter", "pool.groups=1"))
     with pytest.raises(ConversionError, match=r"model\.num_kv_heads=4: the source has 2"):
         upcycle(dense, scaled(dense), tiny_config("vanilla", "model.num_kv_heads=4"))
+    with pytest.raises(ConversionError, match=r"attention\.kind=window: the source has full"):
+        upcycle(dense, scaled(dense), tiny_config("vanilla", "attention.kind=window", "attention.window=3"))

@@ -9,8 +9,12 @@ import numpy as np
 
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
+from unipool_jax.data.documents import segment_ids
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.training.state import TrainState, init_state
+
+END = 0
+"""The token that ends a document, with data.document_mask."""
 
 METHODS = (
     "dense",
@@ -70,7 +74,11 @@ def tiny_state(config: Config, seed: int = 0) -> TrainState:
 
 
 def tiny_batch(config: Config, seed: int = 0) -> Batch:
-    """Random tokens of the configured batch shape."""
+    """Random tokens of the configured batch shape; with data.document_mask about a fifth of them end a document."""
     shape = (config.train.batch_size, config.data.sequence_length + 1)
     tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, shape, dtype=np.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
+    segments = None
+    if config.data.document_mask:
+        tokens[tokens < config.model.vocab_size // 5] = END
+        segments = segment_ids(tokens[:, :-1], END)
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32), segments)

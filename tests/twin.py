@@ -12,6 +12,7 @@ import torch
 from benchmarks.pytorch_baseline.model import Transformer
 from benchmarks.pytorch_baseline.train import Trainer
 from benchmarks.twin_settings import twin_settings
+from tiny import END
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.files import to_tensors
 from unipool_jax.convert.layouts import make_layout
@@ -27,7 +28,7 @@ torch.set_num_threads(1)
 
 def twin_of(config: Config, state: TrainState) -> Trainer:
     """The twin with the weights of `state`."""
-    model = Transformer(twin_settings(config), max_length=config.data.sequence_length)
+    model = Transformer(twin_settings(config, END), max_length=config.data.sequence_length)
     tensors = to_tensors(make_layout("twin", config, as_numpy(state.params, state.balance.expert_bias_GNE)))
     model.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
     return Trainer(model)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.pytorch_baseline.dense import Linear, SwiGLU
 from benchmarks.pytorch_baseline.moe import ExpertPool, Mixture, Statistics
+from benchmarks.pytorch_baseline.positions import document_positions, tables
 from benchmarks.pytorch_baseline.settings import Settings
 
 
@@ -24,27 +25,39 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; one projection makes queries, keys and values."""
+    """Causal grouped-query attention; one projection makes queries, keys and values.
 
-    def __init__(self, settings: Settings):
+    With a window, a position sees only so many of those before it, itself among them.
+    """
+
+    def __init__(self, settings: Settings, window: int | None = None):
         super().__init__()
+        self.window = window
         self.heads, self.kv_heads, self.head_size = settings.num_heads, settings.num_kv_heads, settings.head_size
         self.qkv = Linear(settings.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_size)
         self.out = Linear(settings.hidden_size, settings.hidden_size)
 
-    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, same_BSS: Tensor | None = None) -> Tensor:
+        """`cos` and `sin` are `[S, C]`, or `[B, 1, S, C]`; `same_BSS` says which positions are of one document."""
         batch, length, _ = x_BSD.shape
         heads_BHSC = self.qkv(x_BSD).view(batch, length, -1, self.head_size).transpose(1, 2)
         query, key, value = heads_BHSC.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        query, key = rotate(query, cos_SC, sin_SC), rotate(key, cos_SC, sin_SC)
-        mixed_BHSC = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        seen = None
+        if self.window is not None or same_BSS is not None:
+            ones = torch.ones(length, length, dtype=torch.bool, device=x_BSD.device)
+            seen = ones.tril() if self.window is None else ones.tril() & ones.triu(1 - self.window)
+            seen = seen if same_BSS is None else seen & same_BSS[:, None]
+        mixed_BHSC = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True
+        )
         return self.out(mixed_BHSC.transpose(1, 2).reshape_as(x_BSD))
 
 
-def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+def rotate(x_BHSC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions in the half-rotation layout: channel i turns with channel i + C/2. Angles are float32."""
     first, second = x_BHSC.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos_SC - second * sin_SC, second * cos_SC + first * sin_SC), dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x_BHSC.dtype)
 
 
@@ -55,7 +68,7 @@ class Layer(nn.Module):
         super().__init__()
         self.recompute = settings.recompute
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
-        self.attention = Attention(settings)
+        self.attention = Attention(settings, settings.window(index))
         self.ffn_norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         place = index - settings.dense_layers  # among the layers with experts
         hidden = settings.dense_width if place < 0 else settings.ffn_size
@@ -69,11 +82,12 @@ class Layer(nn.Module):
         x_BSD: Tensor,
         cos: Tensor,
         sin: Tensor,
+        same_BSS: Tensor | None,
         bank: tuple[Tensor, Tensor] | None,
         num_groups: int,
         open_M: Tensor | None = None,
     ) -> tuple[Tensor, Statistics | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, same_BSS)
         normed_BSD = self.ffn_norm(x_BSD)
         if self.depth is not None:
             normed_BSD = (normed_BSD.float() + self.depth).to(normed_BSD.dtype)
@@ -113,10 +127,9 @@ class Transformer(nn.Module):
         self.experts = nn.ModuleList(ExpertPool(settings) for _ in range(settings.num_pools if pooled else 0))
         self.norm = RMSNorm(settings.hidden_size, settings.norm_epsilon)
         self.output = Linear(settings.hidden_size, settings.vocab_size)
-        exponents = torch.arange(0, settings.head_size, 2, dtype=torch.float32) / settings.head_size
-        angles_SC = torch.outer(torch.arange(max_length, dtype=torch.float32), settings.rope_base**-exponents)
-        self.register_buffer("cos", angles_SC.cos(), persistent=False)
-        self.register_buffer("sin", angles_SC.sin(), persistent=False)
+        cos, sin = tables(settings, max_length)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -132,7 +145,10 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor, open_LM: Tensor | None = None) -> tuple[Tensor, list[Statistics]]:
         settings = self.settings
         batch, length = tokens_BS.shape
-        cos, sin = self.cos[:length], self.sin[:length]
+        cos, sin, same_BSS = self.cos[:length], self.sin[:length], None
+        if settings.end_of_document is not None:
+            positions_BS, same_BSS = document_positions(tokens_BS, settings.end_of_document)
+            cos, sin = cos[positions_BS][:, None], sin[positions_BS][:, None]
         # Group statistics need full groups; evaluation may use any batch size.
         group = min(settings.switch_group_sequences, batch)
         num_groups = batch // group if settings.balance == "switch" and batch % group == 0 else 1
@@ -145,7 +161,7 @@ class Transformer(nn.Module):
             bank = banks[place // settings.layers_per_pool] if banks and place >= 0 else None
             run = recomputed if settings.recompute == "full" and torch.is_grad_enabled() else call
             open_M = None if open_LM is None or place < 0 else open_LM[place]
-            x_BSD, layer_statistics = run(layer, x_BSD, cos, sin, bank, num_groups, open_M)
+            x_BSD, layer_statistics = run(layer, x_BSD, cos, sin, same_BSS, bank, num_groups, open_M)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         return self.output(self.norm(x_BSD)).float(), statistics

@@ -17,7 +17,17 @@ class Settings:
     ffn_size: int = 3072
     vocab_size: int = 51200
     rope_base: float = 1e6
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"
+    rope_factor: float = 1.0
+    rope_original_length: int = 1024
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_attention_factor: float | None = None
+    end_of_document: int | None = None
+    """The token behind which another document begins that does not see this one; None: a row is one text."""
     norm_epsilon: float = 1e-5
+    windows: tuple[int | None, ...] = ()
+    """Of each layer, the positions that a token attends to, its own among them; None, or no entry, is all before it."""
     init_std: float = 0.01
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations, and of weights at use; parameters and optimizer state are float32."""
@@ -91,6 +101,10 @@ class Settings:
     def mixture_layers(self) -> int:
         """Layers that have experts."""
         return self.num_layers - self.dense_layers
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a token attends to in a layer; None is all before it."""
+        return self.windows[layer] if self.windows else None
 
     @property
     def head_size(self) -> int:

@@ -50,6 +50,12 @@ class Run:
         """Validation loss at the end, nats per token."""
         return float(self.summary["results"]["valid"]["loss"])
 
+    @property
+    def zero_gates(self) -> float | None:
+        """Share of tokens without an expert at the last evaluation, mean over layers; None in an older run."""
+        lines = [line for line in self.history if line.get("kind") == "valid" and line.get("routing/zero_gates")]
+        return float(np.mean(lines[-1]["routing/zero_gates"])) if lines else None
+
 
 @dataclass(frozen=True)
 class Group:

@@ -42,10 +42,12 @@ _GRANULARITY = {"moe.experts_per_layer", "moe.top_k", "pool.experts"}
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """The groups as text."""
+    """The groups as text; with a column of tokens without an expert where there are any."""
     head = ["", "seeds", "valid loss", "test loss", "bits per byte", "experts used", "busiest over mean"]
+    zero_gates = [[run.zero_gates for run in row.group.runs.values()] for row in rows]
+    any_zero = any(share for shares in zero_gates for share in shares)
     lines = []
-    for row in rows:
+    for row, shares in zip(rows, zero_gates, strict=True):
         summaries = [run.summary for run in row.group.runs.values()]
         tests = [s["results"]["test"]["loss"] for s in summaries if "test" in s["results"]]
         bits = [s["results"]["valid"]["bits_per_byte"] for s in summaries]
@@ -60,9 +62,14 @@ def table_of(rows: Sequence[Row]) -> Table:
                 "-" if None in bits else f"{np.mean(bits):.4f}",
                 ", ".join(used),
                 f"{np.mean([s['busiest_over_mean'] for s in summaries]):.2f}",
+                *([_percent([share for share in shares if share is not None])] if any_zero else []),
             ]
         )
-    return Table(head, lines)
+    return Table([*head, "no expert"] if any_zero else head, lines)
+
+
+def _percent(shares: Sequence[float]) -> str:
+    return f"{100 * np.mean(shares):.1f}%" if shares else "-"
 
 
 def differences_of(rows: Sequence[Row]) -> Table:
@@ -84,7 +91,7 @@ def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
     groups = [row.group for row in rows]
     words = [
         "Validation loss at the end of training, in nats per token; ± is one standard error over seeds. Load and "
-        "experts are those of the last evaluation."
+        "experts are those of the last evaluation; no expert: tokens whose gates are all zero, mean over layers."
     ]
     found = [Part("Results", words, table=table_of(rows))]
     differences = differences_of(rows)

@@ -53,6 +53,21 @@ def layers_of(history: Sequence[Mapping[str, Any]], kind: str, name: str, layers
     return Series(np.array(steps, np.int64), np.array(values, dtype=float).reshape(len(points), layers).T)
 
 
+def last_map(history: Sequence[Mapping[str, Any]], kind: str, name: str, layers: int) -> np.ma.MaskedArray | None:
+    """The newest value of a metric with a row for each layer, `[L, ...]`, masked where it is null; None without one."""
+    lines = [line for line in history if line.get("kind") == kind and line.get(name) is not None]
+    if not lines:
+        return None
+    value = lines[-1][name]
+    try:
+        found = np.array(value, dtype=float)
+    except (TypeError, ValueError):
+        found = np.zeros(0)
+    if found.ndim != 2 or len(found) != layers:
+        raise _unexpected(kind, lines[-1]["step"], name, value, f"{layers} lists of numbers")
+    return np.ma.masked_invalid(found)
+
+
 def _unexpected(kind: str, step: int, name: str, value: object, expected: str) -> FileError:
     return FileError(
         f"metrics.jsonl, {kind} line of step {step}: {name} is {value!r:.80}, expected {expected}; correct or "

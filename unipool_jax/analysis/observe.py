@@ -58,7 +58,7 @@ def _observed(
         experts_GNNK = forced.experts_LNK.reshape(*layers, *forced.experts_LNK.shape[1:])
         by_layer = Forced(experts_GNNK, jnp.broadcast_to(forced.own_gates, layers))
         inputs = inputs._replace(selection=inputs.selection._replace(forced=by_layer))
-    text = Positions(counted_BS=jnp.asarray(batch.weights) > 0)
+    text = Positions(counted_BS=jnp.asarray(batch.weights) > 0, segments=batch.segments)
     output = apply(config, params, batch.inputs, inputs, text, keep_routing=True)
     assert output.layers.visits is not None
     experts = output.layers.visits.experts_NK

@@ -14,6 +14,7 @@ from unipool_jax.analysis.history import layers_of, series_of
 from unipool_jax.analysis.page import Part, Table
 from unipool_jax.analysis.paired import paired_of
 from unipool_jax.analysis.probe import Condition, Difference, Probe
+from unipool_jax.analysis.switch_report import gates
 from unipool_jax.config.schema import Config
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def parts(analysis: Analysis, history: Sequence[Mapping[str, Any]]) -> list[Part
     if analysis.task_probe is not None:
         sections.append(_task_probe(analysis.task_probe, analysis.config))
     first = analysis.config.moe.dense_layers
-    return [_numbered(section, first) for section in sections] + _training(history)
+    numbered = [_numbered(section, first) for section in sections]
+    return numbered + gates(analysis.config, history) + _training(history)
 
 
 def _numbered(section: Part, first: int) -> Part:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unipool_jax.config import block_rules, lock_schedule, mesh_rules, sharing_rules
+from unipool_jax.config import attention_rules, block_rules, lock_schedule, mesh_rules, rope_rules, sharing_rules
 from unipool_jax.config.addresses import split_address
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.parsing import as_written, from_mapping
@@ -156,6 +156,11 @@ def _experts(config: Config) -> Iterator[str]:
         )
 
 
+_rule(
+    *("attention.window", "attention.full_layers", "attention.switch_weight", "attention.switch_epsilon"),
+    *("attention.switch_alpha", "data.sequence_length", "model.num_layers"),
+)(attention_rules.problems)
+_rule("data.sequence_length", *(name for name in RANGES if name.startswith("model.rope_")))(rope_rules.problems)
 _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.problems)
 _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.reuse_problems)
 
@@ -415,6 +420,11 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield f"run.dir={config.run.dir!r}: must be the path of a folder; for example run.dir=runs"
     elif _is_file(config.run.dir):
         yield f"run.dir={config.run.dir!r}: is a file; give the path of a folder"
+    if config.run.allow_new and config.run.init_from is None:
+        yield (
+            f"run.allow_new=[{','.join(config.run.allow_new)}]: unused without run.init_from, the run to start from; "
+            "remove it or set run.init_from"
+        )
     if config.run.name == "latest":
         yield "run.name='latest': reserved, as run=latest means the newest run; choose another name"
     for name, value in (

@@ -55,6 +55,19 @@ class ModelConfig:
     """Rows V of the embedding and of the output head, at least the tokenizer's vocabulary; padding rows are trained."""
     rope_base: float = 1_000_000.0
     """Base (theta) of the rotary position frequencies."""
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"
+    """Scaling of rotary positions to sequences longer than model.rope_original_length; see docs/attention.md. `linear`:
+    every frequency over model.rope_factor. `yarn`: only the slow ones, and sharper attention (arXiv 2309.00071)."""
+    rope_factor: float = 1.0
+    """Scaling factor s: the model reads s x model.rope_original_length positions."""
+    rope_original_length: int | None = None
+    """Sequence length that the model was trained on before its positions were scaled; needed by a scaling."""
+    rope_beta_fast: float = 32.0
+    """Frequencies with more turns than this in the original length are kept, with model.rope_scaling=yarn."""
+    rope_beta_slow: float = 1.0
+    """Frequencies with fewer turns than this in the original length are interpolated, with model.rope_scaling=yarn."""
+    rope_attention_factor: float | None = None
+    """Factor on rotated queries and keys, with model.rope_scaling=yarn; null is 0.1 ln(rope_factor) + 1."""
     norm_epsilon: float = 1e-5
     """Epsilon added to the mean square in RMSNorm."""
     init_std: float = 0.01
@@ -64,6 +77,35 @@ class ModelConfig:
     remat: Literal["none", "moe", "full"] = "moe"
     """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer. With several
     pools over mesh.fsdp, the last two also gather the weights of each pool again."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which of the positions before it a token attends to; see docs/attention.md."""
+
+    kind: Literal["full", "window", "alternating", "switch"] = "full"
+    """`full`: all positions before, in every layer. `window`: the last attention.window, in every layer. `alternating`:
+    all in attention.full_layers, the window in the others. `switch`: a router of each layer chooses for each token
+    (Switch Attention)."""
+    window: int = 128
+    """Positions w that a token sees in a layer with a window, its own among them; less than data.sequence_length."""
+    full_layers: int | tuple[int, ...] = 4
+    """Layers that see all positions, with attention.kind=alternating: every n-th (4: layers 3, 7, 11, ..., counted from
+    0), or a list of layers."""
+    gate: Literal["learned", "full", "window"] = "learned"
+    """With attention.kind=switch: what the router says, or, to compare with, the same for every token."""
+    switch_weight: float = 1e-3
+    """Weight of the penalty on full attention, the mean over layers and tokens of softplus(router logit) x weight /
+    (switch_epsilon + the token's loss + switch_alpha x disagreement). As published; small models need more."""
+    switch_epsilon: float = 0.1
+    """What is added to the loss in nats there."""
+    switch_alpha: float = 100.0
+    """Weight of the disagreement of full attention and window there."""
+    switch_weighting: Literal["adaptive", "fixed"] = "adaptive"
+    """`fixed` is a control: the penalty of every token has the weight attention.switch_weight."""
+    disagreement: Literal["mean", "sum", "relative"] = "mean"
+    """Squared difference of the two results of a token, before the output projection: its mean over channels, its sum,
+    or over the squared norms of both."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +339,9 @@ class DataConfig:
     """`bytes`, `demo`, `gpt2`, or the path of a tokenizer.json file."""
     sequence_length: int = 1024
     """Tokens S per sequence."""
+    document_mask: bool = False
+    """Whether documents in one sequence are kept apart: attention does not cross their borders, and positions count
+    from the beginning of each. Off as published."""
     split: tuple[int, ...] = (969, 30, 1)
     """Relative sizes of the train, valid and test splits in documents; our own stores keep the split they were built
     with."""
@@ -361,10 +406,13 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Implementation of the experts' grouped matrix products."""
+    """Implementation of the experts' grouped matrix products, and of attention."""
 
     implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
     """`auto` takes the one made for the platform (docs/kernels.md); the choice is printed at the start of a run."""
+    attention: Literal["auto", "blocks", "splash", "cudnn"] = "auto"
+    """Attention of whole sequences: `blocks` of queries, on any device; JAX's `splash` attention on TPU; `cudnn` on
+    NVIDIA GPUs, with model.compute_dtype=bfloat16. `auto` takes that of the platform, and is printed too."""
 
 
 @dataclass(frozen=True)
@@ -390,7 +438,11 @@ class RunConfig:
     """Folder of this run inside run.dir; null derives it from scale, method, steps, seed, text and run.init_from."""
     init_from: str | None = None
     """Run, or one checkpoint (RUN/checkpoints/STEP), whose parameters a new run starts with; optimizer state, schedule
-    and step are new. Everything of the architecture must be the same."""
+    and step are new. Everything of the architecture must be the same, but for the kind of attention."""
+    allow_new: tuple[str, ...] = ()
+    """What may be new in a run that starts from run.init_from: parameters that its parent does not have, which are
+    initialized as in any run, and settings of the architecture with other values. Names or patterns, such as
+    `pools.layers.mixture.scale` or `model.rope_*`; anything else must be the same."""
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` resumes from the newest complete checkpoint if there is one; `never` refuses a run that exists; `required`
     refuses to start a new one."""
@@ -403,6 +455,7 @@ class Config:
     """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -471,6 +524,15 @@ class Config:
         return self.experts_per_pool if self.lock.ownership == "none" else self.total_experts
 
     @property
+    def sees_all(self) -> tuple[bool, ...]:
+        """Whether tokens of each layer attend to all positions before, or may, not only to attention.window of them."""
+        kind, full = self.attention.kind, self.attention.full_layers
+        if kind != "alternating":
+            return (kind != "window",) * self.model.num_layers
+        layers = range(full - 1, self.model.num_layers, full) if isinstance(full, int) else full
+        return tuple(layer in layers for layer in range(self.model.num_layers))
+
+    @property
     def locked(self) -> bool:
         """Whether this configures a model after its lock; see `after_lock`."""
         return self.lock.ownership != "none" and self.pool.groups == self.mixture_layers
@@ -499,6 +561,14 @@ class Config:
     def layers_per_pool(self) -> int:
         """Adjacent layers that share one pool, L / G."""
         return self.mixture_layers // self.pool.groups
+
+    @property
+    def positions(self) -> int:
+        """Positions that the model can read: those of training, or more with scaled rotary positions."""
+        original = self.model.rope_original_length
+        if self.model.rope_scaling == "none" or original is None:
+            return self.data.sequence_length
+        return int(self.model.rope_factor * original)
 
     @property
     def head_size(self) -> int:

@@ -79,7 +79,12 @@ TABLE: dict[str, Effect] = {
     **dict.fromkeys(
         (
             *("model.num_layers", "model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.ffn_size"),
+            *("model.rope_scaling", "model.rope_factor", "model.rope_original_length", "model.rope_beta_fast"),
+            *("model.rope_beta_slow", "model.rope_attention_factor"),
             *("model.vocab_size", "model.rope_base", "model.norm_epsilon", "model.init_std", "model.compute_dtype"),
+            *("attention.kind", "attention.window", "attention.full_layers", "attention.gate"),
+            *("attention.switch_weight", "attention.switch_epsilon", "attention.switch_alpha"),
+            *("attention.switch_weighting", "attention.disagreement"),
             *("moe.router", "moe.experts_per_layer", "moe.top_k", "moe.router_dtype"),
             *("moe.score_constant", "moe.score_epsilon", "moe.score_centering"),
             *("moe.shared_experts", "moe.shared_expert_gate", "moe.depth_vectors"),
@@ -121,10 +126,14 @@ TABLE: dict[str, Effect] = {
     "data.source": Effect(place=True, why=_PLACE.why),
     **dict.fromkeys(("data.files", "data.stores", "data.tokenizer"), _PLACE),
     **dict.fromkeys(("data.sequence_length", "data.split", "data.split_order"), _TEXT),
+    # Not a setting of the text: the same tokens are predicted, so runs with and without it are compared.
+    "data.document_mask": _NUMBERS,
     **dict.fromkeys(("data.cache_dir", "data.num_threads"), _LOCAL),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.expert_placement"), _MESH),
-    **dict.fromkeys(("mesh.tensor", "mesh.transport", "kernels.implementation"), Effect(rounding=True)),
-    "run.init_from": Effect(numbers=True, why="a run starts once"),
+    **dict.fromkeys(
+        ("mesh.tensor", "mesh.transport", "kernels.implementation", "kernels.attention"), Effect(rounding=True)
+    ),
+    **dict.fromkeys(("run.init_from", "run.allow_new"), Effect(numbers=True, why="a run starts once")),
     "mesh.topology": Effect(why="only mode=plan reads it"),
     **dict.fromkeys(("mesh.capacity_factor", "mesh.overflow"), Effect(numbers=drops, why=_DROPPED)),
     **dict.fromkeys(

@@ -88,7 +88,9 @@ def _window_problems(config: Config, shown: str) -> Iterator[str]:
     if narrow < top_k:
         yield f"moe.top_k={top_k}: a layer sees {narrow} experts ({shown}); set at most {narrow}, or widen pool.window"
     if wide > windows.experts:
-        yield f"pool.window={wide}: wider than the bank of {windows.experts} experts; set at most {windows.experts}"
+        # A rule goes beyond its bank only by pool.span, which has been said.
+        if config.pool.window is not None:
+            yield f"pool.window={wide}: wider than the bank of {windows.experts} experts; set at most {windows.experts}"
         return
     if hidden := [expert for expert, seen in enumerate(windows.exposure()) if not seen]:
         some = ", ".join(map(str, hidden[:8])) + (", ..." if len(hidden) > 8 else "")

@@ -13,6 +13,7 @@ import numpy as np
 
 from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config, ConfigError, DataConfig, LossConfig, ModelConfig, MoEConfig, PoolConfig
+from unipool_jax.convert import gguf_rope
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.gguf_file import BlockSize, StoredTensor, read_gguf_file
 from unipool_jax.convert.gguf_keys import key_problems
@@ -101,6 +102,7 @@ def _config(path: Path, fields: dict[str, Any], vocab_size: int) -> Config:
         ffn_size=int(number("llama.feed_forward_length")),
         vocab_size=vocab_size,
         rope_base=float(number("llama.rope.freq_base", 10_000.0)),
+        **gguf_rope.scaling(fields, number),
         # Stored as float32; its shortest decimal is the intended value.
         norm_epsilon=float(str(np.float32(number("llama.attention.layer_norm_rms_epsilon")))),
     )

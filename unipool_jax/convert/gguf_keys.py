@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from unipool_jax.convert import gguf_rope
+
 _READ = {
     "general.architecture",
     "general.alignment",
@@ -33,7 +35,6 @@ _HARMLESS = re.compile(
     | general\.(source|base_model|dataset)\.[a-z0-9_.]+       # where the model is from
     | general\.sampling\.[a-z0-9_]+                           # advice for sampling
     | quantize\.imatrix\.[a-z_]+ | mradermacher\.[a-z_.]+     # how it was quantized
-    | llama\.rope\.scaling\.original_context_length           # nothing without a scaling
     | split\.tensors\.count
     | tokenizer\.chat_template(\.[a-z0-9_]+|s)? | tokenizer\.huggingface\.json
     | tokenizer\.ggml\.scores                                 # order of merges, for other models
@@ -70,11 +71,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "llama.attention.max_alibi_bias": (0.0,),
     "llama.attention.output_scale": (1.0,),
     "llama.rope.scale_linear": (1.0,),
-    "llama.rope.scaling.type": ("none",),
-    "llama.rope.scaling.factor": (1.0,),
-    "llama.rope.scaling.attn_factor": (1.0,),
-    "llama.rope.scaling.finetuned": (False,),
-    "llama.rope.scaling.yarn_log_multiplier": (0.0,),
     "tokenizer.ggml.add_bos_token": (False,),
     "tokenizer.ggml.add_eos_token": (False,),
     "tokenizer.ggml.add_sep_token": (False,),
@@ -101,9 +97,9 @@ def key_problems(fields: Mapping[str, Any], *, head_size: int, vocab_size: int, 
         "llama.attention.scale": (float(1 / math.sqrt(head_size)),),
         "llama.attention.sliding_window": (0,),
     }
-    problems = []
+    problems = list(gguf_rope.problems(fields))
     for name, value in fields.items():
-        if name in _READ or _HARMLESS.fullmatch(name):
+        if name in _READ or name in gguf_rope.READ or _HARMLESS.fullmatch(name):
             continue
         shown = f"{name}={value if not isinstance(value, list) else f'(list of {len(value)})'}"
         if name not in neutral:

@@ -16,7 +16,7 @@ from unipool_jax.training.lineage import parent_of
 from unipool_jax.training.opening import opened_config
 from unipool_jax.training.run_folder import CHECKPOINTS, find_run, known_text
 
-ARCHITECTURE = ("model.", "moe.", "pool.", "loss.", "lock.")
+ARCHITECTURE = ("model.", "attention.", "moe.", "pool.", "loss.", "lock.")
 """Sections that decide what a model is; a file that describes its model decides them all."""
 
 

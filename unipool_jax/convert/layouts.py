@@ -69,8 +69,10 @@ def make_layout(name: LayoutName, config: Config, weights: Weights) -> Layout:
     """The table of one layout; its parts are views of `weights`.
 
     Raises:
-      ConversionError: the layout has no place for windows over a bank.
+      ConversionError: the layout has no place for windows over a bank, or for the routers of Switch Attention.
     """
+    if config.attention.kind == "switch":
+        raise ConversionError(f"layout={name}: has no place for the routers of attention.kind=switch")
     if name == "megatron" and config.windows is not None:
         raise ConversionError(
             f"pool.starts={as_written(config.pool.starts)}: the published code trains no windows, and the megatron "

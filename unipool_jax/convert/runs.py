@@ -95,7 +95,7 @@ def write_run(
       ConversionError: `folder` exists, or reading back gives other weights.
     """
     check_new(folder)
-    place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name, init_from=None)
+    place = dataclasses.replace(config.run, dir=str(folder.parent), name=folder.name, init_from=None, allow_new=())
     config = dataclasses.replace(config, run=place, train=dataclasses.replace(config.train, earlier_steps=()))
     origin, name = origin or Origin(), str(folder / TOKENIZER)
     if origin.tokenizer is None:

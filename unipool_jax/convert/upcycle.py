@@ -53,15 +53,16 @@ def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0
     Args:
       config: of the source.
       weights: of the source.
-      target: of the new model, with the same `model` settings, and the same around the routed experts.
+      target: of the new model, with the same settings of `model` and `attention`, and the same around routed experts.
       noise: standard deviation, from a fixed seed, of NormRouter's rows that would be zero. With 0 the function is the
         same; otherwise it is nearly the same, and training can reach every expert of a shared pool.
 
     Raises:
-      ConversionError: the `model` settings differ, or no weights of `target` compute the same function.
+      ConversionError: those settings differ, or no weights of `target` compute the same function.
     """
     ours, theirs = settings(target), settings(config)
-    other = [name for name in differences(config, target) if name in _AROUND or name.startswith("model.")]
+    same = ("model.", "attention.")
+    other = [name for name in differences(config, target) if name in _AROUND or name.startswith(same)]
     if other := [name for name in other if name != "model.remat"]:
         listed = "\n".join(f"  - {name}={ours[name]}: the source has {theirs[name]}" for name in other)
         raise ConversionError(f"an upcycled model has the backbone of its source; leave these settings out:\n{listed}")

@@ -69,6 +69,8 @@ def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
     else:
         stores = [_cached(data, tokenizer)]
         names = ("the demo corpus" if data.source == "demo" else ", ".join(data.files),)
+    if data.document_mask and (unknown := [found for store in stores if (found := store.document_problem())]):
+        raise DataError(f"data.document_mask=true: {'; '.join(unknown)}, or set data.document_mask=false")
     for store in stores:
         if report := loss_report(store):
             print(report, file=sys.stderr)

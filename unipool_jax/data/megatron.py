@@ -22,6 +22,7 @@ from unipool_jax.data.tokenizer import Tokenizer
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("index", "<u8")])
+_LOOKED_AT = 1000
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
@@ -87,6 +88,16 @@ class MegatronTokenStore(TokenStore):
                 f"{self._bin}: {stored} bytes, but its index lists {self.num_tokens} tokens of "
                 f"{self.dtype.itemsize} bytes; copy the pair again"
             )
+
+    def document_problem(self) -> str | None:
+        """Looks at the first documents: preprocessing ended all of them with the token, or none."""
+        ends = np.cumsum(self._lengths[:_LOOKED_AT], dtype=np.int64)[self._lengths[:_LOOKED_AT] > 0]
+        if (self._tokens[ends - 1] == self.eod).all():
+            return None
+        return (
+            f"{self.path}: documents do not end with end-of-document token {self.eod} of {self.tokenizer_name!r}; "
+            "make the pair anew, by preprocess_data.py --append-eod"
+        )
 
     @property
     def document_offsets(self) -> np.ndarray:  # type: ignore[override]

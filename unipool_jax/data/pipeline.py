@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from unipool_jax.data.documents import segment_ids
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.splits import SplitName
 from unipool_jax.data.store_format import json_sha256
@@ -27,6 +28,11 @@ class Batch(NamedTuple):
     inputs: np.ndarray  # [B, S] int32
     targets: np.ndarray  # [B, S] int32
     weights: np.ndarray  # [B, S] float32, 1 where the target counts, 0 for padding
+    segments: np.ndarray | None = None  # [B, S] int32, the document of each input; None: documents are not kept apart
+
+    def mapped(self, function: Callable[[np.ndarray], np.ndarray]) -> "Batch":
+        """`function` of every array."""
+        return Batch(*(None if array is None else function(array) for array in self))  # type: ignore[arg-type]
 
 
 class Windows(Protocol):
@@ -127,6 +133,7 @@ class WindowSource:
       sequence_length: S, the number of predicted tokens per window.
       num_windows: length of the source, or its lengths as it began and after each extension, ascending.
       seed: of both shuffles.
+      document_mask: whether batches say which document a token belongs to; the windows are the same.
 
     Raises:
       DataError: no store, mixed tokenizers, or (when read) a split without one full window.
@@ -141,6 +148,8 @@ class WindowSource:
         sequence_length: int,
         num_windows: int | Sequence[int],
         seed: int,
+        *,
+        document_mask: bool = False,
     ):
         lengths = [num_windows] if isinstance(num_windows, int) else list(num_windows)
         if sequence_length < 1 or lengths[0] < 1:
@@ -153,6 +162,7 @@ class WindowSource:
         self._lengths = lengths
         self._num_windows = lengths[-1]
         self._seed = seed
+        self._document_mask = document_mask
         shares = [-(-windows // len(self.stores)) for windows in lengths]
         self._needed = shares if len(self.stores) == 1 else [-(-share * 1005 // 1000) for share in shares]
         self._windows: list[_StoreWindows | None] = [None] * len(self.stores)
@@ -205,11 +215,13 @@ class WindowSource:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Windows `indices` as a batch of `len(indices)` rows."""
         tokens = self.tokens(indices)
-        return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(tokens[:, 1:].shape, np.float32))
+        inputs = tokens[:, :-1]
+        segments = segment_ids(inputs, self.stores[0].eod) if self._document_mask else None
+        return Batch(inputs, tokens[:, 1:], np.ones(inputs.shape, np.float32), segments)
 
     def __getitem__(self, index: int) -> Batch:
         """Window `index` as one row: arrays `[S]`."""
-        return Batch(*(array[0] for array in self.batch([index])))
+        return self.batch([index]).mapped(lambda rows: rows[0])
 
 
 class EvalWindows:
@@ -222,6 +234,7 @@ class EvalWindows:
     Args:
       stores: one, or several made by one tokenizer, which are concatenated.
       max_windows: use at most this many windows, from the first; None is all of them.
+      document_mask: as in `WindowSource`.
 
     Raises:
       DataError: fewer than two tokens in the split.
@@ -233,9 +246,12 @@ class EvalWindows:
         split: SplitName,
         sequence_length: int,
         max_windows: int | None = None,
+        *,
+        document_mask: bool = False,
     ):
         self.stores = _as_stores(stores)
         self._split = split
+        self._document_mask = document_mask
         self.sequence_length = sequence_length
         if sequence_length < 1 or (max_windows is not None and max_windows < 1):
             raise DataError(f"sequence_length={sequence_length} max_windows={max_windows}: must be positive")
@@ -284,7 +300,9 @@ class EvalWindows:
             ranges += self._ranges(index * length, index * length + int(sizes[row, 0]) + 1)
         tokens[np.arange(length + 1) <= sizes] = read_ranges(self._streams, ranges)
         real = np.arange(length) < sizes
-        return Batch(tokens[:, :-1] * real, tokens[:, 1:], real.astype(np.float32))
+        inputs = tokens[:, :-1] * real
+        segments = segment_ids(inputs, self.stores[0].eod, real) if self._document_mask else None
+        return Batch(inputs, tokens[:, 1:], real.astype(np.float32), segments)
 
     def target_counts(self) -> np.ndarray:
         """How often each id is a target, int64 `[vocab_size]`.
@@ -396,7 +414,7 @@ def evaluation_batches(
         first = start + step * batch_size
         batch = windows.batch([i for row in own if (i := first + row) < stop])
         missing = len(own) - len(batch.inputs)
-        return Batch(*(np.pad(array, ((0, missing), (0, 0))) for array in batch))
+        return batch.mapped(lambda rows: np.pad(rows, ((0, missing), (0, 0))))
 
     return _loaded(make, range(-(-(stop - start) // batch_size)), num_threads, prefetch)
 

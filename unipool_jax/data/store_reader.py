@@ -84,6 +84,10 @@ class TokenStore:
         """Indices of the documents of split `name`, ascending, int32."""
         return split_documents(self.num_documents, self.split, self.split_order, name)
 
+    def document_problem(self) -> str | None:
+        """Why it cannot be told from the tokens where documents end; None where it can."""
+        return None
+
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
         """First token of each of `documents`, int64."""
         return self.document_offsets[documents]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.losses import given_back, measure
 from unipool_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unipool_jax.evaluation.requests import GenerateRequest
-from unipool_jax.evaluation.target import check_tokenizer
+from unipool_jax.evaluation.target import check_tokenizer, with_overrides
 from unipool_jax.model.sampling import Sampling, generate
 from unipool_jax.moe.lock import score_factors
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
@@ -31,12 +33,14 @@ def encode_prompts(
     Raises:
       ConfigError: a prompt without tokens, or one that leaves fewer than `max_tokens` of the model's positions.
     """
-    rows, positions = tokenizer.encode_batch(prompts), config.data.sequence_length
+    rows, positions = tokenizer.encode_batch(prompts), config.positions
+    scaled = config.model.rope_scaling != "none"
+    length = "model.rope_factor x model.rope_original_length" if scaled else "data.sequence_length"
     wanted = max_tokens or max(1, min(DEFAULT_TOKENS, positions - max(len(row) for row in rows)))
     room, lower = positions - wanted, "" if wanted == 1 else " or lower max_tokens"
     problems = [
         f"prompt={text!r}: {len(row)} tokens; with max_tokens={wanted} a prompt can have 1 to {max(room, 0)}, as "
-        f"the model was trained on {positions} positions (data.sequence_length); shorten the prompt{lower}"
+        f"the model reads {positions} positions ({length}); shorten the prompt{lower}"
         for text, row in zip(prompts, rows, strict=True)
         if not 1 <= len(row) <= room
     ]
@@ -59,7 +63,8 @@ def generate_texts(request: GenerateRequest) -> list[str]:
     with Checkpoints(run / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(request.step)
         meta = checkpoints.meta(step)
-        config = opened_config(run, meta)
+        config = with_overrides(opened_config(run, meta), request.overrides)
+        validate(dataclasses.replace(config, mode="describe"))
         tokenizer = load_tokenizer(config.data.tokenizer)
         check_tokenizer(tokenizer, meta, checkpoints.path(step))
         prompts_BS, lengths_B, max_tokens = encode_prompts(request.prompt, tokenizer, config, request.max_tokens)

@@ -11,6 +11,12 @@ from unipool_jax.config.ranges import Range
 from unipool_jax.config.words import Accepts, Overrides, Positional, Verbatim
 from unipool_jax.data.splits import SplitName
 
+ROPE = (
+    *("model.rope_scaling", "model.rope_factor", "model.rope_original_length", "model.rope_beta_fast"),
+    *("model.rope_beta_slow", "model.rope_attention_factor"),
+)
+"""Settings with which a model reads more positions than it was trained on."""
+
 PAPER = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "lambada_openai", "race")
 """The seven tasks of arXiv 2605.06665 (method M8.5), by their names in lm-eval."""
 
@@ -64,7 +70,7 @@ class EvalRequest:
     """Splits to evaluate; null is valid and test, as far as they hold text."""
     tasks: TaskRequest | None = None
     overrides: Annotated[
-        Overrides, Accepts("data.", "kernels.", "mesh.", "train.eval_batch_size", "model.compute_dtype")
+        Overrides, Accepts("data.", "kernels.", "mesh.", "train.eval_batch_size", "model.compute_dtype", *ROPE)
     ] = ()
     """Settings that replace those of the checkpoint. With data.files, these texts are evaluated whole, not splits."""
 
@@ -98,6 +104,8 @@ class GenerateRequest:
         unipool generate runs/demo "The state of the Union is"
         unipool generate prompt="My fellow" prompt="Congress must" max_tokens=100 seed=1
         unipool generate runs/demo "My fellow" step=160 temperature=0
+        unipool generate runs/demo "My fellow" max_tokens=900 model.rope_scaling=yarn model.rope_factor=4 \\
+            model.rope_original_length=256
     """
 
     run: Annotated[str, Positional()] = "latest"
@@ -114,6 +122,8 @@ class GenerateRequest:
     """Draw only from the most probable tokens that together have this probability."""
     seed: Annotated[int, SEED] = 0
     """Of the random draws."""
+    overrides: Annotated[Overrides, Accepts(*ROPE)] = ()
+    """Scaling of rotary positions in place of that of the checkpoint, to read more positions than it was trained on."""
 
     def problems(self) -> Iterator[str]:
         """What is missing."""

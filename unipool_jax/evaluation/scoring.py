@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unipool_jax.config.schema import Config
+from unipool_jax.data.documents import segment_ids
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.data.tokenizer import Tokenizer
 from unipool_jax.model.transformer import forward
@@ -114,13 +115,16 @@ def row_count(items: int, most: int) -> int:
     return min(most, math.ceil(math.ceil(items / batches) / eighth) * eighth)
 
 
-def window_batches(windows: Sequence[Window], max_length: int, batch_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
+def window_batches(
+    windows: Sequence[Window], max_length: int, batch_tokens: int, end: int | None = None
+) -> Iterator[tuple[np.ndarray, Batch]]:
     """All windows in padded batches, longest bucket first, so that a lack of memory shows early.
 
     Args:
       windows: with at most `max_length + 1` tokens.
       max_length: longest input of the model.
       batch_tokens: maximum positions per batch, unless one row has more.
+      end: the end-of-document token, of a model that keeps documents apart.
 
     Yields:
       The window number of each row, int32 `[B]`, -1 for rows of padding; and the batch, whose weights are 1 where a
@@ -143,7 +147,7 @@ def window_batches(windows: Sequence[Window], max_length: int, batch_tokens: int
                 inputs[row, : len(tokens) - 1] = tokens[:-1]
                 targets[row, : len(tokens) - 1] = tokens[1:]
                 weights[row, len(context) - 1 : len(tokens) - 1] = 1.0
-            yield numbers_B, Batch(inputs, targets, weights)
+            yield numbers_B, Batch(inputs, targets, weights, None if end is None else segment_ids(inputs, end))
 
 
 def score_windows(model: LanguageModel, windows: Sequence[Window], score_batch: ScoreBatch | None = None) -> Scores:
@@ -159,7 +163,8 @@ def score_windows(model: LanguageModel, windows: Sequence[Window], score_batch: 
     """
     score_batch = score_batch or plain_scores(model)
     log_likelihood_W, greedy_W = np.zeros(len(windows)), np.zeros(len(windows), bool)
-    for numbers_B, batch in window_batches(windows, model.max_length, model.batch_tokens):
+    end = model.tokenizer.eod if model.config.data.document_mask else None
+    for numbers_B, batch in window_batches(windows, model.max_length, model.batch_tokens, end):
         scores = score_batch(numbers_B, batch)
         real_B = numbers_B >= 0
         log_likelihood_W[numbers_B[real_B]] = np.asarray(scores.log_likelihood_W)[real_B]
@@ -184,7 +189,7 @@ def make_score_step(config: Config, vocab_size: int) -> Callable[[Any, BalanceSt
     @jax.jit
     def step(params: Any, balance: BalanceState, batch: Batch) -> Scores:
         factors = score_factors(config, balance.lock)
-        logits_BSV, _ = forward(config, params, batch.inputs, balance.expert_bias_GNE, factors)
+        logits_BSV, _ = forward(config, params, batch.inputs, balance.expert_bias_GNE, factors, batch.segments)
         scored_BS = jnp.asarray(batch.weights) > 0
         # `where`, not a product: the loss of a masked position may be infinite.
         losses_BS = jnp.where(scored_BS, cross_entropy(logits_BSV, batch.targets), 0.0)

@@ -15,7 +15,7 @@ from unipool_jax.data.corpus import Corpus
 from unipool_jax.data.identity import text_differences, text_identity
 from unipool_jax.data.tokenizer import Tokenizer
 from unipool_jax.evaluation.requests import EvalRequest
-from unipool_jax.kernels.implementations import platform_problem
+from unipool_jax.kernels.implementations import attention_problem, platform_problem
 from unipool_jax.parallel.accelerators import check_platforms, warn_of_idle_accelerator
 from unipool_jax.training.opening import opened_config
 from unipool_jax.training.run_folder import CHECKPOINTS, RunError, find_run, known_text, named_checkpoint
@@ -57,8 +57,9 @@ def evaluated_config(
     validate(config if text else dataclasses.replace(config, mode="describe"))
     check_platforms()
     warn_of_idle_accelerator()
-    if problem := platform_problem(config.kernels.implementation):
-        raise ConfigError([problem])
+    found = platform_problem(config.kernels.implementation), attention_problem(config.kernels.attention)
+    if problems := [problem for problem in found if problem is not None]:
+        raise ConfigError(problems)
     return config
 
 

@@ -1,4 +1,4 @@
-"""Choice of the implementation of the grouped products, by platform."""
+"""Choice of the implementation of the grouped products, and of attention, by platform."""
 
 from typing import Literal, get_args
 
@@ -12,6 +12,17 @@ PLATFORM_IMPLEMENTATION: dict[str, Implementation] = {
     "tpu": "pallas_tpu",
     "gpu": "pallas_gpu",
 }
+
+Attention = Literal["auto", "blocks", "splash", "cudnn"]
+
+# The same for attention of whole sequences; other platforms use "blocks". Attention to a cache is not chosen.
+PLATFORM_ATTENTION: dict[str, Attention] = {
+    "cpu": "blocks",
+    "tpu": "splash",
+    "gpu": "cudnn",
+}
+_CUDNN_HEAD = 128
+"""Channels of a head that cuDNN supports on every GPU that has its fused attention."""
 
 
 def resolve(implementation: Implementation) -> Implementation:
@@ -28,6 +39,32 @@ def resolve(implementation: Implementation) -> Implementation:
     if implementation == "auto":
         return PLATFORM_IMPLEMENTATION.get(jax.default_backend(), "xla")
     return implementation
+
+
+def resolve_attention(implementation: Attention, dtype: str, head_size: int) -> Attention:
+    """`implementation`, with "auto" resolved for the default backend.
+
+    Args:
+      implementation: as configured. To compile ahead of time for another platform, name its implementation.
+      dtype: of the activations.
+      head_size: channels of a head. cuDNN takes 16-bit operands and heads of a multiple of 8 channels up to 128; for
+        others "auto" is "blocks".
+    """
+    if implementation != "auto":
+        return implementation
+    found = PLATFORM_ATTENTION.get(jax.default_backend(), "blocks")
+    if found == "cudnn" and (dtype != "bfloat16" or head_size % 8 or head_size > _CUDNN_HEAD):
+        return "blocks"
+    return found
+
+
+def attention_problem(implementation: Attention) -> str | None:
+    """A message if `implementation` is a library's for another platform than this one, else None."""
+    platform = jax.default_backend()
+    homes: dict[str, str] = {name: home for home, name in PLATFORM_ATTENTION.items() if name != "blocks"}
+    if homes.get(implementation, platform) == platform:
+        return None
+    return f"kernels.attention={implementation}: made for {homes[implementation]}, not {platform}; set it to auto"
 
 
 def platform_problem(implementation: Implementation) -> str | None:

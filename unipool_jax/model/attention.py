@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import ArrayLike
 
-from unipool_jax.config.schema import ModelConfig
+from unipool_jax.config.schema import Config, ModelConfig
+from unipool_jax.kernels.attention import PRODUCTS
+from unipool_jax.kernels.causal import cached_attention
+from unipool_jax.kernels.implementations import resolve_attention
+from unipool_jax.model.documents import document_positions
+from unipool_jax.model.remat import recompute
+from unipool_jax.model.rope import rotate
+from unipool_jax.model.switch import Switched, router_logits, switched, switched_cached
 from unipool_jax.parallel.linear import linear
-from unipool_jax.parallel.mesh import constrain
-
-_QUERY_BLOCKS = 4
-"""Blocks of queries in `causal_attention`: 4 skip three eighths of all scores; 8 were no faster."""
-_LEAST_BLOCK = 64
-"""Queries of a block at least: skipping parts of short sequences saves nothing, and every block is a program part."""
+from unipool_jax.parallel.mesh import constrain, on_each_device
 
 
 class KeyValueCache(NamedTuple):
@@ -39,48 +44,6 @@ class KeyValueCache(NamedTuple):
         )
 
 
-def rotate(heads_BSHC: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding over the whole head (arXiv 2104.09864).
-
-    Half-rotation layout: channel i is paired with channel i + C/2. Angles and products are float32.
-
-    Args:
-      heads_BSHC: queries or keys, `[B, S, H, C]` with even C.
-      positions_BS: int32 `[B, S]`, or `[S]` where all rows have the same.
-      base: base of the frequencies `base^(-2 i / C)`.
-    """
-    channels = heads_BSHC.shape[3]
-    frequencies = base ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
-    angles_BS1C = positions_BS.astype(jnp.float32)[..., None, None] * frequencies
-    cos, sin = jnp.cos(angles_BS1C), jnp.sin(angles_BS1C)
-    first, second = jnp.split(heads_BSHC.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(heads_BSHC.dtype)
-
-
-def causal_attention(query_BSHC: jax.Array, key_BSHC: jax.Array, value_BSHC: jax.Array) -> jax.Array:
-    """Softmax attention of each position to itself and those before, `[B, S, H, C]` in the dtype of the queries.
-
-    Scores and softmax are float32. Key and value heads may be fewer: each serves H / (its number) adjacent query heads.
-    Queries are taken in blocks, each with the keys up to its end, so most of what the mask hides is never computed.
-    """
-    batch, length, heads, channels = query_BSHC.shape
-    # J key-value heads, I query heads for each. With heads ahead of positions each head's matrices lie in one piece.
-    query_BJISC = query_BSHC.reshape(batch, length, key_BSHC.shape[2], -1, channels).transpose(0, 2, 3, 1, 4)
-    key_BJSC, value_BJSC = key_BSHC.transpose(0, 2, 1, 3), value_BSHC.transpose(0, 2, 1, 3)
-    position_S = jnp.arange(length)
-    block, mixed = max(-(-length // _QUERY_BLOCKS), _LEAST_BLOCK), []
-    for start in range(0, length, block):
-        rows, seen = slice(start, start + block), slice(start + block)
-        scores_BJIST = jnp.einsum(
-            "bjisc,bjtc->bjist", query_BJISC[..., rows, :], key_BJSC[..., seen, :], preferred_element_type=jnp.float32
-        )
-        visible_ST = position_S[rows, None] >= position_S[seen]
-        weights_BJIST = jax.nn.softmax(jnp.where(visible_ST, scores_BJIST / math.sqrt(channels), -jnp.inf))
-        mixed.append(jnp.einsum("bjist,bjtc->bjisc", weights_BJIST.astype(value_BSHC.dtype), value_BJSC[..., seen, :]))
-    return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
-
-
 class AttentionWeights(NamedTuple):
     """Parameters of one attention block, float32; head channels are the last axis but for `output`."""
 
@@ -88,16 +51,24 @@ class AttentionWeights(NamedTuple):
     key: jax.Array
     value: jax.Array
     output: jax.Array
+    switch_D: jax.Array | None = None
+    """Row of the router of attention.kind=switch."""
+
+
+_SWITCH_STD = 0.02
+"""Of the first weights of that router. With zeros every token would take the window, and go on with it."""
 
 
 class Attention(nn.Module):
     """Creates `AttentionWeights`."""
 
     config: ModelConfig
+    switches: bool = False
 
     @nn.compact
     def __call__(self) -> AttentionWeights:
         config, width = self.config, self.config.hidden_size
+        switch = nn.initializers.normal(_SWITCH_STD)
         keys = width // config.num_heads * config.num_kv_heads
         init = nn.initializers.normal(config.init_std)
         init_output = nn.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))
@@ -106,33 +77,98 @@ class Attention(nn.Module):
             key=self.param("key", init, (width, keys), jnp.float32),
             value=self.param("value", init, (width, keys), jnp.float32),
             output=self.param("output", init_output, (width, width), jnp.float32),
+            switch_D=self.param("switch", switch, (width,), jnp.float32) if self.switches else None,
         )
 
 
 def attention(
-    config: ModelConfig,
+    config: Config,
     hidden_BSD: jax.Array,
     weights: AttentionWeights,
     cache: KeyValueCache | None = None,
     start_B: jax.Array | None = None,
-) -> tuple[jax.Array, KeyValueCache | None]:
+    segments: ArrayLike | None = None,
+    sees_all: ArrayLike | None = None,
+) -> tuple[jax.Array, KeyValueCache | None, Switched | None]:
     """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`, and the cache with these positions.
 
     Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the cache.
+    `segments` are the ids of documents, int32 `[B, S]`, with a cache those of its slots, `[B, T]`; rotary positions
+    then count from the beginning of each document. With attention.kind=alternating `sees_all` says whether this layer
+    is one of attention.full_layers, bool. With attention.kind=switch what the layer's router decided is returned too.
     """
-    positions = jnp.arange(hidden_BSD.shape[1])
+    model, positions = config.model, jnp.arange(hidden_BSD.shape[1])
     if start_B is not None:
         positions = start_B[:, None] + positions
-    query = rotate(_heads(config, hidden_BSD, weights.query), positions, config.rope_base)
-    key = rotate(_heads(config, hidden_BSD, weights.key), positions, config.rope_base)
-    value = _heads(config, hidden_BSD, weights.value)
-    if cache is None:
-        mixed_BSHC = causal_attention(query, key, value)
-    else:
+    turned = positions
+    if segments is not None:
+        segments = jnp.asarray(segments)
+        turned = document_positions(segments)
+        turned = turned if start_B is None else jnp.take_along_axis(turned, positions, axis=1)
+    query = rotate(_heads(model, hidden_BSD, weights.query), turned, model)
+    key = rotate(_heads(model, hidden_BSD, weights.key), turned, model)
+    value = _heads(model, hidden_BSD, weights.value)
+    product, gate = sequence_product(config), None
+    operands: tuple[jax.Array | None, ...] = (query, key, value, segments)
+    if cache is not None:
+        assert start_B is not None
         cache = cache.write(key, value, positions)
-        seen_B1ST = jnp.arange(cache.key_BTHC.shape[1]) <= positions[:, None, :, None]
-        mixed_BSHC = jax.nn.dot_product_attention(query, *cache, mask=seen_B1ST)
-    return linear(mixed_BSHC.reshape(hidden_BSD.shape), weights.output, ("heads", "embed")), cache
+        product, operands = cached_attention, (query, *cache, start_B, segments)
+    if config.attention.kind == "switch":
+        assert weights.switch_D is not None
+        logit_BS = router_logits(hidden_BSD, weights.switch_D)
+        position_BS = jnp.broadcast_to(turned, logit_BS.shape)
+        if cache is None:
+            mixed_BSHC, gate = switched(config.attention, product, logit_BS, position_BS, operands)
+        else:
+            mixed_BSHC, gate = switched_cached(config.attention, logit_BS, position_BS, operands)
+    else:
+        mixed_BSHC = _by_kind(config, product, sees_all, *operands)
+    return linear(mixed_BSHC.reshape(hidden_BSD.shape), weights.output, ("heads", "embed")), cache, gate
+
+
+def sequence_product(config: Config) -> Callable[..., jax.Array]:
+    """`kernels.causal.causal_attention`, by the implementation that the configuration names for this platform."""
+    name = resolve_attention(config.kernels.attention, config.model.compute_dtype, config.head_size)
+    if name == "blocks":
+        return PRODUCTS[name]
+
+    def product(
+        query_BSHC: jax.Array,
+        key_BSHC: jax.Array,
+        value_BSHC: jax.Array,
+        segments_BS: jax.Array | None = None,
+        window: int | None = None,
+    ) -> jax.Array:
+        operands, heads = [query_BSHC, key_BSHC, value_BSHC], ("batch", None, "heads", None)
+        axes: list[tuple[str | None, ...]] = [heads] * 3
+        if segments_BS is not None:
+            operands, axes = [*operands, segments_BS], [*axes, ("batch", None)]
+        return on_each_device(functools.partial(PRODUCTS[name], window=window), operands, axes, heads)
+
+    return product
+
+
+def _by_kind(
+    config: Config, product: Callable[..., jax.Array], sees_all: ArrayLike | None, *operands: jax.Array | None
+) -> jax.Array:
+    """`product(*operands)` over all positions before, or those of the window, as the layer's kind says."""
+    if config.attention.kind == "full":
+        return product(*operands)
+    of_window = functools.partial(product, window=config.attention.window)
+    if config.attention.kind == "window":
+        return of_window(*operands)
+
+    # The kind is a value, not part of the program: layers are scanned, whatever their pattern and however pools divide
+    # them. One of the branches runs.
+    def either(sees_all: ArrayLike, *operands: jax.Array | None) -> jax.Array:
+        return jax.lax.cond(sees_all, product, of_window, *operands)
+
+    # A differentiated conditional keeps the residuals of both branches, so a layer of the window would keep as much as
+    # a full one: of a layer that is not recomputed itself, keep the operands.
+    function = either if config.model.remat == "full" else recompute(either)
+    assert sees_all is not None
+    return function(sees_all, *operands)
 
 
 def _heads(config: ModelConfig, hidden_BSD: jax.Array, weights: jax.Array) -> jax.Array:

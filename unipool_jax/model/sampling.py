@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from unipool_jax.config.schema import Config
+from unipool_jax.model.documents import segment_ids
 from unipool_jax.model.transformer import ModelCache, empty_cache, forward_cached
 
 
@@ -86,6 +87,8 @@ def generate(
 ) -> Generated:
     """Go on with prompts of different lengths; one compiled program per shape and `sampling`, one trace per program.
 
+    A prompt is one document, unless it has an end token in it and the model keeps documents apart.
+
     Args:
       config: of the model.
       params: its parameters.
@@ -106,7 +109,14 @@ def generate(
     # writes the same keys once more. So rows of different lengths need no case of their own.
     cache = empty_cache(config, batch_size, total)
     start_B = jnp.zeros_like(lengths_B)
-    _, cache = forward_cached(config, params, prompts_BS, expert_bias_GNE, cache, start_B, score_factor_GNE)
+    tokens_BT = jnp.pad(prompts_BS, ((0, 0), (0, sampling.max_tokens)))
+
+    def documents(tokens_BT: jax.Array) -> jax.Array | None:
+        return segment_ids(tokens_BT, sampling.end_token) if config.data.document_mask else None
+
+    _, cache = forward_cached(
+        config, params, prompts_BS, expert_bias_GNE, cache, start_B, score_factor_GNE, documents(tokens_BT)
+    )
 
     def going(state: _Progress) -> jax.Array:
         return (state.drawn < sampling.max_tokens) & ~jnp.all(state.ended_B)
@@ -115,7 +125,14 @@ def generate(
         position_B = state.lengths_B - 1
         last_B1 = state.tokens_BT[row_B, position_B][:, None]
         logits_B1V, cache = forward_cached(
-            config, params, last_B1, expert_bias_GNE, state.cache, position_B, score_factor_GNE
+            config,
+            params,
+            last_B1,
+            expert_bias_GNE,
+            state.cache,
+            position_B,
+            score_factor_GNE,
+            documents(state.tokens_BT),
         )
         token_B = draw(logits_B1V[:, 0], jax.random.fold_in(key, state.drawn), sampling)
         return _Progress(
@@ -127,7 +144,6 @@ def generate(
             cache,
         )
 
-    tokens_BT = jnp.pad(prompts_BS, ((0, 0), (0, sampling.max_tokens)))
     start = _Progress(jnp.zeros((), jnp.int32), tokens_BT, lengths_B, jnp.zeros(batch_size, bool), cache)
     end = jax.lax.while_loop(going, next_token, start)
     return Generated(end.tokens_BT, end.lengths_B)

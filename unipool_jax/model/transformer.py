@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
 
@@ -23,6 +24,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
 from unipool_jax.model.remat import rematerialized, without_gathered_weights
+from unipool_jax.model.switch import Switched
 from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
 from unipool_jax.moe.mixture import RouterParameters, RouterWeights, Selection, Visits, mixture
 from unipool_jax.moe.routing import RoutingStats
@@ -61,6 +63,8 @@ class LayerInputs(NamedTuple):
     selection: Selection
     cache: KeyValueCache | None = None
     """Keys and values of the positions before; None: the tokens are all there is."""
+    sees_all: ArrayLike | None = None
+    """With attention.kind=alternating, whether the layer attends to all positions before, bool."""
 
 
 class Positions(NamedTuple):
@@ -70,6 +74,9 @@ class Positions(NamedTuple):
     """With a cache, the position of each row's first token, int32."""
     counted_BS: jax.Array | None = None
     """Which positions routing statistics are about, bool; None is all of them. Padding is routed like text."""
+    segments: ArrayLike | None = None
+    """Ids of documents that do not see each other, int32 `[B, S]`, with a cache of its slots, `[B, T]`; None: a row is
+    one text. Routing does not depend on it."""
 
 
 EVERY_POSITION = Positions()
@@ -84,6 +91,8 @@ class LayerOutputs(NamedTuple):
     """The cache with these tokens in it."""
     visits: Visits | None
     """Who visited which experts, where that is to be kept."""
+    switched: Switched | None = None
+    """With attention.kind=switch, which tokens attended to what."""
 
 
 def layer(
@@ -109,7 +118,15 @@ def layer(
     """
     model = config.model
     normed_BSD = rms_norm(hidden_BSD, weights.attention_norm_D, model.norm_epsilon)
-    attended_BSD, cache = attention(model, normed_BSD, weights.attention, inputs.cache, positions.start_B)
+    attended_BSD, cache, gate = attention(
+        config,
+        normed_BSD,
+        weights.attention,
+        inputs.cache,
+        positions.start_B,
+        positions.segments,
+        inputs.sees_all,
+    )
     hidden_BSD = hidden_BSD + attended_BSD
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
     if weights.depth_D is not None:
@@ -118,7 +135,7 @@ def layer(
     block = rematerialized(config, "moe", functools.partial(mixture, config))
     mixed = block(normed_BSD, weights.router, weights.shared, inputs.selection, experts, positions.counted_BS)
     hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
-    return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.visits)
+    return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.visits, gate)
 
 
 def _without_experts(module: Layer | DenseLayer) -> LayerWeights:
@@ -126,7 +143,7 @@ def _without_experts(module: Layer | DenseLayer) -> LayerWeights:
     model, ones, width = module.config.model, nn.initializers.ones, (module.config.model.hidden_size,)
     return LayerWeights(
         attention_norm_D=module.param("attention_norm", ones, width, jnp.float32),
-        attention=Attention(model, name="attention")(),
+        attention=Attention(model, module.config.attention.kind == "switch", name="attention")(),
         ffn_norm_D=module.param("ffn_norm", ones, width, jnp.float32),
         router=None,
         shared=None,
@@ -174,11 +191,10 @@ class DenseLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden_BSD: jax.Array, positions: Positions, cache: KeyValueCache | None
+        self, hidden_BSD: jax.Array, positions: Positions, inputs: LayerInputs
     ) -> tuple[jax.Array, KeyValueCache | None]:
         config = self.config
         weights, block = _without_experts(self), SwiGLU(config.model, config.dense_width, name="block")()
-        inputs = LayerInputs(Selection(jnp.zeros((1,), jnp.float32)), cache)
         experts = Experts(Bank(*(weight[None] for weight in block)), None)
         function = rematerialized(config, "full", functools.partial(layer, config), in_pool=False)
         hidden_BSD, _, outputs = function(hidden_BSD, weights, inputs, positions, experts)
@@ -238,6 +254,14 @@ class ModelOutput(NamedTuple):
     """The experts that the caller gave, for the next micro-batch."""
 
 
+def _sees_all(config: Config, *, dense: bool = False) -> np.ndarray | None:
+    """`LayerInputs.sees_all` of the layers with experts, or of the dense ones before them."""
+    if config.attention.kind != "alternating":
+        return None
+    first, by_layer = config.moe.dense_layers, np.array(config.sees_all)
+    return by_layer[:first] if dense else by_layer[first:].reshape(config.pool.groups, config.layers_per_pool)
+
+
 class Transformer(nn.Module):
     """Decoder-only language model over one or more expert pools.
 
@@ -275,16 +299,19 @@ class Transformer(nn.Module):
         hidden_BSD = lookup(embedding_VD, tokens_BS, ("vocab", "embed"), model.compute_dtype)
         hidden_BSD = constrain(hidden_BSD, "batch", None, None)
 
-        if config.moe.dense_layers:
-            dense = nn.scan(
+        inputs = inputs._replace(sees_all=_sees_all(config))
+        if dense := config.moe.dense_layers:
+            first = nn.scan(
                 DenseLayer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
-                length=config.moe.dense_layers,
+                length=dense,
                 check_constancy_invariants=self.is_initializing(),
             )
-            hidden_BSD, dense_cache = dense(config, name="dense")(hidden_BSD, positions, dense_cache)
+            unused = Selection(jnp.zeros((dense, 1), jnp.float32))
+            own = LayerInputs(unused, dense_cache, _sees_all(config, dense=True))
+            hidden_BSD, dense_cache = first(config, name="dense")(hidden_BSD, positions, own)
 
         pools = nn.scan(
             without_gathered_weights(config, PoolStage),
@@ -329,9 +356,14 @@ def forward(
     tokens_BS: ArrayLike,
     expert_bias_GNE: jax.Array,
     score_factor_GNE: jax.Array | None = None,
+    segments_BS: ArrayLike | None = None,
 ) -> tuple[jax.Array, RoutingStats]:
-    """Logits `[B, S, V]` float32 and `RoutingStats` stacked to `[G, L/G, ...]`; see `Selection` for the last two."""
-    output = apply(config, params, tokens_BS, LayerInputs(Selection(expert_bias_GNE, score_factor_GNE)))
+    """Logits `[B, S, V]` float32 and `RoutingStats` stacked to `[G, L/G, ...]`.
+
+    See `Selection` for the bias and the factors, `Positions` for segments.
+    """
+    inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE))
+    output = apply(config, params, tokens_BS, inputs, Positions(segments=segments_BS))
     return output.head.logits(), output.layers.stats
 
 
@@ -364,13 +396,16 @@ def forward_cached(
     cache: ModelCache,
     start_B: jax.Array,
     score_factor_GNE: jax.Array | None = None,
+    segments_BT: ArrayLike | None = None,
 ) -> tuple[jax.Array, ModelCache]:
     """`forward` for tokens that follow those in `cache`: the same logits, float32 `[B, S, V]`, and the new cache.
 
     Row b holds positions `start_B[b] .. start_B[b] + S - 1`, which must lie within the cache; the cache must hold all
     positions before them. Tokens of padding behind a row are harmless if later calls overwrite them in order.
+    `segments_BT` are the documents of all slots; those behind a row's last token do not matter.
     """
     inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE), cache.layers)
-    output = apply(config, params, tokens_BS, inputs, Positions(start_B), dense_cache=cache.dense)
+    positions = Positions(start_B, segments=segments_BT)
+    output = apply(config, params, tokens_BS, inputs, positions, dense_cache=cache.dense)
     assert output.layers.cache is not None
     return output.head.logits(), ModelCache(output.layers.cache, output.dense_cache)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +29,9 @@ RULES: dict[str, str | tuple[str, ...]] = {
 }
 """Logical axis -> mesh axes. `replica` is a leading axis with one entry for each data-parallel replica, such as the
 gradient accumulators of a bank before they are summed."""
+
+Axes = Sequence[str | None]
+"""Logical axes of an array; None is an axis that is not sharded."""
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -62,6 +65,26 @@ def gathered_axes(logical: Sequence[str | None]) -> tuple[str | None, ...]:
 def gathered(weights: jax.Array, *logical: str | None) -> jax.Array:
     """A weight as it is used: all-gathered over the fsdp axis."""
     return constrain(weights, *gathered_axes(logical))
+
+
+def on_each_device(
+    function: Callable[..., jax.Array], operands: Sequence[jax.Array], axes: Sequence[Axes], result: Axes
+) -> jax.Array:
+    """`function(*operands)` of each device's own part of the operands: for kernels that the compiler cannot divide.
+
+    Args:
+      function: of arrays; not differentiated across devices.
+      operands: sharded, or to be sharded, by `axes`.
+      axes: logical axes of each operand.
+      result: logical axes of the result.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return function(*operands)
+    specs = tuple(spec(*names) for names in axes)
+    # Kernels of Pallas do not say over which axes their results vary.
+    on_device = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec(*result), check_vma=False)
+    return on_device(*operands)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

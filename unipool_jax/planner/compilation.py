@@ -98,9 +98,12 @@ def topology_mesh(config: Config) -> Mesh:
 
 def for_tpu(config: Config) -> Config:
     """`config` with kernels resolved for TPU: while planning, the default backend is the CPU."""
-    if config.kernels.implementation != "auto":
-        return config
-    return dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, implementation="pallas_tpu"))
+    kernels = config.kernels
+    if kernels.implementation == "auto":
+        kernels = dataclasses.replace(kernels, implementation="pallas_tpu")
+    if kernels.attention == "auto":
+        kernels = dataclasses.replace(kernels, attention="splash")
+    return dataclasses.replace(config, kernels=kernels)
 
 
 def compile_step(config: Config, mesh: Mesh) -> Program:
@@ -146,7 +149,8 @@ def compile_evaluation(config: Config, mesh: Mesh) -> Evaluation:
 def _batch(config: Config, sequences: int, mesh: Mesh) -> Batch:
     """Shapes and shardings of a batch."""
     shape, rows = (sequences, config.data.sequence_length), batch_sharding(mesh)
-    arrays: Any = (jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in (jnp.int32, jnp.int32, jnp.float32))
+    dtypes = (jnp.int32, jnp.int32, jnp.float32, *((jnp.int32,) if config.data.document_mask else ()))
+    arrays: Any = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes)
     return Batch(*arrays)
 
 

@@ -17,15 +17,9 @@ from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
+from unipool_jax.planner.attention import NARROW, WIDE, AttentionCost, attention_cost, padding
 from unipool_jax.planner.windows import LayerLoad, layer_loads
 from unipool_jax.training.step import counts_before_gradient, shares_one_bank
-
-QUERY_BLOCKS = 4
-"""Blocks of queries in `causal_attention`; block i sees the keys of the first i."""
-SEEN = (QUERY_BLOCKS + 1) / (2 * QUERY_BLOCKS)
-"""Fraction of all scores that they compute."""
-NARROW, WIDE = 2, 4
-"""Bytes of a bfloat16 and of a float32 number."""
 
 
 class Work(NamedTuple):
@@ -111,6 +105,11 @@ class _Sizes:
         own = experts / (1 if config.moe.router == "none" else self.sizes["expert"])
         return 3 * model.hidden_size * model.ffn_size * own / self.sizes["tensor"]
 
+    def attention(self, forward: int = 1) -> AttentionCost:
+        """What attention costs with so many forward passes over a layer."""
+        rows = self.tokens / self.config.data.sequence_length * self.config.model.num_heads / self.sizes["tensor"]
+        return attention_cost(self.config, self.topology, rows, forward)
+
     @property
     def block_width(self) -> float:
         """Hidden width, mean over layers, of what every token visits: always-on experts and blocks of dense layers."""
@@ -179,21 +178,9 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     flops = 2 * n * weights
     work.append(Work("projections", flops * (forward + 2), flops * (forward + 2), moved * (forward + 2)))
 
-    # Forward, the compiler computes the scores twice, for their maximum and for their exponentials, which it keeps in
-    # float32 for the product with the values. Backward, it computes them again, and four more products.
-    scores = n * config.data.sequence_length * SEEN * model.num_heads / tensor
-    product = 2 * scores * config.head_size
-    unit = at.topology.chip.matrix_unit
-    padded = math.ceil(config.head_size / unit) * unit / config.head_size
-    products = 3 * forward + 4 + (0 if config.model.remat == "full" else 1)
-    work.append(
-        Work(
-            "attention scores",
-            product * products * padded,
-            product * products,
-            scores * (2 * WIDE * forward + 5 * WIDE),
-        )
-    )
+    scores = at.attention(forward)
+    padded = scores.flops * padding(config, at.topology)
+    work.append(Work("attention scores", padded, scores.flops, scores.bytes))
 
     # Two norms, two residual sums and rotary positions, in float32 between bfloat16 arrays.
     work.append(Work("norms and sums", 0.0, 0.0, 10 * n * width * NARROW * (forward + 2)))
@@ -399,13 +386,13 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     dense = WIDE * parameters * (1 if config.num_microbatches == 1 else 2)
     tables = 2 * NARROW * model.vocab_size * model.hidden_size
     hidden = n * model.hidden_size * NARROW
-    scores = n * config.data.sequence_length * SEEN * model.num_heads / sizes["tensor"]
+    scores = at.attention()
     mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * NARROW
     products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * NARROW
     block = n * at.block_width / sizes["tensor"] * NARROW
     products, mixture = products + 2 * block, mixture + 8 * block
-    kept = {"full": hidden, "moe": 8 * hidden + 6 * scores, "none": 10 * hidden + 6 * scores + products}
-    working = 10 * hidden + 8 * scores + mixture
+    kept = {"full": hidden, "moe": 8 * hidden + scores.kept_bytes, "none": 10 * hidden + scores.kept_bytes + products}
+    working = 10 * hidden + scores.working_bytes + mixture
     logits = n * model.vocab_size / sizes["tensor"] * (WIDE + NARROW)
     return gathered + gradient + dense + tables + model.num_layers * kept[config.model.remat] + max(working, logits)
 
@@ -417,9 +404,8 @@ def _evaluation(at: _Sizes) -> float:
     mesh = dataclasses.replace(config.mesh, capacity_factor=math.inf)
     at = dataclasses.replace(at, config=dataclasses.replace(config, train=batches, mesh=mesh))
     hidden = at.tokens * model.hidden_size * NARROW
-    scores = at.tokens * config.data.sequence_length * model.num_heads / sizes["tensor"] / QUERY_BLOCKS
     rows = at.received * (model.ffn_size / sizes["tensor"] + 2 * model.hidden_size) * NARROW
     rows += at.tokens * at.block_width / sizes["tensor"] * NARROW
     tables = 2 * NARROW * model.vocab_size * model.hidden_size
     gathered = NARROW * at.bank * (config.pool.groups if sizes["fsdp"] == 1 else 1)
-    return gathered + tables + 6 * hidden + max(rows, WIDE * scores)
+    return gathered + tables + 6 * hidden + max(rows, at.attention().evaluation_bytes)

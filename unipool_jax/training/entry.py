@@ -26,7 +26,7 @@ def run(config: Config) -> int:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
-    from unipool_jax.kernels.implementations import platform_problem
+    from unipool_jax.kernels.implementations import attention_problem, platform_problem
     from unipool_jax.parallel.accelerators import check_platforms, warn_of_idle_accelerator
     from unipool_jax.parallel.processes import is_process_0, joined
     from unipool_jax.training.loop import train
@@ -37,6 +37,7 @@ def run(config: Config) -> int:
         check_platforms()
         if is_process_0():
             warn_of_idle_accelerator()
-        if problem := platform_problem(config.kernels.implementation):
-            raise ConfigError([problem])
+        found = platform_problem(config.kernels.implementation), attention_problem(config.kernels.attention)
+        if problems := [problem for problem in found if problem is not None]:
+            raise ConfigError(problems)
         return train(config)

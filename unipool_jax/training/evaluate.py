@@ -112,7 +112,10 @@ class Evaluator:
 
     def windows(self, split: SplitName) -> EvalWindows:
         """The text of `split` as windows; raises DataError if it is empty."""
-        return EvalWindows(self._corpus.stores, split, self._config.data.sequence_length, self._max_windows)
+        data = self._config.data
+        return EvalWindows(
+            self._corpus.stores, split, data.sequence_length, self._max_windows, document_mask=data.document_mask
+        )
 
     def fixed(self, split: SplitName) -> TextBatches:
         """Batches over the same text at every evaluation."""
@@ -129,7 +132,10 @@ class Evaluator:
         size = self._max_windows or len(self.windows("valid"))
         # An extension that is shorter than the time between evaluations adds none.
         totals = sorted({size * (steps // max(config.train.eval_every, 1) + 1) for steps in config.train.lengths})
-        source = WindowSource(self._corpus.stores, "valid", config.data.sequence_length, totals, config.train.seed)
+        data, seed = config.data, config.train.seed
+        source = WindowSource(
+            self._corpus.stores, "valid", data.sequence_length, totals, seed, document_mask=data.document_mask
+        )
         return TextBatches(
             lambda: moving_evaluation_batches(source, evaluation, size, **self._options),
             lambda: json_sha256([source.fingerprint(), evaluation, size]),

@@ -26,7 +26,8 @@ def flops_per_token(config: Config) -> float:
 
     6 FLOPs per weight of every matrix product (2 forward, 4 backward), counting `top_k` experts per layer and those
     that are always on, plus `6 L D S` for attention: half of the usual `12 L D S`, because the causal mask keeps half
-    of the scores. The embedding lookup is free. Recomputation is not model work, so remat lowers the MFU.
+    of the scores. A layer with a window w keeps `w - w^2 / (2 S)` of them per token instead of `S / 2`. The embedding
+    lookup is free. Recomputation is not model work, so remat lowers the MFU.
     """
     model = config.model
     width, head = model.hidden_size, config.head_size
@@ -38,7 +39,9 @@ def flops_per_token(config: Config) -> float:
     per_mixture = 3 * width * (experts_visited * model.ffn_size + config.shared_width) + gates
     blocks = config.mixture_layers * per_mixture + config.moe.dense_layers * 3 * width * config.dense_width
     weights = model.num_layers * attention + blocks + routers + width * model.vocab_size
-    scores = model.num_layers * model.num_heads * head * config.data.sequence_length
+    length, window = config.data.sequence_length, config.attention.window
+    seen = sum(length if sees_all else 2 * window - window**2 / length for sees_all in config.sees_all)
+    scores = seen * model.num_heads * head
     return 6.0 * weights + 6.0 * scores
 
 

@@ -45,6 +45,8 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
                 record(checkpoints.directory.parent, "started", 0, **parent)
                 begun = f"parameters of {parent['parent']} after step {parent['parent_step']}"
                 print(f"{begun}; optimizer, schedule and data begin anew")
+                if new := parent.get("new_parameters"):
+                    print(f"not in the parent, initialized as in a new run: {', '.join(new)}")
             return state
         shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
         return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed)), out_shardings=shardings)()

@@ -21,7 +21,7 @@ from unipool_jax.data.corpus import Corpus, open_corpus
 from unipool_jax.data.identity import text_identity
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
-from unipool_jax.kernels.implementations import resolve
+from unipool_jax.kernels.implementations import resolve, resolve_attention
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.moe.lock_lifecycle import LossExcessError
 from unipool_jax.parallel.mesh import usable_mesh
@@ -49,6 +49,7 @@ from unipool_jax.training.speed import Speed
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
+from unipool_jax.training.switching import switch_values
 from unipool_jax.training.zero_gates import zero_gate_warning
 
 EXIT_NONFINITE = 3
@@ -187,7 +188,8 @@ class _Run:
         self.progress.message(
             f"{self.folder.path}: {config.scale_name} {config.method_name} on {self.num_devices} x "
             f"{device.device_kind}, {config.total_experts} experts in {config.pool.groups} pool(s), "
-            f"{config.tokens_per_step:,} tokens per step, {resolve(config.kernels.implementation)} kernels"
+            f"{config.tokens_per_step:,} tokens per step, {resolve(config.kernels.implementation)} kernels, "
+            f"{resolve_attention(config.kernels.attention, config.model.compute_dtype, config.head_size)} attention"
         )
         if counts_before_gradient(config):
             self.progress.message(
@@ -306,8 +308,10 @@ class _Run:
         """This process's rows of the remaining training batches."""
         config = self.config
         num_windows = [steps * config.train.batch_size for steps in config.train.lengths]
-        length, seed = config.data.sequence_length, config.train.seed
-        source = WindowSource(self.corpus.stores, "train", length, num_windows, seed)
+        data, seed = config.data, config.train.seed
+        source = WindowSource(
+            self.corpus.stores, "train", data.sequence_length, num_windows, seed, document_mask=data.document_mask
+        )
         return training_batches(
             source,
             batch_size=config.train.batch_size,
@@ -339,6 +343,7 @@ class _Run:
             values["router_scale"] = host["router_scale_L"]
         zero_gates_L = host["zero_gates_L"] / self.config.tokens_per_step
         values["routing/zero_gates"] = zero_gates_L.tolist()
+        values |= switch_values(self.config, host)
         values |= self.loads(host) | {"overflow": self.buffers.take_overflow()}
         self.writer.write("train", step, values)
         left = self.speed.left(step, self.config.train.steps)

@@ -18,8 +18,8 @@ import optax
 from unipool_jax.config.schema import Config, OptimizerConfig
 from unipool_jax.moe.visibility import exposure
 
-GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale", "depth"})
-"""Parameter names of RMSNorm gains, router scales and depth vectors."""
+GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale", "switch", "depth"})
+"""Parameter names of RMSNorm gains, router scales, gates of Switch Attention and depth vectors: they do not decay."""
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:

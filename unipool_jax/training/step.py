@@ -32,6 +32,7 @@ from unipool_jax.parallel.mesh import constrain, on_mesh
 from unipool_jax.training.optimizer import next_learning_rate, run_optimizer
 from unipool_jax.training.sharding import replicated, state_shardings
 from unipool_jax.training.state import BalanceState, TrainState, join_bank, layer_inputs, split_bank, state_shapes
+from unipool_jax.training.switching import switch_penalty, zero_gate_metrics
 
 Metrics = dict[str, jax.Array]
 
@@ -142,7 +143,8 @@ def micro_batch_loss(
     """
     experts = None if weights is None else Experts(weights, accumulator)
     inputs = layer_inputs(config, micro.balance, micro.step)
-    output = apply(config, params, micro.batch.inputs, inputs, experts=experts)
+    positions = Positions(segments=micro.batch.segments)
+    output = apply(config, params, micro.batch.inputs, inputs, positions, experts)
     stats = output.layers.stats
     tokens = config.train.microbatch_size * config.data.sequence_length
     # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
@@ -155,12 +157,17 @@ def micro_batch_loss(
     if config.lock.ownership != "none":
         distance = entropy_loss(stats, tokens, config.lock.entropy_target)
         losses["loss/entropy"] = entropy_coefficient(config, micro.step) * distance
+    gates: Metrics = {}
+    if (switched := output.layers.switched) is not None:
+        tokens_penalty, gates = switch_penalty(config, switched, output.head, micro.batch)
+        losses["loss/switch"] = tokens_penalty * config.num_microbatches / micro.total_weight
     total = functools.reduce(jnp.add, losses.values())
     metrics = losses | {
         "loss/total": total,
         "overflow": overflow(config, mesh, stats.received_X),
         "received_L": jnp.max(stats.received_X, axis=-1).reshape(-1),
         "zero_gates_L": jnp.sum(stats.zero_gates_A, axis=-1).reshape(-1),
+        **gates,
     }
     passed_on = None if output.experts is None else output.experts.accumulator
     return (total, passed_on), (metrics, jax.lax.stop_gradient(stats))
@@ -181,7 +188,7 @@ def batch_load(config: Config, params: Any, experts: Experts | None, inputs: Lay
     """Share of choices per expert over all micro-batches `[m, ...]` of a batch, by a forward pass over each."""
 
     def count(carry: None, micro: Batch) -> tuple[None, jax.Array]:
-        output = apply(config, params, micro.inputs, inputs, experts=experts)
+        output = apply(config, params, micro.inputs, inputs, Positions(segments=micro.segments), experts)
         return carry, output.layers.stats.counts_AE
 
     counts_mGNAE = jax.lax.scan(count, None, micros)[1]
@@ -256,10 +263,13 @@ def _zero_metrics(config: Config) -> Metrics:
     losses = ["loss/lm", "loss/balance", "loss/z", "loss/total"]
     if config.lock.ownership != "none":
         losses.append("loss/entropy")
+    if config.attention.kind == "switch":
+        losses.append("loss/switch")
     return dict.fromkeys(losses, jnp.zeros((), jnp.float32)) | {
         "overflow": jnp.zeros((), jnp.int32),
         "received_L": jnp.zeros(config.mixture_layers, jnp.int32),
         "zero_gates_L": jnp.zeros(config.mixture_layers, jnp.int32),
+        **zero_gate_metrics(config),
     }
 
 
@@ -328,6 +338,7 @@ def make_train_step(
     optimizer and balance state stay as they were and only the step count moves on.
 
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), with UniPool-lock `loss/entropy`,
+    with attention.kind=switch `loss/switch` and `switching.gate_metrics`,
     `grad_norm`, `learning_rate`, `finite` (bool), `overflow` (rows, int32), `received_L` (int32, rows received by the
     busiest device of any micro-batch), `counts_LE` (int32), `zero_gates_L` (int32, tokens whose gates are all zero),
     and, of routers with a scale, `router_scale_L`.
@@ -352,7 +363,8 @@ def make_eval_step(
 
     def eval_step(params: Any, balance: BalanceState, batch: Batch, token_bytes_V: jax.Array) -> EvalSums:
         counted_BS = jnp.asarray(batch.weights) > 0
-        output = apply(config, params, batch.inputs, layer_inputs(config, balance), Positions(counted_BS=counted_BS))
+        positions = Positions(counted_BS=counted_BS, segments=batch.segments)
+        output = apply(config, params, batch.inputs, layer_inputs(config, balance), positions)
         stats = output.layers.stats
         losses_BS = output.head.token_losses(batch.targets)
 
