@@ -25,10 +25,10 @@ def test_pieces_give_what_whole_blocks_give(both: bool, monkeypatch: pytest.Monk
     operands, segments = heads(270, 4, 2), jnp.asarray(documents(270))
 
     def found() -> Any:
-        def product(*operands: jax.Array) -> Any:
+        def product(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
             if both:
-                return causal_attention_of_both(*operands, segments, 200)
-            return causal_attention(*operands, segments)
+                return causal_attention_of_both(query, key, value, segments, 200)
+            return causal_attention(query, key, value, segments)
 
         value, pullback = jax.vjp(product, *operands)
         return value, pullback(jax.tree.map(jnp.cos, value))
@@ -43,7 +43,7 @@ def test_pieces_give_what_whole_blocks_give(both: bool, monkeypatch: pytest.Monk
 def test_memory_of_attention_grows_with_the_sequence_not_with_its_square() -> None:
     def temporary(length: int) -> int:
         shapes = [jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)] * 3
-        gradient = jax.grad(lambda *operands: jnp.sum(causal_attention(*operands)), argnums=(0, 1, 2))
+        gradient = jax.grad(lambda q, k, v: jnp.sum(causal_attention(q, k, v)), argnums=(0, 1, 2))
         analysis: Any = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
         return int(analysis.temp_size_in_bytes)
 
