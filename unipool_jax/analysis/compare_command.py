@@ -130,8 +130,8 @@ def _pressures(groups: Sequence[Group]) -> str | None:
         return None
     listed = ", ".join(f"{name} {pressure:.2f}" for name, pressure in found.items())
     return (
-        f"Of loss.pool_coefficient unequal shares weigh on a layer in these runs ({listed}), so differences may be those "
-        "of balance; loss.pressure=layer makes maps of sharing comparable."
+        f"Of loss.pool_coefficient unequal shares weigh on a layer in these runs ({listed}), so differences may be "
+        "those of balance; loss.pressure=layer makes maps of sharing comparable."
     )
 
 
