@@ -290,8 +290,14 @@ def test_probe_figure_and_page(tmp_path: Path) -> None:
 )
 def test_the_probe_says_what_it_shows(mean: float, items: int, said: str) -> None:
     value = Difference(mean, 0.01)
-    part = _probe(Probe(3.0, [2, 3], 1, [Condition("full_pool", "learned", [value], value)], items), compose_config([]))
-    assert said in " ".join(part.words)
+    probe = Probe(3.0, [2, 3], 1, [Condition("full_pool", "learned", [value], value)], items)
+    words = " ".join(_probe(probe, compose_config([]), 0.0).words)
+    assert said in words
+    assert "no expert" not in words
+    assert "25.0% of the tokens have no expert" in " ".join(_probe(probe, compose_config([]), 0.25).words)
+    windowed = " ".join(_probe(probe, compose_config(["method=ring"]), 0.0).words)
+    assert "from the layer's window" in windowed
+    assert "full pool" not in windowed
 
 
 def test_dense_models_are_refused(tmp_path: Path) -> None:

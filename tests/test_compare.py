@@ -323,6 +323,24 @@ def test_tokens_without_an_expert_have_a_column_where_there_are_any(tmp_path: Pa
     assert load_run(old).zero_gates is None
 
 
+def test_maps_under_unequal_pressure_are_told(tmp_path: Path) -> None:
+    """A set of layers weighs as much as any other, so six pools push each layer six times as hard as one."""
+
+    def words(*settings: str) -> str:
+        folders = [
+            make_run(tmp_path, f"{len(list(tmp_path.iterdir()))}", [3.0] * 5, "scale=182m", *each.split())
+            for each in settings
+        ]
+        groups = grouped([load_run(folder) for folder in folders])
+        return " ".join(compare_parts(compare(groups, groups[0]), groups[0])[0].words)
+
+    # Over twelve layers, once and six times.
+    assert "(ring 0.08, unipool 0.50)" in words("method=ring", "method=unipool pool.groups=6")
+    assert "unequal" not in words("method=ring", "method=unipool loss.pool_coefficient=1e-3", "method=vanilla")
+    even = "loss.pressure=layer"
+    assert "unequal" not in words(f"method=ring {even}", f"method=unipool pool.groups=6 {even}")
+
+
 def test_the_command_writes_table_figures_and_page(
     sweep: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import numpy as np
 import pytest
 
 import oracles
-from runner import overrides
+from runner import final_state, overrides
 from test_megatron import documents, write_pair
 from tiny import END, tiny_config, tiny_state
+from unipool_jax.analysis.compare import check_slices, grouped, load_run
+from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
 from unipool_jax.data.corpus import open_corpus
@@ -23,12 +28,16 @@ from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import Batch, EvalWindows, WindowSource
 from unipool_jax.data.token_store import build_store
 from unipool_jax.data.tokenizer import load_tokenizer
+from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.evaluation.scoring import LanguageModel, Window, score_windows
+from unipool_jax.evaluation.text import evaluate_text
 from unipool_jax.model import documents as on_devices
 from unipool_jax.model.sampling import Sampling, generate
 from unipool_jax.model.transformer import empty_cache, forward, forward_cached
 from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.planner import compilation
+from unipool_jax.training import loop
+from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.sharding import state_shardings, to_devices
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import make_eval_step, make_train_step
@@ -255,6 +264,57 @@ def test_windows_tell_the_documents_that_the_store_knows(tmp_path: Path) -> None
     owner = np.repeat(np.arange(store.num_documents), store.document_lengths(np.arange(store.num_documents)))
     stream = owner[owner >= store.split_documents("valid")[0]][: evaluated.num_targets]
     assert [len(set(stream[i : i + 50])) for i in range(0, len(stream), 50)] == rows.segments.max(axis=1).tolist()
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with documents apart; documents are cut to be shorter than its windows."""
+    place = tmp_path_factory.mktemp("masked")
+    lines = [json.dumps({"text": f"document {number} " * (1 + number % 2)}) for number in range(60)]
+    (place / "text.jsonl").write_text("\n".join(lines))
+    words = ["train.steps=6", "data.document_mask=true", "train.eval_every=3", "train.eval_slice=moving"]
+    assert loop.train(compose_config(overrides(place, "data.sequence_length=48", *words))) == 0
+    return place / "runs" / "tiny"
+
+
+def test_a_run_keeps_documents_apart_wherever_it_reads(masked: Path) -> None:
+    """Evaluation of a split and of a file against NumPy, document by document; the mask cannot change in between."""
+    request = EvalRequest(run=str(masked), splits=("valid",))
+    config, found = evaluate_text(request).config, evaluate_text(request).results["valid"]
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    state = final_state(config, masked)
+    params = nested({name: value for name, value in state.items() if name.startswith("['params']")})["params"]
+    windows = EvalWindows(corpus.stores, "valid", 48, document_mask=True)
+    batch, total = windows.batch(range(len(windows))), 0.0
+    assert batch.segments is not None
+    for inputs, targets, segments in zip(batch.inputs, batch.targets, batch.segments, strict=True):
+        for segment in set(segments[segments > 0].tolist()):
+            own = segments == segment
+            total += own.sum() * oracles.Forward(config, params, inputs[None, own]).lm_loss(targets[None, own])
+    assert found.loss == pytest.approx(total / windows.num_targets, rel=1e-5)
+    crossed = evaluate_text(EvalRequest(run=str(masked), splits=("valid",), overrides=(("data.document_mask", False),)))
+    assert abs(crossed.results["valid"].loss - found.loss) > 1e-4
+    assert crossed.results["valid"].text == found.text  # the same targets
+
+    with pytest.raises(RunError, match=r"data\.document_mask: True there, False now"):
+        execute(["train", str(masked), "data.document_mask=false"])
+    run = load_run(str(masked))
+    other = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, document_mask=False))
+    pair = [run, dataclasses.replace(run, config=other)]
+    check_slices(pair)
+    assert len(grouped(pair)) == 2
+
+
+def nested(arrays: dict[str, np.ndarray]) -> Any:
+    """`['a']['b']` -> `{"a": {"b": ...}}`."""
+    tree: Any = {}
+    for name, array in arrays.items():
+        *path, last = re.findall(r"'([^']+)'", name)
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = array
+    return tree
 
 
 def test_a_store_without_ends_is_refused(tmp_path: Path) -> None:

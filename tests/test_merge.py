@@ -219,7 +219,8 @@ def test_layers_see_as_many_experts_as_before(shared: tuple[str, ...], of_layer:
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two layers with two experts each."""
     place = tmp_path_factory.mktemp("merge")
-    config = compose_config(overrides(place, "method=vanilla", "train.steps=2", "train.eval_batches=null"))
+    settings = ["train.steps=2", "train.eval_batches=null", "data.document_mask=true"]
+    config = compose_config(overrides(place, "method=vanilla", *settings))
     text = text_identity(open_corpus(config.data, config.model.vocab_size))
     write_run(place / "runs" / "parent", config, scaled(config), Origin(text=text))
     return place / "runs" / "parent"

@@ -84,7 +84,7 @@ def test_windows_are_said_with_the_load_of_the_busiest_device() -> None:
         config = small("ring", *tied, f"mesh.expert_placement={placement}")
         lines = report.text(made_up(compiled=False)._replace(config=config, sizes=sizes)).splitlines()
         found += [line for line in lines if line.startswith("windows")]
-    said = "windows: layers see 8 to 8 of 32 experts; with even routing the busiest device receives"
+    said = "windows: layers see 8 of 32 experts; with even routing the busiest device receives"
     assert found[0] == f"{said} 1.00 times the mean (mesh.expert_placement=auto)"
     assert found[1].startswith(f"{said} 4.00 times the mean (mesh.expert_placement=contiguous), more than the 3 that")
     assert "windows" not in report.text(made_up(compiled=False))

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.pytorch_baseline.sharing import balance_sets
 from benchmarks.pytorch_baseline.train import Trainer
+from benchmarks.twin_settings import twin_settings
 from tiny import METHODS, WINDOWS, tiny_batch, tiny_config
 from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.opening import open_experts
+from unipool_jax.moe.scope import pool_scope
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import make_train_step
 
@@ -129,6 +132,23 @@ def test_methods_of_sharing(method: str) -> None:
     assert len(gaps) == OTHER_STEPS
     assert max(gaps) < 1e-5
     assert last < 1e-4
+
+
+@pytest.mark.parametrize("pressure", ["scope", "layer"])
+@pytest.mark.parametrize("scope", ["layer", "component", "bank"])
+@pytest.mark.parametrize("words", ["pool.starts=ring", "pool.starts=sliding", "pool.starts=wide_runs", "pool.groups=2"])
+def test_both_balance_over_the_same_layers_and_shares(words: str, scope: str, pressure: str) -> None:
+    config = tiny_config("unipool", words, f"loss.scope={scope}", f"loss.pressure={pressure}")
+    table = pool_scope(config)
+    if table is None:  # the published loss, in which the twin has the same sets as below
+        return
+    sets = sorted(balance_sets(twin_settings(config)))
+    assert [members.layers for members in sets] == [np.flatnonzero(row).tolist() for row in table.mean_SL]
+    for members, weight_M in zip(sets, table.weight_SM, strict=True):
+        expected = np.zeros(config.total_experts)
+        for expert, share in members.target.items():
+            expected[expert] = members.weight / share
+        np.testing.assert_allclose(weight_M, expected, rtol=1e-6)
 
 
 def compare_steps(config: Config, state: TrainState, trainer: Trainer, steps: int) -> tuple[list[float], float]:

@@ -173,10 +173,11 @@ class Trainer:
         for experts in self.seen[: settings.layers_per_pool]:
             uses[experts] += 1
         divisor_M11 = (uses.sqrt() if settings.reuse_divisor == "sqrt" else uses).view(-1, 1, 1)
+        undivided = rate * settings.weight_decay if settings.reuse_decay == "compensated" else 0.0
         matrices = [matrix for pool in self.model.experts for matrix in pool.parameters()]
         for matrix, old in zip(matrices, before, strict=True):
-            whole = -rate * settings.weight_decay * old if settings.reuse_decay == "compensated" else 0 * old
-            matrix.copy_(old + (matrix - old - whole) / divisor_M11.to(old.device) + whole)
+            decayed = old - undivided * old
+            matrix.copy_(decayed + (matrix - decayed) / divisor_M11.to(old.device))
 
     @torch.no_grad()
     def _update_expert_bias(self, counts_LM: Tensor) -> None:

@@ -31,6 +31,7 @@ from unipool_jax.analysis.requests import CompareRequest
 from unipool_jax.config.files import write_json, write_text
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.config.words import to_words
+from unipool_jax.moe.scope import layer_pressure
 from unipool_jax.training.metrics import plain_json
 from unipool_jax.training.run_folder import CONFIG
 
@@ -93,6 +94,8 @@ def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
         "Validation loss at the end of training, in nats per token; ± is one standard error over seeds. Load and "
         "experts are those of the last evaluation; no expert: tokens whose gates are all zero, mean over layers."
     ]
+    if pressure := _pressures(groups):
+        words.append(pressure)
     found = [Part("Results", words, table=table_of(rows))]
     differences = differences_of(rows)
     if differences.rows:
@@ -118,6 +121,18 @@ def compare_parts(rows: Sequence[Row], baseline: Group) -> list[Part]:
         draw = partial(figures.curves_figure, loads, "busiest expert over mean load")
         found.append(Part("Balance over training", text, ("load", draw), "Load of the busiest expert over steps."))
     return found + _sweeps(rows, baseline)
+
+
+def _pressures(groups: Sequence[Group]) -> str | None:
+    """A warning where the pool loss pushes the layers of some groups harder than those of others."""
+    found = {group.name: layer_pressure(group.config) for group in groups if group.config.loss.balance == "pool"}
+    if not found or max(found.values()) <= 1.01 * min(found.values()):
+        return None
+    listed = ", ".join(f"{name} {pressure:.2f}" for name, pressure in found.items())
+    return (
+        f"Of loss.pool_coefficient unequal shares weigh on a layer in these runs ({listed}), so differences may be "
+        "those of balance; loss.pressure=layer makes maps of sharing comparable."
+    )
 
 
 def _curves(rows: Sequence[Row], baseline: Group) -> list[Part]:

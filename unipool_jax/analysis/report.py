@@ -39,9 +39,8 @@ def facts(analysis: Analysis) -> dict[str, str]:
     if _can_be_zero(analysis):
         worst = int(analysis.zero_gates_L.argmax())
         share, most = _percent(float(analysis.zero_gates_L.mean())), _percent(float(analysis.zero_gates_L[worst]))
-        found["tokens without an expert, mean over layers"] = (
-            f"{share} (layer {config.moe.dense_layers + worst}: {most})"
-        )
+        worst += config.moe.dense_layers
+        found[f"tokens without an expert, mean over layers (layer {worst}: {most})"] = share
     if analysis.probe is not None:
         added = analysis.probe.conditions[0].average.mean
         found["added loss when a deep layer routes at random"] = f"{added:+.4f}"
@@ -64,7 +63,9 @@ def parts(analysis: Analysis, history: Sequence[Mapping[str, Any]]) -> list[Part
     if analysis.seen_together.any():
         sections.append(_similarity(analysis))
     if analysis.probe is not None:
-        sections.append(_probe(analysis.probe, analysis.config))
+        rows = np.array(analysis.probe.layers) - analysis.config.moe.dense_layers
+        without = float(analysis.zero_gates_L[rows].mean())
+        sections.append(_probe(analysis.probe, analysis.config, without))
     if analysis.task_probe is not None:
         sections.append(_task_probe(analysis.task_probe, analysis.config))
     first = analysis.config.moe.dense_layers
@@ -137,8 +138,8 @@ def _zero_gates(analysis: Analysis, history: Sequence[Mapping[str, Any]]) -> Par
     worst, mean = config.moe.dense_layers + int(share_L.argmax()), float(share_L.mean())
     over_time = layers_of(history, "train", "routing/zero_gates", len(share_L))
     words = [
-        "NormRouter's scores of a token can all be zero. Then no expert computes for it in that layer; it is counted "
-        "for the expert of the lowest number that the layer sees, whose load above is too high by so much.",
+        "NormRouter's scores of a token can all be zero. Then no expert adds anything to it in that layer. It is still "
+        "sent to the expert of the lowest number that the layer sees, and counted in its load above.",
         f"Of the tokens of this text {_percent(mean)} have no expert, on average over layers; in layer {worst} it is "
         f"{_percent(float(share_L.max()))}.",
         _balance_words(config),
@@ -309,7 +310,8 @@ def _similarity(analysis: Analysis) -> Part:
     return Part("Do experts look alike?", words, ("similarity", draw), "Histogram and heat map of cosines.")
 
 
-def _probe(probe: Probe, config: Config) -> Part:
+def _probe(probe: Probe, config: Config, without: float) -> Part:
+    """The section of the probe; `without` is the share of tokens without an expert in the probed layers."""
     first = probe.conditions[0]
     added = paired_of(first.average.mean, first.average.standard_error, probe.items)
     words = [
@@ -324,6 +326,11 @@ def _probe(probe: Probe, config: Config) -> Part:
         f"{probe.layers[0]} to {probe.layers[-1]}. 95% interval over {probe.items} windows of text: {interval}; "
         f"that the choice matters is {reading}."
     )
+    if without > 0.01:
+        words.append(
+            f"{_percent(without)} of the tokens have no expert in these layers. With the gates of the learned routing "
+            "nothing changes for them, which keeps these bars low."
+        )
     if len(probe.conditions) > 2:
         words.append(
             "Drawing only from the layer's 8 busiest experts makes the test comparable with a mixture of 8 experts per "

@@ -103,9 +103,10 @@ def _inherited(origin: Origin, config: Config, target: Config, corpus: Corpus) -
 
 def _windows(config: Config, corpus: Corpus, request: MergeRequest) -> WindowSource:
     """The text that inputs of experts are drawn from, at most one epoch of the train split."""
-    length = config.data.sequence_length
+    data = config.data
     tokens = min(request.tokens, corpus.num_tokens("train") - 1)
-    return WindowSource(corpus.stores, "train", length, max(tokens // length, 1), request.seed)
+    windows, mask = max(tokens // data.sequence_length, 1), data.document_mask
+    return WindowSource(corpus.stores, "train", data.sequence_length, windows, request.seed, document_mask=mask)
 
 
 def _passes(windows: WindowSource) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.convert.joining import Banks
 from unipool_jax.convert.weights import Weights
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.model.transformer import apply
+from unipool_jax.model.transformer import Positions, apply
 from unipool_jax.moe.mixture import Visits
 from unipool_jax.training.state import init_balance, layer_inputs
 
@@ -130,7 +130,8 @@ def _looker(config: Config, weights: Weights, layers: tuple[int, ...]) -> Callab
     @jax.jit
     def look(params: Any, batch: Batch) -> list[Visits]:
         inputs = layer_inputs(config, init_balance(config)._replace(expert_bias_GNE=bias_GNE))
-        found = apply(config, params, batch.inputs, inputs, keep_routing=True).layers.visits
+        text = Positions(segments=batch.segments)
+        found = apply(config, params, batch.inputs, inputs, text, keep_routing=True).layers.visits
         by_layer = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
         return [jax.tree.map(operator.itemgetter(layer), by_layer) for layer in layers]
 

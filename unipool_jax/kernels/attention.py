@@ -86,8 +86,16 @@ def cudnn_attention(
     window: int | None = None,
 ) -> jax.Array:
     """cuDNN's fused attention on NVIDIA GPUs, for 16-bit operands. Segments are a mask of S x S bits a row."""
-    same = None if segments_BS is None else (segments_BS[:, :, None] == segments_BS[:, None])[:, None]
-    return jax.nn.dot_product_attention(
+    length, same = query_BSHC.shape[1], None
+    if segments_BS is not None:
+        # With a mask cuDNN has gradients for even lengths alone. What is padded is behind every query that counts.
+        odd = length % 2
+        segments_BS = jnp.pad(segments_BS, ((0, 0), (0, odd)), mode="edge")
+        query_BSHC, key_BSHC, value_BSHC = (
+            jnp.pad(array, ((0, 0), (0, odd), (0, 0), (0, 0))) for array in (query_BSHC, key_BSHC, value_BSHC)
+        )
+        same = (segments_BS[:, :, None] == segments_BS[:, None])[:, None]
+    mixed_BSHC = jax.nn.dot_product_attention(
         query_BSHC,
         key_BSHC,
         value_BSHC,
@@ -96,6 +104,7 @@ def cudnn_attention(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
+    return mixed_BSHC[:, :length]
 
 
 PRODUCTS: dict[str, Callable[..., jax.Array]] = {

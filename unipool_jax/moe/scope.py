@@ -67,6 +67,13 @@ def pool_scope(config: Config) -> Scope | None:
     return Scope(mean_SL.astype(np.float32), weight_SM.astype(np.float32))
 
 
+def layer_pressure(config: Config) -> float:
+    """Share of loss.pool_coefficient that weighs on a layer, mean over layers: more sets push each layer harder."""
+    layers, scope = len(visible_experts(config)), pool_scope(config)
+    sets = config.pool.groups if scope is None else len(scope.mean_SL)
+    return (1 if config.loss.pressure == "layer" else sets) / layers
+
+
 def scoped_load(scope: Scope, counts_GNAE: jax.Array) -> jax.Array:
     """fbar: share of the choices of a set's layers that went to each expert, float32 `[S, M]`; rows sum to 1."""
     counts_LM = _by_bank(jnp.sum(counts_GNAE, axis=2).astype(jnp.float32))

@@ -203,9 +203,11 @@ def _windows(plan: Plan) -> list[str]:
         return []
     mesh, windows = plan.config.mesh, plan.config.windows
     busiest = max(load.busiest for load in layer_loads(plan.config, plan.sizes))
+    narrow, wide = min(windows.widths), max(windows.widths)
+    widths = narrow if narrow == wide else f"{narrow} to {wide}"
     room = UNMEASURED_FACTOR if mesh.capacity_factor is None else mesh.capacity_factor
     found = (
-        f"windows: layers see {min(windows.widths)} to {max(windows.widths)} of {windows.experts} experts; with even "
+        f"windows: layers see {widths} of {windows.experts} experts; with even "
         f"routing the busiest device receives {busiest:.2f} times the mean "
         f"(mesh.expert_placement={mesh.expert_placement})"
     )
