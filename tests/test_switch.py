@@ -130,6 +130,24 @@ def test_the_weight_falls_with_loss_and_disagreement_and_is_bounded() -> None:
     assert (penalty_weight(fixed, losses, apart + 0 * losses) == jnp.float32(0.02)).all()
 
 
+@pytest.mark.parametrize("kind", ["mean", "sum", "relative"])
+def test_a_model_cannot_pay_less_by_predicting_worse(kind: str) -> None:
+    """Neither the loss nor the disagreement has a gradient from the penalty; the logit has."""
+    settings = AttentionConfig(kind="switch", disagreement=kind)  # type: ignore[arg-type]
+    random = np.random.default_rng(0)
+    to_all, to_window = (jnp.asarray(random.normal(size=(1, 5, 4, 8)), jnp.float32) for _ in range(2))
+
+    def paid(loss: jax.Array, logit: jax.Array, to_all: jax.Array, to_window: jax.Array) -> jax.Array:
+        found = Switched(logit, logit > 0, disagreement(settings, to_all, to_window))
+        return penalty(settings, found, loss, jnp.ones((1, 5)))
+
+    ones = jnp.ones((1, 5))
+    to_loss, to_logit, *to_results = jax.grad(paid, argnums=(0, 1, 2, 3))(ones, ones, to_all, to_window)
+    assert (to_logit > 0).all()
+    assert not to_loss.any()
+    assert not any(gradient.any() for gradient in to_results)
+
+
 def test_three_ways_to_disagree() -> None:
     random = np.random.default_rng(0)
     to_all, to_window = random.normal(size=(2, 1, 5, 4, 8)).astype(np.float32)

@@ -114,7 +114,7 @@ def _usage(analysis: Analysis) -> Part:
     if (windows := config.windows) is not None:
         words.append(
             f"A layer sees {_range(windows.widths)} of the {experts} experts, and an expert is seen by "
-            f"{_range(windows.exposure().tolist())} of the {config.mixture_layers} layers; what a layer does not see "
+            f"{_range(windows.exposure().tolist())} of the {len(counts_LM)} layers; what a layer does not see "
             "is blank. Uniform use, and the mean load of an expert here and below, is that of layers that choose "
             "evenly among what they see."
         )
