@@ -82,9 +82,10 @@ CASES = (
     Case("two_pools", (UNIPOOL, "pool.groups=2", *MAPS)),
     Case("ring_16_of_32", ("method=ring", "pool.span=2", *MAPS)),
     Case("tied_inner_32", ("method=tied_inner", "pool.starts=wide_runs", "pool.ends=1", "pool.span=2")),
-    # Two experts a token.
+    # Two experts a token; of cs_moe one is the layer's own and always on.
     Case("vanilla_top2", ("method=vanilla", "moe.top_k=2")),
     Case("unipool_top2", (UNIPOOL, "moe.top_k=2")),
+    Case("cs_moe", ("method=cs_moe",)),
     # Twice the layers, with a pool of 64.
     Case("dense_8_layers", ("method=dense", *DEEP)),
     Case("vanilla_8_layers", ("method=vanilla", *DEEP)),
