@@ -300,7 +300,8 @@ def test_an_evaluation_has_room_for_every_row() -> None:
 def test_long_sequences_are_bound_by_their_scores_in_evaluation() -> None:
     config = small("unipool", "data.sequence_length=8192", "moe.top_k=1", "model.ffn_size=128")
     tokens = 8 * 8192 / 4
-    scores = moved((tokens * 8192 * 4 / 4, FULL, 1))
+    # Of four heads, 512 queries at a time.
+    scores = moved((tokens * 512 * 4, FULL, 1))
     weights = moved((3 * D * 128 * EXPERTS / 2, HALF, 1), (V * D, HALF, 2))
     found = work.count(config, SIZES, TOPOLOGY).evaluation_bytes
     assert found == weights + moved((tokens * D, HALF, 6)) + scores

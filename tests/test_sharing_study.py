@@ -54,7 +54,7 @@ def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def test_a_lane_is_a_run(text: Path, out: Path) -> None:
+def test_a_lane_is_a_run_and_what_is_kept_of_it(text: Path, out: Path) -> None:
     """The losses of each lane are those of the training step by itself on the batches of its seed."""
     for seed in (1, 2):
         config = CASE.config(text, seed)
@@ -67,9 +67,6 @@ def test_a_lane_is_a_run(text: Path, out: Path) -> None:
             losses.append(float(metrics["loss/lm"]))
         logged = [line["loss/lm"] for line in lines_of(out / "runs" / f"unipool-seed{seed}", "train")]
         np.testing.assert_allclose(logged, np.reshape(losses, (4, 2)).mean(axis=1), rtol=1e-6)
-
-
-def test_what_is_kept_of_a_run(text: Path, out: Path) -> None:
     run = out / "runs" / "unipool-seed2"
     assert [line["step"] for line in lines_of(run, "valid")] == [2, 4, 6, 8]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
