@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.pytorch_baseline.positions import frequencies
+from benchmarks.pytorch_baseline.settings import Settings
 from benchmarks.pytorch_baseline.sharing import balance_sets
 from benchmarks.pytorch_baseline.train import Trainer
 from benchmarks.twin_settings import twin_settings
 from tiny import METHODS, WINDOWS, tiny_batch, tiny_config
 from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
-from unipool_jax.config.schema import Config
+from unipool_jax.config.schema import Config, ModelConfig
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.model.rope import slowdown
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.opening import open_experts
 from unipool_jax.moe.scope import pool_scope
@@ -56,6 +61,12 @@ SHARING = {
     "cs_moe": ("moe.shared_experts=2", "moe.shared_expert_gate=true"),
     "more": ("moe.dense_layers=1", "moe.dense_ffn_size=20", *_SMALL),
 }
+
+ROPE = (
+    {"rope_scaling": "yarn", "rope_base": 1e6, "rope_original_length": 1024, "rope_factor": 4.0},
+    {"rope_scaling": "yarn", "rope_original_length": 256, "rope_beta_fast": 16.0, "rope_beta_slow": 2.0},
+    {"rope_scaling": "linear", "rope_original_length": 64, "rope_factor": 2.0},
+)
 
 SLOW_VARIANTS = {
     "vanilla_normrouter",
@@ -223,3 +234,11 @@ def test_bfloat16(variant: str) -> None:
     assert loss_gap < 2e-3
     if variant in ("dense", "unipool, every expert"):
         assert gradient_gap < 0.12
+
+
+@pytest.mark.parametrize("settings", ROPE)
+def test_both_scale_the_same_frequencies(settings: dict[str, Any]) -> None:
+    model, channels = ModelConfig(**settings), 64
+    plain = model.rope_base ** (-np.arange(0, channels, 2) / channels)
+    theirs = frequencies(Settings(hidden_size=channels, num_heads=1, **settings | {"rope_base": model.rope_base}))
+    np.testing.assert_allclose(plain * slowdown(model, channels), theirs, rtol=1e-6)
