@@ -160,6 +160,7 @@ def test_a_token_reads_the_window_however_long_the_text_is() -> None:
 ALTERNATING = ("attention.kind=alternating", "attention.window=3", "attention.full_layers=[0,3]")
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_changes_no_gradient() -> None:
     """The products of the two kinds are recomputed by themselves, or with their layer."""
     found = {}

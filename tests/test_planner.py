@@ -361,10 +361,10 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
     [
         ("unipool", ()),
         ("vanilla", ("loss.switch_group_sequences=8",)),
-        ("vanilla", ("loss.switch_group_sequences=8", "model.remat=none")),
+        pytest.param("vanilla", ("loss.switch_group_sequences=8", "model.remat=none"), marks=pytest.mark.slow),
         ("unipool", ("pool.groups=2", "model.remat=moe")),
         ("sliding", ("train.batch_size=8", "model.remat=none")),
-        ("unipool", (*AROUND, "model.remat=moe")),
+        pytest.param("unipool", (*AROUND, "model.remat=moe"), marks=pytest.mark.slow),
     ],
 )
 def test_counted_collectives_are_those_compiled(method: str, more: tuple[str, ...]) -> None:

@@ -38,7 +38,9 @@ def test_a_policy_around_it_does_not_reach_into_a_recomputed_function() -> None:
     np.testing.assert_allclose(jax.grad(loss(recompute(block)))(weights), jax.grad(loss(block))(weights), rtol=1e-6)
 
 
-@pytest.mark.parametrize("more", [("vanilla",), ("unipool", "pool.groups=2"), ("unipool",)])
+@pytest.mark.parametrize(
+    "more", [("vanilla",), ("unipool",), pytest.param(("unipool", "pool.groups=2"), marks=pytest.mark.slow)]
+)
 def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
     """Products of the traced step over fsdp 2, where pools are gathered again, and on one device."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])

@@ -244,7 +244,12 @@ def test_the_scope_of_components_is_the_published_loss_over_pools() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["pool.starts=ring", "pool.starts=sliding pool.span=3", "pool.starts=runs pool.ends=1"]
+    "words",
+    [
+        "pool.starts=sliding pool.span=3",
+        pytest.param("pool.starts=ring", marks=pytest.mark.slow),
+        pytest.param("pool.starts=runs pool.ends=1", marks=pytest.mark.slow),
+    ],
 )
 def test_exact_statistics_do_not_depend_on_the_micro_batch(words: str) -> None:
     whole = tiny_config("unipool", *words.split(), "loss.scope=bank")
