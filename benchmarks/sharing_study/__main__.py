@@ -17,12 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.sharing_study.cases import CASES, SEEDS, Case
+from benchmarks.sharing_study.cases import CASES, RESULTS, SEEDS, Case
 from benchmarks.sharing_study.lanes import train
 from unipool_jax.data.corpus import open_corpus
 from unipool_jax.training.run_folder import SUMMARY
-
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "sharing_study"
 
 
 def run(case: Case, seeds: list[int], text: Path, out: Path) -> None:

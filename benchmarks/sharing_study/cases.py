@@ -9,6 +9,7 @@ from benchmarks.sharing_study.text import TOKENIZER, VOCAB_SIZE
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
 
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "sharing_study"
 SEEDS = (1, 2, 3, 4, 5)
 RATES = (2e-3, 4e-3, 8e-3)
 STEPS = 4880

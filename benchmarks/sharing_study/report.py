@@ -18,12 +18,11 @@ import matplotlib
 import numpy as np
 
 from benchmarks.intervals import Losses, difference_cells
-from benchmarks.sharing_study.cases import CASES
+from benchmarks.sharing_study.cases import CASES, RESULTS
 from unipool_jax.analysis.history import read_history
 from unipool_jax.analysis.paired import CELLS, paired
 from unipool_jax.training.run_folder import SUMMARY, read_summary
 
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "sharing_study"
 TEXTS = ("valid", "held_out")
 MAIN = ("dense", "vanilla", "unipool", "unipool_centered")
 AT_ONE_RATE = (
