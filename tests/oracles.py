@@ -122,8 +122,8 @@ def attention(
     window: int | None = None,
 ) -> np.ndarray:
     """Causal grouped-query attention on one sequence `[S, D]`, head by head."""
-    length, width = x.shape
-    size = width // heads
+    length = len(x)
+    size = weights["query"].shape[1] // heads
     outputs = []
     for head in range(heads):
         shared = head // (heads // kv_heads)
@@ -194,7 +194,7 @@ class Forward:
         heads = model.num_heads, model.num_kv_heads, model.rope_base
         if settings.kind != "switch":
             return attention(x, own, *heads, self._window(layer))
-        mixed = own | {"output": np.eye(x.shape[1])}
+        mixed = own | {"output": np.eye(own["query"].shape[1])}
         to_all, to_window = (attention(x, mixed, *heads, window) for window in (None, settings.window))
         logit = x @ own["switch"]
         full = np.array([z > 0 and t >= settings.window for t, z in enumerate(logit)])

@@ -70,6 +70,7 @@ def test_the_methods_are_valid(method: str) -> None:
 RELATIONS = [
     ("model.hidden_size=130", "model.hidden_size=130", "132"),
     ("model.hidden_size=132", "model.num_heads=4", "33"),
+    ("model.head_size=33", "model.head_size=33", "even"),
     ("model.num_kv_heads=3", "model.num_kv_heads=3", "1, 2, 4"),
     ("attention.kind=window attention.window=256", "attention.window=256", "data.sequence_length=256"),
     ("attention.gate=full", "attention.gate=full", "attention.kind=switch"),

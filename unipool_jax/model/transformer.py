@@ -143,7 +143,9 @@ def _without_experts(module: Layer | DenseLayer) -> LayerWeights:
     model, ones, width = module.config.model, nn.initializers.ones, (module.config.model.hidden_size,)
     return LayerWeights(
         attention_norm_D=module.param("attention_norm", ones, width, jnp.float32),
-        attention=Attention(model, module.config.attention.kind == "switch", name="attention")(),
+        attention=Attention(
+            model, module.config.head_size, module.config.attention.kind == "switch", name="attention"
+        )(),
         ffn_norm_D=module.param("ffn_norm", ones, width, jnp.float32),
         router=None,
         shared=None,
