@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,7 @@ class Forward:
       logits: `[B, S, V]`.
       scores, experts: one array per layer with experts, `[B S, E]` and `[B S, k]`.
       switched: with attention.kind=switch, by layer and sequence: logits, gates and disagreement (mean), `[S]` each.
+      hidden: before each layer and after the last, `[B, S, D]`; normed: the output of the final norm.
     """
 
     def __init__(self, config: Config, params: Any, tokens: np.ndarray, expert_bias: np.ndarray | None = None):
@@ -167,9 +169,11 @@ class Forward:
         self.scores: list[np.ndarray] = []
         self.experts: list[np.ndarray] = []
         self.switched: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.hidden: list[np.ndarray] = []
         model = config.model
         x = wide["embedding"][tokens]
         for layer in range(model.num_layers):
+            self.hidden.append(x)
             dense = layer < first
             pool, inner = divmod(layer - first, config.layers_per_pool)
             own = _index(wide["dense"], layer) if dense else _index(_index(layers, pool), inner)
@@ -187,7 +191,9 @@ class Forward:
             if config.moe.shared_experts:
                 mixed = mixed + always_on(normed, own["shared"])
             x = x + mixed.reshape(x.shape)
-        self.logits = rms_norm(x, wide["final_norm"], model.norm_epsilon) @ wide["output"].T
+        self.hidden.append(x)
+        self.normed = rms_norm(x, wide["final_norm"], model.norm_epsilon)
+        self.logits = self.normed @ wide["output"].T
 
     def _attend(self, x: np.ndarray, own: dict[str, np.ndarray], layer: int) -> np.ndarray:
         model, settings = self.config.model, self.config.attention
@@ -260,6 +266,63 @@ class Forward:
         """Mean cross-entropy in nats."""
         log_probability = np.log(softmax(self.logits))
         return float(-np.take_along_axis(log_probability, targets[..., None], -1).mean())
+
+
+class Importances(Forward):
+    """What each part of a model adds up to on a text, for pruning; every token counts.
+
+    Attributes:
+      layers: 1 - mean cosine of hidden states before and after.
+      channels: absolute outputs of all pre-norms.
+      groups: `[L, G]`, norms of the outputs of heads, summed over the heads that share keys.
+      neurons: absolute activations by layer, expert and neuron.
+      outputs: gate times norm of the expert's output, by layer and expert.
+    """
+
+    def __init__(self, config: Config, params: Any, tokens: np.ndarray):
+        model = config.model
+        layers, experts = model.num_layers, config.experts_per_pool
+        self.channels = np.zeros(model.hidden_size)
+        self.groups = np.zeros((layers, model.num_kv_heads))
+        self.neurons = np.zeros((layers, experts, model.ffn_size))
+        self.outputs = np.zeros((layers, experts))
+        self._layer = 0
+        super().__init__(config, params, tokens)
+        self.channels += np.abs(self.normed).sum(axis=(0, 1))
+        pairs = list(zip(self.hidden, self.hidden[1:], strict=False))
+        self.layers = np.array([1 - np.mean([_cosine(a, b) for a, b in _tokens(*pair)]) for pair in pairs])
+
+    def _attend(self, x: np.ndarray, own: dict[str, np.ndarray], layer: int) -> np.ndarray:
+        model = self.config.model
+        self._layer = layer
+        self.channels += np.abs(x).sum(axis=0)
+        mixed = own | {"output": np.eye(own["query"].shape[1])}
+        heads = super()._attend(x, mixed, layer).reshape(len(x), model.num_heads, -1)
+        for head in range(model.num_heads):
+            group = head // (model.num_heads // model.num_kv_heads)
+            self.groups[layer, group] += sum(math.sqrt((row**2).sum()) for row in heads[:, head])
+        return super()._attend(x, own, layer)
+
+    def _mixture(
+        self, x: np.ndarray, own: Any, bank: Any, bias: np.ndarray | None, seen: np.ndarray | None
+    ) -> np.ndarray:
+        self.channels += np.abs(x).sum(axis=0)
+        out = super()._mixture(x, own, bank, bias, seen)
+        for token, chosen, scores in zip(x, self.experts[-1], self.scores[-1], strict=True):
+            for index in chosen:
+                gate = token @ bank["gate"][index]
+                active = gate / (1 + np.exp(-gate)) * (token @ bank["up"][index])
+                self.neurons[self._layer, index] += np.abs(active)
+                self.outputs[self._layer, index] += scores[index] * np.linalg.norm(active @ bank["down"][index])
+        return out
+
+
+def _tokens(*hidden: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    return zip(*(array.reshape(-1, array.shape[-1]) for array in hidden), strict=True)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
 
 
 def merging_costs(

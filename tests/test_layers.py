@@ -26,7 +26,8 @@ ALLOWED = {
     "convert": _TRAINING,
     "planner": _TRAINING,
     "analysis": _TRAINING | {"evaluation"},
-    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
+    "pruning": _TRAINING | {"evaluation", "convert", "analysis"},
+    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }

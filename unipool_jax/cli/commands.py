@@ -125,6 +125,13 @@ COMMANDS = (
         (CONFIG_DIR,),
     ),
     Command(
+        "prune",
+        "Make a smaller model of a trained one.",
+        "unipool_jax.pruning.requests:PruneRequest",
+        "unipool_jax.pruning.command:prune_command",
+        (CONFIG_DIR,),
+    ),
+    Command(
         "data",
         "Tokenise files of text into a token store, or check a store.",
         "unipool_jax.data.requests:DataRequest",

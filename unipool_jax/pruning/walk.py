@@ -1,0 +1,212 @@
+"""Runs a model layer by layer: with any of its layers left out, or looking at what goes on inside.
+
+A layer is compiled once for all layers of its kind, so trying what the model is without one compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unipool_jax.config.schema import Config
+from unipool_jax.data.pipeline import Batch
+from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.model.attention import AttentionWeights, attention_heads
+from unipool_jax.model.transformer import DenseLayer, Layer, LayerInputs, Positions, rms_norm
+from unipool_jax.moe.mixture import Selection, Visits
+from unipool_jax.moe.visibility import layer_windows
+from unipool_jax.parallel.head import Head
+from unipool_jax.parallel.linear import linear, lookup
+from unipool_jax.pruning.layers import Layered, Tree, pool_of
+
+
+class Probe(NamedTuple):
+    """What was seen inside one layer, summed over the tokens that count, float32."""
+
+    channels_D: jax.Array
+    """Absolute outputs of its two pre-norms."""
+    heads_H: jax.Array
+    """Norms of the outputs of its attention heads, before the output projection."""
+    cosine: jax.Array
+    """Between hidden states before and after the layer."""
+    block_F: jax.Array | None
+    """Absolute activations of the block that every token visits: of a layer of moe.dense_layers, or of the always-on
+    experts; None without."""
+    neurons_EF: jax.Array | None
+    """Absolute activations of each expert on what it was given; None in a layer of moe.dense_layers."""
+    outputs_E: jax.Array | None
+    """Gate times the norm of the expert's output."""
+    counts_E: jax.Array | None
+    """Choices of each expert."""
+
+
+class _Given(NamedTuple):
+    """One layer with all that it needs."""
+
+    params: Tree
+    bank: Bank | None
+    inputs: LayerInputs
+
+
+class Walk:
+    """A model that is run layer by layer, on one device.
+
+    Args:
+      config: of the model.
+      model: its weights.
+    """
+
+    def __init__(self, config: Config, model: Layered):
+        self.config = config
+        self._ends = jax.device_put(model.ends)
+        banks = [jax.device_put(Bank(*(bank[name] for name in ("gate", "up", "down")))) for bank in model.banks]
+        windows, dense = layer_windows(config), config.moe.dense_layers
+        kinds = config.sees_all if config.attention.kind == "alternating" else (None,) * config.model.num_layers
+        self._layers = []
+        for layer, params in enumerate(model.layers):
+            pool, row, sees_all = pool_of(config, layer), layer - dense, kinds[layer]
+            selection = Selection(jnp.zeros(1))
+            if pool is not None:
+                window = None if windows is None else jax.tree.map(lambda leaf, row=row: leaf[row], windows)
+                selection = Selection(jnp.asarray(model.biases[row]), window=window)
+            bank = None if pool is None else banks[pool]
+            self._layers.append(_Given(jax.device_put(params), bank, LayerInputs(selection, sees_all=sees_all)))
+
+    def loss(self, batches: Sequence[Batch], layers: Sequence[int]) -> float:
+        """Mean loss in nats per token with only these layers."""
+        total, tokens = 0.0, 0.0
+        for batch in batches:
+            hidden = self.embed(batch)
+            for layer in layers:
+                hidden = self._step(layer, hidden, batch)
+            total += float(_loss(self.config, self._ends, hidden, batch.targets, batch.weights))
+            tokens += float(batch.weights.sum())
+        return total / tokens
+
+    def embed(self, batch: Batch) -> jax.Array:
+        """Hidden states before the first layer, `[B, S, D]`."""
+        return _embed(self.config, self._ends, batch.inputs)
+
+    def _step(self, layer: int, hidden_BSD: jax.Array, batch: Batch) -> jax.Array:
+        return _step(self.config, self._layers[layer], hidden_BSD, batch.segments)
+
+    def probe(self, layer: int, hidden_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, Probe]:
+        """Hidden states after a layer, and what was seen inside."""
+        return _probed(self.config, self._layers[layer], hidden_BSD, batch.segments, batch.weights > 0)
+
+    def final_channels(self, hidden_BSD: jax.Array, batch: Batch) -> jax.Array:
+        """Absolute outputs of the final norm, summed over the tokens that count, `[D]`."""
+        return _channels(self.config, hidden_BSD, self._ends["final_norm"], batch.weights > 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(config: Config, ends: Tree, tokens_BS: jax.Array) -> jax.Array:
+    return lookup(ends["embedding"], tokens_BS, ("vocab", "embed"), config.model.compute_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(config: Config, ends: Tree, hidden_BSD: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array) -> jax.Array:
+    normed_BSD = rms_norm(hidden_BSD, ends["final_norm"], config.model.norm_epsilon)
+    return jnp.sum(Head(normed_BSD, ends["output"]).token_losses(targets_BS) * weights_BS)
+
+
+def _apply(
+    config: Config, given: _Given, hidden_BSD: jax.Array, segments_BS: jax.Array | None
+) -> tuple[jax.Array, Visits | None]:
+    positions = Positions(segments=segments_BS)
+    module: Any
+    if given.bank is None:
+        module = DenseLayer(config)
+        return module.apply({"params": given.params}, hidden_BSD, positions, given.inputs)[0], None
+    module = Layer(config, keep_routing=True)
+    (hidden_BSD, _), outputs = module.apply(
+        {"params": given.params}, (hidden_BSD, None), given.bank, positions, given.inputs
+    )
+    return hidden_BSD, outputs.visits
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step(config: Config, given: _Given, hidden_BSD: jax.Array, segments_BS: jax.Array | None) -> jax.Array:
+    return _apply(config, given, hidden_BSD, segments_BS)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _channels(config: Config, hidden_BSD: jax.Array, gain_D: jax.Array, counted_BS: jax.Array) -> jax.Array:
+    normed_BSD = rms_norm(hidden_BSD.astype(jnp.float32), gain_D, config.model.norm_epsilon)
+    return jnp.sum(jnp.abs(normed_BSD) * counted_BS[..., None], axis=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probed(
+    config: Config, given: _Given, hidden_BSD: jax.Array, segments_BS: jax.Array | None, counted_BS: jax.Array
+) -> tuple[jax.Array, Probe]:
+    params, epsilon = given.params, config.model.norm_epsilon
+    normed_BSD = rms_norm(hidden_BSD, params["attention_norm"], epsilon)
+    own = params["attention"]
+    weights = AttentionWeights(own["query"], own["key"], own["value"], own["output"], own.get("switch"))
+    heads_BSHC, _, _ = attention_heads(
+        config, normed_BSD, weights, segments=segments_BS, sees_all=given.inputs.sees_all
+    )
+    attended_BSD = linear(heads_BSHC.reshape(*hidden_BSD.shape[:2], -1), weights.output, ("heads", "embed"))
+    between_BSD = hidden_BSD + attended_BSD
+    after_BSD, visits = _apply(config, given, hidden_BSD, segments_BS)
+    given_BSD = rms_norm(between_BSD, params["ffn_norm"], epsilon)
+    channels_D = _channels(config, hidden_BSD, params["attention_norm"], counted_BS)
+    channels_D += _channels(config, between_BSD, params["ffn_norm"], counted_BS)
+    norms_BSH = jnp.linalg.norm(heads_BSHC.astype(jnp.float32), axis=-1)
+    before, after = (array.astype(jnp.float32) for array in (hidden_BSD, after_BSD))
+    sizes_BS = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
+    cosine_BS = jnp.sum(before * after, axis=-1) / jnp.maximum(sizes_BS, 1e-30)
+    counted_N = counted_BS.reshape(-1)
+    hidden_ND = (given_BSD.reshape(-1, given_BSD.shape[-1]) if visits is None else visits.hidden_ND).astype(jnp.float32)
+    routed: tuple[jax.Array | None, ...] = (None, None, None)
+    if given.bank is not None:
+        if visits is None:
+            # The one expert of a dense layer takes every token.
+            visits = Visits(jnp.zeros((len(hidden_ND), 1), jnp.int32), jnp.ones((len(hidden_ND), 1)), hidden_ND)
+        routed = _routed(given.bank, hidden_ND, visits, counted_N)
+    block = params.get("block") or params.get("shared", {}).get("block")
+    return after_BSD, Probe(
+        channels_D,
+        jnp.sum(norms_BSH * counted_BS[..., None], axis=(0, 1)),
+        jnp.sum(cosine_BS * counted_BS),
+        None if block is None else jnp.sum(jnp.abs(_activations(hidden_ND, block)) * counted_N[:, None], axis=0),
+        *routed,
+    )
+
+
+def _activations(hidden_ND: jax.Array, block: Tree) -> jax.Array:
+    return jax.nn.silu(hidden_ND @ block["gate"]) * (hidden_ND @ block["up"])
+
+
+def _routed(
+    bank: Bank, hidden_ND: jax.Array, visits: Visits, counted_N: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`neurons_EF`, `outputs_E` and `counts_E` of a probe."""
+    experts, slots = bank.gate_EDF.shape[0], visits.experts_NK.shape[1]
+    expert_R = visits.experts_NK.reshape(-1)
+    order_R = jnp.argsort(expert_R, stable=True)
+    expert_R, row_R = expert_R[order_R], order_R // slots
+    counted_R = counted_N[row_R].astype(jnp.float32)
+    sizes_E = jnp.bincount(expert_R, length=experts).astype(jnp.int32)
+    hidden_RD = hidden_ND[row_R]
+    gate_RF, up_RF = (jax.lax.ragged_dot(hidden_RD, weights, sizes_E) for weights in bank[:2])
+    active_RF = jax.nn.silu(gate_RF) * up_RF
+    size_R = jnp.linalg.norm(jax.lax.ragged_dot(active_RF, bank.down_EFD, sizes_E), axis=-1)
+    gates_R = visits.gates_NK.reshape(-1)[order_R]
+
+    def by_expert(values_R: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(values_R, expert_R, experts)
+
+    neurons_EF = by_expert(jnp.abs(active_RF) * counted_R[:, None])
+    return neurons_EF, by_expert(gates_R * size_R * counted_R), by_expert(counted_R)
+
+
+def counted(batches: Sequence[Batch]) -> int:
+    """Tokens of `batches` that count."""
+    return int(sum(np.count_nonzero(batch.weights) for batch in batches))
