@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -229,12 +230,12 @@ def test_scores_are_those_of_numpy(walked: tuple[Config, Weights, Walk]) -> None
     def total(name: str) -> np.ndarray:
         return np.sum([getattr(one, name) for one in wanted], axis=0)
 
-    close = {"rtol": 1e-3, "atol": 1e-3}
-    np.testing.assert_allclose(found.layers_L, total("layers") / 2, **close)
-    np.testing.assert_allclose(found.channels_D, total("channels"), **close)
-    np.testing.assert_allclose(found.groups_LG, total("groups"), **close)
-    np.testing.assert_allclose(found.neurons[0], total("neurons").sum(axis=0), **close)
-    np.testing.assert_allclose(found.experts, total("outputs"), **close)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+    close(found.layers_L, total("layers") / 2)
+    close(found.channels_D, total("channels"))
+    close(found.groups_LG, total("groups"))
+    close(found.neurons[0], total("neurons").sum(axis=0))
+    close(np.stack(found.experts), total("outputs"))
     np.testing.assert_array_equal(found.traffic, sum(one.counts() for one in wanted))
 
 
