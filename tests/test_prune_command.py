@@ -16,13 +16,16 @@ from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import MeshConfig
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.inheritance import Origin
-from unipool_jax.convert.runs import read_run, write_run
+from unipool_jax.convert.runs import read_locked, read_run, write_run
 from unipool_jax.data.corpus import open_corpus
 from unipool_jax.data.identity import text_identity
+from unipool_jax.moe.lock import router_order
+from unipool_jax.moe.lock_lifecycle import new_record
 from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.training.checkpoint import Checkpoints, restore_model
 from unipool_jax.training.entry import run
 from unipool_jax.training.lineage import read_lineage
+from unipool_jax.training.locking import open_lock
 
 pytestmark = [pytest.mark.filterwarnings("ignore:NormRouter over"), pytest.mark.usefixtures("steps_are_shared")]
 
@@ -94,6 +97,48 @@ def test_training_starts_from_a_pruned_run(pruned: Path, tmp_path: Path) -> None
     assert execute(["convert", "export", str(pruned), f"out={tmp_path / 'a.safetensors'}"]) == 0
     assert execute(["convert", "import", str(tmp_path / "a.safetensors"), f"run={tmp_path / 'back'}"]) == 0
     jax.tree.map(np.testing.assert_array_equal, read_run(str(tmp_path / "back"))[1], read_run(str(pruned))[1])
+
+
+def test_a_locked_run_loses_layers_with_their_experts(parent: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other layers keep their experts and the logits of all experts that are left; the lock is that of fewer layers."""
+    place, out = parent.parents[1], parent.with_name("unlocked")
+    words = overrides(place, "model.num_layers=3", "train.steps=1", "train.eval_batches=null", "lock.entropy_target=2")
+    locked = ["method=unipool_lock", *(word for word in words if not word.startswith("method="))]
+    config = compose_config([*locked, "lock.ownership=random_from_start", "lock.entropy_warmup_steps=1"])
+    record, weights = new_record(config), scaled(config.after_lock())
+    write_run(parent.with_name("locked"), config, weights, lock=record)
+    command = ["prune", str(parent.with_name("locked")), f"out={out}", "tokens=300"]
+    with pytest.raises(ConversionError, match=r"only model\.num_layers can be smaller"):
+        execute([*command, "model.num_layers=2", "model.ffn_size=8"])
+    with pytest.raises(ConversionError, match=r"pool\.experts=5: the experts of the source belong to layers"):
+        execute([*command, "model.num_layers=2", "pool.experts=5"])
+    assert execute([*command, "model.num_layers=2"]) == 0
+    found = read_locked(str(out))
+    assert found is not None
+    pruned, after, kept = found
+    assert (pruned.total_experts, pruned.model.num_layers, kept.stage) == (4, 2, 2)
+    old, new = record.expert_ids, kept.expert_ids
+    assert old is not None
+    assert new is not None
+    left = np.sort(np.concatenate([old[0], old[2]]))
+    for layer, source in ((0, 0), (1, 2)):
+        np.testing.assert_array_equal(left[new[layer]], old[source])
+        for name, bank in after.params["pools"]["bank"].items():
+            np.testing.assert_array_equal(bank[layer], weights.params["pools"]["bank"][name][source])
+        # Rows by expert, as every layer had them before the lock.
+        rows, before = np.zeros((4, 16)), np.zeros((6, 16))
+        rows[router_order(new)[layer]] = after.params["pools"]["layers"]["mixture"]["router"][layer, 0]
+        before[router_order(old)[source]] = weights.params["pools"]["layers"]["mixture"]["router"][source, 0]
+        np.testing.assert_array_equal(rows, before[left])
+    report = json.loads((out / "prune.json").read_text())
+    assert execute(["eval", str(out), "splits=[valid]"]) == 0
+    loss = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["valid"]["loss"]
+    assert loss == pytest.approx(report["loss"]["pruned"], abs=1e-6)
+    # Training goes on behind the lock.
+    meta_file = Checkpoints(out / "checkpoints", read_only=True)
+    lock = open_lock(pruned, out, meta_file.meta(0), 0)
+    assert lock is not None
+    assert lock.structure.locked
 
 
 def test_what_exists_is_not_overwritten(parent: Path, pruned: Path) -> None:

@@ -47,6 +47,8 @@ class Choice(NamedTuple):
     """Of these experts, `[E, F]`."""
     blocks: list[np.ndarray | None]
     """Of the block that every token visits, by layer that stays, `[F]`."""
+    rows: list[np.ndarray]
+    """Router rows, by layer with experts that stays."""
 
 
 def best(scores: np.ndarray, number: int) -> np.ndarray:
@@ -114,6 +116,7 @@ def choose(config: Config, target: Config, scores: Scores, layers: tuple[int, ..
     for layer in layers:
         own, width = scores.blocks[layer], target.dense_width if layer < dense else target.shared_width
         blocks.append(None if own is None else best(own, width))
+    routed, widths = [layer for layer in layers if layer >= dense], np.arange(config.router_width)
     return Choice(
         layers=layers,
         channels_D=best(scores.channels_D, target.model.hidden_size),
@@ -124,6 +127,8 @@ def choose(config: Config, target: Config, scores: Scores, layers: tuple[int, ..
         experts=experts,
         neurons=neurons,
         blocks=blocks,
+        # Windows, and the experts in them, stay as they are.
+        rows=[widths if config.windows else experts[pools.index((layer - dense) // size)] for layer in routed],
     )
 
 

@@ -41,10 +41,9 @@ def cut(model: Layered, config: Config, choice: Choice, gains: Gains) -> Layered
             _cut_block(layer, block)
     per_pool = (len(kept) - dense) // len(choice.pools)
     for row, layer in enumerate(layers[dense:]):
-        experts_E = choice.experts[row // per_pool]
-        biases[row] = biases[row][experts_E] if config.windows is None else biases[row]
-        if "mixture" in layer and config.windows is None:
-            layer["mixture"] = layer["mixture"] | {"router": layer["mixture"]["router"][experts_E]}
+        biases[row] = biases[row][choice.experts[row // per_pool]]
+        if "mixture" in layer:
+            layer["mixture"] = layer["mixture"] | {"router": layer["mixture"]["router"][choice.rows[row]]}
     banks = []
     for pool, experts_E, neurons_EF in zip(choice.pools, choice.experts, choice.neurons, strict=True):
         bank = {name: array[experts_E] for name, array in model.banks[pool].items()}

@@ -8,9 +8,11 @@ from typing import NamedTuple
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.weights import Weights
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.moe.lock_lifecycle import LockRecord
 from unipool_jax.pruning.choice import Choice, Harm, Removal, choose, remaining_layers
 from unipool_jax.pruning.cut import cut
 from unipool_jax.pruning.layers import layered, stacked
+from unipool_jax.pruning.locked import router_rows
 from unipool_jax.pruning.orphans import Orphan, find_orphans, hand_over
 from unipool_jax.pruning.requests import PruneRequest
 from unipool_jax.pruning.scores import Scores, at_random, by_magnitude, measured
@@ -28,7 +30,14 @@ class Pruned(NamedTuple):
     orphans: list[Orphan]
 
 
-def prune(config: Config, weights: Weights, target: Config, batches: Sequence[Batch], request: PruneRequest) -> Pruned:
+def prune(
+    config: Config,
+    weights: Weights,
+    target: Config,
+    batches: Sequence[Batch],
+    request: PruneRequest,
+    lock: LockRecord | None = None,
+) -> Pruned:
     """Prune a model of `config` to one of `target`.
 
     Args:
@@ -37,6 +46,7 @@ def prune(config: Config, weights: Weights, target: Config, batches: Sequence[Ba
       target: of the new model, see `pruned_config`.
       batches: text, of one shape.
       request: how.
+      lock: of a source that is locked.
 
     Raises:
       ConversionError: no layer may go, though one should.
@@ -50,6 +60,8 @@ def prune(config: Config, weights: Weights, target: Config, batches: Sequence[Ba
         scores = at_random(scores, request.seed)
     layers, removals = remaining_layers(config, target, _harm(walk, batches, scores, request))
     choice = choose(config, target, scores, layers, request.merge_attention)
+    if lock is not None:
+        choice = choice._replace(rows=router_rows(lock, layers, config.moe.dense_layers))
     orphans = find_orphans(config, scores.traffic, choice) if config.moe.router != "none" else []
     given = hand_over(config, model, orphans) if request.adopt else model
     pruned = cut(given, config, choice, request.gains)

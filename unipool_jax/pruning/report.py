@@ -89,7 +89,7 @@ def _constant(config: Config) -> float | None:
     moe = config.moe
     if moe.router != "norm" or config.windows is not None:
         return None
-    return score_constant(moe.router, moe.score_constant, config.experts_per_pool, moe.top_k)
+    return score_constant(moe.router, moe.score_constant, config.router_width, moe.top_k)
 
 
 def _losses(measured: Measured) -> dict[str, Any]:
