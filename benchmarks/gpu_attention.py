@@ -50,11 +50,12 @@ def torch_seconds(operands: Operands, rounds: int) -> float | None:
         torch.tensor(np.asarray(array, np.float32)).to("cuda", torch.bfloat16).transpose(1, 2).contiguous()
         for array in operands
     )
-    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    for tensor in (query, key, value):
+        tensor.requires_grad_()
 
     def both() -> None:
-        mixed = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-        torch.autograd.grad(mixed, inputs, grad)
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(mixed, (query, key, value), grad)
 
     times = []
     for turn in range(rounds + 2):
