@@ -61,6 +61,10 @@ def _at_every_rate(name: str, *overrides: str) -> tuple[Case, ...]:
     return tuple(Case(f"{name}_{rate:g}", overrides, "main", rate) for rate in RATES)
 
 
+def _at_higher_rates(name: str, *overrides: str) -> tuple[Case, ...]:
+    return tuple(Case(f"{name}_{rate:g}", overrides, rate=rate) for rate in (8e-3, 16e-3))
+
+
 UNIPOOL = "method=unipool"
 MAPS = ("loss.pressure=layer",)
 """Maps are compared at equal pressure for each layer."""
@@ -70,6 +74,7 @@ DEEP = ("model.num_layers=8",)
 CASES = (
     *_at_every_rate("dense", "method=dense"),
     *_at_every_rate("vanilla", "method=vanilla"),
+    Case("vanilla_0.016", ("method=vanilla",), "main", 16e-3),
     *_at_every_rate("unipool", UNIPOOL),
     *_at_every_rate("unipool_centered", "method=unipool_centered", "loss.pool_coefficient=1e-2"),
     # The loss.
@@ -77,6 +82,8 @@ CASES = (
     Case("unipool_normalized", (UNIPOOL, "loss.pool_coefficient=1e-2", "loss.pool_scores=normalized")),
     Case("shared_pool_aux", ("method=shared_pool_aux",)),
     Case("vanilla_normrouter", ("method=vanilla_normrouter",)),
+    *_at_higher_rates("unipool_published", UNIPOOL, "loss.pool_coefficient=1e-2"),
+    *_at_higher_rates("shared_pool_aux", "method=shared_pool_aux"),
     # How much is shared, by how many.
     Case("half_pool", (UNIPOOL, "pool.experts=16")),
     Case("double_pool", (UNIPOOL, "pool.experts=64")),

@@ -35,6 +35,31 @@ AT_ONE_RATE = (
     ("unipool_centered_0.008", "vanilla_0.008"),
     ("unipool_centered_0.008", "unipool_0.008"),
 )
+HIGHER = ("", "_0.008", "_0.016")
+WHY = (
+    ("unipool_published", "vanilla_0.004"),
+    ("unipool_published", "unipool_0.004"),
+    ("unipool_normalized", "unipool_0.004"),
+    ("shared_pool_aux", "vanilla_0.004"),
+    ("shared_pool_aux", "unipool_published"),
+    ("vanilla_normrouter", "vanilla_0.004"),
+    ("unipool_published", "vanilla_normrouter"),
+    ("half_pool", "unipool_0.004"),
+    ("double_pool", "unipool_0.004"),
+    ("two_pools", "unipool_0.004"),
+    ("ring_16_of_32", "unipool_0.004"),
+    ("tied_inner_32", "unipool_0.004"),
+    ("unipool_top2", "vanilla_top2"),
+    ("cs_moe", "vanilla_top2"),
+    ("vanilla_8_layers", "dense_8_layers"),
+    ("unipool_8_layers", "vanilla_8_layers"),
+    ("vanilla_20m", "dense_20m"),
+    ("unipool_20m", "vanilla_20m"),
+    ("vanilla_again", "vanilla_0.004"),
+    ("unipool_again", "unipool_0.004"),
+    # Beside the best of vanilla.
+    *((f"{name}{rate}", "vanilla_0.016") for name in ("unipool_published", "shared_pool_aux") for rate in HIGHER),
+)
 
 Runs = dict[str, dict[int, Path]]
 """Folders of finished runs, by case and seed."""
@@ -87,7 +112,7 @@ def best_rates(runs: Runs) -> dict[str, str]:
     """Of each main method the case with the lowest mean loss on the valid split, among those with most seeds."""
     best = {}
     for method in MAIN:
-        cases = [case.name for case in CASES if case.name.rpartition("_")[0] == method and case.name in runs]
+        cases = [c.name for c in CASES if c.part == "main" and c.name.rpartition("_")[0] == method and c.name in runs]
         complete = max((len(runs[name]) for name in cases), default=0)
         cases = [name for name in cases if len(runs[name]) == complete]
         if cases:
@@ -105,10 +130,15 @@ def differences_table(runs: Runs, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def tables(runs: Runs) -> list[str]:
-    """The three tables of the page: losses, differences at each method's best rate, and at equal rates."""
+    """The tables of the page: losses, differences at each method's best rate, at equal rates, and the cases of why."""
     best = best_rates(runs)
     pairs = [(best[name], best[minus]) for name, minus in zip(MAIN[1:], (MAIN[0], MAIN[1], MAIN[1]), strict=True)]
-    return [runs_table(runs), differences_table(runs, pairs), differences_table(runs, AT_ONE_RATE)]
+    return [
+        runs_table(runs),
+        differences_table(runs, pairs),
+        differences_table(runs, AT_ONE_RATE),
+        differences_table(runs, WHY),
+    ]
 
 
 def valid_curves(runs: Runs, name: str) -> dict[int, dict[int, float]]:

@@ -5,11 +5,13 @@ backward.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from unipool_jax.kernels import gpu_tiles, tpu_tiles
 from unipool_jax.kernels.implementations import Implementation, resolve, target_device_kind
@@ -122,7 +124,7 @@ def make_group_plan(
     ends_E = jnp.minimum(jnp.cumsum(group_sizes_E.astype(jnp.int32)), num_rows)
     starts_E = jnp.concatenate([jnp.zeros_like(ends_E[:1]), ends_E[:-1]])
     offsets = jnp.concatenate([starts_E[:1], ends_E])
-    row_group = jnp.searchsorted(ends_E, jnp.arange(num_rows, dtype=jnp.int32), side="right").astype(jnp.int32)
+    row_group = _count_up_to(ends_E, jnp.arange(num_rows, dtype=jnp.int32))
 
     tiling = choose_tiling(resolve(implementation), expected_rows or num_rows, num_groups)
     block, tile, alignment = tiling.block_rows, tiling.tile_rows, tiling.alignment
@@ -138,7 +140,7 @@ def make_group_plan(
     else:
         most_tiles = min(num_groups, num_rows) + 1 + (num_rows + min(num_groups, num_rows) * (alignment - 1)) // tile
     index_B = jnp.arange(most_tiles, dtype=jnp.int32)
-    tile_group = jnp.minimum(jnp.searchsorted(tile_ends, index_B, side="right"), num_groups).astype(jnp.int32)
+    tile_group = jnp.minimum(_count_up_to(tile_ends, index_B), num_groups)
     first_tile = jnp.concatenate([jnp.zeros_like(tile_ends[:1]), tile_ends[:-1]])[tile_group]
     tile_start = jnp.concatenate([first_E, tail])[tile_group] + (index_B - first_tile) * tile
     return GroupPlan(
@@ -188,5 +190,18 @@ def sort_by_group(group_ids_R: jax.Array, num_groups: int) -> tuple[jax.Array, j
     else:
         order_R = jnp.argsort(group_ids_R, stable=True).astype(jnp.int32)
         sorted_ids_R = group_ids_R[order_R]
-    ends_E = jnp.searchsorted(sorted_ids_R, jnp.arange(num_groups, dtype=jnp.int32), side="right")
-    return order_R, jnp.diff(ends_E, prepend=0).astype(jnp.int32)
+    ends_E = _count_up_to(sorted_ids_R, jnp.arange(num_groups, dtype=jnp.int32))
+    return order_R, jnp.diff(ends_E, prepend=0)
+
+
+def _count_up_to(ascending: jax.Array, values: jax.Array) -> jax.Array:
+    """How many of the ascending integers are at most each value, int32; by binary search.
+
+    On a GPU the search is unrolled into few kernels: as a loop it launches four for each of its dozen turns.
+    """
+
+    def search(method: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return lambda a, v: jnp.searchsorted(a, v, side="right", method=method).astype(jnp.int32)
+
+    unrolled = search("scan_unrolled")
+    return lax.platform_dependent(ascending, values, cuda=unrolled, rocm=unrolled, default=search("scan"))
