@@ -19,6 +19,8 @@ from unipool_jax.config.compose import Choices
 from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
+from unipool_jax.convert.layered import Layered, layered, stacked
+from unipool_jax.convert.walk import Walk
 from unipool_jax.convert.weights import Weights, empty_weights
 from unipool_jax.model.report import count_parameters
 from unipool_jax.moe.routing import norm_constant
@@ -26,13 +28,11 @@ from unipool_jax.planner.work import count
 from unipool_jax.pruning.choice import Choice, Group, choose, remaining_layers
 from unipool_jax.pruning.command import with_full_layers
 from unipool_jax.pruning.cut import cut, gain_factor, gain_ratio, merged_attention
-from unipool_jax.pruning.layers import Layered, layered, stacked
 from unipool_jax.pruning.orphans import find_orphans, hand_over
 from unipool_jax.pruning.prune import prune
 from unipool_jax.pruning.requests import PruneRequest
 from unipool_jax.pruning.scores import Scores, at_random, by_magnitude, measured
 from unipool_jax.pruning.target import pruned_config
-from unipool_jax.pruning.walk import Walk
 
 pytestmark = [pytest.mark.filterwarnings("ignore:NormRouter over"), pytest.mark.usefixtures("steps_are_shared")]
 
@@ -77,7 +77,10 @@ def test_nothing_pruned_is_nothing_changed(method: tuple[str, ...]) -> None:
     ("method", "words"),
     [
         (("dense",), ("model.num_layers=3", "model.ffn_size=10")),
-        (("vanilla_aux_free",), ("model.num_layers=2", "model.hidden_size=12", "model.num_kv_heads=1")),
+        (
+            ("vanilla_aux_free", "model.norm=sandwich"),
+            ("model.num_layers=2", "model.hidden_size=12", "model.num_kv_heads=1"),
+        ),
         (("unipool", "pool.groups=2"), ("model.num_layers=2", "pool.experts=6")),
         (("sliding",), ("model.hidden_size=14", "model.ffn_size=20")),
         (("unipool", *AROUND), ("model.num_layers=3", "model.hidden_size=8", "model.ffn_size=5", "pool.experts=3")),
@@ -216,7 +219,7 @@ def test_experts_that_no_token_chooses_change_no_choice() -> None:
 
 @pytest.fixture(scope="module")
 def walked() -> tuple[Config, Weights, Walk]:
-    config = tiny_config("unipool", "moe.top_k=2", "model.compute_dtype=float32")
+    config = tiny_config("unipool", "moe.top_k=2", "model.compute_dtype=float32", "model.norm=sandwich")
     weights = scaled(config)
     return config, weights, Walk(config, layered(config, weights))
 

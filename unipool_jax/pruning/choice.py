@@ -9,7 +9,7 @@ import numpy as np
 
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
-from unipool_jax.pruning.layers import pool_of
+from unipool_jax.convert.layered import pool_of
 from unipool_jax.pruning.scores import Scores
 
 Harm = Callable[[tuple[int, ...]], float]

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from unipool_jax.config.schema import Config
+from unipool_jax.convert.layered import Layered, Tree
 from unipool_jax.pruning.choice import Choice, Group
-from unipool_jax.pruning.layers import Layered, Tree
 from unipool_jax.pruning.requests import Gains
 from unipool_jax.pruning.scores import channel_axis
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from unipool_jax.config.schema import Config
+from unipool_jax.convert.layered import Layered
 from unipool_jax.pruning.choice import Choice
 from unipool_jax.pruning.cut import gain_ratio
-from unipool_jax.pruning.layers import Layered
 
 ORPHAN = 0.9
 """Share of an expert's tokens from layers that go, from which on it is an orphan."""

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from unipool_jax.config.schema import Config
+from unipool_jax.convert.layered import layered, stacked
+from unipool_jax.convert.walk import Walk
 from unipool_jax.convert.weights import Weights
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.moe.lock_lifecycle import LockRecord
 from unipool_jax.pruning.choice import Choice, Harm, Removal, choose, remaining_layers
 from unipool_jax.pruning.cut import cut
-from unipool_jax.pruning.layers import layered, stacked
 from unipool_jax.pruning.locked import router_rows
 from unipool_jax.pruning.orphans import Orphan, find_orphans, hand_over
 from unipool_jax.pruning.requests import PruneRequest
 from unipool_jax.pruning.scores import Scores, at_random, by_magnitude, measured
-from unipool_jax.pruning.walk import Walk
 
 
 class Pruned(NamedTuple):

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 
 from unipool_jax.config.schema import Config
+from unipool_jax.convert.layered import Layered, Tree
+from unipool_jax.convert.walk import Probe, Walk, counted
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.pruning.layers import Layered, Tree
-from unipool_jax.pruning.walk import Probe, Walk, counted
 
 
 class Scores(NamedTuple):

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from unipool_jax.config.schema import Config
+from unipool_jax.convert.layered import Layered, Tree, pool_of
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.kernels.norms import post_norm, rms_norm
 from unipool_jax.model.attention import AttentionWeights, attention_heads
-from unipool_jax.model.transformer import DenseLayer, Layer, LayerInputs, Positions, rms_norm
+from unipool_jax.model.transformer import DenseLayer, Layer, LayerInputs, Positions
 from unipool_jax.moe.mixture import Selection, Visits
 from unipool_jax.moe.visibility import layer_windows
 from unipool_jax.parallel.head import Head
 from unipool_jax.parallel.linear import linear, lookup
-from unipool_jax.pruning.layers import Layered, Tree, pool_of
 
 
 class Probe(NamedTuple):
@@ -153,7 +154,9 @@ def _probed(
         config, normed_BSD, weights, segments=segments_BS, sees_all=given.inputs.sees_all
     )
     attended_BSD = linear(heads_BSHC.reshape(*hidden_BSD.shape[:2], -1), weights.output, ("heads", "embed"))
-    between_BSD = hidden_BSD + attended_BSD
+    between_BSD = hidden_BSD + post_norm(
+        attended_BSD, params.get("attention_post_norm"), config.model.post_norm_epsilon
+    )
     after_BSD, visits = _apply(config, given, hidden_BSD, segments_BS)
     given_BSD = rms_norm(between_BSD, params["ffn_norm"], epsilon)
     channels_D = _channels(config, hidden_BSD, params["attention_norm"], counted_BS)
@@ -169,7 +172,7 @@ def _probed(
         if visits is None:
             # The one expert of a dense layer takes every token.
             visits = Visits(jnp.zeros((len(hidden_ND), 1), jnp.int32), jnp.ones((len(hidden_ND), 1)), hidden_ND)
-        routed = _routed(given.bank, hidden_ND, visits, counted_N)
+        routed = _routed(config, given, hidden_ND, visits, counted_N)
     block = params.get("block") or params.get("shared", {}).get("block")
     return after_BSD, Probe(
         channels_D,
@@ -185,9 +188,11 @@ def _activations(hidden_ND: jax.Array, block: Tree) -> jax.Array:
 
 
 def _routed(
-    bank: Bank, hidden_ND: jax.Array, visits: Visits, counted_N: jax.Array
+    config: Config, given: _Given, hidden_ND: jax.Array, visits: Visits, counted_N: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`neurons_EF`, `outputs_E` and `counts_E` of a probe."""
+    bank = given.bank
+    assert bank is not None
     experts, slots = bank.gate_EDF.shape[0], visits.experts_NK.shape[1]
     expert_R = visits.experts_NK.reshape(-1)
     order_R = jnp.argsort(expert_R, stable=True)
@@ -197,7 +202,10 @@ def _routed(
     hidden_RD = hidden_ND[row_R]
     gate_RF, up_RF = (jax.lax.ragged_dot(hidden_RD, weights, sizes_E) for weights in bank[:2])
     active_RF = jax.nn.silu(gate_RF) * up_RF
-    size_R = jnp.linalg.norm(jax.lax.ragged_dot(active_RF, bank.down_EFD, sizes_E), axis=-1)
+    output_RD = jax.lax.ragged_dot(active_RF, bank.down_EFD, sizes_E)
+    if config.model.post_norm_experts != "post":
+        output_RD = post_norm(output_RD, given.params.get("ffn_post_norm"), config.model.post_norm_epsilon)
+    size_R = jnp.linalg.norm(output_RD, axis=-1)
     gates_R = visits.gates_NK.reshape(-1)[order_R]
 
     def by_expert(values_R: jax.Array) -> jax.Array:
