@@ -27,7 +27,9 @@ ALLOWED = {
     "planner": _TRAINING,
     "analysis": _TRAINING | {"evaluation"},
     "pruning": _TRAINING | {"evaluation", "convert", "analysis"},
-    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning"},
+    # After pre-training; nothing but the command line imports them.
+    "rewriting": _TRAINING | {"evaluation"},
+    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }

@@ -152,6 +152,18 @@ COMMANDS = (
         "unipool_jax.evaluation.export_tasks:export_command",
     ),
     Command(
+        "trig data",
+        "Make trigonometric equations with proofs, to train on and to solve.",
+        "unipool_jax.rewriting.requests:TrigDataRequest",
+        "unipool_jax.rewriting.command:data_command",
+    ),
+    Command(
+        "trig eval",
+        "Let a model prove trigonometric equations.",
+        "unipool_jax.rewriting.requests:TrigEvalRequest",
+        "unipool_jax.rewriting.command:eval_command",
+    ),
+    Command(
         "plan",
         "Say what a training step costs on devices that need not be there.",
         _SCHEMA,
