@@ -23,13 +23,17 @@ from unipool_jax.config.growth_schedule import (
     stages,
     with_layers,
 )
-from unipool_jax.config.schema import Config
+from unipool_jax.config.rules import problems
+from unipool_jax.config.schema import Config, MeshConfig
+from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import forward
+from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.training.flops import flops_per_token, flops_spent, share_spent
 from unipool_jax.training.growing import first_stage, grown_state
-from unipool_jax.training.growth_step import unrolling
+from unipool_jax.training.growth_step import GrowthStep, unrolling
+from unipool_jax.training.sharding import state_shardings
 from unipool_jax.training.state import TrainState, state_shapes
-from unipool_jax.training.step import MicroBatch, batch_gradients, micro_batch_loss
+from unipool_jax.training.step import MicroBatch, batch_gradients, make_train_step, micro_batch_loss, updated_state
 
 GROWS = ("growth.layers=[1,2,4]", "growth.ends=[.2,.5,1]")
 DEEP = ("model.num_layers=12", "growth.layers=[1,3,6,12]", "growth.ends=[.05,.1,.25,1]")
@@ -182,7 +186,10 @@ def logits(config: Config, state: TrainState, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(found)
 
 
-@pytest.mark.parametrize("method", ["unipool", "vanilla", pytest.param("dense", marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("method", ["unipool", pytest.param("vanilla", marks=SLOW), pytest.param("dense", marks=SLOW)])
 def test_growth_preserves_the_unrolled_function(method: str) -> None:
     """The N' layers compute what the N did unrolled to as many: logits are equal to the bit."""
     config = grows(method)
@@ -232,25 +239,24 @@ def test_layers_and_moments_travel(method: str, moments: str) -> None:
 
 def test_a_run_begins_with_the_first_layers_of_the_deep_one() -> None:
     """Initial weights are scaled for the final depth: they are those of the run that has all layers from the start."""
-    for method in ("unipool", "vanilla"):
-        config = tiny_config(method, "growth.layers=[2,4]", "growth.ends=[.2,1]")
-        whole = tiny_state(config)
-        first = first_stage(config, whole)
-        for found, wanted in zip(by_layer(first.params), by_layer(whole.params), strict=False):
-            assert found.keys() == wanted.keys()
-            for name, value in found.items():
-                np.testing.assert_array_equal(value, wanted[name])
-        for name in ("embedding", "output"):
-            np.testing.assert_array_equal(first.params[name], whole.params[name])
-        shapes = jax.tree.map(jnp.shape, state_shapes(with_layers(config, 2)))
-        assert jax.tree.map(jnp.shape, first) == shapes
+    config = tiny_config("vanilla", "growth.layers=[2,4]", "growth.ends=[.2,1]")
+    whole = tiny_state(config)
+    first = jax.jit(first_stage, static_argnums=0)(config, whole)
+    for found, wanted in zip(by_layer(first.params), by_layer(whole.params), strict=False):
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            np.testing.assert_array_equal(value, wanted[name])
+    for name in ("embedding", "output"):
+        np.testing.assert_array_equal(first.params[name], whole.params[name])
+    shapes = jax.tree.map(jnp.shape, state_shapes(with_layers(config, 2)))
+    assert jax.tree.map(jnp.shape, first) == shapes
 
 
 def whole_batch(config: Config) -> Any:
     return jax.tree.map(jnp.asarray, tiny_batch(config))
 
 
-@pytest.mark.parametrize("method", ["unipool", "vanilla"])
+@pytest.mark.parametrize("method", ["unipool", pytest.param("vanilla", marks=SLOW)])
 def test_gradients_are_sums_over_the_uses_of_a_layer(method: str) -> None:
     """One step at D = 3 against differentiating the unrolled loss; uses of the two layers are two and one."""
     config = grows(method, "growth.depth_law=final", "model.num_layers=3", "growth.layers=[2,3]", "growth.ends=[.5,1]")
@@ -279,3 +285,120 @@ def test_gradients_are_sums_over_the_uses_of_a_layer(method: str) -> None:
     tokens = config.tokens_per_step
     np.testing.assert_array_equal(np.sum(found.counts_GNE, axis=-1).reshape(-1), [2 * tokens, tokens])
     assert found.counts_GNE.shape == (stage.pool.groups, stage.layers_per_pool, stage.experts_per_pool)
+
+
+def test_micro_batches_have_depths_of_their_own() -> None:
+    """A step of two micro-batches at D = 2 and 1 is the mean of their gradients, each taken alone at its depth."""
+    words = ("model.num_layers=2", "growth.layers=[1,2]", "growth.ends=[.5,1]", "growth.depth_law=uniform")
+    config = tiny_config("vanilla_aux_free", *words, "model.compute_dtype=float32", "train.microbatch_size=4")
+    stage, state = stage_state(config, 1)
+    completed = next(step for step in range(25) if set(depths(config, step)[0]) == {1, 2})
+    state, batch = state._replace(step=jnp.asarray(completed, jnp.int32)), whole_batch(config)
+    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4))
+
+    @jax.jit
+    def by_hand(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        halves = []
+        for part, depth in enumerate(depths(config, completed)[0].tolist()):
+            deep = unrolling(alone, 1, depth)
+            half = jax.tree.map(lambda rows, part=part: rows[4 * part :][:4], batch)
+            halves.append(deep.fold(batch_gradients(deep.config, None, deep.unroll(state), half)))
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *(half.params for half in halves))
+        found = halves[0]._replace(params=mean, counts_GNE=halves[0].counts_GNE + halves[1].counts_GNE)
+        losses = [half.metrics["loss/lm"] for half in halves]
+        return updated_state(stage, state, state.balance, found)[0], (losses[0] + losses[1]) / 2
+
+    wanted, loss = by_hand(state, batch)
+    step = GrowthStep(config, stage, None, completed)
+    assert step.compiles
+    found, metrics = step(jax.tree.map(jnp.copy, state), batch)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(metrics["uses_L"], [3])
+    assert metrics["loss/lm"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_without_a_drawn_depth_the_step_is_that_of_the_plain_model() -> None:
+    """Exact pool loss over two micro-batches at D = N, counts first: losses and state of `make_train_step`."""
+    words = ("model.num_layers=2", "growth.layers=[1,2]", "growth.ends=[.5,1]", "growth.depth_law=stage")
+    config = tiny_config("unipool", *words, "model.compute_dtype=float32", "train.microbatch_size=4")
+    stage, state = stage_state(config, 1)
+    batch = whole_batch(config)
+    wanted, expected = make_train_step(stage)(jax.tree.map(jnp.copy, state), batch)
+    found, metrics = GrowthStep(config, stage, None, 0)(state, batch)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
+
+
+REFUSED = [
+    ("unipool", "growth.ends=[.5,1]", "growth.ends=[0.5, 1.0]: needs growth.layers"),
+    ("unipool", "growth.map=stack", "growth.map=stack: needs growth.layers"),
+    ("unipool", "growth.layers=[1,2] growth.ends=[.5,1]", "ascend to model.num_layers=4"),
+    ("unipool", "growth.layers=[4] growth.ends=[1]", "two or more numbers"),
+    ("unipool", "growth.layers=[2,4] growth.ends=[.5]", "growth.ends=[0.5]: has 1 entries"),
+    ("unipool", "growth.layers=[2,4] growth.ends=[.5,.9]", "must be fractions of train.steps that ascend to 1"),
+    ("unipool", "growth.layers=[2,4] growth.ends=[.001,1]", "with train.steps=50 a stage has no step (0 to 0"),
+    ("unipool", "growth.layers=[2,4] growth.ends=[.5,1] moe.dense_layers=1", "moe.dense_layers=1"),
+    ("unipool", "growth.layers=[2,4] growth.ends=[.5,1] attention.kind=alternating attention.window=4", "alternating"),
+    ("unipool", "growth.layers=[2,4] growth.ends=[.5,1] run.init_from=runs/a", "run.init_from=runs/a"),
+    ("ring", "growth.layers=[2,4] growth.ends=[.5,1]", "pool.starts=ring"),
+    ("unipool", "growth.layers=[2,4] growth.ends=[.5,1] optimizer.reuse_divisor=sqrt", "optimizer.reuse_divisor=sqrt"),
+    ("unipool", "growth.layers=[2,4] growth.ends=[.5,1] loss.scope=layer", "loss.scope=layer"),
+    ("unipool", "growth.layers=[2,4] growth.ends=[.5,1] pool.groups=2", "pool.groups=2: with growth.layers=[2, 4] and"),
+    (
+        "unipool",
+        "growth.layers=[2,4] growth.ends=[.5,1] pool.groups=2 growth.depth_step=2 growth.map=stack",
+        "growth.map=stack: takes layers to other pools of pool.groups=2",
+    ),
+    (
+        "vanilla",
+        "growth.layers=[2,4] growth.ends=[.5,1] mesh.expert_placement=measured",
+        "mesh.expert_placement=measured",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "words", "problem"), REFUSED)
+def test_runs_that_cannot_grow_are_refused(method: str, words: str, problem: str) -> None:
+    found = problems(tiny_config(method, "model.vocab_size=257", *words.split()))
+    assert any(problem in line for line in found), found
+
+
+def test_several_pools_grow_where_layers_stay_in_theirs() -> None:
+    """G = 2 with depths that it divides: the unrolled layers of a pool are copies of layers of that pool."""
+    words = ("pool.groups=2", "growth.layers=[2,4,8]", "growth.ends=[.2,.5,1]", "growth.depth_step=2")
+    config = tiny_config("unipool", "model.vocab_size=257", "model.num_layers=8", *words)
+    assert not problems(config)
+    for layers in (2, 4, 8):
+        for depth in depth_shares(config, layers):
+            assert depth % 2 == 0
+            deep = unrolling(config, layers, depth)
+            assert (deep.config.pool.groups, deep.config.total_experts) == (2, config.total_experts)
+            assert [source * 2 // layers for source in deep.sources] == [place * 2 // depth for place in range(depth)]
+
+
+@pytest.mark.parametrize(("end", "refused"), [(0.2, False), (0.3, True), (0.4, True)])
+def test_a_lock_watches_only_when_all_layers_are_there(end: float, refused: bool) -> None:
+    """The lock counts in the evaluations at steps 15, 20 and 25; the last growth is at step 10, 15 or 20 of 50."""
+    lock = ("train.eval_every=5", "lock.lock_step=30", "lock.anneal_steps=5", "lock.count_lookback=3")
+    words = ("growth.layers=[2,4]", f"growth.ends=[{end},1]", "lock.entropy_warmup_steps=5", "lock.entropy_target=2")
+    config = tiny_config("unipool_lock", "model.vocab_size=257", *lock, *words)
+    found = problems(config)
+    assert bool(found) == refused, found
+    assert all("from step 15 to the freeze at step 25, but the last growth is at step" in line for line in found)
+
+
+@pytest.mark.parametrize("method", ["unipool", pytest.param("vanilla", marks=SLOW)])
+def test_a_state_grows_over_eight_devices(method: str) -> None:
+    """Every array lies where the mesh wants that of the deeper model, with the values of one device."""
+    config = grows(method, "moe.experts_per_layer=8")
+    mesh = make_mesh(MeshConfig(2, 2, 2, 1), jax.devices()[:8])
+    stage, state = stage_state(config, 2)
+    spread = jax.device_put(jax.device_get(state), state_shardings(stage, mesh, state))
+    wanted, found = grown_state(config, state, 2, 4), grown_state(config, spread, 2, 4, mesh)
+    places = state_shardings(config, mesh, found)
+    for ours, theirs, place in zip(*map(jax.tree.leaves, (found, wanted, places)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.sharding.is_equivalent_to(place, ours.ndim)

@@ -118,6 +118,13 @@ COMMANDS = (
         (CONFIG_DIR,),
     ),
     Command(
+        "convert grow",
+        "Make a deeper model of a run.",
+        "unipool_jax.convert.requests:GrowRequest",
+        "unipool_jax.convert.grow:grow_command",
+        (CONFIG_DIR,),
+    ),
+    Command(
         "convert merge",
         "Make a model with fewer experts of a trained one.",
         "unipool_jax.convert.requests:MergeRequest",

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from unipool_jax.config.schema import Config, GrowthConfig, GrowthMap, LockConfig
 
@@ -100,6 +101,11 @@ def with_layers(config: Config, layers: int) -> Config:
     if layers == config.model.num_layers:
         return dataclasses.replace(config, growth=GrowthConfig())
     return at_depth(config, layers)
+
+
+def saved_model(config: Config, document: Mapping[str, Any]) -> Config:
+    """The model in a checkpoint of a run of `config`, whose meta document has its number of layers under `growth`."""
+    return with_layers(config, document["growth"]["layers"]) if grows(config) else config
 
 
 def depth_shares(config: Config, layers: int) -> dict[int, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from unipool_jax.config.errors import UserError
-from unipool_jax.config.growth_schedule import grows, with_layers
+from unipool_jax.config.growth_schedule import saved_model
 from unipool_jax.config.lock_schedule import make_schedule
 from unipool_jax.config.schema import Config
 from unipool_jax.config.settings_table import TABLE, kind
@@ -182,8 +182,7 @@ def structure(config: Config, document: Mapping[str, Any]) -> Config:
       document: of the checkpoint, with a record under `lock` if the run has one, and the number of layers under
         `growth` if it grows.
     """
-    if grows(config):
-        config = with_layers(config, document["growth"]["layers"])
+    config = saved_model(config, document)
     record = document.get("lock")
     return config.after_lock() if isinstance(record, Mapping) and record.get("lock") is not None else config
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from unipool_jax.config.growth_schedule import grows, saved_layers
+from unipool_jax.config.growth_schedule import grows, with_layers
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.config.settings_table import drops
@@ -65,7 +65,7 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
 
 def _new_state(config: Config, mesh: Mesh | None) -> TrainState:
     """The state of a run before its first step, from `train.seed`."""
-    first = structure(config, {"growth": {"layers": saved_layers(config, 0)}})
+    first = with_layers(config, config.growth.layers[0]) if grows(config) else config
     shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, state_shapes(first, mesh))
 
     def make() -> TrainState:
