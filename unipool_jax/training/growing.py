@@ -23,6 +23,7 @@ from unipool_jax.config.growth_schedule import (
 )
 from unipool_jax.config.schema import Config
 from unipool_jax.moe.lock import init_candidate
+from unipool_jax.training.growth_costs import cost_lines
 from unipool_jax.training.growth_step import GrowthStep, Unrolling, unrolling
 from unipool_jax.training.layer_trees import Index, kind_of, take_layers, unrolled
 from unipool_jax.training.metrics import Value
@@ -143,10 +144,9 @@ class Growing:
         return {"growth": {"layers": self.layers}}
 
     def notice(self) -> str:
-        """What the run will grow to, and when, with every map that does not preserve the function of the model."""
+        """The stages and what they cost, with every map that does not preserve the function of the model."""
         found = stages(self._config)
-        plan = ", ".join(f"{stage.layers} from step {stage.first}" for stage in found)
-        lines = [f"growth: {plan}; depth law {self._config.growth.depth_law}"]
+        lines = cost_lines(self._config)
         for old, new in itertools.pairwise(found):
             if new.layers % old.layers:
                 index = layer_map(self._config.growth.map, old.layers, new.layers)
