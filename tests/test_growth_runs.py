@@ -18,6 +18,7 @@ from unipool_jax.config.growth_schedule import depths, with_layers
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.runs import read_run
+from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.training.checkpoint import Checkpoints
 from unipool_jax.training.flops import flops_spent
 from unipool_jax.training.metrics import CLOCKED
@@ -99,6 +100,27 @@ def test_a_run_that_grows_goes_on_on_another_mesh(grown: Path, tmp_path: Path) -
     for found, wanted in zip(lines(run), lines(grown), strict=True):
         for name in ("loss", "loss/lm", "loss/full_depth", "flops", "growth/depth", "growth/layers"):
             assert found.get(name) == (None if name not in wanted else pytest.approx(wanted[name], rel=1e-3))
+
+
+@pytest.mark.slow
+def test_a_lock_begins_when_all_layers_are_there(tmp_path: Path) -> None:
+    """Freeze and lock after the last growth; a run that is killed before, at and after it comes to the same."""
+    words = ("method=unipool_lock", "train.steps=24", "train.eval_every=4", "train.checkpoint_every=4")
+    lock = ("lock.lock_step=16", "lock.anneal_steps=4", "lock.count_lookback=1", "lock.entropy_warmup_steps=4")
+    growth = ("growth.layers=[1,2]", "growth.ends=[.25,1]", "lock.entropy_target=2", "train.keep_checkpoints=20")
+    assert execute(["train", *overrides(tmp_path, *words, *lock, *growth)]) == 0
+    run = tmp_path / "runs" / "tiny"
+    valid = [line for line in lines(run) if line["kind"] == "valid"]
+    assert [line["step"] for line in valid if "lock/stage" in line] == [8, 12, 16, 20, 24]
+    assert [line.get("loss/entropy") is not None for line in lines(run) if line["kind"] == "train"][-1]
+    config, folder = load_config(run / "config.yaml"), run / "checkpoints"
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        kinds = [structure(config, checkpoints.meta(step)) for step in (4, 8, 16, 20)]
+    assert [(kind.model.num_layers, kind.pool.groups) for kind in kinds] == [(1, 1), (2, 1), (2, 2), (2, 2)]
+    for step in (4, 8, 16):
+        again = cut(run, tmp_path / str(step), step)
+        assert execute(["train", str(again)]) == 0
+        assert_same(final_state(kinds[-1], run), final_state(kinds[-1], again))
 
 
 def test_checkpoints_know_their_stage(grown: Path) -> None:

@@ -51,7 +51,7 @@ def cost_lines(config: Config) -> list[str]:
     for number, cost in enumerate(costs, 1):
         lines.append(
             f"  stage {number}: {cost.layers} layers for {cost.steps} steps, mean depth {cost.mean_depth:.2f} "
-            f"(expected {cost.expected_depth:.2f}), {cost.programs} programs, {cost.share:.1%} of the FLOPs of all layers"
+            f"(expected {cost.expected_depth:.2f}), {cost.programs} programs, {cost.share:.1%} of the FLOPs of L"
         )
     whole = share_spent(config, config.train.steps)
     lines.append(f"  in all {sum(cost.flops for cost in costs):.4g} FLOPs, {whole:.1%} of a run with all layers")

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unipool_jax.config.files import write_array
+from unipool_jax.config.growth_schedule import with_layers
 from unipool_jax.config.schema import Config
 from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.data.corpus import Corpus, open_corpus
@@ -102,7 +103,7 @@ def train(config: Config) -> int:
         start = int(jax.device_get(state.step))
         meta = checkpoints.meta(start) if checkpoints.steps() else None
         growth = open_growth(config, start, mesh)
-        lock = open_lock(config, folder.path, meta, start, mesh)
+        lock = open_lock(with_layers(config, config.model.num_layers), folder.path, meta, start, mesh)
         if lock is not None and (growth is None or growth.done):
             state = lock.start(state)
         writer = stack.enter_context(
