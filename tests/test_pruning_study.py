@@ -18,7 +18,7 @@ from unipool_jax.training.flops import flops_per_token
 TEXT = Path("text")
 
 
-@pytest.mark.parametrize("axis", (cases.AXES[0], cases.AXES[-1]), ids=lambda axis: axis.name)
+@pytest.mark.parametrize("axis", [cases.AXES[0], cases.AXES[-1]], ids=lambda axis: axis.name)
 def test_the_runs_of_an_axis(axis: cases.Axis) -> None:
     """Recovery and the model from scratch are the model that is left, and all compute is the same."""
     parent = cases.parent_config(TEXT, 1)
