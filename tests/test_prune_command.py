@@ -141,6 +141,23 @@ def test_a_locked_run_loses_layers_with_their_experts(parent: Path, capsys: pyte
     assert lock.structure.locked
 
 
+@pytest.mark.slow
+def test_norms_are_absorbed_on_the_way_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is imported has the loss that the export printed, and no norms behind its blocks."""
+    words = [word for word in overrides(tmp_path, "method=vanilla", "model.norm=sandwich") if word != "method=unipool"]
+    config = compose_config([*words, "train.eval_batches=null"])
+    write_run(tmp_path / "runs" / "sandwich", config, scaled(config))
+    command = ["convert", "export", str(tmp_path / "runs" / "sandwich"), f"out={tmp_path / 'a.safetensors'}"]
+    assert execute([*command, "absorb_postnorm=true", "tokens=300"]) == 0
+    printed = float(capsys.readouterr().out.split("with norms absorbed ")[1].split()[0])
+    assert execute(["convert", "import", str(tmp_path / "a.safetensors"), f"run={tmp_path / 'plain'}"]) == 0
+    assert read_run(str(tmp_path / "plain"))[0].model.norm == "pre"
+    capsys.readouterr()
+    assert execute(["eval", str(tmp_path / "plain"), "splits=[valid]"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["valid"]["loss"]
+    assert found == pytest.approx(printed, abs=1e-4)
+
+
 def test_what_exists_is_not_overwritten(parent: Path, pruned: Path) -> None:
     with pytest.raises(ConversionError, match="already exists"):
         execute(["prune", str(parent), f"out={pruned}", *SIZES])

@@ -46,6 +46,20 @@ class Probe(NamedTuple):
     """Choices of each expert."""
 
 
+class Inverses(NamedTuple):
+    """Inverse root mean squares of what blocks add, before the norms behind them, summed over tokens, float32."""
+
+    tokens: jax.Array
+    """That count."""
+    attention: jax.Array
+    block: jax.Array | None
+    """Of the block that every token visits."""
+    experts_E: jax.Array | None
+    """Of each expert over its choices; of the gated sum for all of them, with model.post_norm_experts=post."""
+    counts_E: jax.Array | None
+    """How many summands those have."""
+
+
 class _Given(NamedTuple):
     """One layer with all that it needs."""
 
@@ -100,6 +114,10 @@ class Walk:
         """Hidden states after a layer, and what was seen inside."""
         return _probed(self.config, self._layers[layer], hidden_BSD, batch.segments, batch.weights > 0)
 
+    def inverses(self, layer: int, hidden_BSD: jax.Array, batch: Batch) -> tuple[jax.Array, Inverses]:
+        """Hidden states after a layer, and what its norms behind blocks divide by."""
+        return _inverses(self.config, self._layers[layer], hidden_BSD, batch.segments, batch.weights > 0)
+
     def final_channels(self, hidden_BSD: jax.Array, batch: Batch) -> jax.Array:
         """Absolute outputs of the final norm, summed over the tokens that count, `[D]`."""
         return _channels(self.config, hidden_BSD, self._ends["final_norm"], batch.weights > 0)
@@ -142,77 +160,146 @@ def _channels(config: Config, hidden_BSD: jax.Array, gain_D: jax.Array, counted_
     return jnp.sum(jnp.abs(normed_BSD) * counted_BS[..., None], axis=(0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _probed(
-    config: Config, given: _Given, hidden_BSD: jax.Array, segments_BS: jax.Array | None, counted_BS: jax.Array
-) -> tuple[jax.Array, Probe]:
-    params, epsilon = given.params, config.model.norm_epsilon
-    normed_BSD = rms_norm(hidden_BSD, params["attention_norm"], epsilon)
-    own = params["attention"]
+class _Inside(NamedTuple):
+    """What goes on in a layer, for those who look."""
+
+    heads_BSHC: jax.Array
+    attended_BSD: jax.Array
+    """What attention adds, before a norm behind it."""
+    between_BSD: jax.Array
+    """Hidden states between attention and the other block."""
+    given_ND: jax.Array
+    """What router, experts and other blocks are given, float32."""
+    after_BSD: jax.Array
+    visits: Visits | None
+    """None in a layer of moe.dense_layers. The one expert of a dense model is visited by every token."""
+
+
+def _inside(config: Config, given: _Given, hidden_BSD: jax.Array, segments_BS: jax.Array | None) -> _Inside:
+    model, params, own = config.model, given.params, given.params["attention"]
+    normed_BSD = rms_norm(hidden_BSD, params["attention_norm"], model.norm_epsilon)
     weights = AttentionWeights(own["query"], own["key"], own["value"], own["output"], own.get("switch"))
     heads_BSHC, _, _ = attention_heads(
         config, normed_BSD, weights, segments=segments_BS, sees_all=given.inputs.sees_all
     )
     attended_BSD = linear(heads_BSHC.reshape(*hidden_BSD.shape[:2], -1), weights.output, ("heads", "embed"))
-    between_BSD = hidden_BSD + post_norm(
-        attended_BSD, params.get("attention_post_norm"), config.model.post_norm_epsilon
-    )
+    between_BSD = hidden_BSD + post_norm(attended_BSD, params.get("attention_post_norm"), model.post_norm_epsilon)
     after_BSD, visits = _apply(config, given, hidden_BSD, segments_BS)
-    given_BSD = rms_norm(between_BSD, params["ffn_norm"], epsilon)
+    if visits is None:
+        given_ND = rms_norm(between_BSD, params["ffn_norm"], model.norm_epsilon).reshape(-1, model.hidden_size)
+        if given.bank is not None:
+            visits = Visits(jnp.zeros((len(given_ND), 1), jnp.int32), jnp.ones((len(given_ND), 1)), given_ND)
+    else:
+        given_ND = visits.hidden_ND
+    return _Inside(heads_BSHC, attended_BSD, between_BSD, given_ND.astype(jnp.float32), after_BSD, visits)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probed(
+    config: Config, given: _Given, hidden_BSD: jax.Array, segments_BS: jax.Array | None, counted_BS: jax.Array
+) -> tuple[jax.Array, Probe]:
+    params, inside = given.params, _inside(config, given, hidden_BSD, segments_BS)
     channels_D = _channels(config, hidden_BSD, params["attention_norm"], counted_BS)
-    channels_D += _channels(config, between_BSD, params["ffn_norm"], counted_BS)
-    norms_BSH = jnp.linalg.norm(heads_BSHC.astype(jnp.float32), axis=-1)
-    before, after = (array.astype(jnp.float32) for array in (hidden_BSD, after_BSD))
+    channels_D += _channels(config, inside.between_BSD, params["ffn_norm"], counted_BS)
+    norms_BSH = jnp.linalg.norm(inside.heads_BSHC.astype(jnp.float32), axis=-1)
+    before, after = (array.astype(jnp.float32) for array in (hidden_BSD, inside.after_BSD))
     sizes_BS = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
     cosine_BS = jnp.sum(before * after, axis=-1) / jnp.maximum(sizes_BS, 1e-30)
-    counted_N = counted_BS.reshape(-1)
-    hidden_ND = (given_BSD.reshape(-1, given_BSD.shape[-1]) if visits is None else visits.hidden_ND).astype(jnp.float32)
+    counted_N, block = counted_BS.reshape(-1), _block(params)
     routed: tuple[jax.Array | None, ...] = (None, None, None)
     if given.bank is not None:
-        if visits is None:
-            # The one expert of a dense layer takes every token.
-            visits = Visits(jnp.zeros((len(hidden_ND), 1), jnp.int32), jnp.ones((len(hidden_ND), 1)), hidden_ND)
-        routed = _routed(config, given, hidden_ND, visits, counted_N)
-    block = params.get("block") or params.get("shared", {}).get("block")
-    return after_BSD, Probe(
+        assert inside.visits is not None
+        rows = _rows(given.bank, inside.given_ND, inside.visits, counted_N)
+        output_RD = rows.output_RD
+        if config.model.post_norm_experts != "post":
+            output_RD = post_norm(output_RD, params.get("ffn_post_norm"), config.model.post_norm_epsilon)
+        size_R = jnp.linalg.norm(output_RD, axis=-1)
+        neurons_EF = rows.by_expert(jnp.abs(rows.active_RF) * rows.counted_R[:, None])
+        outputs_E = rows.by_expert(rows.gates_R * size_R * rows.counted_R)
+        routed = neurons_EF, outputs_E, rows.by_expert(rows.counted_R)
+    return inside.after_BSD, Probe(
         channels_D,
         jnp.sum(norms_BSH * counted_BS[..., None], axis=(0, 1)),
         jnp.sum(cosine_BS * counted_BS),
-        None if block is None else jnp.sum(jnp.abs(_activations(hidden_ND, block)) * counted_N[:, None], axis=0),
+        None if block is None else jnp.sum(jnp.abs(_active(inside.given_ND, block)) * counted_N[:, None], axis=0),
         *routed,
     )
 
 
-def _activations(hidden_ND: jax.Array, block: Tree) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _inverses(
+    config: Config, given: _Given, hidden_BSD: jax.Array, segments_BS: jax.Array | None, counted_BS: jax.Array
+) -> tuple[jax.Array, Inverses]:
+    inside, block = _inside(config, given, hidden_BSD, segments_BS), _block(given.params)
+    counted_N, of_sum = counted_BS.reshape(-1).astype(jnp.float32), config.model.post_norm_experts == "post"
+
+    def inverse(output: jax.Array) -> jax.Array:
+        wide = output.astype(jnp.float32).reshape(-1, config.model.hidden_size)
+        return jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1) + config.model.post_norm_epsilon)
+
+    block_ND = None if block is None else _active(inside.given_ND, block) @ block["down"]
+    experts_E = counts_E = None
+    of_block = None if block_ND is None else jnp.sum(inverse(block_ND) * counted_N)
+    if given.bank is not None:
+        assert inside.visits is not None
+        rows = _rows(given.bank, inside.given_ND, inside.visits, counted_BS.reshape(-1))
+        experts_E, counts_E = rows.by_expert(inverse(rows.output_RD) * rows.counted_R), rows.by_expert(rows.counted_R)
+        if of_sum and config.moe.router != "none":
+            gated_RD = rows.output_RD * rows.gates_R[:, None]
+            sum_ND = jax.ops.segment_sum(gated_RD, rows.row_R, len(inside.given_ND))
+            if block_ND is not None:
+                row_1D = given.params["shared"].get("sigmoid_gate")
+                share = 1.0 if row_1D is None else jax.nn.sigmoid(inside.given_ND @ row_1D.T)
+                sum_ND = sum_ND + share * block_ND
+            # One norm for all: each expert, and the block, gets its mean.
+            total = jnp.sum(inverse(sum_ND) * counted_N)
+            tokens = jnp.sum(counted_N)
+            experts_E, counts_E = jnp.full_like(experts_E, total), jnp.full_like(counts_E, tokens)
+            of_block = None if of_block is None else total
+    attention = jnp.sum(inverse(inside.attended_BSD) * counted_N)
+    return inside.after_BSD, Inverses(jnp.sum(counted_N), attention, of_block, experts_E, counts_E)
+
+
+def _block(params: Tree) -> Tree | None:
+    """The block that every token visits: of a layer of moe.dense_layers, or of the always-on experts."""
+    return params.get("block") or params.get("shared", {}).get("block")
+
+
+def _active(hidden_ND: jax.Array, block: Tree) -> jax.Array:
     return jax.nn.silu(hidden_ND @ block["gate"]) * (hidden_ND @ block["up"])
 
 
-def _routed(
-    config: Config, given: _Given, hidden_ND: jax.Array, visits: Visits, counted_N: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`neurons_EF`, `outputs_E` and `counts_E` of a probe."""
-    bank = given.bank
-    assert bank is not None
+class _Rows(NamedTuple):
+    """Choices of a layer in the order of their experts."""
+
+    expert_R: jax.Array
+    row_R: jax.Array
+    """The token."""
+    gates_R: jax.Array
+    counted_R: jax.Array
+    """1 for tokens that count, 0 for others."""
+    active_RF: jax.Array
+    output_RD: jax.Array
+    """Of the expert, before its gate and before a norm behind it."""
+    experts: int
+
+    def by_expert(self, values_R: jax.Array) -> jax.Array:
+        """Sums over the choices of each expert."""
+        return jax.ops.segment_sum(values_R, self.expert_R, self.experts)
+
+
+def _rows(bank: Bank, hidden_ND: jax.Array, visits: Visits, counted_N: jax.Array) -> _Rows:
     experts, slots = bank.gate_EDF.shape[0], visits.experts_NK.shape[1]
     expert_R = visits.experts_NK.reshape(-1)
     order_R = jnp.argsort(expert_R, stable=True)
     expert_R, row_R = expert_R[order_R], order_R // slots
-    counted_R = counted_N[row_R].astype(jnp.float32)
     sizes_E = jnp.bincount(expert_R, length=experts).astype(jnp.int32)
     hidden_RD = hidden_ND[row_R]
     gate_RF, up_RF = (jax.lax.ragged_dot(hidden_RD, weights, sizes_E) for weights in bank[:2])
     active_RF = jax.nn.silu(gate_RF) * up_RF
     output_RD = jax.lax.ragged_dot(active_RF, bank.down_EFD, sizes_E)
-    if config.model.post_norm_experts != "post":
-        output_RD = post_norm(output_RD, given.params.get("ffn_post_norm"), config.model.post_norm_epsilon)
-    size_R = jnp.linalg.norm(output_RD, axis=-1)
-    gates_R = visits.gates_NK.reshape(-1)[order_R]
-
-    def by_expert(values_R: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(values_R, expert_R, experts)
-
-    neurons_EF = by_expert(jnp.abs(active_RF) * counted_R[:, None])
-    return neurons_EF, by_expert(gates_R * size_R * counted_R), by_expert(counted_R)
+    gates_R, counted_R = visits.gates_NK.reshape(-1)[order_R], counted_N[row_R].astype(jnp.float32)
+    return _Rows(expert_R, row_R, gates_R, counted_R, active_RF, output_RD, experts)
 
 
 def counted(batches: Sequence[Batch]) -> int:

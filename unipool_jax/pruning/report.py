@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.config.schema import Config, settings
+from unipool_jax.config.words import to_words
 from unipool_jax.model.report import count_parameters
 from unipool_jax.moe.routing import score_constant
 from unipool_jax.pruning.prune import Pruned
@@ -166,13 +168,14 @@ def write_report_page(folder: Path, request: PruneRequest, report: Mapping[str, 
     subtitle = f"{request.run}, importance={report['importance']}, {report['tokens']:,} tokens of text"
     parts = [_size_part(report), _layer_part(report), _attention_part(report)]
     parts += [_pool_part(report), _orphan_part(report)]
+    words = request.config.words if request.config is not None else ()
     return write_page(
         folder / "prune",
         f"What was pruned: {folder.name}",
         subtitle,
         facts,
         [part for part in parts if part is not None],
-        f"unipool prune {request.run} out={folder} {' '.join(request.config.words if request.config else ())}".strip(),
+        f"unipool prune {' '.join([*to_words(dataclasses.replace(request, config=None)), *words])}",
     )
 
 
