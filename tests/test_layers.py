@@ -28,7 +28,8 @@ ALLOWED = {
     "analysis": _TRAINING | {"evaluation"},
     # After pre-training; nothing but the command line imports them.
     "rewriting": _TRAINING | {"evaluation"},
-    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "rewriting"},
+    "verification": {"config"},
+    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "rewriting", "verification"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }
