@@ -40,7 +40,7 @@ WORK = Path("runs/trig_study")
 METHODS = ("dense", "vanilla", "unipool")
 PAIRS = (("vanilla", "dense"), ("unipool", "dense"), ("unipool", "vanilla"))
 SEEDS = 3
-TRAIN_PROBLEMS, TEST_PROBLEMS = 8000, 200
+TRAIN_PROBLEMS, TEST_PROBLEMS = 10_000, 200
 """Of each depth and of each test; the text is longer than what a run reads."""
 SETTINGS = (
     "scale=demo data=trig_rewrite model.num_layers=4 model.hidden_size=96 model.ffn_size=192 model.vocab_size=256 "
