@@ -29,7 +29,8 @@ ALLOWED = {
     "pruning": _TRAINING | {"evaluation", "convert", "analysis"},
     # After pre-training; nothing but the command line imports them.
     "rewriting": _TRAINING | {"evaluation"},
-    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting"},
+    "verification": {"config"},
+    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting", "verification"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }

@@ -13,6 +13,7 @@ from unipool_jax.config.errors import UserError
 from unipool_jax.rewriting import generator
 from unipool_jax.rewriting.generator import Dials, Problem, problems, statement
 from unipool_jax.rewriting.moves import IllegalMoveError, Move, State, apply, bound_moves, read_move, read_state
+from unipool_jax.rewriting.numeric import conditions
 from unipool_jax.rewriting.rules import RULES
 from unipool_jax.rewriting.search import (
     RandomPolicy,
@@ -64,7 +65,8 @@ def check(found: Sequence[Problem]) -> None:
         assert not any(before.solved for before in states[:-1])
         for point in (0.1234, 1.3579):
             # A condition that contradicts itself is zero here to rounding: cos(pi/2) is 6e-17.
-            assert all(abs(by_python(term, point)) > 1e-9 for term in problem.hypotheses())
+            needed = {term for one in states for side in one for term in conditions(side)}
+            assert all(abs(by_python(term, point)) > 1e-9 for term in needed), problem
             left, right = (by_python(side, point) for side in problem.goal)
             assert abs(left - right) < 1e-7 * (1 + abs(left)), problem
 

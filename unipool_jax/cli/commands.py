@@ -171,6 +171,24 @@ COMMANDS = (
         "unipool_jax.rewriting.command:eval_command",
     ),
     Command(
+        "steps check",
+        "Prove the steps of answers one by one.",
+        "unipool_jax.verification.requests:CheckRequest",
+        "unipool_jax.verification.command:check_command",
+    ),
+    Command(
+        "steps train",
+        "Train what tells right answers from the states of their steps.",
+        "unipool_jax.verification.requests:AggregatorRequest",
+        "unipool_jax.verification.command:train_command",
+    ),
+    Command(
+        "steps select",
+        "Choose the best of several answers to each problem.",
+        "unipool_jax.verification.requests:SelectRequest",
+        "unipool_jax.verification.command:select_command",
+    ),
+    Command(
         "plan",
         "Say what a training step costs on devices that need not be there.",
         _SCHEMA,
