@@ -16,7 +16,7 @@ from benchmarks.pytorch_baseline.settings import Settings
 from benchmarks.pytorch_baseline.sharing import balance_sets
 from benchmarks.pytorch_baseline.train import Trainer
 from benchmarks.twin_settings import twin_settings
-from tiny import METHODS, WINDOWS, tiny_batch, tiny_config
+from tiny import METHODS, WINDOWS, slow_among, tiny_batch, tiny_config
 from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
 from unipool_jax.config.schema import Config, ModelConfig
 from unipool_jax.data.pipeline import Batch
@@ -91,6 +91,8 @@ SLOW_VARIANTS = {
     "unipool_centered",
     "tied_inner",
     "cyclic",
+    "ring",
+    "bank_runs",
     *(name for name in NORMS if name != "norms of experts"),
 }
 
@@ -120,7 +122,7 @@ def weights_gap(config: Config, trainer: Trainer, state: TrainState) -> float:
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in VARIANTS],
+    slow_among(VARIANTS, SLOW_VARIANTS),
 )
 def test_float32(variant: str) -> None:
     """Logits, losses and gradients agree, and 100 steps of each method stay together.
@@ -148,9 +150,7 @@ def test_float32(variant: str) -> None:
 FEW_STEPS = {**{name: (name, *WINDOWS.get(name, ()), *words) for name, words in SHARING.items()}, **NORMS}
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in FEW_STEPS]
-)
+@pytest.mark.parametrize("variant", slow_among(FEW_STEPS, SLOW_VARIANTS))
 def test_methods_of_sharing_and_norms(variant: str) -> None:
     """Losses, gradients and new weights of three steps; which experts are open in them is drawn by us alone."""
     words = ("train.steps=100", "optimizer.weight_decay=0.1", "optimizer.warmup_fraction=0")
