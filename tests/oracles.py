@@ -385,3 +385,35 @@ def _index(tree: Any, index: int) -> Any:
     if isinstance(tree, dict):
         return {key: _index(value, index) for key, value in tree.items()}
     return tree[index]
+
+
+def lvps_depths(x: np.ndarray, layers: int, last: int) -> np.ndarray:
+    """Depth of each of the numbers `x`, of U(1e-6, 1): the published sampler of Apollo, step by step."""
+    ratio = last / layers
+    b, e = ratio + 0.4, 0.6
+    n = (b * 1e-6 - e) / (e - b)
+    y = np.clip(e * (n + 1) / (x + n), 1, ratio)
+    return np.floor(y * layers + 1e-9).astype(int)
+
+
+def lstm(params: dict[str, Any], states: list[int], layers: int) -> float:
+    """Logit of one answer from the states of its steps: LSTM layers without peepholes, and a linear output."""
+
+    def sigmoid(x: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-x))
+
+    inputs = [np.eye(4)[state] for state in states]
+    for layer in range(layers):
+        cell = params[f"layer_{layer}"]
+        hidden = memory = np.zeros(cell["hi"]["bias"].shape)
+        outputs = []
+        for x in inputs:
+            i, f, g, o = (
+                x @ cell[f"i{gate}"]["kernel"] + hidden @ cell[f"h{gate}"]["kernel"] + cell[f"h{gate}"]["bias"]
+                for gate in "ifgo"
+            )
+            memory = sigmoid(f) * memory + sigmoid(i) * np.tanh(g)
+            hidden = sigmoid(o) * np.tanh(memory)
+            outputs.append(hidden)
+        inputs = outputs
+    return float(inputs[-1] @ params["head"]["kernel"][:, 0] + params["head"]["bias"][0])

@@ -10,25 +10,32 @@ import json
 import lzma
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from tiny import AROUND_METHODS, METHODS, WINDOWS, tiny_config, tiny_state
+from unipool_jax.config.schema import Config
 from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.corpus import open_corpus
 from unipool_jax.data.pipeline import WindowSource, training_batches
-from unipool_jax.training.step import make_train_step
+from unipool_jax.training.growing import first_stage, open_growth
+from unipool_jax.training.step import TrainStep, make_train_step
 
 CHOICES = {
     "unipool, sandwich": ("unipool", "model.norm=sandwich"),
     "unipool, depth-scaled sandwich, tiny init": ("unipool", "model.norm=depth_scaled_sandwich", "model.init=tiny"),
+    "growth": (
+        *("unipool", "model.num_layers=2", "train.microbatch_size=8"),
+        *("growth.layers=[1,2]", "growth.ends=[.5,1]", "growth.depth_law=uniform"),
+    ),
 }
 RECORDED = {
     **{name: (name, *WINDOWS.get(name, ())) for name in (*METHODS, "unipool_centered", *WINDOWS, *AROUND_METHODS)},
     **CHOICES,
 }
 """Methods and other choices: the method and its settings beside those of `losses`."""
-SLOW = {"unipool, sandwich"}
+SLOW = {"unipool, sandwich", "growth"}
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 50
 
@@ -48,8 +55,9 @@ def write_text(folder: Path) -> Path:
 
 def losses(name: str, text: Path) -> list[float]:
     """Language-model loss of each of the first 50 steps."""
+    method, *more = RECORDED[name]
     config = tiny_config(
-        *RECORDED[name],
+        method,
         "data.source=files",
         f"data.files=[{text}]",
         f"data.cache_dir={text.parent / 'cache'}",
@@ -59,12 +67,25 @@ def losses(name: str, text: Path) -> list[float]:
         "data.sequence_length=32",
         "optimizer.learning_rate=3e-3",
         "train.microbatch_size=4",
+        *more,
     )
+    return trained_losses(config)
+
+
+def trained_losses(config: Config) -> list[float]:
+    """The same for any configuration; layers of a run that grows are added where its stages begin."""
     corpus = open_corpus(config.data, config.model.vocab_size)
     windows = WindowSource(corpus.stores, "train", 32, STEPS * config.train.batch_size, config.train.seed)
-    step, state = make_train_step(config), tiny_state(config, config.train.seed)
+    state, growth = tiny_state(config, config.train.seed), open_growth(config, 0, None)
+    step: TrainStep = make_train_step(config)
+    if growth is not None:
+        state, step = jax.jit(first_stage, static_argnums=0)(config, state), growth.step(growth.structure, 0)
     found = []
-    for batch in training_batches(windows, batch_size=config.train.batch_size, start_step=0, end_step=STEPS):
+    batches = training_batches(windows, batch_size=config.train.batch_size, start_step=0, end_step=STEPS)
+    for completed, batch in enumerate(batches):
+        if growth is not None and growth.due(completed):
+            state = growth.grow(state, completed)
+            step = make_train_step(growth.structure) if growth.done else growth.step(growth.structure, completed)
         state, metrics = step(state, batch)
         found.append(float(metrics["loss/lm"]))
     return found

@@ -27,7 +27,10 @@ ALLOWED = {
     "planner": _TRAINING,
     "analysis": _TRAINING | {"evaluation"},
     "pruning": _TRAINING | {"evaluation", "convert", "analysis"},
-    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning"},
+    # After pre-training; nothing but the command line imports them.
+    "rewriting": _TRAINING | {"evaluation"},
+    "verification": {"config"},
+    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting", "verification"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }

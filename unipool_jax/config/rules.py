@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from unipool_jax.config import (
     attention_rules,
     block_rules,
+    growth_rules,
     lock_schedule,
     mesh_rules,
     norm_rules,
@@ -266,6 +267,13 @@ _rule(
     *("lock.lock_fraction", "lock.anneal_fraction", "lock.entropy_warmup_fraction", "lock.lock_step"),
     *("lock.anneal_steps", "lock.entropy_warmup_steps", "mesh.expert", *_TOTAL_EXPERTS),
 )(lock_schedule.problems)
+
+
+_rule(
+    *("growth.layers", "growth.ends", "growth.depth_step", "train.steps", "train.eval_every", "lock.count_lookback"),
+    *("lock.lock_fraction", "lock.anneal_fraction", "lock.lock_step", "lock.anneal_steps", "pool.groups"),
+    *_TOTAL_EXPERTS,
+)(growth_rules.problems)
 
 
 @_rule("optimizer.learning_rate", "optimizer.min_learning_rate")

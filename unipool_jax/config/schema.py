@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DType = Literal["float32", "bfloat16"]
 Router = Literal["softmax", "sigmoid", "norm"]
 """Routers of a mixture; `norm` is NormRouter."""
+GrowthMap = Literal["extend", "stack"]
+"""How few layers become many."""
 
 
 class ConfigError(UserError, ValueError):
@@ -297,6 +299,30 @@ class LockConfig:
 
 
 @dataclass(frozen=True)
+class GrowthConfig:
+    """Growth in depth (Apollo): few layers at first, used as a deeper network of random depth; see docs/depth.md."""
+
+    layers: tuple[int, ...] = ()
+    """Layers N of each stage, ascending to model.num_layers; empty for a run that has all from the start. A shared pool
+    has its full size from the first step."""
+    ends: tuple[float, ...] = ()
+    """End of each stage as a fraction of train.steps; the last is 1. An extension of the run moves none."""
+    depth_law: Literal["lvps", "uniform", "sigmoid", "final", "stage"] = "lvps"
+    """How deep a network each micro-batch sees, from N to L = model.num_layers. `lvps`: low depths are the likely ones,
+    as published. `uniform`: all alike. `sigmoid`: mostly near N or near L. `final`: always L. `stage`: always N, which
+    with growth.map=stack is stacking."""
+    depth_step: int = 1
+    """Depths are rounded down to L minus a multiple of this, at least N: fewer programs to compile. With pool.groups
+    between 1 and model.num_layers, a multiple of it."""
+    map: GrowthMap = "extend"
+    """Which layer stands at place i of D, in the unrolled network and at growth. `extend`: floor(i N / D). `stack`: all
+    layers in order, again and again."""
+    moments: Literal["copy", "official", "zero"] = "copy"
+    """Optimizer moments of layers at growth. `copy`: those of the layer that is copied. `official`: as in the published
+    code, layer j keeps the moments of the old layer j, new ones have none. `zero`: none."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
@@ -504,6 +530,7 @@ class Config:
     pool: PoolConfig = field(default_factory=PoolConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     lock: LockConfig = field(default_factory=LockConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)

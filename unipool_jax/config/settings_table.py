@@ -101,6 +101,7 @@ TABLE: dict[str, Effect] = {
             *("lock.lock_step", "lock.anneal_steps", "lock.entropy_warmup_steps", "lock.entropy_coefficient"),
             *("lock.entropy_target", "lock.coverage_threshold", "lock.solver", "lock.max_loss_excess"),
             *("lock.excess_evaluations", "lock.count_lookback", "lock.count_smoothing"),
+            *("growth.layers", "growth.ends", "growth.depth_law", "growth.depth_step", "growth.map", "growth.moments"),
             *("optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.warmup_fraction"),
             *("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay"),
             *("optimizer.reuse_divisor", "optimizer.reuse_decay"),

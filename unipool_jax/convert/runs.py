@@ -15,6 +15,7 @@ import numpy as np
 
 from unipool_jax.config.compose import save_config
 from unipool_jax.config.files import write_atomically, write_json
+from unipool_jax.config.growth_schedule import saved_model
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.inheritance import Origin
@@ -43,8 +44,9 @@ def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
     folder = find_run(run)
     with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(step)
-        config = opened_config(folder, checkpoints.meta(step))
-        return config, _restore(checkpoints, config, step)
+        meta = checkpoints.meta(step)
+        config = opened_config(folder, meta)
+        return saved_model(config, meta), _restore(checkpoints, config, step)
 
 
 def read_locked(run: str, step: int | None = None) -> tuple[Config, Weights, LockRecord] | None:
@@ -57,7 +59,7 @@ def read_locked(run: str, step: int | None = None) -> tuple[Config, Weights, Loc
         if not structure(config, meta).locked:
             return None
         record = from_document(config, meta["lock"], step)
-        return config, _restore(checkpoints, config, step, locked=True), record
+        return saved_model(config, meta), _restore(checkpoints, config, step, locked=True), record
 
 
 def _restore(checkpoints: Checkpoints, config: Config, step: int, locked: bool = False) -> Weights:
