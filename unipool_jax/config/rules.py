@@ -22,6 +22,7 @@ from unipool_jax.config import (
     growth_rules,
     lock_schedule,
     mesh_rules,
+    norm_rules,
     rope_rules,
     sharing_rules,
 )
@@ -174,6 +175,10 @@ _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.
 
 
 _rule("moe.shared_experts", "moe.dense_layers", "moe.dense_ffn_size")(block_rules.problems)
+_rule(
+    *("model.post_norm_attention", "model.post_norm_ffn", "model.post_norm_epsilon"),
+    *("moe.top_k", "moe.shared_experts"),
+)(norm_rules.problems)
 
 
 @_rule("pool.groups", "moe.top_k", "loss.z_coefficient", *_TOTAL_EXPERTS)
