@@ -25,7 +25,7 @@ from unipool_jax.training.step import TrainStep, make_train_step
 CHOICES = {
     "unipool, sandwich": ("unipool", "model.norm=sandwich"),
     "unipool, depth-scaled sandwich, tiny init": ("unipool", "model.norm=depth_scaled_sandwich", "model.init=tiny"),
-    "growth": (
+    "unipool, growth": (
         *("unipool", "model.num_layers=2", "train.microbatch_size=8"),
         *("growth.layers=[1,2]", "growth.ends=[.5,1]", "growth.depth_law=uniform"),
     ),
@@ -35,7 +35,7 @@ RECORDED = {
     **CHOICES,
 }
 """Methods and other choices: the method and its settings beside those of `losses`."""
-SLOW = {"unipool, sandwich", "growth", "shared_layer_aux", "ring", "rexmoe", "bank_runs", "cyclic"}
+SLOW = {"unipool, sandwich", "unipool, growth", "shared_layer_aux", "ring", "rexmoe", "bank_runs", "cyclic"}
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 50
 
