@@ -65,6 +65,22 @@ def rms_norm(x: np.ndarray, gain: np.ndarray, epsilon: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * gain
 
 
+def rms_norm_gradients(
+    x: np.ndarray, gain: np.ndarray, epsilon: float, upstream: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """RMSNorm y = g x / r with r^2 = mean(x^2) + epsilon, and the gradients of sum(upstream * y), row by row.
+
+    dx = g dy / r - x sum(g dy x) / (D r^3); dg = sum over rows of dy x / r.
+    """
+    output, x_grad, gain_grad = np.zeros(x.shape), np.zeros(x.shape), np.zeros(gain.shape)
+    for row, (values, down) in enumerate(zip(x, upstream, strict=True)):
+        r = math.sqrt(float((values**2).mean()) + epsilon)
+        output[row] = gain * values / r
+        x_grad[row] = gain * down / r - values * (gain * down * values).sum() / (len(values) * r**3)
+        gain_grad += down * values / r
+    return output, x_grad, gain_grad
+
+
 def rotate(x: np.ndarray, base: float) -> np.ndarray:
     """Half-rotation rotary embedding of `[S, C]`, as complex multiplication of channel i and i + C/2."""
     length, channels = x.shape
@@ -174,18 +190,25 @@ class Forward:
             pool, inner = divmod(layer - first, config.layers_per_pool)
             own = _index(wide["dense"], layer) if dense else _index(_index(layers, pool), inner)
             normed = rms_norm(x, own["attention_norm"], model.norm_epsilon)
-            x = x + np.stack([self._attend(s, own["attention"], layer) for s in normed])
+            attended = np.stack([self._attend(s, own["attention"], layer) for s in normed])
+            x = x + self._post_norm(attended, own, "attention_post_norm")
             normed = rms_norm(x, own["ffn_norm"], model.norm_epsilon).reshape(-1, model.hidden_size)
             if dense:
-                x = x + always_on(normed, own).reshape(x.shape)
+                x = x + self._post_norm(always_on(normed, own), own, "ffn_post_norm").reshape(x.shape)
                 continue
             if config.moe.depth_vectors:
                 normed = normed + own["depth"]
             bias = None if expert_bias is None else expert_bias[pool, inner]
             seen = None if config.windows is None else self._seen(layer - first)
-            mixed = self._mixture(normed, own.get("mixture", {}), _index(banks, pool), bias, seen)
+            # The dense model has one expert, which has the only gate there is: 1.
+            of_sum = model.post_norm_experts == "post"
+            norm = {key: own[key] for key in ("ffn_post_norm",) if key in own and not of_sum}
+            mixed = self._mixture(normed, own.get("mixture", {}) | norm, _index(banks, pool), bias, seen)
             if config.moe.shared_experts:
-                mixed = mixed + always_on(normed, own["shared"])
+                ungated = self._post_norm(always_on(normed, {"block": own["shared"]["block"]}), norm, "ffn_post_norm")
+                gate = own["shared"].get("sigmoid_gate")
+                mixed = mixed + (ungated if gate is None else ungated / (1 + np.exp(-(normed @ gate.T))))
+            mixed = self._post_norm(mixed, own if of_sum else {}, "ffn_post_norm")
             x = x + mixed.reshape(x.shape)
         self.logits = rms_norm(x, wide["final_norm"], model.norm_epsilon) @ wide["output"].T
 
@@ -200,6 +223,10 @@ class Forward:
         full = np.array([z > 0 and t >= settings.window for t, z in enumerate(logit)])
         self.switched.append((logit, full, ((to_all - to_window) ** 2).mean(axis=1)))
         return np.where(full[:, None], to_all, to_window) @ own["output"]
+
+    def _post_norm(self, output: np.ndarray, own: Any, name: str) -> np.ndarray:
+        """RMSNorm with the gain of this name, where the layer has one."""
+        return rms_norm(output, own[name], self.config.model.post_norm_epsilon) if name in own else output
 
     def _window(self, layer: int) -> int | None:
         """Positions that a layer sees at most; None is all."""
@@ -221,7 +248,7 @@ class Forward:
     ) -> np.ndarray:
         moe = self.config.moe
         if moe.router == "none":
-            return np.stack([expert(token, bank, 0) for token in x])
+            return np.stack([self._post_norm(expert(token, bank, 0), own, "ffn_post_norm") for token in x])
         # A narrow layer is the model of a router with as few rows.
         logits = x @ own["router"][: None if seen is None else len(seen)].T
         if moe.router == "norm":
@@ -249,7 +276,7 @@ class Forward:
             if moe.router == "sigmoid" and moe.top_k > 1:
                 gates = gates / (gates.sum() + 1e-20)
             for gate, index in zip(gates, experts[token], strict=True):
-                out[token] += gate * expert(x[token], bank, index)
+                out[token] += gate * self._post_norm(expert(x[token], bank, index), own, "ffn_post_norm")
         return out
 
     def counts(self, counted: np.ndarray | None = None) -> np.ndarray:

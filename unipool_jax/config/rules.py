@@ -16,7 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unipool_jax.config import attention_rules, block_rules, lock_schedule, mesh_rules, rope_rules, sharing_rules
+from unipool_jax.config import (
+    attention_rules,
+    block_rules,
+    lock_schedule,
+    mesh_rules,
+    norm_rules,
+    rope_rules,
+    sharing_rules,
+)
 from unipool_jax.config.addresses import split_address
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.parsing import as_written, from_mapping
@@ -166,6 +174,10 @@ _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.
 
 
 _rule("moe.shared_experts", "moe.dense_layers", "moe.dense_ffn_size")(block_rules.problems)
+_rule(
+    *("model.post_norm_attention", "model.post_norm_ffn", "model.post_norm_epsilon"),
+    *("moe.top_k", "moe.shared_experts"),
+)(norm_rules.problems)
 
 
 @_rule("pool.groups", "moe.top_k", "loss.z_coefficient", *_TOTAL_EXPERTS)

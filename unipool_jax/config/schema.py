@@ -11,6 +11,7 @@ and combinations. Both report all problems at once, before any array is allocate
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,15 +69,55 @@ class ModelConfig:
     """Frequencies with fewer turns than this in the original length are interpolated, with model.rope_scaling=yarn."""
     rope_attention_factor: float | None = None
     """Factor on rotated queries and keys, with model.rope_scaling=yarn; null is 0.1 ln(rope_factor) + 1."""
+    norm: Literal["pre", "sandwich", "depth_scaled_sandwich"] = "pre"
+    """Norms around the blocks of a layer; see docs/depth.md. `pre`: of the input of each. `sandwich`: also of its
+    output, with gains that start at 1. `depth_scaled_sandwich`: the same with gains that start at
+    model.post_norm_attention / sqrt(L) and model.post_norm_ffn / sqrt(L) (arXiv 2504.07866)."""
     norm_epsilon: float = 1e-5
     """Epsilon added to the mean square in RMSNorm."""
+    post_norm_attention: float = 0.283
+    """First gain of the norm behind attention, times sqrt(L), with model.norm=depth_scaled_sandwich."""
+    post_norm_ffn: float = 0.432
+    """First gain of the norm behind the feed-forward or mixture block, times sqrt(L), with
+    model.norm=depth_scaled_sandwich."""
+    post_norm_epsilon: float = 1e-8
+    """Epsilon of the norms behind blocks, whose first outputs are far smaller than hidden states."""
+    post_norm_experts: Literal["norm_then_gate", "post", "none"] = "norm_then_gate"
+    """What the norm behind a mixture takes: `norm_then_gate`: the output of each expert, before its gate. `post`: the
+    gated sum; it hides the gates from the loss where a token has one expert. `none`: nothing, the block has no such
+    norm."""
+    init: Literal["base", "tiny"] = "base"
+    """Initial weights. `base`: model.init_std, and init_std / sqrt(2 L) for the output projections of both blocks.
+    `tiny`: sqrt(1 / (2 D L)) for every matrix, routers aside (TinyInit, arXiv 2504.07866)."""
     init_std: float = 0.01
-    """Standard deviation of the initial weights; the output projections of both blocks use init_std / sqrt(2 L)."""
+    """Standard deviation of the initial weights, with model.init=tiny only of routers and gates."""
+    embedding_std: float | None = None
+    """Standard deviation of the initial embedding; null: model.init_std, with model.init=tiny 0.5."""
     compute_dtype: DType = "bfloat16"
     """Dtype of activations and matrix products. Parameters and optimizer state are always float32."""
     remat: Literal["none", "moe", "full"] = "moe"
     """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer. With several
     pools over mesh.fsdp, the last two also gather the weights of each pool again."""
+
+    @property
+    def matrix_std(self) -> float:
+        """Standard deviation of the initial weights of projections, experts and output head."""
+        return self.init_std if self.init == "base" else 1 / math.sqrt(2 * self.hidden_size * self.num_layers)
+
+    @property
+    def output_std(self) -> float:
+        """That of the projections that write to the residual stream: of attention, and down in a feed-forward block."""
+        return self.init_std / math.sqrt(2 * self.num_layers) if self.init == "base" else self.matrix_std
+
+    @property
+    def table_std(self) -> float:
+        """That of the embedding."""
+        default = self.init_std if self.init == "base" else 0.5
+        return default if self.embedding_std is None else self.embedding_std
+
+    def post_norm_gain(self, constant: float) -> float:
+        """First gain of a norm behind a block whose constant this is: model.post_norm_attention or post_norm_ffn."""
+        return constant / math.sqrt(self.num_layers) if self.norm == "depth_scaled_sandwich" else 1.0
 
 
 @dataclass(frozen=True)

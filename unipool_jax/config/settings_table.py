@@ -82,6 +82,8 @@ TABLE: dict[str, Effect] = {
             *("model.rope_scaling", "model.rope_factor", "model.rope_original_length", "model.rope_beta_fast"),
             *("model.rope_beta_slow", "model.rope_attention_factor"),
             *("model.vocab_size", "model.rope_base", "model.norm_epsilon", "model.init_std", "model.compute_dtype"),
+            *("model.norm", "model.post_norm_attention", "model.post_norm_ffn", "model.post_norm_epsilon"),
+            *("model.post_norm_experts", "model.init", "model.embedding_std"),
             *("attention.kind", "attention.window", "attention.full_layers", "attention.gate"),
             *("attention.switch_weight", "attention.switch_epsilon", "attention.switch_alpha"),
             *("attention.switch_weighting", "attention.disagreement"),

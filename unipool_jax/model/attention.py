@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,8 +69,7 @@ class Attention(nn.Module):
         config, width = self.config, self.config.hidden_size
         switch = nn.initializers.normal(_SWITCH_STD)
         keys = width // config.num_heads * config.num_kv_heads
-        init = nn.initializers.normal(config.init_std)
-        init_output = nn.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))
+        init, init_output = nn.initializers.normal(config.matrix_std), nn.initializers.normal(config.output_std)
         return AttentionWeights(
             query=self.param("query", init, (width, width), jnp.float32),
             key=self.param("key", init, (width, keys), jnp.float32),
