@@ -617,6 +617,12 @@ class Config:
         return self.model.hidden_size // self.model.num_heads
 
     @property
+    def norms_experts(self) -> bool:
+        """Whether the output of each routed expert is normalized, before its gate."""
+        model = self.model
+        return model.norm != "pre" and self.moe.router != "none" and model.post_norm_experts == "norm_then_gate"
+
+    @property
     def num_microbatches(self) -> int:
         """Forward and backward passes per optimizer step."""
         return self.train.batch_size // self.train.microbatch_size
