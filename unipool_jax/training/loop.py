@@ -28,6 +28,7 @@ from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0, must_agree, process_0_first
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.console import LOG, Progress, copied_to
+from unipool_jax.training.distillation import Teacher
 from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
 from unipool_jax.training.flops import utilization
 from unipool_jax.training.initial import initial_state, mesh_document
@@ -50,6 +51,7 @@ from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
 from unipool_jax.training.switching import switch_values
+from unipool_jax.training.teacher import teachers_of
 from unipool_jax.training.zero_gates import zero_gate_warning
 
 EXIT_NONFINITE = 3
@@ -95,6 +97,7 @@ def train(config: Config) -> int:
         text = process_0_first(lambda: text_identity(corpus))
         must_agree({"text of the run (fingerprint)": text["fingerprint"]})
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
+        teachers = teachers_of(config, folder.path, bool(checkpoints.steps()), corpus.tokenizer.sha256, mesh)
         state = initial_state(config, checkpoints, corpus, mesh)
         process_0_first(lambda: folder.record(config, text, corpus.tokenizer.definition))
         start = int(jax.device_get(state.step))
@@ -116,7 +119,7 @@ def train(config: Config) -> int:
         session = stack.enter_context(process_0_first(lambda: Session(folder.path, start, writes=is_process_0())))
         stop = stack.enter_context(StopRequest().listening())
         buffers = ReceiveBuffers(config, mesh, folder.path, meta)
-        run = _Run(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers)
+        run = _Run(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers, teachers)
         run.announce(state)
         try:
             state = run.place(state)
@@ -153,10 +156,11 @@ class _Run:
         mesh: Mesh | None,
         lock: Locking | None,
         buffers: ReceiveBuffers,
+        teachers: tuple[Teacher, ...],
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
         self.writer, self.session, self.stop, self.start, self.mesh = writer, session, stop, start, mesh
-        self.lock, self.buffers = lock, buffers
+        self.lock, self.buffers, self.teachers = lock, buffers, teachers
         self.validated = broadcast_from_process_0("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
         self.placement: Placement | None = None
         self.progress = Progress(config.train.steps, None if is_process_0() else io.StringIO())
@@ -246,7 +250,7 @@ class _Run:
             if self.lock is not None:
                 self.lock.check(step - 1)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, placed)
+                state, metrics = train_step(state, placed, *self.teachers)
             # Read the metrics one step late, so that the device never waits for the host. A non-finite update is not
             # applied, so nothing is lost.
             if pending is not None:
