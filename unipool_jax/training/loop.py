@@ -47,6 +47,7 @@ from unipool_jax.training.run_folder import RunError, RunFolder
 from unipool_jax.training.sessions import Session, command_line, utc_now
 from unipool_jax.training.sharding import misplaced_banks, process_rows, report, to_devices
 from unipool_jax.training.speed import Speed
+from unipool_jax.training.spikes import WATCHED, Spikes
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
@@ -119,7 +120,11 @@ def train(config: Config) -> int:
         session = stack.enter_context(process_0_first(lambda: Session(folder.path, start, writes=is_process_0())))
         stop = stack.enter_context(StopRequest().listening())
         buffers = ReceiveBuffers(config, mesh, folder.path, meta)
-        run = _Run(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers, teachers)
+        run = _Run(
+            *(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers),
+            teachers=teachers,
+            spikes=Spikes(meta),
+        )
         run.announce(state)
         try:
             state = run.place(state)
@@ -156,11 +161,13 @@ class _Run:
         mesh: Mesh | None,
         lock: Locking | None,
         buffers: ReceiveBuffers,
+        *,
         teachers: tuple[Teacher, ...],
+        spikes: Spikes,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
         self.writer, self.session, self.stop, self.start, self.mesh = writer, session, stop, start, mesh
-        self.lock, self.buffers, self.teachers = lock, buffers, teachers
+        self.lock, self.buffers, self.teachers, self.spikes = lock, buffers, teachers, spikes
         self.validated = broadcast_from_process_0("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
         self.placement: Placement | None = None
         self.progress = Progress(config.train.steps, None if is_process_0() else io.StringIO())
@@ -334,6 +341,7 @@ class _Run:
         if not jax.device_get(metrics["finite"]):
             self.report_nonfinite(step, metrics)
         self.buffers.add(step, metrics)
+        self.spikes.add(jax.device_get({name: metrics[name] for name in WATCHED.values()}))
         if not self.due(step, self.config.train.log_every) and step != self.config.train.steps:
             return
         host = jax.device_get(metrics)
@@ -348,6 +356,7 @@ class _Run:
         zero_gates_L = host["zero_gates_L"] / self.config.tokens_per_step
         values["routing/zero_gates"] = zero_gates_L.tolist()
         values |= switch_values(self.config, host)
+        values |= self.spikes.shares()
         values |= self.loads(host) | {"overflow": self.buffers.take_overflow()}
         self.writer.write("train", step, values)
         left = self.speed.left(step, self.config.train.steps)
@@ -442,7 +451,11 @@ class _Run:
         self.speed.pause()
         self.writer.sync()
         text = text_identity(self.corpus)
-        meta = make_meta(self.config, step, self.corpus.tokenizer.sha256, text) | self.buffers.document()
+        meta = (
+            make_meta(self.config, step, self.corpus.tokenizer.sha256, text)
+            | self.buffers.document()
+            | self.spikes.document()
+        )
         meta |= mesh_document(self.mesh)
         if self.lock is not None:
             meta |= self.lock.document(step)
@@ -490,6 +503,7 @@ class _Run:
             "busiest_over_mean": loads["load/busiest_over_mean"],
             "skipped_steps": self.writer.kinds["skipped"],
             "overflow": self.buffers.total,
+            **self.spikes.shares(),
             "version": VERSION,
             "git_commit": git_commit(),
         }
