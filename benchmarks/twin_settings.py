@@ -15,6 +15,7 @@ def twin_settings(config: Config, end_of_document: int | None = None) -> Setting
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_heads=model.num_heads,
+        head_channels=model.head_size,
         num_kv_heads=model.num_kv_heads,
         ffn_size=model.ffn_size,
         vocab_size=model.vocab_size,

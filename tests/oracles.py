@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -138,8 +139,8 @@ def attention(
     window: int | None = None,
 ) -> np.ndarray:
     """Causal grouped-query attention on one sequence `[S, D]`, head by head."""
-    length, width = x.shape
-    size = width // heads
+    length = len(x)
+    size = weights["query"].shape[1] // heads
     outputs = []
     for head in range(heads):
         shared = head // (heads // kv_heads)
@@ -174,6 +175,7 @@ class Forward:
       logits: `[B, S, V]`.
       scores, experts: one array per layer with experts, `[B S, E]` and `[B S, k]`.
       switched: with attention.kind=switch, by layer and sequence: logits, gates and disagreement (mean), `[S]` each.
+      hidden: before each layer and after the last, `[B, S, D]`; normed: the output of the final norm.
     """
 
     def __init__(self, config: Config, params: Any, tokens: np.ndarray, expert_bias: np.ndarray | None = None):
@@ -183,9 +185,11 @@ class Forward:
         self.scores: list[np.ndarray] = []
         self.experts: list[np.ndarray] = []
         self.switched: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.hidden: list[np.ndarray] = []
         model = config.model
         x = wide["embedding"][tokens]
         for layer in range(model.num_layers):
+            self.hidden.append(x)
             dense = layer < first
             pool, inner = divmod(layer - first, config.layers_per_pool)
             own = _index(wide["dense"], layer) if dense else _index(_index(layers, pool), inner)
@@ -210,14 +214,16 @@ class Forward:
                 mixed = mixed + (ungated if gate is None else ungated / (1 + np.exp(-(normed @ gate.T))))
             mixed = self._post_norm(mixed, own if of_sum else {}, "ffn_post_norm")
             x = x + mixed.reshape(x.shape)
-        self.logits = rms_norm(x, wide["final_norm"], model.norm_epsilon) @ wide["output"].T
+        self.hidden.append(x)
+        self.normed = rms_norm(x, wide["final_norm"], model.norm_epsilon)
+        self.logits = self.normed @ wide["output"].T
 
     def _attend(self, x: np.ndarray, own: dict[str, np.ndarray], layer: int) -> np.ndarray:
         model, settings = self.config.model, self.config.attention
         heads = model.num_heads, model.num_kv_heads, model.rope_base
         if settings.kind != "switch":
             return attention(x, own, *heads, self._window(layer))
-        mixed = own | {"output": np.eye(x.shape[1])}
+        mixed = own | {"output": np.eye(own["query"].shape[1])}
         to_all, to_window = (attention(x, mixed, *heads, window) for window in (None, settings.window))
         logit = x @ own["switch"]
         full = np.array([z > 0 and t >= settings.window for t, z in enumerate(logit)])
@@ -289,6 +295,64 @@ class Forward:
         return float(-np.take_along_axis(log_probability, targets[..., None], -1).mean())
 
 
+class Importances(Forward):
+    """What each part of a model adds up to on a text, for pruning; every token counts.
+
+    Attributes:
+      layers: 1 - mean cosine of hidden states before and after.
+      channels: absolute outputs of all pre-norms.
+      groups: `[L, G]`, norms of the outputs of heads, summed over the heads that share keys.
+      neurons: absolute activations by layer, expert and neuron.
+      outputs: gate times norm of the expert's output, by layer and expert.
+    """
+
+    def __init__(self, config: Config, params: Any, tokens: np.ndarray):
+        model = config.model
+        layers, experts = model.num_layers, config.experts_per_pool
+        self.channels = np.zeros(model.hidden_size)
+        self.groups = np.zeros((layers, model.num_kv_heads))
+        self.neurons = np.zeros((layers, experts, model.ffn_size))
+        self.outputs = np.zeros((layers, experts))
+        self._layer = 0
+        super().__init__(config, params, tokens)
+        self.channels += np.abs(self.normed).sum(axis=(0, 1))
+        pairs = list(zip(self.hidden, self.hidden[1:], strict=False))
+        self.layers = np.array([1 - np.mean([_cosine(a, b) for a, b in _tokens(*pair)]) for pair in pairs])
+
+    def _attend(self, x: np.ndarray, own: dict[str, np.ndarray], layer: int) -> np.ndarray:
+        model = self.config.model
+        self._layer = layer
+        self.channels += np.abs(x).sum(axis=0)
+        mixed = own | {"output": np.eye(own["query"].shape[1])}
+        heads = super()._attend(x, mixed, layer).reshape(len(x), model.num_heads, -1)
+        for head in range(model.num_heads):
+            group = head // (model.num_heads // model.num_kv_heads)
+            self.groups[layer, group] += sum(math.sqrt((row**2).sum()) for row in heads[:, head])
+        return super()._attend(x, own, layer)
+
+    def _mixture(
+        self, x: np.ndarray, own: Any, bank: Any, bias: np.ndarray | None, seen: np.ndarray | None
+    ) -> np.ndarray:
+        self.channels += np.abs(x).sum(axis=0)
+        out = super()._mixture(x, own, bank, bias, seen)
+        for token, chosen, scores in zip(x, self.experts[-1], self.scores[-1], strict=True):
+            for index in chosen:
+                gate = token @ bank["gate"][index]
+                active = gate / (1 + np.exp(-gate)) * (token @ bank["up"][index])
+                self.neurons[self._layer, index] += np.abs(active)
+                output = self._post_norm(active @ bank["down"][index], own, "ffn_post_norm")
+                self.outputs[self._layer, index] += scores[index] * np.linalg.norm(output)
+        return out
+
+
+def _tokens(*hidden: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    return zip(*(array.reshape(-1, array.shape[-1]) for array in hidden), strict=True)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
 def merging_costs(
     own: dict[str, np.ndarray], other: dict[str, np.ndarray], inputs: list[np.ndarray], weights: list[np.ndarray]
 ) -> np.ndarray:
@@ -330,3 +394,26 @@ def lvps_depths(x: np.ndarray, layers: int, last: int) -> np.ndarray:
     n = (b * 1e-6 - e) / (e - b)
     y = np.clip(e * (n + 1) / (x + n), 1, ratio)
     return np.floor(y * layers + 1e-9).astype(int)
+
+
+def lstm(params: dict[str, Any], states: list[int], layers: int) -> float:
+    """Logit of one answer from the states of its steps: LSTM layers without peepholes, and a linear output."""
+
+    def sigmoid(x: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-x))
+
+    inputs = [np.eye(4)[state] for state in states]
+    for layer in range(layers):
+        cell = params[f"layer_{layer}"]
+        hidden = memory = np.zeros(cell["hi"]["bias"].shape)
+        outputs = []
+        for x in inputs:
+            i, f, g, o = (
+                x @ cell[f"i{gate}"]["kernel"] + hidden @ cell[f"h{gate}"]["kernel"] + cell[f"h{gate}"]["bias"]
+                for gate in "ifgo"
+            )
+            memory = sigmoid(f) * memory + sigmoid(i) * np.tanh(g)
+            hidden = sigmoid(o) * np.tanh(memory)
+            outputs.append(hidden)
+        inputs = outputs
+    return float(inputs[-1] @ params["head"]["kernel"][:, 0] + params["head"]["bias"][0])

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 VARIANTS = [
     *((method,) for method in METHODS),
     ("unipool", "pool.groups=2"),
-    ("vanilla", "model.num_kv_heads=4"),
+    ("vanilla", "model.num_kv_heads=4", "model.head_size=6"),
     ("shared_layer_aux", "moe.shared_experts=2", "moe.shared_expert_gate=true"),
     ("vanilla", "pool.groups=1", "moe.dense_layers=2"),
 ]

@@ -34,7 +34,9 @@ _SMALL = ("train.microbatch_size=2", "loss.switch_group_sequences=2")
 VARIANTS = {
     **{method: (method, *(() if method == "dense" else ("moe.experts_per_layer=4",))) for method in METHODS},
     "unipool in 2 pools, z-loss": ("unipool", "pool.groups=2", "loss.z_coefficient=1e-3"),
-    "unipool top-2, reduced pool, c = 1": ("unipool", "moe.top_k=2", "pool.experts=5", "moe.score_constant=one"),
+    "unipool top-2, reduced pool, c = 1, heads of 6 channels": (
+        *("unipool", "moe.top_k=2", "pool.experts=5", "moe.score_constant=one", "model.head_size=6"),
+    ),
     "vanilla top-2, micro-batches": ("vanilla", "moe.top_k=2", "moe.experts_per_layer=4", *_SMALL),
     "aux-free top-2, micro-batches": ("vanilla_aux_free", "moe.top_k=2", "moe.experts_per_layer=4", *_SMALL),
     "shared_pool_aux top-3, z-loss": ("shared_pool_aux", "moe.top_k=3", "loss.z_coefficient=1e-2"),

@@ -30,7 +30,7 @@ VARIANTS = [
     ("unipool", ("moe.top_k=2",)),
     ("vanilla_aux_free", ("moe.top_k=2",)),
     ("unipool", ("pool.groups=2", "moe.score_constant=one")),
-    ("unipool", ("pool.experts=3",)),
+    ("unipool", ("pool.experts=3", "model.head_size=6")),
     ("vanilla_aux_free", ("pool.groups=2",)),
     ("unipool", ("pool.starts=ring",)),
     ("unipool", ("pool.starts=sliding", "pool.span=3", "moe.top_k=2")),

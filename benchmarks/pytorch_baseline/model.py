@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.window = window
         self.heads, self.kv_heads, self.head_size = settings.num_heads, settings.num_kv_heads, settings.head_size
         self.qkv = Linear(settings.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_size)
-        self.out = Linear(settings.hidden_size, settings.hidden_size)
+        self.out = Linear(self.heads * self.head_size, settings.hidden_size)
 
     def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, same_BSS: Tensor | None = None) -> Tensor:
         """`cos` and `sin` are `[S, C]`, or `[B, 1, S, C]`; `same_BSS` says which positions are of one document."""
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         mixed_BHSC = F.scaled_dot_product_attention(
             query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True
         )
-        return self.out(mixed_BHSC.transpose(1, 2).reshape_as(x_BSD))
+        return self.out(mixed_BHSC.transpose(1, 2).flatten(2))
 
 
 def rotate(x_BHSC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ class Settings:
     num_layers: int = 12
     hidden_size: int = 768
     num_heads: int = 12
+    head_channels: int | None = None
+    """Of an attention head; None is hidden_size / num_heads."""
     num_kv_heads: int = 4
     ffn_size: int = 3072
     vocab_size: int = 51200
@@ -120,4 +122,4 @@ class Settings:
     @property
     def head_size(self) -> int:
         """Channels of one attention head."""
-        return self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads if self.head_channels is None else self.head_channels

@@ -35,6 +35,7 @@ RANGES = {
     "model.hidden_size": Range(2, 65_536),
     "model.num_heads": Range(1, 1024),
     "model.num_kv_heads": Range(1, 1024),
+    "model.head_size": Range(2, 65_536),
     "model.ffn_size": Range(1, 1_048_576),
     "model.vocab_size": Range(2, 4_194_304),
     "model.rope_base": Range(1, 1e12, open_low=True),

@@ -110,13 +110,16 @@ _TOTAL_EXPERTS = (
 )
 
 
-@_rule("model.hidden_size", "model.num_heads")
+@_rule("model.hidden_size", "model.num_heads", "model.head_size")
 def _head_size(config: Config) -> Iterator[str]:
     model = config.model
-    if model.hidden_size % model.num_heads:
+    if model.head_size is not None:
+        if model.head_size % 2:
+            yield f"model.head_size={model.head_size}: rotary positions rotate pairs of channels; choose an even number"
+    elif model.hidden_size % model.num_heads:
         yield (
             f"model.hidden_size={model.hidden_size}: must be a multiple of model.num_heads={model.num_heads}; "
-            f"the next one is {_next_multiple(model.hidden_size, model.num_heads)}"
+            f"the next one is {_next_multiple(model.hidden_size, model.num_heads)}; or set model.head_size"
         )
     elif config.head_size % 2:
         yield (

@@ -49,9 +49,12 @@ class ModelConfig:
     hidden_size: int = 768
     """Model width D."""
     num_heads: int = 12
-    """Query heads H; must divide model.hidden_size. Each has hidden_size / num_heads channels, an even number."""
+    """Query heads H; must divide model.hidden_size unless model.head_size is given."""
     num_kv_heads: int = 4
     """Key and value heads (grouped-query attention); must divide model.num_heads."""
+    head_size: int | None = None
+    """Channels of a head, an even number; null is hidden_size / num_heads. A pruned model has the heads of its source,
+    whatever its width."""
     ffn_size: int = 3072
     """Hidden width F of one expert, or of the dense feed-forward block."""
     vocab_size: int = 51200
@@ -641,7 +644,8 @@ class Config:
     @property
     def head_size(self) -> int:
         """Channels of one attention head."""
-        return self.model.hidden_size // self.model.num_heads
+        model = self.model
+        return model.hidden_size // model.num_heads if model.head_size is None else model.head_size
 
     @property
     def norms_experts(self) -> bool:

@@ -79,6 +79,7 @@ TABLE: dict[str, Effect] = {
     **dict.fromkeys(
         (
             *("model.num_layers", "model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.ffn_size"),
+            "model.head_size",
             *("model.rope_scaling", "model.rope_factor", "model.rope_original_length", "model.rope_beta_fast"),
             *("model.rope_beta_slow", "model.rope_attention_factor"),
             *("model.vocab_size", "model.rope_base", "model.norm_epsilon", "model.init_std", "model.compute_dtype"),

@@ -35,6 +35,11 @@ class ExportRequest:
     """File to write, for example model.safetensors; it must not exist."""
     layout: LayoutName = "twin"
     """Names and shapes of the tensors: those of the PyTorch twin, or of Megatron-LM."""
+    absorb_postnorm: bool = False
+    """Replace the norms behind blocks (model.norm) by constants in the weights, means over the run's text; prints what
+    that does to the loss. Not where layers share experts and have norms behind them."""
+    tokens: Annotated[int, Range(1, 1_000_000_000)] = 262_144
+    """Tokens of the train split for these means; at most one epoch."""
 
     def problems(self) -> Iterator[str]:
         """A name that says something else than the file holds."""

@@ -156,7 +156,9 @@ def _without_experts(module: Layer | DenseLayer) -> LayerWeights:
     without = mixes and model.post_norm_experts == "none"
     return LayerWeights(
         attention_norm_D=module.param("attention_norm", ones, width, jnp.float32),
-        attention=Attention(model, module.config.attention.kind == "switch", name="attention")(),
+        attention=Attention(
+            model, module.config.head_size, module.config.attention.kind == "switch", name="attention"
+        )(),
         ffn_norm_D=module.param("ffn_norm", ones, width, jnp.float32),
         router=None,
         shared=None,

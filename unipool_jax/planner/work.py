@@ -134,7 +134,7 @@ class _Sizes:
     @property
     def attention_weights(self) -> float:
         model = self.config.model
-        return 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * self.config.head_size)
+        return 2 * model.hidden_size * (model.num_heads + model.num_kv_heads) * self.config.head_size
 
 
 def _passes(at: _Sizes) -> tuple[int, int]:
@@ -183,7 +183,8 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     work, mixtures = [], []
 
     weights = at.attention_weights / tensor
-    moved = NARROW * (weights + n * (4 * width + 2 * model.num_kv_heads * config.head_size) / tensor)
+    heads = 2 * (model.num_heads + model.num_kv_heads) * config.head_size
+    moved = NARROW * (weights + n * (2 * width + heads) / tensor)
     flops = 2 * n * weights
     work.append(Work("projections", flops * (forward + 2), flops * (forward + 2), moved * (forward + 2)))
 
