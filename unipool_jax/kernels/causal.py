@@ -253,8 +253,9 @@ def _banded(
 
 def cached_attention(
     query_BSHC: jax.Array,
-    key_BTHC: jax.Array,
-    value_BTHC: jax.Array,
+    key_LBTHC: jax.Array,
+    value_LBTHC: jax.Array,
+    layer: jax.Array | int,
     start_B: jax.Array,
     segments_BT: jax.Array | None = None,
     window: int | None = None,
@@ -263,24 +264,28 @@ def cached_attention(
 
     Args:
       query_BSHC: queries of the positions `start_B[b] .. start_B[b] + S - 1` of row b.
-      key_BTHC, value_BTHC: all slots, `[B, T, J, C]`; those behind a query do not matter.
+      key_LBTHC, value_LBTHC: all slots of all layers, `[L, B, T, J, C]`; those behind a query do not matter.
+      layer: whose slots are read. They are not cut out before the window is: that would copy all T.
       start_B: position of each row's first query, int32.
       segments_BT: as there, of all slots.
       window: as there. A token then reads w slots, however many there are.
     """
-    length, slots = query_BSHC.shape[1], key_BTHC.shape[1]
+    (batch, length), slots = query_BSHC.shape[:2], key_LBTHC.shape[2]
     block = length if window is None else min(length, max(window, _LEAST_BLOCK))
     size = slots if window is None else min(slots, window + block - 1)
 
     def attend(query_BSHC: jax.Array, offset: jax.Array | int) -> jax.Array:
         """Queries of one block, the first of which is `offset` positions behind `start_B`."""
         position_BS1 = ((start_B + offset)[:, None] + jnp.arange(query_BSHC.shape[1]))[..., None]
-        seen = (key_BTHC, value_BTHC, segments_BT, jnp.broadcast_to(jnp.arange(slots), key_BTHC.shape[:2]))
         if window is not None and size < slots:
             first_B = jnp.clip(position_BS1[:, 0, 0] - window + 1, 0, slots - size)
-            cut = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))
-            seen = jax.tree.map(lambda rows: cut(rows, first_B), seen)
-        key, value, segments, slot_BT = seen
+            slot_BT = first_B[:, None] + jnp.arange(size)
+            at = layer, jnp.arange(batch)[:, None], slot_BT
+            key, value = key_LBTHC[at], value_LBTHC[at]
+            segments = None if segments_BT is None else jnp.take_along_axis(segments_BT, slot_BT, axis=1)
+        else:
+            slot_BT = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
+            key, value, segments = key_LBTHC[layer], value_LBTHC[layer], segments_BT
         visible_BST = slot_BT[:, None] <= position_BS1
         if window is not None:
             visible_BST &= position_BS1 - slot_BT[:, None] < window
