@@ -28,6 +28,14 @@ class Settings:
     norm_epsilon: float = 1e-5
     windows: tuple[int | None, ...] = ()
     """Of each layer, the positions that a token attends to, its own among them; None, or no entry, is all before it."""
+    switch_window: int | None = None
+    """With Switch Attention, the positions of its window; None: no router chooses what a token attends to."""
+    switch_weight: float = 1e-3
+    """Of the penalty on full attention."""
+    switch_epsilon: float = 0.1
+    switch_alpha: float = 100.0
+    switch_fixed: bool = False
+    """Whether all tokens have that weight, not one over switch_epsilon + their loss + switch_alpha x disagreement."""
     init_std: float = 0.01
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations, and of weights at use; parameters and optimizer state are float32."""

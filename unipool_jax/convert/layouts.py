@@ -71,7 +71,7 @@ def make_layout(name: LayoutName, config: Config, weights: Weights) -> Layout:
     Raises:
       ConversionError: the layout has no place for windows over a bank, or for the routers of Switch Attention.
     """
-    if config.attention.kind == "switch":
+    if name == "megatron" and config.attention.kind == "switch":
         raise ConversionError(f"layout={name}: has no place for the routers of attention.kind=switch")
     if name == "megatron" and config.windows is not None:
         raise ConversionError(
@@ -136,6 +136,8 @@ def _twin(config: Config, weights: Weights) -> Layout:
             f"{name}.attention.out.weight": _transposed(attention["output"]),
             f"{name}.ffn_norm.weight": _unchanged(own["ffn_norm"]),
         }
+        if "switch" in attention:
+            tensors[f"{name}.attention.switch"] = _unchanged(attention["switch"])
         if "mixture" not in own:
             tensors |= _block(config, weights, layer, f"{name}.ffn.gate_up.weight", f"{name}.ffn.down.weight")
             continue

@@ -198,13 +198,13 @@ class DenseLayer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, stream: _Stream, positions: Positions, inputs: LayerInputs) -> tuple[_Stream, None]:
+    def __call__(self, stream: _Stream, positions: Positions, inputs: LayerInputs) -> tuple[_Stream, Switched | None]:
         config, (hidden_BSD, cache) = self.config, stream
         weights, block = _without_experts(self), SwiGLU(config.model, config.dense_width, name="block")()
         experts = Experts(Bank(*(weight[None] for weight in block)), None)
         function = rematerialized(config, "full", functools.partial(layer, config), in_pool=False)
-        hidden_BSD, cache, *_ = function(hidden_BSD, weights, inputs, positions, experts, cache)
-        return (hidden_BSD, cache), None
+        hidden_BSD, cache, _, outputs = function(hidden_BSD, weights, inputs, positions, experts, cache)
+        return (hidden_BSD, cache), outputs.switched
 
 
 class PoolStage(nn.Module):
@@ -254,6 +254,8 @@ class ModelOutput(NamedTuple):
     """What logits and losses are made of."""
     layers: LayerOutputs
     """Of the layers with experts, stacked to `[G, L/G, ...]`."""
+    switched: Switched | None
+    """Of all layers, dense ones too, stacked over any leading axes."""
     cache: KeyValueCache | None
     """The cache that the caller gave, with these tokens in it."""
     experts: Experts | None
@@ -326,7 +328,7 @@ class Transformer(nn.Module):
             unused = Selection(jnp.zeros((dense, 1), jnp.float32))
             place = None if cache is None else np.arange(dense, dtype=np.int32)
             own = LayerInputs(unused, place, _sees_all(config, dense=True))
-            stream, _ = first(config, name="dense")(stream, positions, own)
+            stream, first_switched = first(config, name="dense")(stream, positions, own)
 
         pools = nn.scan(
             without_gathered_weights(config, PoolStage),
@@ -340,13 +342,20 @@ class Transformer(nn.Module):
             stream, positions, inputs, experts
         )
 
+        switched = outputs.switched
+        if dense and switched is not None:
+            switched = jax.tree.map(
+                lambda own, others: jnp.concatenate([own, others.reshape(-1, *own.shape[1:])]),
+                first_switched,
+                switched,
+            )
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
         hidden_BSD = rms_norm(hidden_BSD, final_gain_D, model.norm_epsilon)
         output_VD = self.param("output", init, table_shape, jnp.float32)
         # Groups of the Switch loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
         batch, sequences = tokens_BS.shape[0], config.loss.switch_group_sequences
         stats = outputs.stats.grouped(batch // sequences if batch % sequences == 0 else 1)
-        return ModelOutput(Head(hidden_BSD, output_VD), outputs._replace(stats=stats), cache, experts)
+        return ModelOutput(Head(hidden_BSD, output_VD), outputs._replace(stats=stats), switched, cache, experts)
 
 
 def apply(
@@ -384,8 +393,8 @@ def forward(
 
 def empty_cache(config: Config, batch_size: int, length: int) -> KeyValueCache:
     """A cache for `length` positions of `batch_size` rows, in the compute dtype; moe.dense_layers come first."""
-    model, layers = config.model, config.moe.dense_layers + config.pool.groups * config.layers_per_pool
-    shape = (layers, batch_size, length, model.num_kv_heads, config.head_size)
+    model = config.model
+    shape = (model.num_layers, batch_size, length, model.num_kv_heads, config.head_size)
     return KeyValueCache(jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype))
 
 
