@@ -16,6 +16,7 @@ from unipool_jax.config.compose import compose_config
 from unipool_jax.kernels import tiled
 from unipool_jax.kernels.causal import causal_attention, causal_attention_of_both
 from unipool_jax.kernels.tiled import Mask, computed_tiles
+from unipool_jax.planner import work
 from unipool_jax.planner.attention import attention_cost
 from unipool_jax.training.step import make_train_step
 
@@ -77,6 +78,18 @@ def test_the_planner_knows_both() -> None:
     assert cost(32768).kept_bytes == 12 * 4 * 32768
     assert cost(32768).working_bytes == pytest.approx(4 * cost(8192).working_bytes, rel=0.2)
     assert cost(32768).flops == pytest.approx(16 * cost(8192).flops, rel=0.05)
+
+
+def test_one_device_is_planned_without_the_logits_of_all_positions() -> None:
+    def temporaries(topology: str, rows: int) -> float:
+        same = (f"{name}={rows}" for name in ("train.batch_size", "train.microbatch_size", "mesh.data"))
+        length = ("data.sequence_length=32768", f"loss.switch_group_sequences={rows}")
+        config = compose_config(["scale=demo", "model.remat=full", *length, *same])
+        sizes = {"data": rows, "fsdp": 1, "expert": 1, "tensor": 1}
+        return work.count(config, sizes, parse_topology(topology)).temporary_bytes
+
+    logits = 32768 * 8192 * 6
+    assert temporaries("gpu:1", 1) < logits / 2 < logits < temporaries("gpu:2", 2)
 
 
 def test_a_step_at_4096_tokens() -> None:
