@@ -86,10 +86,12 @@ def _in_blocks(
     normalizer: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention, and the log-sum-exp of every query's scores, float32 `[B, S, H]`, if that is wanted."""
-    if window is not None and block_of_window(window, query_BSHC.shape[1]) is not None:
-        return _banded(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer)
-    if in_tiles(query_BSHC.shape[1]):
+    length = query_BSHC.shape[1]
+    narrow = None if window is None or block_of_window(window, length) is None else window
+    if in_tiles(length, narrow):
         return tiled_attention(query_BSHC, key_BSHC, value_BSHC, segments_BS, Mask(window))
+    if narrow is not None:
+        return _banded(query_BSHC, key_BSHC, value_BSHC, segments_BS, narrow, normalizer)
     return _blocks(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer)
 
 

@@ -52,9 +52,11 @@ class Mask:
         return maximum(block * TILE - self.window + 1, 0) // TILE, block + 1
 
 
-def in_tiles(length: int) -> bool:
-    """Whether sequences are computed so on the device that is compiled for."""
-    return length > WHOLE or (length >= LEAST and target_device_kind() == "cpu")
+def in_tiles(length: int, narrow: int | None = None) -> bool:
+    """Whether sequences are computed so on the device that is compiled for; `narrow` is a window that need not be."""
+    if target_device_kind() == "cpu":
+        return length >= LEAST and (narrow is None or narrow >= TILE)
+    return length > WHOLE and narrow is None
 
 
 def computed_tiles(length: int, mask: Mask) -> int:
