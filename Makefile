@@ -23,7 +23,7 @@ ACCELERATOR ?=
 $(if $(filter-out $(PLUGINS),$(ACCELERATOR)),$(error ACCELERATOR=$(ACCELERATOR): there are $(PLUGINS)))
 # The fast half leaves out what trains whole runs, starts processes or compiles many steps, and what needs PyTorch.
 LONG := ablations_demo analyse checkpoint_processes convert crash_resume eval harness launch lock lock_lifecycle lock_runs \
-	loop mesh mesh_runs notebooks probe processes sampling shared_gradient step transformer transport upcycle
+	loop mesh mesh_runs notebooks probe processes sampling shared_gradient step transformer transport trig_command upcycle
 TORCH := contenders pytorch_parity
 DRILLS := kills bit_flips malformed full_disk processes growth
 DRILL_FLAGS ?=

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,22 @@ def rms_norm(x: np.ndarray, gain: np.ndarray, epsilon: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * gain
 
 
+def rms_norm_gradients(
+    x: np.ndarray, gain: np.ndarray, epsilon: float, upstream: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """RMSNorm y = g x / r with r^2 = mean(x^2) + epsilon, and the gradients of sum(upstream * y), row by row.
+
+    dx = g dy / r - x sum(g dy x) / (D r^3); dg = sum over rows of dy x / r.
+    """
+    output, x_grad, gain_grad = np.zeros(x.shape), np.zeros(x.shape), np.zeros(gain.shape)
+    for row, (values, down) in enumerate(zip(x, upstream, strict=True)):
+        r = math.sqrt(float((values**2).mean()) + epsilon)
+        output[row] = gain * values / r
+        x_grad[row] = gain * down / r - values * (gain * down * values).sum() / (len(values) * r**3)
+        gain_grad += down * values / r
+    return output, x_grad, gain_grad
+
+
 def rotate(x: np.ndarray, base: float) -> np.ndarray:
     """Half-rotation rotary embedding of `[S, C]`, as complex multiplication of channel i and i + C/2."""
     length, channels = x.shape
@@ -122,8 +139,8 @@ def attention(
     window: int | None = None,
 ) -> np.ndarray:
     """Causal grouped-query attention on one sequence `[S, D]`, head by head."""
-    length, width = x.shape
-    size = width // heads
+    length = len(x)
+    size = weights["query"].shape[1] // heads
     outputs = []
     for head in range(heads):
         shared = head // (heads // kv_heads)
@@ -158,6 +175,7 @@ class Forward:
       logits: `[B, S, V]`.
       scores, experts: one array per layer with experts, `[B S, E]` and `[B S, k]`.
       switched: with attention.kind=switch, by layer and sequence: logits, gates and disagreement (mean), `[S]` each.
+      hidden: before each layer and after the last, `[B, S, D]`; normed: the output of the final norm.
     """
 
     def __init__(self, config: Config, params: Any, tokens: np.ndarray, expert_bias: np.ndarray | None = None):
@@ -167,39 +185,54 @@ class Forward:
         self.scores: list[np.ndarray] = []
         self.experts: list[np.ndarray] = []
         self.switched: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.hidden: list[np.ndarray] = []
         model = config.model
         x = wide["embedding"][tokens]
         for layer in range(model.num_layers):
+            self.hidden.append(x)
             dense = layer < first
             pool, inner = divmod(layer - first, config.layers_per_pool)
             own = _index(wide["dense"], layer) if dense else _index(_index(layers, pool), inner)
             normed = rms_norm(x, own["attention_norm"], model.norm_epsilon)
-            x = x + np.stack([self._attend(s, own["attention"], layer) for s in normed])
+            attended = np.stack([self._attend(s, own["attention"], layer) for s in normed])
+            x = x + self._post_norm(attended, own, "attention_post_norm")
             normed = rms_norm(x, own["ffn_norm"], model.norm_epsilon).reshape(-1, model.hidden_size)
             if dense:
-                x = x + always_on(normed, own).reshape(x.shape)
+                x = x + self._post_norm(always_on(normed, own), own, "ffn_post_norm").reshape(x.shape)
                 continue
             if config.moe.depth_vectors:
                 normed = normed + own["depth"]
             bias = None if expert_bias is None else expert_bias[pool, inner]
             seen = None if config.windows is None else self._seen(layer - first)
-            mixed = self._mixture(normed, own.get("mixture", {}), _index(banks, pool), bias, seen)
+            # The dense model has one expert, which has the only gate there is: 1.
+            of_sum = model.post_norm_experts == "post"
+            norm = {key: own[key] for key in ("ffn_post_norm",) if key in own and not of_sum}
+            mixed = self._mixture(normed, own.get("mixture", {}) | norm, _index(banks, pool), bias, seen)
             if config.moe.shared_experts:
-                mixed = mixed + always_on(normed, own["shared"])
+                ungated = self._post_norm(always_on(normed, {"block": own["shared"]["block"]}), norm, "ffn_post_norm")
+                gate = own["shared"].get("sigmoid_gate")
+                mixed = mixed + (ungated if gate is None else ungated / (1 + np.exp(-(normed @ gate.T))))
+            mixed = self._post_norm(mixed, own if of_sum else {}, "ffn_post_norm")
             x = x + mixed.reshape(x.shape)
-        self.logits = rms_norm(x, wide["final_norm"], model.norm_epsilon) @ wide["output"].T
+        self.hidden.append(x)
+        self.normed = rms_norm(x, wide["final_norm"], model.norm_epsilon)
+        self.logits = self.normed @ wide["output"].T
 
     def _attend(self, x: np.ndarray, own: dict[str, np.ndarray], layer: int) -> np.ndarray:
         model, settings = self.config.model, self.config.attention
         heads = model.num_heads, model.num_kv_heads, model.rope_base
         if settings.kind != "switch":
             return attention(x, own, *heads, self._window(layer))
-        mixed = own | {"output": np.eye(x.shape[1])}
+        mixed = own | {"output": np.eye(own["query"].shape[1])}
         to_all, to_window = (attention(x, mixed, *heads, window) for window in (None, settings.window))
         logit = x @ own["switch"]
         full = np.array([z > 0 and t >= settings.window for t, z in enumerate(logit)])
         self.switched.append((logit, full, ((to_all - to_window) ** 2).mean(axis=1)))
         return np.where(full[:, None], to_all, to_window) @ own["output"]
+
+    def _post_norm(self, output: np.ndarray, own: Any, name: str) -> np.ndarray:
+        """RMSNorm with the gain of this name, where the layer has one."""
+        return rms_norm(output, own[name], self.config.model.post_norm_epsilon) if name in own else output
 
     def _window(self, layer: int) -> int | None:
         """Positions that a layer sees at most; None is all."""
@@ -221,7 +254,7 @@ class Forward:
     ) -> np.ndarray:
         moe = self.config.moe
         if moe.router == "none":
-            return np.stack([expert(token, bank, 0) for token in x])
+            return np.stack([self._post_norm(expert(token, bank, 0), own, "ffn_post_norm") for token in x])
         # A narrow layer is the model of a router with as few rows.
         logits = x @ own["router"][: None if seen is None else len(seen)].T
         if moe.router == "norm":
@@ -249,7 +282,7 @@ class Forward:
             if moe.router == "sigmoid" and moe.top_k > 1:
                 gates = gates / (gates.sum() + 1e-20)
             for gate, index in zip(gates, experts[token], strict=True):
-                out[token] += gate * expert(x[token], bank, index)
+                out[token] += gate * self._post_norm(expert(x[token], bank, index), own, "ffn_post_norm")
         return out
 
     def counts(self, counted: np.ndarray | None = None) -> np.ndarray:
@@ -260,6 +293,64 @@ class Forward:
         """Mean cross-entropy in nats."""
         log_probability = np.log(softmax(self.logits))
         return float(-np.take_along_axis(log_probability, targets[..., None], -1).mean())
+
+
+class Importances(Forward):
+    """What each part of a model adds up to on a text, for pruning; every token counts.
+
+    Attributes:
+      layers: 1 - mean cosine of hidden states before and after.
+      channels: absolute outputs of all pre-norms.
+      groups: `[L, G]`, norms of the outputs of heads, summed over the heads that share keys.
+      neurons: absolute activations by layer, expert and neuron.
+      outputs: gate times norm of the expert's output, by layer and expert.
+    """
+
+    def __init__(self, config: Config, params: Any, tokens: np.ndarray):
+        model = config.model
+        layers, experts = model.num_layers, config.experts_per_pool
+        self.channels = np.zeros(model.hidden_size)
+        self.groups = np.zeros((layers, model.num_kv_heads))
+        self.neurons = np.zeros((layers, experts, model.ffn_size))
+        self.outputs = np.zeros((layers, experts))
+        self._layer = 0
+        super().__init__(config, params, tokens)
+        self.channels += np.abs(self.normed).sum(axis=(0, 1))
+        pairs = list(zip(self.hidden, self.hidden[1:], strict=False))
+        self.layers = np.array([1 - np.mean([_cosine(a, b) for a, b in _tokens(*pair)]) for pair in pairs])
+
+    def _attend(self, x: np.ndarray, own: dict[str, np.ndarray], layer: int) -> np.ndarray:
+        model = self.config.model
+        self._layer = layer
+        self.channels += np.abs(x).sum(axis=0)
+        mixed = own | {"output": np.eye(own["query"].shape[1])}
+        heads = super()._attend(x, mixed, layer).reshape(len(x), model.num_heads, -1)
+        for head in range(model.num_heads):
+            group = head // (model.num_heads // model.num_kv_heads)
+            self.groups[layer, group] += sum(math.sqrt((row**2).sum()) for row in heads[:, head])
+        return super()._attend(x, own, layer)
+
+    def _mixture(
+        self, x: np.ndarray, own: Any, bank: Any, bias: np.ndarray | None, seen: np.ndarray | None
+    ) -> np.ndarray:
+        self.channels += np.abs(x).sum(axis=0)
+        out = super()._mixture(x, own, bank, bias, seen)
+        for token, chosen, scores in zip(x, self.experts[-1], self.scores[-1], strict=True):
+            for index in chosen:
+                gate = token @ bank["gate"][index]
+                active = gate / (1 + np.exp(-gate)) * (token @ bank["up"][index])
+                self.neurons[self._layer, index] += np.abs(active)
+                output = self._post_norm(active @ bank["down"][index], own, "ffn_post_norm")
+                self.outputs[self._layer, index] += scores[index] * np.linalg.norm(output)
+        return out
+
+
+def _tokens(*hidden: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    return zip(*(array.reshape(-1, array.shape[-1]) for array in hidden), strict=True)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
 
 
 def merging_costs(
@@ -294,3 +385,35 @@ def _index(tree: Any, index: int) -> Any:
     if isinstance(tree, dict):
         return {key: _index(value, index) for key, value in tree.items()}
     return tree[index]
+
+
+def lvps_depths(x: np.ndarray, layers: int, last: int) -> np.ndarray:
+    """Depth of each of the numbers `x`, of U(1e-6, 1): the published sampler of Apollo, step by step."""
+    ratio = last / layers
+    b, e = ratio + 0.4, 0.6
+    n = (b * 1e-6 - e) / (e - b)
+    y = np.clip(e * (n + 1) / (x + n), 1, ratio)
+    return np.floor(y * layers + 1e-9).astype(int)
+
+
+def lstm(params: dict[str, Any], states: list[int], layers: int) -> float:
+    """Logit of one answer from the states of its steps: LSTM layers without peepholes, and a linear output."""
+
+    def sigmoid(x: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-x))
+
+    inputs = [np.eye(4)[state] for state in states]
+    for layer in range(layers):
+        cell = params[f"layer_{layer}"]
+        hidden = memory = np.zeros(cell["hi"]["bias"].shape)
+        outputs = []
+        for x in inputs:
+            i, f, g, o = (
+                x @ cell[f"i{gate}"]["kernel"] + hidden @ cell[f"h{gate}"]["kernel"] + cell[f"h{gate}"]["bias"]
+                for gate in "ifgo"
+            )
+            memory = sigmoid(f) * memory + sigmoid(i) * np.tanh(g)
+            hidden = sigmoid(o) * np.tanh(memory)
+            outputs.append(hidden)
+        inputs = outputs
+    return float(inputs[-1] @ params["head"]["kernel"][:, 0] + params["head"]["bias"][0])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from unipool_jax.config.schema import Config, RunConfig
-from unipool_jax.training import evaluate, loop
+from unipool_jax.training import evaluate, growth_step, loop
 from unipool_jax.training.step import make_eval_step, make_train_step
 
 
@@ -46,4 +46,17 @@ def share_steps(patch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     patch.setattr(loop, "make_train_step", share("train", make_train_step))
     patch.setattr(evaluate, "make_eval_step", share("eval", make_eval_step))
+    share_growth(patch)
     return made
+
+
+def share_growth(patch: pytest.MonkeyPatch) -> None:
+    """Have runs that grow share the programs of their stages and depths."""
+    for name in ("depth_programs", "stage_programs"):
+        cached = functools.cache(getattr(growth_step, name))
+
+        def remember(stage: Config, mesh: Any, *deep: Any, cached: Callable[..., Any] = cached) -> Any:
+            unrolled = [each._replace(config=_what_is_compiled(each.config)) for each in deep]
+            return cached(_what_is_compiled(stage), mesh, *unrolled)
+
+        patch.setattr(growth_step, name, remember)

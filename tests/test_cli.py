@@ -199,7 +199,7 @@ def test_help_of_the_front_and_of_a_group(capsys: pytest.CaptureFixture[str]) ->
     ("words", "message"),
     [
         (["trian"], "trian: no such command; did you mean train?"),
-        (["7"], "7: no such command; choose one of train, eval, generate, analyse, compare, convert, data,"),
+        (["7"], "7: no such command; choose one of train, eval, generate, analyse, compare, convert, prune, data,"),
         (["convert", "exprot"], "exprot: no such command; did you mean export?"),
         (["-V"], "-V: no such option before a command; there are --help and --version"),
         (["--config-dir", "x", "train"], "--config-dir: no such option before a command"),

@@ -27,10 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:NormRouter over")
 VARIANTS = [
     *((method,) for method in METHODS),
     ("unipool", "pool.groups=2"),
-    ("vanilla", "model.num_kv_heads=4"),
+    ("vanilla", "model.num_kv_heads=4", "model.head_size=6"),
     ("shared_layer_aux", "moe.shared_experts=2", "moe.shared_expert_gate=true"),
     ("vanilla", "pool.groups=1", "moe.dense_layers=2"),
 ]
+NORMS = ("unipool", "model.norm=sandwich", "moe.dense_layers=1")
 
 
 def random_weights(config: Config, seed: int = 0) -> Weights:
@@ -48,8 +49,9 @@ def assert_equal(a: Weights, b: Weights) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
-@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+@pytest.mark.parametrize(
+    ("variant", "layout"), [*((variant, layout) for variant in VARIANTS for layout in LAYOUT_NAMES), (NORMS, "twin")]
+)
 def test_a_file_holds_everything_once(variant: tuple[str, ...], layout: LayoutName, tmp_path: Path) -> None:
     config = tiny_config(*variant)
     weights, path = random_weights(config), tmp_path / "model.safetensors"

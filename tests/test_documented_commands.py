@@ -84,6 +84,10 @@ def understood(line: str) -> list[str]:
                 path = Path(name.replace("**/", "").replace("*", "1") + end)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
+    if "data=trig_rewrite" in rest:  # what `unipool trig data` leaves
+        Path("trig").mkdir()
+        for name in ("train.jsonl", "tokenizer.json"):
+            Path("trig", name).touch()
     if f"--{MULTIRUN.name}" in words:
         sweep_jobs(rest)
         return []

@@ -1,7 +1,7 @@
 """The first 50 training losses of every method on real text, compared with recorded ones.
 
 A change of these numbers is a change of the model, the data order or the optimizer. When it is meant, record them anew
-and say why in the commit: `PYTHONPATH=. python tests/test_golden.py METHOD [METHOD ...]`.
+and say why in the commit: `PYTHONPATH=. python tests/test_golden.py NAME [NAME ...]`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,32 @@ import json
 import lzma
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from tiny import AROUND_METHODS, METHODS, WINDOWS, tiny_config, tiny_state
+from unipool_jax.config.schema import Config
 from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.corpus import open_corpus
 from unipool_jax.data.pipeline import WindowSource, training_batches
-from unipool_jax.training.step import make_train_step
+from unipool_jax.training.growing import first_stage, open_growth
+from unipool_jax.training.step import TrainStep, make_train_step
 
-RECORDED = {method: WINDOWS.get(method, ()) for method in (*METHODS, "unipool_centered", *WINDOWS, *AROUND_METHODS)}
-"""Methods, and their settings beside those of `losses`."""
+CHOICES = {
+    "unipool, sandwich": ("unipool", "model.norm=sandwich"),
+    "unipool, depth-scaled sandwich, tiny init": ("unipool", "model.norm=depth_scaled_sandwich", "model.init=tiny"),
+    "growth": (
+        *("unipool", "model.num_layers=2", "train.microbatch_size=8"),
+        *("growth.layers=[1,2]", "growth.ends=[.5,1]", "growth.depth_law=uniform"),
+    ),
+}
+RECORDED = {
+    **{name: (name, *WINDOWS.get(name, ())) for name in (*METHODS, "unipool_centered", *WINDOWS, *AROUND_METHODS)},
+    **CHOICES,
+}
+"""Methods and other choices: the method and its settings beside those of `losses`."""
+SLOW = {"unipool, sandwich", "growth"}
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 50
 
@@ -38,11 +53,11 @@ def write_text(folder: Path) -> Path:
     return path
 
 
-def losses(method: str, text: Path) -> list[float]:
+def losses(name: str, text: Path) -> list[float]:
     """Language-model loss of each of the first 50 steps."""
+    method, *more = RECORDED[name]
     config = tiny_config(
         method,
-        *RECORDED[method],
         "data.source=files",
         f"data.files=[{text}]",
         f"data.cache_dir={text.parent / 'cache'}",
@@ -52,20 +67,35 @@ def losses(method: str, text: Path) -> list[float]:
         "data.sequence_length=32",
         "optimizer.learning_rate=3e-3",
         "train.microbatch_size=4",
+        *more,
     )
+    return trained_losses(config)
+
+
+def trained_losses(config: Config) -> list[float]:
+    """The same for any configuration; layers of a run that grows are added where its stages begin."""
     corpus = open_corpus(config.data, config.model.vocab_size)
     windows = WindowSource(corpus.stores, "train", 32, STEPS * config.train.batch_size, config.train.seed)
-    step, state = make_train_step(config), tiny_state(config, config.train.seed)
+    state, growth = tiny_state(config, config.train.seed), open_growth(config, 0, None)
+    step: TrainStep = make_train_step(config)
+    if growth is not None:
+        state, step = jax.jit(first_stage, static_argnums=0)(config, state), growth.step(growth.structure, 0)
     found = []
-    for batch in training_batches(windows, batch_size=config.train.batch_size, start_step=0, end_step=STEPS):
+    batches = training_batches(windows, batch_size=config.train.batch_size, start_step=0, end_step=STEPS)
+    for completed, batch in enumerate(batches):
+        if growth is not None and growth.due(completed):
+            state = growth.grow(state, completed)
+            step = make_train_step(growth.structure) if growth.done else growth.step(growth.structure, completed)
         state, metrics = step(state, batch)
         found.append(float(metrics["loss/lm"]))
     return found
 
 
-@pytest.mark.parametrize("method", RECORDED)
-def test_losses_of_the_first_steps(method: str, text: Path) -> None:
-    found, recorded = losses(method, text), json.loads(GOLDEN.read_text())[method]
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECORDED]
+)
+def test_losses_of_the_first_steps(name: str, text: Path) -> None:
+    found, recorded = losses(name, text), json.loads(GOLDEN.read_text())[name]
     # The first steps agree to rounding; later a token near a tie may go to another expert on other hardware.
     np.testing.assert_allclose(found[:10], recorded[:10], rtol=1e-4)
     np.testing.assert_allclose(found, recorded, rtol=1e-2)
@@ -77,7 +107,7 @@ if __name__ == "__main__":
     import tempfile
 
     curves = json.loads(GOLDEN.read_text())
-    with tempfile.TemporaryDirectory() as name:
-        source = write_text(Path(name))
-        curves |= {method: [round(loss, 6) for loss in losses(method, source)] for method in sys.argv[1:]}
-    GOLDEN.write_text(json.dumps({method: curves[method] for method in RECORDED}, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_text(Path(folder))
+        curves |= {name: [round(loss, 6) for loss in losses(name, source)] for name in sys.argv[1:]}
+    GOLDEN.write_text(json.dumps({name: curves[name] for name in RECORDED}, indent=1) + "\n")

@@ -26,7 +26,11 @@ ALLOWED = {
     "convert": _TRAINING,
     "planner": _TRAINING,
     "analysis": _TRAINING | {"evaluation"},
-    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
+    "pruning": _TRAINING | {"evaluation", "convert", "analysis"},
+    # After pre-training; nothing but the command line imports them.
+    "rewriting": _TRAINING | {"evaluation"},
+    "verification": {"config"},
+    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting", "verification"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }

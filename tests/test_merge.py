@@ -182,6 +182,7 @@ def test_matching_is_nearer_than_identity_and_prefit_nearer_still() -> None:
     [
         (("dense",), (), "is dense and has no experts"),
         (("unipool",), (), "all layers of the source share one bank"),
+        (("vanilla", "model.norm=sandwich"), (PAIRS,), r"model\.norm=sandwich: experts are matched by"),
         (("vanilla",), ("pool.groups=4",), "no two of the 4 banks"),
         (("vanilla",), (PAIRS, "pool.experts=8"), "layer 0 sees 2 experts, and 4 in the target"),
         (("vanilla",), ("pool.starts=ring",), "layers 0 and 1 of the target see windows that overlap in part"),

@@ -166,6 +166,14 @@ def test_kinds_of_attention_train_as_on_one_device(kinds: tuple[str, ...]) -> No
     assert_equal(trained(config, MESHES[ALL_WAYS]), alone("unipool", *kinds))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["expert 4, tensor 2", ALL_WAYS])
+def test_norms_behind_experts_train_as_on_one_device(mesh: str) -> None:
+    """Each expert's output is normalized; a device of a tensor group has a part of it."""
+    words = ("model.norm=depth_scaled_sandwich", "moe.top_k=2", "moe.shared_experts=1", "moe.dense_layers=1")
+    assert_equal(trained(configure("unipool", *words), MESHES[mesh]), alone("unipool", *words))
+
+
 def test_the_size_of_buffers_changes_no_bit() -> None:
     large, small = (
         trained(configure("unipool", f"mesh.capacity_factor={size}", "train.steps=20"), MESHES["data 2, expert 4"])

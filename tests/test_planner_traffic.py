@@ -133,6 +133,32 @@ def test_a_layer_moves_what_the_ledger_says(remat: str, mixture: int, layer: int
     assert traffic == times * moved((bank, HALF, mixture + 1), (bank, FULL, 2))
 
 
+@pytest.mark.parametrize(
+    ("experts", "rows"),
+    # A receive buffer of both devices' rows, two for each token; a row for each token; none.
+    [("norm_then_gate", 2 * 2 * TOKENS), ("post", TOKENS), ("none", 0)],
+)
+def test_norms_behind_blocks_move_what_they_normalize(experts: str, rows: int) -> None:
+    words = ("model.norm=sandwich", f"model.post_norm_experts={experts}", "moe.top_k=2")
+    config, plain = small("unipool", *words), small("unipool", "moe.top_k=2")
+    found, times = counted(config, SIZES)["norms behind blocks"], LAYERS * MICRO
+    # Full recomputation: forward, counting tokens, again, and two of the backward pass; each reads and writes.
+    assert found.bytes == times * 5 * moved((TOKENS + rows, HALF * D, 2))
+    assert "norms behind blocks" not in counted(plain, SIZES)
+
+    sums, usual = (
+        {m.name: m for m in work.count(c, SPLIT, TOPOLOGY).messages if m.axes == ("tensor",)} for c in (config, plain)
+    )
+    assert usual["tensor sums"].times == times * 2 * 4
+    if experts == "norm_then_gate":
+        # Two devices of a group add up their buffers of 2 x 2 x 1024 rows; gradients of what experts are given too.
+        assert sums["outputs of experts, summed"].times == times * 4
+        assert sums["outputs of experts, summed"].sent_bytes == 2 * 4096 * D * HALF / 2
+        assert sums["tensor sums"] == usual["tensor sums"]._replace(times=times * 4)
+    else:
+        assert sums == usual
+
+
 @pytest.mark.parametrize("remat", ["moe", "full"])
 def test_each_kind_of_attention_computes_its_own_scores(remat: str) -> None:
     """A window of 64 in 256 positions: four blocks of 64 queries, each compared with itself and the block before."""

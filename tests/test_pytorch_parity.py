@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.pytorch_baseline.model import Transformer, first_std
 from benchmarks.pytorch_baseline.positions import frequencies
 from benchmarks.pytorch_baseline.settings import Settings
 from benchmarks.pytorch_baseline.sharing import balance_sets
@@ -33,7 +34,9 @@ _SMALL = ("train.microbatch_size=2", "loss.switch_group_sequences=2")
 VARIANTS = {
     **{method: (method, *(() if method == "dense" else ("moe.experts_per_layer=4",))) for method in METHODS},
     "unipool in 2 pools, z-loss": ("unipool", "pool.groups=2", "loss.z_coefficient=1e-3"),
-    "unipool top-2, reduced pool, c = 1": ("unipool", "moe.top_k=2", "pool.experts=5", "moe.score_constant=one"),
+    "unipool top-2, reduced pool, c = 1, heads of 6 channels": (
+        *("unipool", "moe.top_k=2", "pool.experts=5", "moe.score_constant=one", "model.head_size=6"),
+    ),
     "vanilla top-2, micro-batches": ("vanilla", "moe.top_k=2", "moe.experts_per_layer=4", *_SMALL),
     "aux-free top-2, micro-batches": ("vanilla_aux_free", "moe.top_k=2", "moe.experts_per_layer=4", *_SMALL),
     "shared_pool_aux top-3, z-loss": ("shared_pool_aux", "moe.top_k=3", "loss.z_coefficient=1e-2"),
@@ -66,6 +69,16 @@ SHARING = {
     "more": ("moe.dense_layers=1", "moe.dense_ffn_size=20", *_SMALL),
 }
 
+NORMS = {
+    "dense, sandwich": ("dense", "model.norm=sandwich", "model.post_norm_epsilon=1e-5"),
+    "norms of experts": (
+        *("unipool", "model.norm=depth_scaled_sandwich", "moe.top_k=2", "moe.dense_layers=1"),
+        *("moe.shared_experts=1", "moe.shared_expert_gate=true"),
+    ),
+    "norms of sums": ("vanilla", "model.norm=sandwich", "model.post_norm_experts=post", "moe.top_k=2"),
+    "norms around attention": ("unipool", "model.norm=sandwich", "model.post_norm_experts=none"),
+}
+
 ROPE = (
     {"rope_scaling": "yarn", "rope_base": 1e6, "rope_original_length": 1024, "rope_factor": 4.0},
     {"rope_scaling": "yarn", "rope_original_length": 256, "rope_beta_fast": 16.0, "rope_beta_slow": 2.0},
@@ -82,6 +95,7 @@ SLOW_VARIANTS = {
     "unipool_centered",
     "tied_inner",
     "cyclic",
+    *(name for name in NORMS if name != "norms of experts"),
 }
 
 
@@ -135,18 +149,40 @@ def test_float32(variant: str) -> None:
     assert last < 3e-2
 
 
+FEW_STEPS = {**{name: (name, *WINDOWS.get(name, ()), *words) for name, words in SHARING.items()}, **NORMS}
+
+
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in SHARING]
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in FEW_STEPS]
 )
-def test_methods_of_sharing(method: str) -> None:
+def test_methods_of_sharing_and_norms(variant: str) -> None:
     """Losses, gradients and new weights of three steps; which experts are open in them is drawn by us alone."""
-    words = (*WINDOWS.get(method, ()), *SHARING[method])
-    config = tiny_config(method, *words, "train.steps=100", "optimizer.weight_decay=0.1", "optimizer.warmup_fraction=0")
+    words = ("train.steps=100", "optimizer.weight_decay=0.1", "optimizer.warmup_fraction=0")
+    config = tiny_config(*FEW_STEPS[variant], *words)
     state = random_state(config)
     gaps, last = compare_steps(config, state, twin_of(config, state), OTHER_STEPS)
     assert len(gaps) == OTHER_STEPS
     assert max(gaps) < 1e-5
     assert last < 1e-4
+
+
+@pytest.mark.parametrize("words", [(), ("model.init=tiny", "model.norm=depth_scaled_sandwich")], ids=str)
+def test_both_begin_with_weights_of_the_same_size(words: tuple[str, ...]) -> None:
+    config = tiny_config("unipool", "moe.shared_experts=1", "moe.dense_layers=1", "model.embedding_std=0.4", *words)
+    settings, model, found = twin_settings(config), config.model, dict[str, float]()
+    for name in dict(Transformer(settings, max_length=8).named_parameters()):
+        found[name.split(".", 2)[2] if name.startswith("layers.2.") else name] = first_std(settings, name)
+    expected = {
+        "embedding.weight": 0.4,
+        "output.weight": model.matrix_std,
+        "attention.qkv.weight": model.matrix_std,
+        "attention.out.weight": model.output_std,
+        "ffn.router.weight": model.init_std,
+        "ffn.shared.block.down.weight": model.output_std,
+        "experts.0.gate_up": model.matrix_std,
+        "experts.0.down": model.output_std,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("pressure", ["scope", "layer"])

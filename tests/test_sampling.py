@@ -29,6 +29,7 @@ VARIANTS = {
     "rematerialized": ("unipool", "model.remat=full"),
     "dense layers first": ("unipool", "moe.dense_layers=2", "moe.shared_experts=1", "moe.depth_vectors=true"),
     "switch": ("unipool", "attention.kind=switch", "attention.window=3"),
+    "norms behind blocks": ("unipool", "model.norm=depth_scaled_sandwich", "moe.dense_layers=1"),
     "window": ("unipool", "attention.kind=window", "attention.window=3"),
     "every second layer full": (
         *("unipool", "pool.groups=2", "attention.kind=alternating", "attention.window=3", "attention.full_layers=2"),

@@ -24,12 +24,13 @@ def _forward(config: Config, params: Any, tokens: np.ndarray, bias: Any = None) 
     return jax.jit(forward, static_argnums=0)(config, params, tokens, bias)
 
 
+DEPTH_SCALED = ("model.norm=depth_scaled_sandwich", "model.init=tiny", "moe.top_k=2")
 VARIANTS = [
     *((method, ()) for method in METHODS),
     ("unipool", ("moe.top_k=2",)),
     ("vanilla_aux_free", ("moe.top_k=2",)),
     ("unipool", ("pool.groups=2", "moe.score_constant=one")),
-    ("unipool", ("pool.experts=3",)),
+    ("unipool", ("pool.experts=3", "model.head_size=6")),
     ("vanilla_aux_free", ("pool.groups=2",)),
     ("unipool", ("pool.starts=ring",)),
     ("unipool", ("pool.starts=sliding", "pool.span=3", "moe.top_k=2")),
@@ -45,6 +46,13 @@ VARIANTS = [
         "unipool",
         ("moe.dense_layers=2", "attention.kind=alternating", "attention.window=2", "attention.full_layers=[0,3]"),
     ),
+    ("dense", ("model.norm=sandwich",)),
+    ("vanilla", (*DEPTH_SCALED, "model.post_norm_experts=post", "moe.top_k=2", "moe.shared_experts=1")),
+    (
+        "unipool",
+        (*DEPTH_SCALED, "moe.shared_experts=1", "moe.shared_expert_gate=true", "moe.dense_layers=2", "pool.groups=2"),
+    ),
+    ("unipool", (*DEPTH_SCALED, "model.post_norm_experts=none", "moe.dense_layers=1", "pool.starts=ring")),
 ]
 
 

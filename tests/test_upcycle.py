@@ -61,6 +61,23 @@ def test_dense_to_mixture_is_exact(overrides: tuple[str, ...]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("vanilla", "moe.experts_per_layer=4"),
+        ("unipool", "moe.experts_per_layer=2", "moe.top_k=2", "model.post_norm_experts=post"),
+    ],
+    ids=" ".join,
+)
+def test_norms_behind_blocks_stay_exact(overrides: tuple[str, ...]) -> None:
+    """Gates of less than one are made up for by the gain where the norm comes before them."""
+    config, new = tiny_config("dense", "model.norm=sandwich"), tiny_config(*overrides, "model.norm=sandwich")
+    weights = scaled(config)
+    np.testing.assert_allclose(
+        logits(new, upcycle(config, weights, new)), logits(config, weights), rtol=1e-4, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("method", ["vanilla_normrouter", "vanilla_aux_free"])
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -124,5 +141,9 @@ def test_what_cannot_be_exact_is_refused() -> None:
         upcycle(private, weights, tiny_config("vanilla_normrouter", "pool.groups=1"))
     with pytest.raises(ConversionError, match=r"model\.num_kv_heads=4: the source has 2"):
         upcycle(dense, scaled(dense), tiny_config("vanilla", "model.num_kv_heads=4"))
+    bare = tiny_config("vanilla", "model.norm=sandwich", "model.post_norm_experts=none")
+    normed = tiny_config("dense", "model.norm=sandwich")
+    with pytest.raises(ConversionError, match=r"model\.post_norm_experts=none: .*norm_then_gate"):
+        upcycle(normed, scaled(normed), bare)
     with pytest.raises(ConversionError, match=r"attention\.kind=window: the source has full"):
         upcycle(dense, scaled(dense), tiny_config("vanilla", "attention.kind=window", "attention.window=3"))

@@ -58,7 +58,10 @@ def test_every_number_has_a_range() -> None:
 
 def test_the_defaults_lie_in_their_ranges() -> None:
     values = settings(Config())
-    assert all(values[name] is None or values[name] in allowed for name, allowed in RANGES.items())
+    for name, allowed in RANGES.items():
+        value = values[name]
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        assert all(number in allowed for number in numbers), name
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,12 +73,18 @@ def test_the_methods_are_valid(method: str) -> None:
 RELATIONS = [
     ("model.hidden_size=130", "model.hidden_size=130", "132"),
     ("model.hidden_size=132", "model.num_heads=4", "33"),
+    ("model.head_size=33", "model.head_size=33", "even"),
     ("model.num_kv_heads=3", "model.num_kv_heads=3", "1, 2, 4"),
     ("attention.kind=window attention.window=256", "attention.window=256", "data.sequence_length=256"),
     ("attention.gate=full", "attention.gate=full", "attention.kind=switch"),
     ("attention.kind=window attention.switch_alpha=1", "attention.switch_alpha=1.0", "attention.kind=switch"),
     ("method=unipool_lock attention.kind=switch", "attention.kind=switch", "lock.ownership=none"),
     ("attention.window=64", "attention.window=64", "unused with attention.kind=full"),
+    ("model.post_norm_ffn=1", "model.post_norm_ffn=1.0", "model.norm=depth_scaled_sandwich"),
+    ("model.norm=sandwich model.post_norm_attention=1", "model.post_norm_attention=1.0", "model.norm=sandwich"),
+    ("model.post_norm_experts=none", "model.post_norm_experts=none", "model.norm=sandwich"),
+    ("method=dense model.norm=sandwich model.post_norm_experts=none", "model.post_norm_experts=none", "a router"),
+    ("model.norm=sandwich model.post_norm_experts=post", "model.post_norm_experts=post", "norm_then_gate"),
     ("attention.kind=window attention.full_layers=3", "attention.full_layers=3", "attention.kind=alternating"),
     ("attention.kind=alternating attention.full_layers=1", "attention.full_layers=1", "attention.kind=full"),
     ("attention.kind=alternating attention.full_layers=0", "attention.full_layers=0", "at most 6"),

@@ -1,9 +1,30 @@
-"""Layers without a choice: a projection, and the SwiGLU block that every token visits."""
+"""Layers without a choice: a projection, norms, and the SwiGLU block that every token visits."""
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from benchmarks.pytorch_baseline.settings import Settings
+
+
+class RMSNorm(nn.RMSNorm):
+    """Computed in float32, returned in the dtype of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def post_norm(settings: Settings, constant: float) -> RMSNorm | None:
+    """The norm of a block's output, if there is one; with depth scaling its gain starts at `constant / sqrt(L)`."""
+    if settings.norm == "pre":
+        return None
+    norm = RMSNorm(settings.hidden_size, settings.post_norm_epsilon)
+    if settings.norm == "depth_scaled_sandwich":
+        nn.init.constant_(norm.weight, constant / math.sqrt(settings.num_layers))
+    return norm
 
 
 class Linear(nn.Linear):

@@ -11,17 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.pytorch_baseline.dense import Linear, SwiGLU
+from benchmarks.pytorch_baseline.dense import Linear, RMSNorm, SwiGLU, post_norm
 from benchmarks.pytorch_baseline.moe import ExpertPool, Mixture, Statistics
 from benchmarks.pytorch_baseline.positions import document_positions, tables
 from benchmarks.pytorch_baseline.settings import Settings
-
-
-class RMSNorm(nn.RMSNorm):
-    """Computed in float32, returned in the dtype of the input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
 
 
 class Gates(NamedTuple):
@@ -47,7 +40,7 @@ class Attention(nn.Module):
         self.switch = nn.Parameter(0.02 * torch.randn(settings.hidden_size)) if switches else None
         self.heads, self.kv_heads, self.head_size = settings.num_heads, settings.num_kv_heads, settings.head_size
         self.qkv = Linear(settings.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_size)
-        self.out = Linear(settings.hidden_size, settings.hidden_size)
+        self.out = Linear(self.heads * self.head_size, settings.hidden_size)
 
     def forward(
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, same_BSS: Tensor | None, places: Tensor
@@ -68,7 +61,7 @@ class Attention(nn.Module):
             mixed_BHSC = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True
             )
-            return mixed_BHSC.transpose(1, 2).reshape_as(x_BSD)
+            return mixed_BHSC.transpose(1, 2).flatten(2)
 
         if self.switch is None or self.switch_window is None:
             return self.out(attend(self.window)), None
@@ -91,7 +84,10 @@ def rotate(x_BHSC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """One transformer layer. A mixture is handed the bank of its pool, so a pool is registered once."""
+    """One transformer layer. A mixture is handed the bank of its pool, so a pool is registered once.
+
+    Behind a mixture the norm of its output is the mixture's to apply: to each expert's, or to their sum.
+    """
 
     def __init__(self, settings: Settings, index: int):
         super().__init__()
@@ -105,6 +101,9 @@ class Layer(nn.Module):
         self.ffn: SwiGLU | Mixture = SwiGLU(settings.hidden_size, hidden) if dense else Mixture(settings, place)
         has_depth = settings.depth_vectors and not dense
         self.depth = nn.Parameter(torch.zeros(settings.hidden_size)) if has_depth else None
+        self.attention_post_norm = post_norm(settings, settings.post_norm_attention)
+        without = not dense and settings.post_norm_experts == "none"
+        self.ffn_post_norm = None if without else post_norm(settings, settings.post_norm_ffn)
 
     def forward(
         self,
@@ -118,15 +117,33 @@ class Layer(nn.Module):
         open_M: Tensor | None = None,
     ) -> tuple[Tensor, Statistics | None, Gates | None]:
         attended_BSD, gates = self.attention(self.attention_norm(x_BSD), cos, sin, same_BSS, places)
+        if self.attention_post_norm is not None:
+            attended_BSD = self.attention_post_norm(attended_BSD)
         x_BSD = x_BSD + attended_BSD
         normed_BSD = self.ffn_norm(x_BSD)
         if self.depth is not None:
             normed_BSD = (normed_BSD.float() + self.depth).to(normed_BSD.dtype)
         if bank is None:
-            return x_BSD + self.ffn(normed_BSD), None, gates
+            output_BSD = self.ffn(normed_BSD)
+            return x_BSD + (output_BSD if self.ffn_post_norm is None else self.ffn_post_norm(output_BSD)), None, gates
         run = recomputed if self.recompute == "moe" and torch.is_grad_enabled() else call
-        output_BSD, statistics = run(self.ffn, normed_BSD, *bank, num_groups, open_M)
+        output_BSD, statistics = run(self.ffn, normed_BSD, *bank, num_groups, open_M, self.ffn_post_norm)
         return x_BSD + output_BSD, statistics, gates
+
+
+def first_std(settings: Settings, name: str) -> float:
+    """init_std, or init_std / sqrt(2 L) for what writes to the residual stream; `tiny`: sqrt(1 / (2 D L)) but for the
+    embedding and for routers."""
+    std, tiny = settings.init_std, settings.init == "tiny"
+    if name == "embedding.weight":
+        default = 0.5 if tiny else std
+        return default if settings.embedding_std is None else settings.embedding_std
+    if name.endswith(("router.weight", "shared.gate.weight")):
+        return std
+    if tiny:
+        return math.sqrt(1 / (2 * settings.hidden_size * settings.num_layers))
+    last = name.endswith(("attention.out.weight", "down.weight", ".down"))
+    return std / math.sqrt(2 * settings.num_layers) if last else std
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -165,14 +182,11 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights: init_std, and init_std / sqrt(2 L) for what writes to the residual stream; gains stay 1."""
-        std = self.settings.init_std
+        """Normal weights with the standard deviations of `first_std`; gains stay what they are."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                last = name.endswith(("attention.out.weight", "down.weight", ".down"))
-                scaled = std / math.sqrt(2 * self.settings.num_layers) if last else std
-                nn.init.normal_(parameter, std=scaled, generator=generator)
+                nn.init.normal_(parameter, std=first_std(self.settings, name), generator=generator)
 
     def forward(self, tokens_BS: Tensor, open_LM: Tensor | None = None) -> tuple[Tensor, list[Statistics], list[Gates]]:
         settings = self.settings

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.pytorch_baseline.dense import Linear, SwiGLU
+from benchmarks.pytorch_baseline.dense import Linear, RMSNorm, SwiGLU
 from benchmarks.pytorch_baseline.settings import Settings
 from benchmarks.pytorch_baseline.sharing import BalanceSet, counted_through, seen_experts
 
@@ -187,8 +187,10 @@ class SharedExperts(nn.Module):
         self.block = SwiGLU(settings.hidden_size, settings.shared_experts * settings.ffn_size)
         self.gate = Linear(settings.hidden_size, 1) if settings.shared_expert_gate else None
 
-    def forward(self, hidden_ND: Tensor) -> Tensor:
+    def forward(self, hidden_ND: Tensor, norm: RMSNorm | None = None) -> Tensor:
         output_ND = self.block(hidden_ND)
+        if norm is not None:
+            output_ND = norm(output_ND)
         if self.gate is None:
             return output_ND
         # Operands in the compute dtype, sums in float32, as for the router.
@@ -203,10 +205,19 @@ class Mixture(nn.Module):
         super().__init__()
         self.router = Router(settings, layer)
         self.shared = SharedExperts(settings) if settings.shared_experts else None
+        self.norms_sum = settings.post_norm_experts == "post"
 
     def forward(
-        self, hidden_BSD: Tensor, gate_up_MDF: Tensor, down_MFD: Tensor, num_groups: int, open_M: Tensor | None = None
+        self,
+        hidden_BSD: Tensor,
+        gate_up_MDF: Tensor,
+        down_MFD: Tensor,
+        num_groups: int,
+        open_M: Tensor | None = None,
+        norm: RMSNorm | None = None,
     ) -> tuple[Tensor, Statistics]:
+        """`norm` is the layer's: of the output of each expert, or of their sum."""
+        of_each, of_sum = (None, norm) if self.norms_sum else (norm, None)
         hidden_ND = hidden_BSD.flatten(0, 1)
         experts_NK, gates_NK, statistics = self.router(hidden_ND, num_groups, open_M)
 
@@ -218,10 +229,14 @@ class Mixture(nn.Module):
         gate_RF, up_RF = grouped_mm(sorted_RD, gate_up_MDF, offsets_M).chunk(2, dim=-1)
         output_RD = grouped_mm(F.silu(gate_RF) * up_RF, down_MFD, offsets_M)
 
+        if of_each is not None:
+            output_RD = of_each(output_RD)
         output_NKD = output_RD.index_select(0, inverse_R).view(*experts_NK.shape, -1)
         mixed_ND = (output_NKD * gates_NK.unsqueeze(-1)).sum(1).to(hidden_ND.dtype)
         if self.shared is not None:
-            mixed_ND = mixed_ND + self.shared(hidden_ND)
+            mixed_ND = mixed_ND + self.shared(hidden_ND, of_each)
+        if of_sum is not None:
+            mixed_ND = of_sum(mixed_ND)
         return mixed_ND.view_as(hidden_BSD), statistics
 
 

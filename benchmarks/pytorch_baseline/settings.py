@@ -13,6 +13,8 @@ class Settings:
     num_layers: int = 12
     hidden_size: int = 768
     num_heads: int = 12
+    head_channels: int | None = None
+    """Of an attention head; None is hidden_size / num_heads."""
     num_kv_heads: int = 4
     ffn_size: int = 3072
     vocab_size: int = 51200
@@ -26,6 +28,13 @@ class Settings:
     end_of_document: int | None = None
     """The token behind which another document begins that does not see this one; None: a row is one text."""
     norm_epsilon: float = 1e-5
+    norm: Literal["pre", "sandwich", "depth_scaled_sandwich"] = "pre"
+    """Norms of the input of each block; of its output too; of its output with gains that start small."""
+    post_norm_attention: float = 0.283
+    post_norm_ffn: float = 0.432
+    post_norm_epsilon: float = 1e-8
+    post_norm_experts: Literal["norm_then_gate", "post", "none"] = "norm_then_gate"
+    """What is normalized behind a mixture: the output of each expert before its gate, their sum, or nothing."""
     windows: tuple[int | None, ...] = ()
     """Of each layer, the positions that a token attends to, its own among them; None, or no entry, is all before it."""
     switch_window: int | None = None
@@ -36,7 +45,11 @@ class Settings:
     switch_alpha: float = 100.0
     switch_fixed: bool = False
     """Whether all tokens have that weight, not one over switch_epsilon + their loss + switch_alpha x disagreement."""
+    init: Literal["base", "tiny"] = "base"
+    """`tiny`: weights with variance 1 / (2 D L), routers aside."""
     init_std: float = 0.01
+    embedding_std: float | None = None
+    """None: init_std, or 0.5 with `tiny`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations, and of weights at use; parameters and optimizer state are float32."""
     recompute: Literal["none", "moe", "full"] = "moe"
@@ -117,4 +130,4 @@ class Settings:
     @property
     def head_size(self) -> int:
         """Channels of one attention head."""
-        return self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads if self.head_channels is None else self.head_channels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,20 @@ def series_of(history: Sequence[Mapping[str, Any]], kind: str, name: str) -> Ser
 
 
 def layers_of(history: Sequence[Mapping[str, Any]], kind: str, name: str, layers: int) -> Series:
-    """A metric of each layer over steps, one row per layer; without steps where it was never written."""
-    points = [(line["step"], line[name]) for line in history if line.get("kind") == kind and line.get(name) is not None]
-    for step, value in points:
-        if not isinstance(value, list) or len(value) != layers or not all(isinstance(x, int | float) for x in value):
-            raise _unexpected(kind, step, name, value, f"{layers} numbers")
-    steps, values = [step for step, _ in points], [value for _, value in points]
-    return Series(np.array(steps, np.int64), np.array(values, dtype=float).reshape(len(points), layers).T)
+    """A metric of each layer over steps, one row per layer; without steps where it was never written.
+
+    NaN for layers that a run that grows did not have yet.
+    """
+    steps, values = [], []
+    for line in history:
+        if line.get("kind") != kind or (value := line.get(name)) is None:
+            continue
+        there = min(line.get("growth/layers", layers), layers)
+        if not isinstance(value, list) or len(value) != there or not all(isinstance(x, int | float) for x in value):
+            raise _unexpected(kind, line["step"], name, value, f"{there} numbers")
+        steps.append(line["step"])
+        values.append([*value, *[math.nan] * (layers - there)])
+    return Series(np.array(steps, np.int64), np.array(values, dtype=float).reshape(len(steps), layers).T)
 
 
 def last_map(history: Sequence[Mapping[str, Any]], kind: str, name: str, layers: int) -> np.ma.MaskedArray | None:

@@ -260,7 +260,7 @@ def zero_gates_figure(share_L: np.ndarray, steps_T: np.ndarray, over_time_LT: np
     middle = (steps_T[1:] + steps_T[:-1]) / 2
     edges_x = np.concatenate([steps_T[:1] - 0.5, middle, steps_T[-1:] + 0.5])
     edges_y = np.arange(len(share_L) + 1) - 0.5
-    top = max(100 * float(over_time_LT.max()), 1.0)
+    top = max(100 * float(np.nanmax(over_time_LT)), 1.0)
     mesh = right.pcolormesh(edges_x, edges_y, 100 * over_time_LT, cmap=_MAP, vmin=0, vmax=top)
     right.invert_yaxis()
     right.spines[:].set_visible(False)

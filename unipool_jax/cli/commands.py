@@ -118,10 +118,24 @@ COMMANDS = (
         (CONFIG_DIR,),
     ),
     Command(
+        "convert grow",
+        "Make a deeper model of a run.",
+        "unipool_jax.convert.requests:GrowRequest",
+        "unipool_jax.convert.grow:grow_command",
+        (CONFIG_DIR,),
+    ),
+    Command(
         "convert merge",
         "Make a model with fewer experts of a trained one.",
         "unipool_jax.convert.requests:MergeRequest",
         "unipool_jax.convert.merge_command:merge_command",
+        (CONFIG_DIR,),
+    ),
+    Command(
+        "prune",
+        "Make a smaller model of a trained one.",
+        "unipool_jax.pruning.requests:PruneRequest",
+        "unipool_jax.pruning.command:prune_command",
         (CONFIG_DIR,),
     ),
     Command(
@@ -143,6 +157,36 @@ COMMANDS = (
         "Write benchmarks of an installed package as local tasks for `unipool eval`.",
         "unipool_jax.evaluation.requests:TaskExportRequest",
         "unipool_jax.evaluation.export_tasks:export_command",
+    ),
+    Command(
+        "trig data",
+        "Make trigonometric equations with proofs, to train on and to solve.",
+        "unipool_jax.rewriting.requests:TrigDataRequest",
+        "unipool_jax.rewriting.command:data_command",
+    ),
+    Command(
+        "trig eval",
+        "Let a model prove trigonometric equations.",
+        "unipool_jax.rewriting.requests:TrigEvalRequest",
+        "unipool_jax.rewriting.command:eval_command",
+    ),
+    Command(
+        "steps check",
+        "Prove the steps of answers one by one.",
+        "unipool_jax.verification.requests:CheckRequest",
+        "unipool_jax.verification.command:check_command",
+    ),
+    Command(
+        "steps train",
+        "Train what tells right answers from the states of their steps.",
+        "unipool_jax.verification.requests:AggregatorRequest",
+        "unipool_jax.verification.command:train_command",
+    ),
+    Command(
+        "steps select",
+        "Choose the best of several answers to each problem.",
+        "unipool_jax.verification.requests:SelectRequest",
+        "unipool_jax.verification.command:select_command",
     ),
     Command(
         "plan",

@@ -16,7 +16,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unipool_jax.config import attention_rules, block_rules, lock_schedule, mesh_rules, rope_rules, sharing_rules
+from unipool_jax.config import (
+    attention_rules,
+    block_rules,
+    growth_rules,
+    lock_schedule,
+    mesh_rules,
+    norm_rules,
+    rope_rules,
+    sharing_rules,
+)
 from unipool_jax.config.addresses import split_address
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.parsing import as_written, from_mapping
@@ -101,13 +110,16 @@ _TOTAL_EXPERTS = (
 )
 
 
-@_rule("model.hidden_size", "model.num_heads")
+@_rule("model.hidden_size", "model.num_heads", "model.head_size")
 def _head_size(config: Config) -> Iterator[str]:
     model = config.model
-    if model.hidden_size % model.num_heads:
+    if model.head_size is not None:
+        if model.head_size % 2:
+            yield f"model.head_size={model.head_size}: rotary positions rotate pairs of channels; choose an even number"
+    elif model.hidden_size % model.num_heads:
         yield (
             f"model.hidden_size={model.hidden_size}: must be a multiple of model.num_heads={model.num_heads}; "
-            f"the next one is {_next_multiple(model.hidden_size, model.num_heads)}"
+            f"the next one is {_next_multiple(model.hidden_size, model.num_heads)}; or set model.head_size"
         )
     elif config.head_size % 2:
         yield (
@@ -166,6 +178,10 @@ _rule("pool.groups", "pool.window", "moe.top_k", *_TOTAL_EXPERTS)(sharing_rules.
 
 
 _rule("moe.shared_experts", "moe.dense_layers", "moe.dense_ffn_size")(block_rules.problems)
+_rule(
+    *("model.post_norm_attention", "model.post_norm_ffn", "model.post_norm_epsilon"),
+    *("moe.top_k", "moe.shared_experts"),
+)(norm_rules.problems)
 
 
 @_rule("pool.groups", "moe.top_k", "loss.z_coefficient", *_TOTAL_EXPERTS)
@@ -251,6 +267,13 @@ _rule(
     *("lock.lock_fraction", "lock.anneal_fraction", "lock.entropy_warmup_fraction", "lock.lock_step"),
     *("lock.anneal_steps", "lock.entropy_warmup_steps", "mesh.expert", *_TOTAL_EXPERTS),
 )(lock_schedule.problems)
+
+
+_rule(
+    *("growth.layers", "growth.ends", "growth.depth_step", "train.steps", "train.eval_every", "lock.count_lookback"),
+    *("lock.lock_fraction", "lock.anneal_fraction", "lock.lock_step", "lock.anneal_steps", "pool.groups"),
+    *_TOTAL_EXPERTS,
+)(growth_rules.problems)
 
 
 @_rule("optimizer.learning_rate", "optimizer.min_learning_rate")

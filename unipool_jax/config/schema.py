@@ -11,6 +11,7 @@ and combinations. Both report all problems at once, before any array is allocate
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 DType = Literal["float32", "bfloat16"]
 Router = Literal["softmax", "sigmoid", "norm"]
 """Routers of a mixture; `norm` is NormRouter."""
+GrowthMap = Literal["extend", "stack"]
+"""How few layers become many."""
 
 
 class ConfigError(UserError, ValueError):
@@ -46,9 +49,12 @@ class ModelConfig:
     hidden_size: int = 768
     """Model width D."""
     num_heads: int = 12
-    """Query heads H; must divide model.hidden_size. Each has hidden_size / num_heads channels, an even number."""
+    """Query heads H; must divide model.hidden_size unless model.head_size is given."""
     num_kv_heads: int = 4
     """Key and value heads (grouped-query attention); must divide model.num_heads."""
+    head_size: int | None = None
+    """Channels of a head, an even number; null is hidden_size / num_heads. A pruned model has the heads of its source,
+    whatever its width."""
     ffn_size: int = 3072
     """Hidden width F of one expert, or of the dense feed-forward block."""
     vocab_size: int = 51200
@@ -68,15 +74,55 @@ class ModelConfig:
     """Frequencies with fewer turns than this in the original length are interpolated, with model.rope_scaling=yarn."""
     rope_attention_factor: float | None = None
     """Factor on rotated queries and keys, with model.rope_scaling=yarn; null is 0.1 ln(rope_factor) + 1."""
+    norm: Literal["pre", "sandwich", "depth_scaled_sandwich"] = "pre"
+    """Norms around the blocks of a layer; see docs/depth.md. `pre`: of the input of each. `sandwich`: also of its
+    output, with gains that start at 1. `depth_scaled_sandwich`: the same with gains that start at
+    model.post_norm_attention / sqrt(L) and model.post_norm_ffn / sqrt(L) (arXiv 2504.07866)."""
     norm_epsilon: float = 1e-5
     """Epsilon added to the mean square in RMSNorm."""
+    post_norm_attention: float = 0.283
+    """First gain of the norm behind attention, times sqrt(L), with model.norm=depth_scaled_sandwich."""
+    post_norm_ffn: float = 0.432
+    """First gain of the norm behind the feed-forward or mixture block, times sqrt(L), with
+    model.norm=depth_scaled_sandwich."""
+    post_norm_epsilon: float = 1e-8
+    """Epsilon of the norms behind blocks, whose first outputs are far smaller than hidden states."""
+    post_norm_experts: Literal["norm_then_gate", "post", "none"] = "norm_then_gate"
+    """What the norm behind a mixture takes: `norm_then_gate`: the output of each expert, before its gate. `post`: the
+    gated sum; it hides the gates from the loss where a token has one expert. `none`: nothing, the block has no such
+    norm."""
+    init: Literal["base", "tiny"] = "base"
+    """Initial weights. `base`: model.init_std, and init_std / sqrt(2 L) for the output projections of both blocks.
+    `tiny`: sqrt(1 / (2 D L)) for every matrix, routers aside (TinyInit, arXiv 2504.07866)."""
     init_std: float = 0.01
-    """Standard deviation of the initial weights; the output projections of both blocks use init_std / sqrt(2 L)."""
+    """Standard deviation of the initial weights, with model.init=tiny only of routers and gates."""
+    embedding_std: float | None = None
+    """Standard deviation of the initial embedding; null: model.init_std, with model.init=tiny 0.5."""
     compute_dtype: DType = "bfloat16"
     """Dtype of activations and matrix products. Parameters and optimizer state are always float32."""
     remat: Literal["none", "moe", "full"] = "moe"
     """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer. With several
     pools over mesh.fsdp, the last two also gather the weights of each pool again."""
+
+    @property
+    def matrix_std(self) -> float:
+        """Standard deviation of the initial weights of projections, experts and output head."""
+        return self.init_std if self.init == "base" else 1 / math.sqrt(2 * self.hidden_size * self.num_layers)
+
+    @property
+    def output_std(self) -> float:
+        """That of the projections that write to the residual stream: of attention, and down in a feed-forward block."""
+        return self.init_std / math.sqrt(2 * self.num_layers) if self.init == "base" else self.matrix_std
+
+    @property
+    def table_std(self) -> float:
+        """That of the embedding."""
+        default = self.init_std if self.init == "base" else 0.5
+        return default if self.embedding_std is None else self.embedding_std
+
+    def post_norm_gain(self, constant: float) -> float:
+        """First gain of a norm behind a block whose constant this is: model.post_norm_attention or post_norm_ffn."""
+        return constant / math.sqrt(self.num_layers) if self.norm == "depth_scaled_sandwich" else 1.0
 
 
 @dataclass(frozen=True)
@@ -250,6 +296,30 @@ class LockConfig:
     """Number of most recent evaluations whose routing counts decide the assignment."""
     count_smoothing: float = 0.5
     """Weight s of the newest routing counts; those of a evaluations ago weigh s (1 - s)^a."""
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """Growth in depth (Apollo): few layers at first, used as a deeper network of random depth; see docs/depth.md."""
+
+    layers: tuple[int, ...] = ()
+    """Layers N of each stage, ascending to model.num_layers; empty for a run that has all from the start. A shared pool
+    has its full size from the first step."""
+    ends: tuple[float, ...] = ()
+    """End of each stage as a fraction of train.steps; the last is 1. An extension of the run moves none."""
+    depth_law: Literal["lvps", "uniform", "sigmoid", "final", "stage"] = "lvps"
+    """How deep a network each micro-batch sees, from N to L = model.num_layers. `lvps`: low depths are the likely ones,
+    as published. `uniform`: all alike. `sigmoid`: mostly near N or near L. `final`: always L. `stage`: always N, which
+    with growth.map=stack is stacking."""
+    depth_step: int = 1
+    """Depths are rounded down to L minus a multiple of this, at least N: fewer programs to compile. With pool.groups
+    between 1 and model.num_layers, a multiple of it."""
+    map: GrowthMap = "extend"
+    """Which layer stands at place i of D, in the unrolled network and at growth. `extend`: floor(i N / D). `stack`: all
+    layers in order, again and again."""
+    moments: Literal["copy", "official", "zero"] = "copy"
+    """Optimizer moments of layers at growth. `copy`: those of the layer that is copied. `official`: as in the published
+    code, layer j keeps the moments of the old layer j, new ones have none. `zero`: none."""
 
 
 @dataclass(frozen=True)
@@ -460,6 +530,7 @@ class Config:
     pool: PoolConfig = field(default_factory=PoolConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     lock: LockConfig = field(default_factory=LockConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -573,7 +644,14 @@ class Config:
     @property
     def head_size(self) -> int:
         """Channels of one attention head."""
-        return self.model.hidden_size // self.model.num_heads
+        model = self.model
+        return model.hidden_size // model.num_heads if model.head_size is None else model.head_size
+
+    @property
+    def norms_experts(self) -> bool:
+        """Whether the output of each routed expert is normalized, before its gate."""
+        model = self.model
+        return model.norm != "pre" and self.moe.router != "none" and model.post_norm_experts == "norm_then_gate"
 
     @property
     def num_microbatches(self) -> int:

@@ -79,9 +79,12 @@ TABLE: dict[str, Effect] = {
     **dict.fromkeys(
         (
             *("model.num_layers", "model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.ffn_size"),
+            "model.head_size",
             *("model.rope_scaling", "model.rope_factor", "model.rope_original_length", "model.rope_beta_fast"),
             *("model.rope_beta_slow", "model.rope_attention_factor"),
             *("model.vocab_size", "model.rope_base", "model.norm_epsilon", "model.init_std", "model.compute_dtype"),
+            *("model.norm", "model.post_norm_attention", "model.post_norm_ffn", "model.post_norm_epsilon"),
+            *("model.post_norm_experts", "model.init", "model.embedding_std"),
             *("attention.kind", "attention.window", "attention.full_layers", "attention.gate"),
             *("attention.switch_weight", "attention.switch_epsilon", "attention.switch_alpha"),
             *("attention.switch_weighting", "attention.disagreement"),
@@ -98,6 +101,7 @@ TABLE: dict[str, Effect] = {
             *("lock.lock_step", "lock.anneal_steps", "lock.entropy_warmup_steps", "lock.entropy_coefficient"),
             *("lock.entropy_target", "lock.coverage_threshold", "lock.solver", "lock.max_loss_excess"),
             *("lock.excess_evaluations", "lock.count_lookback", "lock.count_smoothing"),
+            *("growth.layers", "growth.ends", "growth.depth_law", "growth.depth_step", "growth.map", "growth.moments"),
             *("optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.warmup_fraction"),
             *("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay"),
             *("optimizer.reuse_divisor", "optimizer.reuse_decay"),

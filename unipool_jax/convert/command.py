@@ -7,7 +7,9 @@ from pathlib import Path
 
 from unipool_jax.config.compose import Choices, compose_config
 from unipool_jax.config.rules import validate
-from unipool_jax.config.schema import Config, ConfigError
+from unipool_jax.config.schema import Config, ConfigError, MeshConfig
+from unipool_jax.convert.absorb import absorb, absorbed_config
+from unipool_jax.convert.calibration import HeldOut, calibration_windows, inherited, passes
 from unipool_jax.convert.files import read_description, read_file, write_file
 from unipool_jax.convert.gguf import read_gguf
 from unipool_jax.convert.inheritance import Origin, imported_config, origin_of, same_text, upcycled_config
@@ -15,6 +17,8 @@ from unipool_jax.convert.layouts import LAYOUT_NAMES
 from unipool_jax.convert.requests import ExportRequest, ImportRequest, UpcycleRequest
 from unipool_jax.convert.runs import read_run, write_run
 from unipool_jax.convert.upcycle import upcycle
+from unipool_jax.convert.weights import Weights
+from unipool_jax.data.corpus import open_corpus
 
 
 def export_command(request: ExportRequest) -> int:
@@ -25,9 +29,26 @@ def export_command(request: ExportRequest) -> int:
     """
     config, weights = read_run(request.run, request.step)
     origin = origin_of(request.run, request.step)
+    if request.absorb_postnorm:
+        config, weights = _absorbed(config, weights, origin, request.tokens)
     count = write_file(Path(request.out), request.layout, config, weights, origin)
     print(f"{request.out}: {config.scale_name} {config.method_name} in the {request.layout} layout, {count} experts")
     return 0
+
+
+def _absorbed(config: Config, weights: Weights, origin: Origin, tokens: int) -> tuple[Config, Weights]:
+    """The model without norms behind its blocks; prints its loss."""
+    target = absorbed_config(config)
+    _validate(target)
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    inherited(origin, config, target, corpus, "export")
+    before, after = (dataclasses.replace(c, mesh=MeshConfig(data=1)) for c in (config, target))
+    found = absorb(before, weights, passes(calibration_windows(before, corpus, tokens, seed=0)))
+    source, absorbed = HeldOut(before, corpus), HeldOut(after, corpus)
+    if source.split is not None:
+        losses = f"{source.result(weights).loss:.4f}, with norms absorbed {absorbed.result(found).loss:.4f}"
+        print(f"loss on {source.split} (nats per token): {losses}")
+    return target, found
 
 
 def import_command(request: ImportRequest) -> int:

@@ -32,7 +32,10 @@ from unipool_jax.convert.weights import (
     unallocated_weights,
 )
 
-_FREE = {"model.init_std", "model.compute_dtype", "model.remat", "moe.experts_per_layer", "moe.router_dtype"}
+_FREE = {
+    *("model.init", "model.init_std", "model.embedding_std", "model.post_norm_attention", "model.post_norm_ffn"),
+    *("model.compute_dtype", "model.remat", "moe.experts_per_layer", "moe.router_dtype"),
+}
 """Settings of the model that do not say what its weights compute, or that their shapes show."""
 
 _REST = "rest"

@@ -108,6 +108,11 @@ def joins(config: Config, target: Config) -> list[Join]:
       ConversionError: `target` differs in more than in what is shared, or cannot be had by joining banks.
     """
     _check_rest(config, target)
+    if config.norms_experts:
+        raise ConversionError(
+            f"model.norm={config.model.norm}: experts are matched by the size of their outputs, which a norm of each "
+            "takes away (model.post_norm_experts=norm_then_gate); such models cannot be merged"
+        )
     old, new = banks_of(config, "the source"), banks_of(target, "the target")
     found, first = [], config.moe.dense_layers
     for bank, experts in enumerate(new.experts):

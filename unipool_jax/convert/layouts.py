@@ -69,10 +69,16 @@ def make_layout(name: LayoutName, config: Config, weights: Weights) -> Layout:
     """The table of one layout; its parts are views of `weights`.
 
     Raises:
-      ConversionError: the layout has no place for windows over a bank, or for the routers of Switch Attention.
+      ConversionError: the layout has no place for windows over a bank, for the routers of Switch Attention, or for
+        norms of what blocks computed.
     """
     if name == "megatron" and config.attention.kind == "switch":
         raise ConversionError(f"layout={name}: has no place for the routers of attention.kind=switch")
+    if name == "megatron" and config.model.norm != "pre":
+        raise ConversionError(
+            f"model.norm={config.model.norm}: the published code has no norms behind its blocks, and the megatron "
+            "layout no place for them; use layout=twin"
+        )
     if name == "megatron" and config.windows is not None:
         raise ConversionError(
             f"pool.starts={as_written(config.pool.starts)}: the published code trains no windows, and the megatron "
@@ -138,6 +144,9 @@ def _twin(config: Config, weights: Weights) -> Layout:
         }
         if "switch" in attention:
             tensors[f"{name}.attention.switch"] = _unchanged(attention["switch"])
+        for norm in ("attention_post_norm", "ffn_post_norm"):
+            if norm in own:
+                tensors[f"{name}.{norm}.weight"] = _unchanged(own[norm])
         if "mixture" not in own:
             tensors |= _block(config, weights, layer, f"{name}.ffn.gate_up.weight", f"{name}.ffn.down.weight")
             continue

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from unipool_jax.config.compose import Choices
 from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config, ConfigError, MeshConfig
-from unipool_jax.convert.errors import ConversionError
-from unipool_jax.convert.inheritance import Origin, origin_of, same_text
+from unipool_jax.convert.calibration import HeldOut, calibration_windows, inherited, passes
+from unipool_jax.convert.inheritance import origin_of
 from unipool_jax.convert.joining import Banks, banks_of, joins, merged_config
 from unipool_jax.convert.merge import Merged, merge
 from unipool_jax.convert.requests import MergeRequest
 from unipool_jax.convert.runs import check_new, read_run, write_run
 from unipool_jax.convert.weights import Weights
 from unipool_jax.data.corpus import Corpus, open_corpus
-from unipool_jax.data.identity import text_differences, text_identity
-from unipool_jax.data.pipeline import Batch, WindowSource, evaluation_batches
 from unipool_jax.kernels.implementations import platform_problem
 from unipool_jax.parallel.accelerators import check_platforms
-from unipool_jax.training.evaluate import EvalResult, Evaluator
 from unipool_jax.training.metrics import plain_json
-from unipool_jax.training.state import init_balance
 
 REPORT = "merge.json"
 """In the folder of a merged run."""
-
-_PASS_TOKENS = 8192
-"""Tokens of a pass whose inputs of experts are drawn from: what all layers give them is in memory at once."""
 
 
 def merge_command(request: MergeRequest) -> int:
@@ -56,11 +47,11 @@ def merge_command(request: MergeRequest) -> int:
     if problem := platform_problem(target.kernels.implementation):
         raise ConfigError([problem])
     corpus = open_corpus(target.data, target.model.vocab_size)
-    kept = _inherited(origin, config, target, corpus)
+    kept = inherited(origin, config, target, corpus, "merge")
 
     source, alone = (dataclasses.replace(c, data=target.data, mesh=MeshConfig(data=1)) for c in (config, target))
-    windows = _windows(source, corpus, request)
-    merged = merge(source, weights, alone, _passes(windows), request)
+    windows = calibration_windows(source, corpus, request.tokens, request.seed)
+    merged = merge(source, weights, alone, passes(windows), request)
     losses = _losses(source, alone, weights, merged, corpus)
     facts = {
         "matching": request.matching,
@@ -80,64 +71,20 @@ def merge_command(request: MergeRequest) -> int:
     return 0
 
 
-def _inherited(origin: Origin, config: Config, target: Config, corpus: Corpus) -> Origin:
-    """What the new run takes over.
-
-    Raises:
-      ConversionError: the text or the tokenizer is not that of the run, although no other was named.
-    """
-    if corpus.tokenizer.definition != origin.tokenizer:
-        raise ConversionError(
-            f"data.tokenizer={target.data.tokenizer}: the model was trained with another; leave it out"
-        )
-    parent = None if origin.parent is None else origin.parent | {"conversion": "merge"}
-    if not same_text(config.data, target.data):
-        return Origin(parent=parent)
-    if origin.text is not None and (changed := text_differences(origin.text, text_identity(corpus))):
-        listed = "\n".join(f"  - {line}" for line in changed)
-        raise ConversionError(
-            f"the run was trained on another text:\n{listed}\nRestore that one, or name the text with data.files=[...]"
-        )
-    return Origin(text=origin.text, parent=parent)
-
-
-def _windows(config: Config, corpus: Corpus, request: MergeRequest) -> WindowSource:
-    """The text that inputs of experts are drawn from, at most one epoch of the train split."""
-    data = config.data
-    tokens = min(request.tokens, corpus.num_tokens("train") - 1)
-    windows, mask = max(tokens // data.sequence_length, 1), data.document_mask
-    return WindowSource(corpus.stores, "train", data.sequence_length, windows, request.seed, document_mask=mask)
-
-
-def _passes(windows: WindowSource) -> Iterator[Batch]:
-    rows = max(min(_PASS_TOKENS // windows.sequence_length, len(windows)), 1)
-    return evaluation_batches(windows, batch_size=rows)
-
-
 def _losses(
     config: Config, target: Config, weights: Weights, merged: Merged, corpus: Corpus
 ) -> dict[str, str | int | float | None] | None:
     """Held-out losses of the source and the merged model, as long as an evaluation in training; None without text."""
-    held_out = [split for split in corpus.splits() if split != "train"]
-    if not held_out:
+    before, after = HeldOut(config, corpus), HeldOut(target, corpus)
+    if before.split is None:
         return None
-    split = held_out[0]
-
-    def result(evaluator: Evaluator, config: Config, weights: Weights) -> EvalResult:
-        balance = init_balance(config)._replace(expert_bias_GNE=jnp.asarray(weights.expert_bias_GNE))
-        params = jax.tree.map(jnp.asarray, weights.params)
-        found = evaluator.evaluate(params, balance, evaluator.fixed(split))
-        assert found is not None
-        return found
-
-    before = result(Evaluator(config, corpus, [split], limited=True), config, weights)
-    after = Evaluator(target, corpus, [split], limited=True)
+    source = before.result(weights)
     return {
-        "split": split,
-        "tokens": before.tokens,
-        "source": before.loss,
-        "merged": result(after, target, merged.matched).loss,
-        "prefit": None if merged.fitted is None else result(after, target, merged.fitted).loss,
+        "split": before.split,
+        "tokens": source.tokens,
+        "source": source.loss,
+        "merged": after.result(merged.matched).loss,
+        "prefit": None if merged.fitted is None else after.result(merged.fitted).loss,
     }
 
 

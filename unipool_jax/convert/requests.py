@@ -1,4 +1,4 @@
-"""Settings of the commands below `convert`: export, import, upcycle and merge."""
+"""Settings of the commands below `convert`: export, import, upcycle, grow and merge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from unipool_jax.config.compose import Choices
 from unipool_jax.config.ranges import Range
+from unipool_jax.config.schema import GrowthMap
 from unipool_jax.config.words import Composed, Positional
 
 LayoutName = Literal["twin", "megatron"]
@@ -34,6 +35,11 @@ class ExportRequest:
     """File to write, for example model.safetensors; it must not exist."""
     layout: LayoutName = "twin"
     """Names and shapes of the tensors: those of the PyTorch twin, or of Megatron-LM."""
+    absorb_postnorm: bool = False
+    """Replace the norms behind blocks (model.norm) by constants in the weights, means over the run's text; prints what
+    that does to the loss. Not where layers share experts and have norms behind them."""
+    tokens: Annotated[int, Range(1, 1_000_000_000)] = 262_144
+    """Tokens of the train split for these means; at most one epoch."""
 
     def problems(self) -> Iterator[str]:
         """A name that says something else than the file holds."""
@@ -95,6 +101,31 @@ class UpcycleRequest:
     """Standard deviation of what is added to the weights of the experts; 0 computes the same as before."""
     config: Annotated[Choices | None, Composed()] = None
     """Choices and settings of the new model, as for `unipool train`; all others are those of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowRequest:
+    """Make a deeper model of a trained one, as a new run at step 0 with a fresh optimizer.
+
+    Its layers are copies of those of the run. A pool that layers share keeps its size and its experts, so a deeper
+    UniPool costs attention, norms and routers; layers with experts of their own bring copies of them. Training that
+    grows by stages, with moments and rehearsed depths, is `growth.layers` of `unipool train`.
+
+        unipool convert grow runs/pool out=runs/deep model.num_layers=24
+        unipool convert grow runs/pool out=runs/stacked model.num_layers=24 map=stack
+    """
+
+    run: Annotated[str, Positional()] = "latest"
+    """Folder of a run, or `latest`, the run below runs/ that was saved to last."""
+    step: Annotated[int | None, _STEP] = None
+    """Which checkpoint of the run; null is the newest."""
+    out: str
+    """Folder of the new run, for example runs/deep; it must not exist."""
+    map: GrowthMap = "extend"
+    """Which layer of N stands at place i of D. `extend`: floor(i N / D), copies beside each other. `stack`: all layers
+    in order, again and again."""
+    config: Annotated[Choices | None, Composed()] = None
+    """model.num_layers, and whatever is to change of training, as for `unipool train`; all else is that of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

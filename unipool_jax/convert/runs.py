@@ -15,11 +15,13 @@ import numpy as np
 
 from unipool_jax.config.compose import save_config
 from unipool_jax.config.files import write_atomically, write_json
+from unipool_jax.config.growth_schedule import saved_model
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.errors import ConversionError
 from unipool_jax.convert.inheritance import Origin
 from unipool_jax.convert.weights import Weights, check_same_experts, expert_hashes
 from unipool_jax.data.tokenizer import load_tokenizer, parse_tokenizer
+from unipool_jax.moe.lock_lifecycle import LockRecord, from_document, structure, to_document
 from unipool_jax.training.checkpoint import Checkpoints, make_meta, restore_model
 from unipool_jax.training.lineage import record
 from unipool_jax.training.opening import TOKENIZER, opened_config
@@ -42,13 +44,27 @@ def read_run(run: str, step: int | None = None) -> tuple[Config, Weights]:
     folder = find_run(run)
     with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.find(step)
-        config = opened_config(folder, checkpoints.meta(step))
-        return config, _restore(checkpoints, config, step)
+        meta = checkpoints.meta(step)
+        config = opened_config(folder, meta)
+        return saved_model(config, meta), _restore(checkpoints, config, step)
 
 
-def _restore(checkpoints: Checkpoints, config: Config, step: int) -> Weights:
+def read_locked(run: str, step: int | None = None) -> tuple[Config, Weights, LockRecord] | None:
+    """As `read_run`, for a checkpoint after a lock: weights are those of `config.after_lock()`; None for others."""
+    folder = find_run(run)
+    with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
+        step = checkpoints.find(step)
+        meta = checkpoints.meta(step)
+        config = opened_config(folder, meta)
+        if not structure(config, meta).locked:
+            return None
+        record = from_document(config, meta["lock"], step)
+        return config, _restore(checkpoints, config, step, locked=True), record
+
+
+def _restore(checkpoints: Checkpoints, config: Config, step: int, locked: bool = False) -> Weights:
     model = restore_model(checkpoints, config, step)
-    if is_partitioned(model):
+    if is_partitioned(model) and not locked:
         raise ConversionError(
             f"{checkpoints.path(step)}: its experts are partitioned among layers (UniPool-lock), which no other "
             "layout can represent; convert a checkpoint from before the freeze"
@@ -73,6 +89,7 @@ def write_run(
     weights: Weights,
     origin: Origin | None = None,
     documents: Mapping[str, Any] | None = None,
+    lock: LockRecord | None = None,
 ) -> int:
     """Write a run folder with a checkpoint of step 0: `weights` and a new optimizer state.
 
@@ -87,6 +104,7 @@ def write_run(
       weights: of the model.
       origin: of the weights: a tokenizer to use in place of data.tokenizer, and the text they were trained on.
       documents: JSON to write beside the checkpoint, by name of the file.
+      lock: of a model that is locked from the start, whose weights are those of `config.after_lock()`.
 
     Returns:
       The number of experts.
@@ -105,15 +123,20 @@ def write_run(
     if tokenizer.definition is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
     params = jax.tree.map(jnp.asarray, weights.params)
-    state = new_state(config, params, jnp.asarray(weights.expert_bias_GNE))
+    structured = config if lock is None else config.after_lock()
+    state = new_state(structured, params, jnp.asarray(weights.expert_bias_GNE))
+    meta = make_meta(config, 0, tokenizer.sha256, origin.text)
+    if lock is not None:
+        meta["lock"] = to_document(config, lock, 0)
     wanted = expert_hashes(weights)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
         with Checkpoints(temporary / CHECKPOINTS) as checkpoints:
-            checkpoints.save(0, state._asdict(), make_meta(config, 0, tokenizer.sha256, origin.text))
+            checkpoints.save(0, state._asdict(), meta)
             checkpoints.wait()
-            check_same_experts(wanted, expert_hashes(_restore(checkpoints, config, 0)), str(folder))
+            found = _restore(checkpoints, config, 0, locked=lock is not None)
+            check_same_experts(wanted, expert_hashes(found), str(folder))
         save_config(config, temporary / CONFIG)
         for name, document in (documents or {}).items():
             write_json(temporary / name, document, indent=2)

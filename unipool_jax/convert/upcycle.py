@@ -63,7 +63,9 @@ def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0
     ours, theirs = settings(target), settings(config)
     same = ("model.", "attention.")
     other = [name for name in differences(config, target) if name in _AROUND or name.startswith(same)]
-    if other := [name for name in other if name != "model.remat"]:
+    # A dense model has no mixtures that the setting could be about.
+    free = {"model.remat", *(("model.post_norm_experts",) if config.moe.router == "none" else ())}
+    if other := [name for name in other if name not in free]:
         listed = "\n".join(f"  - {name}={ours[name]}: the source has {theirs[name]}" for name in other)
         raise ConversionError(f"an upcycled model has the backbone of its source; leave these settings out:\n{listed}")
     new = empty_weights(target)
@@ -72,6 +74,11 @@ def upcycle(config: Config, weights: Weights, target: Config, noise: float = 0.0
         new.params[name][...] = weights.params[name]
     if config.moe.dense_layers:
         jax.tree.map(np.copyto, new.params["dense"], weights.params["dense"])
+    if config.model.norm != "pre" and config.moe.router == "none" and target.model.post_norm_experts == "none":
+        raise ConversionError(
+            f"model.post_norm_experts=none: the source has a norm behind each block (model.norm={config.model.norm}); "
+            "set model.post_norm_experts=norm_then_gate"
+        )
     old_layers, new_layers = weights.params["pools"]["layers"], new.params["pools"]["layers"]
     for name in old_layers.keys() - {"mixture"}:
         old_tree, new_tree = old_layers[name], new_layers[name]
@@ -129,7 +136,11 @@ def _from_dense(weights: Weights, target: Config, new: Weights) -> None:
             "use NormRouter (method=unipool), or method=vanilla_aux_free (router sigmoid, loss.balance=expert_bias) "
             "with moe.top_k=1 and moe.experts_per_layer=1, or set pool.groups=model.num_layers"
         )
-    bank["down"] *= np.float32(1 / gates)
+    # A norm of each expert's output takes their size away: what makes up for the gates comes behind it.
+    if target.model.norm != "pre" and target.model.post_norm_experts == "norm_then_gate":
+        new.params["pools"]["layers"]["ffn_post_norm"] *= np.float32(1 / gates)
+    else:
+        bank["down"] *= np.float32(1 / gates)
 
 
 def _norm_from_dense(old: dict[str, Any], target: Config, new: Weights) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,20 +64,20 @@ class Attention(nn.Module):
     """Creates `AttentionWeights`."""
 
     config: ModelConfig
+    head_size: int
     switches: bool = False
 
     @nn.compact
     def __call__(self) -> AttentionWeights:
         config, width = self.config, self.config.hidden_size
         switch = nn.initializers.normal(_SWITCH_STD)
-        keys = width // config.num_heads * config.num_kv_heads
-        init = nn.initializers.normal(config.init_std)
-        init_output = nn.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))
+        queries, keys = config.num_heads * self.head_size, config.num_kv_heads * self.head_size
+        init, init_output = nn.initializers.normal(config.matrix_std), nn.initializers.normal(config.output_std)
         return AttentionWeights(
-            query=self.param("query", init, (width, width), jnp.float32),
+            query=self.param("query", init, (width, queries), jnp.float32),
             key=self.param("key", init, (width, keys), jnp.float32),
             value=self.param("value", init, (width, keys), jnp.float32),
-            output=self.param("output", init_output, (width, width), jnp.float32),
+            output=self.param("output", init_output, (queries, width), jnp.float32),
             switch_D=self.param("switch", switch, (width,), jnp.float32) if self.switches else None,
         )
 
@@ -95,6 +94,24 @@ def attention(
 ) -> tuple[jax.Array, KeyValueCache | None, Switched | None]:
     """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`, and the cache with these positions.
 
+    Arguments and other results are those of `attention_heads`.
+    """
+    mixed_BSHC, cache, gate = attention_heads(config, hidden_BSD, weights, cache, start_B, segments, sees_all, layer)
+    return linear(mixed_BSHC.reshape(*hidden_BSD.shape[:2], -1), weights.output, ("heads", "embed")), cache, gate
+
+
+def attention_heads(
+    config: Config,
+    hidden_BSD: jax.Array,
+    weights: AttentionWeights,
+    cache: KeyValueCache | None = None,
+    start_B: jax.Array | None = None,
+    segments: ArrayLike | None = None,
+    sees_all: ArrayLike | None = None,
+    layer: ArrayLike | None = None,
+) -> tuple[jax.Array, KeyValueCache | None, Switched | None]:
+    """Outputs of the heads before the output projection, `[B, S, H, C]`, and the cache with these positions.
+
     Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the slots of
     the cache that are `layer`'s.
     `segments` are the ids of documents, int32 `[B, S]`, with a cache those of its slots, `[B, T]`; rotary positions
@@ -109,9 +126,9 @@ def attention(
         segments = jnp.asarray(segments)
         turned = document_positions(segments)
         turned = turned if start_B is None else jnp.take_along_axis(turned, positions, axis=1)
-    query = rotate(_heads(model, hidden_BSD, weights.query), turned, model)
-    key = rotate(_heads(model, hidden_BSD, weights.key), turned, model)
-    value = _heads(model, hidden_BSD, weights.value)
+    query = rotate(_heads(config, hidden_BSD, weights.query), turned, model)
+    key = rotate(_heads(config, hidden_BSD, weights.key), turned, model)
+    value = _heads(config, hidden_BSD, weights.value)
     product, gate = sequence_product(config), None
     operands: tuple[jax.Array | None, ...] = (query, key, value, segments)
     if cache is not None:
@@ -129,7 +146,7 @@ def attention(
             mixed_BSHC, gate = switched_cached(config.attention, logit_BS, position_BS, operands)
     else:
         mixed_BSHC = _by_kind(config, product, sees_all, *operands)
-    return linear(mixed_BSHC.reshape(hidden_BSD.shape), weights.output, ("heads", "embed")), cache, gate
+    return mixed_BSHC, cache, gate
 
 
 def sequence_product(config: Config) -> Callable[..., jax.Array]:
@@ -176,8 +193,8 @@ def _by_kind(
     return function(sees_all, *operands)
 
 
-def _heads(config: ModelConfig, hidden_BSD: jax.Array, weights: jax.Array) -> jax.Array:
+def _heads(config: Config, hidden_BSD: jax.Array, weights: jax.Array) -> jax.Array:
     """One projection, split into heads: `[B, S, H, C]`."""
-    batch, length, width = hidden_BSD.shape
-    heads_BSHC = linear(hidden_BSD, weights, ("embed", "heads")).reshape(batch, length, -1, width // config.num_heads)
+    batch, length, _ = hidden_BSD.shape
+    heads_BSHC = linear(hidden_BSD, weights, ("embed", "heads")).reshape(batch, length, -1, config.head_size)
     return constrain(heads_BSHC, "batch", None, "heads", None)

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.kernels.norms import post_norm, rms_norm
 from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
 from unipool_jax.model.remat import rematerialized, without_gathered_weights
 from unipool_jax.model.switch import Switched
@@ -36,13 +37,6 @@ from unipool_jax.parallel.linear import lookup
 from unipool_jax.parallel.mesh import constrain
 
 
-def rms_norm(hidden: jax.Array, gain_D: jax.Array, epsilon: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + epsilon) * gain` over the last axis, in float32, returned in the dtype of x."""
-    wide = hidden.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (normed * gain_D).astype(hidden.dtype)
-
-
 class LayerWeights(NamedTuple):
     """Parameters of one layer, without the experts of its pool."""
 
@@ -55,6 +49,10 @@ class LayerWeights(NamedTuple):
     """None without moe.shared_experts."""
     depth_D: jax.Array | None
     """What is added to the input of router and experts; None without moe.depth_vectors."""
+    attention_post_norm_D: jax.Array | None
+    """Gain of the norm of what attention adds; None with model.norm=pre."""
+    ffn_post_norm_D: jax.Array | None
+    """Gain of the norm of what the other block adds; None with model.norm=pre, or without such a norm."""
 
 
 class LayerInputs(NamedTuple):
@@ -102,7 +100,7 @@ def layer(
     experts: Experts,
     cache: KeyValueCache | None = None,
 ) -> tuple[jax.Array, KeyValueCache | None, Experts, LayerOutputs]:
-    """One pre-norm transformer layer.
+    """One transformer layer.
 
     Args:
       config: of the model.
@@ -129,13 +127,21 @@ def layer(
         inputs.sees_all,
         inputs.place,
     )
-    hidden_BSD = hidden_BSD + attended_BSD
+    hidden_BSD = hidden_BSD + post_norm(attended_BSD, weights.attention_post_norm_D, model.post_norm_epsilon)
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
     if weights.depth_D is not None:
         # In float32, as the norm is: so is the gradient of the vector, a sum over all tokens.
         normed_BSD = (normed_BSD.astype(jnp.float32) + weights.depth_D).astype(normed_BSD.dtype)
     block = rematerialized(config, "moe", functools.partial(mixture, config))
-    mixed = block(normed_BSD, weights.router, weights.shared, inputs.selection, experts, positions.counted_BS)
+    mixed = block(
+        normed_BSD,
+        weights.router,
+        weights.shared,
+        inputs.selection,
+        experts,
+        positions.counted_BS,
+        weights.ffn_post_norm_D,
+    )
     hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
     return hidden_BSD, cache, mixed.experts, LayerOutputs(mixed.stats, mixed.visits, gate)
 
@@ -143,13 +149,24 @@ def layer(
 def _without_experts(module: Layer | DenseLayer) -> LayerWeights:
     """Creates what every layer has: attention and norms."""
     model, ones, width = module.config.model, nn.initializers.ones, (module.config.model.hidden_size,)
+
+    def gain(name: str, constant: float) -> jax.Array | None:
+        first = nn.initializers.constant(model.post_norm_gain(constant))
+        return None if model.norm == "pre" else module.param(name, first, width, jnp.float32)
+
+    mixes = isinstance(module, Layer) and module.config.moe.router != "none"
+    without = mixes and model.post_norm_experts == "none"
     return LayerWeights(
         attention_norm_D=module.param("attention_norm", ones, width, jnp.float32),
-        attention=Attention(model, module.config.attention.kind == "switch", name="attention")(),
+        attention=Attention(
+            model, module.config.head_size, module.config.attention.kind == "switch", name="attention"
+        )(),
         ffn_norm_D=module.param("ffn_norm", ones, width, jnp.float32),
         router=None,
         shared=None,
         depth_D=None,
+        attention_post_norm_D=gain("attention_post_norm", model.post_norm_attention),
+        ffn_post_norm_D=None if without else gain("ffn_post_norm", model.post_norm_ffn),
     )
 
 
@@ -217,17 +234,10 @@ class PoolStage(nn.Module):
     def __call__(
         self, stream: _Stream, positions: Positions, inputs: LayerInputs, experts: Experts | None
     ) -> tuple[_Stream, tuple[LayerOutputs, Experts | None]]:
-        config, model = self.config, self.config.model
+        config = self.config
         given = experts is not None
         if experts is None:
-            bank = ExpertPool(
-                num_experts=config.experts_per_pool,
-                hidden_size=model.hidden_size,
-                ffn_size=model.ffn_size,
-                init_std=model.init_std,
-                num_layers=model.num_layers,
-                name="bank",
-            )()
+            bank = ExpertPool(config.model, config.experts_per_pool, name="bank")()
             experts = pool_experts(config, bank)
         layers = nn.scan(
             Layer,
@@ -307,9 +317,8 @@ class Transformer(nn.Module):
           cache: keys and values of the positions before; None: the tokens are all there is.
         """
         config, model = self.config, self.config.model
-        init = nn.initializers.normal(model.init_std)
         table_shape = (model.vocab_size, model.hidden_size)
-        embedding_VD = self.param("embedding", init, table_shape, jnp.float32)
+        embedding_VD = self.param("embedding", nn.initializers.normal(model.table_std), table_shape, jnp.float32)
         hidden_BSD = lookup(embedding_VD, tokens_BS, ("vocab", "embed"), model.compute_dtype)
         hidden_BSD = constrain(hidden_BSD, "batch", None, None)
 
@@ -351,7 +360,7 @@ class Transformer(nn.Module):
             )
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
         hidden_BSD = rms_norm(hidden_BSD, final_gain_D, model.norm_epsilon)
-        output_VD = self.param("output", init, table_shape, jnp.float32)
+        output_VD = self.param("output", nn.initializers.normal(model.matrix_std), table_shape, jnp.float32)
         # Groups of the Switch loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
         batch, sequences = tokens_BS.shape[0], config.loss.switch_group_sequences
         stats = outputs.stats.grouped(batch // sequences if batch % sequences == 0 else 1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from unipool_jax.config.schema import Config
+from unipool_jax.config.schema import Config, ModelConfig
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, gathered_axes, num_shards, spec
 
@@ -28,19 +27,16 @@ class ExpertPool(nn.Module):
     parameter axis is silently copied per layer, which would un-share the pool.
     """
 
+    config: ModelConfig
+    """Its standard deviations depend on L, the depth of the whole model (method M1.6)."""
     num_experts: int
-    hidden_size: int
-    ffn_size: int
-    init_std: float
-    num_layers: int
-    """L, the depth of the whole model: the down projection starts at init_std / sqrt(2 L) (method M1.6)."""
 
     @nn.compact
     def __call__(self) -> Bank:
-        wide = (self.num_experts, self.hidden_size, self.ffn_size)
-        narrow = (self.num_experts, self.ffn_size, self.hidden_size)
-        init = nn.initializers.normal(self.init_std)
-        init_down = nn.initializers.normal(self.init_std / math.sqrt(2 * self.num_layers))
+        model = self.config
+        wide = (self.num_experts, model.hidden_size, model.ffn_size)
+        narrow = (self.num_experts, model.ffn_size, model.hidden_size)
+        init, init_down = nn.initializers.normal(model.matrix_std), nn.initializers.normal(model.output_std)
         return Bank(
             self.param("gate", init, wide, jnp.float32),
             self.param("up", init, wide, jnp.float32),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from unipool_jax.config.errors import UserError
+from unipool_jax.config.growth_schedule import saved_model
 from unipool_jax.config.lock_schedule import make_schedule
 from unipool_jax.config.schema import Config
 from unipool_jax.config.settings_table import TABLE, kind
@@ -174,12 +175,14 @@ def check_step(config: Config, record: LockRecord, step: int) -> None:
 
 
 def structure(config: Config, document: Mapping[str, Any]) -> Config:
-    """The configuration of the model in a checkpoint: of G = L pools if its document has a lock.
+    """The configuration of the model in a checkpoint: of the layers that it had, of G = L pools if it has a lock.
 
     Args:
       config: of the run.
-      document: of the checkpoint, with a record under `lock` if the run has one.
+      document: of the checkpoint, with a record under `lock` if the run has one, and the number of layers under
+        `growth` if it grows.
     """
+    config = saved_model(config, document)
     record = document.get("lock")
     return config.after_lock() if isinstance(record, Mapping) and record.get("lock") is not None else config
 

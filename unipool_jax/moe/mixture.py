@@ -14,6 +14,7 @@ from unipool_jax.config.schema import Config, MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
+from unipool_jax.kernels.norms import post_norm
 from unipool_jax.moe.bank import BANK_AXES, Experts
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import COMBINE, DISPATCH, transport_for
@@ -92,6 +93,7 @@ def mixture(
     selection: Selection,
     experts: Experts,
     counted_BS: jax.Array | None = None,
+    post_norm_D: jax.Array | None = None,
 ) -> MixtureOutput:
     """Route every token of a layer and add up its experts' outputs; statistics are per sequence, A = B.
 
@@ -103,12 +105,13 @@ def mixture(
       selection: bias, factors and forced choices of the layer.
       experts: of the layer's pool.
       counted_BS: which positions the statistics are about, bool; None is all of them.
+      post_norm_D: gain of the layer's norm behind this block, of what model.post_norm_experts says; None without one.
     """
-    moe, window = config.moe, selection.window
+    moe, epsilon, window = config.moe, config.model.post_norm_epsilon, selection.window
     batch, length, width = hidden_BSD.shape
     hidden_ND = constrain(hidden_BSD.reshape(-1, width), "batch", None)
     if weights is None:
-        output_ND = dense_ffn(hidden_ND, experts.weights)
+        output_ND = post_norm(dense_ffn(hidden_ND, experts.weights), post_norm_D, epsilon)
         stats = _dense_stats(batch, length, counted_BS)
         return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, None)
     assert moe.router != "none"
@@ -134,9 +137,15 @@ def mixture(
     )
     if selection.forced is not None:
         routing = replaced(routing, scores_NE, selection.forced, moe.router)
-    output_ND, experts, received_X = moe_ffn(hidden_ND, routing, experts, config.kernels.implementation, config.mesh)
+    # Behind the gates the norm would take their magnitude away: of a token with one expert, all that the loss could
+    # teach the router.
+    each_D, sum_D = (None, post_norm_D) if config.model.post_norm_experts == "post" else (post_norm_D, None)
+    output_ND, experts, received_X = moe_ffn(
+        hidden_ND, routing, experts, config.kernels.implementation, config.mesh, each_D, epsilon
+    )
     if shared is not None:
-        output_ND = output_ND + always_on(hidden_ND, shared)
+        output_ND = output_ND + always_on(hidden_ND, shared, each_D, epsilon)
+    output_ND = post_norm(output_ND, sum_D, epsilon)
     stats = routing.stats._replace(received_X=received_X)
     visits = Visits(routing.experts_NK, routing.gates_NK, hidden_ND)
     return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, visits)
@@ -148,6 +157,8 @@ def moe_ffn(
     experts: Experts,
     implementation: Implementation = "auto",
     mesh_config: MeshConfig | None = None,
+    post_norm_D: jax.Array | None = None,
+    post_norm_epsilon: float = 1e-8,
 ) -> tuple[jax.Array, Experts, jax.Array]:
     """Sum over each token's k experts of gate times expert output.
 
@@ -160,6 +171,8 @@ def moe_ffn(
       experts: weights in the dtype of `hidden_ND` and an accumulator (over a mesh always), or float32 parameters.
       implementation: see `kernels.implementations`.
       mesh_config: transport and capacity factor; None is the default.
+      post_norm_D: gain of an RMSNorm of each expert's output, before its gate; None: there is none.
+      post_norm_epsilon: of that norm.
 
     Returns:
       `[N, D]` in the dtype of `hidden_ND`; the experts for the next layer; and the rows received by each device for its
@@ -169,8 +182,10 @@ def moe_ffn(
       ValueError: for experts without an accumulator over a mesh.
     """
     mesh = active_mesh()
-    on_device = functools.partial(_on_device, implementation=implementation, config=mesh_config or MeshConfig())
-    operands = (hidden_ND, routing.experts_NK, routing.gates_NK, *experts)
+    on_device = functools.partial(
+        _on_device, implementation=implementation, config=mesh_config or MeshConfig(), epsilon=post_norm_epsilon
+    )
+    operands = (hidden_ND, routing.experts_NK, routing.gates_NK, *experts, post_norm_D)
     if mesh is not None:
         if experts.accumulator is None:
             raise ValueError("over a mesh the experts need an accumulator: see bank.pool_experts")
@@ -180,7 +195,7 @@ def moe_ffn(
         on_device = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(tokens, tokens, tokens, weights, replicas),
+            in_specs=(tokens, tokens, tokens, weights, replicas, spec(None)),
             out_specs=(tokens, replicas, tokens),
         )
     output_ND, accumulator, received_X = on_device(*operands)
@@ -193,9 +208,11 @@ def _on_device(
     gates_NK: jax.Array,
     weights: Bank,
     accumulator: Bank | None,
+    post_norm_D: jax.Array | None,
     *,
     implementation: Implementation,
     config: MeshConfig,
+    epsilon: float,
 ) -> tuple[jax.Array, Bank | None, jax.Array]:
     """`moe_ffn` on one device: its tokens, its experts, and its replica of the accumulator."""
     mesh = active_mesh()
@@ -215,8 +232,12 @@ def _on_device(
         replica = Bank(*(array[0] for array in accumulator))
         expert_RD, replica = accumulating_ffn(dispatched.rows_RD, weights, replica, plan)
         accumulator = Bank(*(array[None] for array in replica))
+    if mesh is not None and post_norm_D is not None:
+        # A norm needs outputs, not the parts of them that the devices of a tensor group have.
+        expert_RD = jax.lax.psum(expert_RD, "tensor")
+    expert_RD = post_norm(expert_RD, post_norm_D, epsilon)
     output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, hidden_ND.dtype)
-    if mesh is not None:
+    if mesh is not None and post_norm_D is None:
         output_ND = jax.lax.psum(output_ND, "tensor")
     return output_ND, accumulator, dispatched.received[None]
 

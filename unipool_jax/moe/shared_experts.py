@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipool_jax.config.schema import Config
+from unipool_jax.kernels.norms import post_norm
 from unipool_jax.moe.swiglu import SwiGLU, SwiGLUWeights, swiglu
 from unipool_jax.parallel.linear import linear
 
@@ -43,9 +44,14 @@ class SharedExperts(nn.Module):
         return SharedWeights(block, self.param("sigmoid_gate", init, (1, model.hidden_size), jnp.float32))
 
 
-def always_on(hidden_ND: jax.Array, weights: SharedWeights) -> jax.Array:
-    """What the always-on experts add to a layer's output, `[N, D]` in the dtype of `hidden_ND`."""
-    output_ND = swiglu(hidden_ND, weights.block)
+def always_on(
+    hidden_ND: jax.Array, weights: SharedWeights, post_norm_D: jax.Array | None = None, epsilon: float = 1e-8
+) -> jax.Array:
+    """What the always-on experts add to a layer's output, `[N, D]` in the dtype of `hidden_ND`.
+
+    They are one expert to a norm of each expert's output, whose gain is `post_norm_D`; the sigmoid comes behind it.
+    """
+    output_ND = post_norm(swiglu(hidden_ND, weights.block), post_norm_D, epsilon)
     if weights.gate_1D is None:
         return output_ND
     share_N1 = jax.nn.sigmoid(linear(hidden_ND, weights.gate_1D, GATE_AXES, transposed=True, wide=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -34,8 +33,7 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self) -> SwiGLUWeights:
         model = self.config
-        init = nn.initializers.normal(model.init_std)
-        init_down = nn.initializers.normal(model.init_std / math.sqrt(2 * model.num_layers))
+        init, init_down = nn.initializers.normal(model.matrix_std), nn.initializers.normal(model.output_std)
         return SwiGLUWeights(
             self.param("gate", init, (model.hidden_size, self.width), jnp.float32),
             self.param("up", init, (model.hidden_size, self.width), jnp.float32),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from unipool_jax.config.chips import Topology, parse_topology
+from unipool_jax.config.growth_schedule import grows
 from unipool_jax.config.mesh_rules import AXES, resolve_sizes
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.moe.capacity import UNMEASURED_FACTOR
@@ -27,6 +28,7 @@ from unipool_jax.planner.compilation import (
 from unipool_jax.planner.roofline import Estimate, estimate
 from unipool_jax.planner.windows import layer_loads
 from unipool_jax.planner.work import Counts, count
+from unipool_jax.training.growth_costs import cost_lines, stage_costs
 from unipool_jax.training.sharding import placement
 from unipool_jax.training.state import state_shapes
 
@@ -173,6 +175,7 @@ def text(plan: Plan) -> str:
         f"{_room(plan, plan.evaluation_total_bytes)}; train.eval_batch_size={config.train.eval_batch_size}",
         *_compile_seconds(plan),
         *_windows(plan),
+        *_growth(plan),
         "",
         "kernels: " + (", ".join(f"{name} x {n}" for name, n in sorted(plan.kernels.items())) or "counted only"),
         "",
@@ -213,6 +216,12 @@ def _windows(plan: Plan) -> list[str]:
     )
     too_much = f", more than the {room:g} that its buffer holds: set mesh.expert_placement=auto"
     return ["", found + (too_much if busiest > room else "")]
+
+
+def _growth(plan: Plan) -> list[str]:
+    """What the stages of a run that grows cost. All else of the plan is of its last one, which needs most memory."""
+    config = plan.config
+    return ["", *cost_lines(config), "  the plan is that of the last stage"] if grows(config) else []
 
 
 def _compile_seconds(plan: Plan) -> list[str]:
@@ -287,4 +296,5 @@ def summary(plan: Plan) -> dict[str, Any]:
         "utilisation": found.utilisation,
         "utilisation_with_hidden_links": found.utilisation_with_hidden_links,
         "tokens_per_second": found.tokens_per_second,
+        **({"growth": [cost._asdict() for cost in stage_costs(plan.config)]} if grows(plan.config) else {}),
     }

@@ -112,6 +112,15 @@ class _Sizes:
         return attention_cost(self.config, self.topology, rows, forward)
 
     @property
+    def normed_rows(self) -> float:
+        """Rows of the norms behind the two blocks of a layer, mean over layers."""
+        config, mixtures = self.config, self.config.mixture_layers / self.config.model.num_layers
+        if config.norms_experts:
+            return self.tokens * (2 - mixtures + mixtures * (config.moe.shared_experts > 0)) + self.received * mixtures
+        without = config.moe.router != "none" and config.model.post_norm_experts == "none"
+        return self.tokens * (2 - mixtures * without)
+
+    @property
     def block_width(self) -> float:
         """Hidden width, mean over layers, of what every token visits: always-on experts and blocks of dense layers."""
         config = self.config
@@ -126,7 +135,7 @@ class _Sizes:
     @property
     def attention_weights(self) -> float:
         model = self.config.model
-        return 2 * model.hidden_size * (model.hidden_size + model.num_kv_heads * self.config.head_size)
+        return 2 * model.hidden_size * (model.num_heads + model.num_kv_heads) * self.config.head_size
 
 
 def _passes(at: _Sizes) -> tuple[int, int]:
@@ -175,7 +184,8 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     work, mixtures = [], []
 
     weights = at.attention_weights / tensor
-    moved = NARROW * (weights + n * (4 * width + 2 * model.num_kv_heads * config.head_size) / tensor)
+    heads = 2 * (model.num_heads + model.num_kv_heads) * config.head_size
+    moved = NARROW * (weights + n * (2 * width + heads) / tensor)
     flops = 2 * n * weights
     work.append(Work("projections", flops * (forward + 2), flops * (forward + 2), moved * (forward + 2)))
 
@@ -185,6 +195,9 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
 
     # Two norms, two residual sums and rotary positions, in float32 between bfloat16 arrays.
     work.append(Work("norms and sums", 0.0, 0.0, 10 * n * width * NARROW * (forward + 2)))
+    if model.norm != "pre":
+        behind = Work("norms behind blocks", 0.0, 0.0, 2 * at.normed_rows * width * NARROW)
+        work.append(behind._replace(bytes=behind.bytes * (mixture + 2)))
     if at.block_width:
         hidden, weights = at.block_width / tensor, at.block_weights / tensor
         flops = 2 * n * weights * (mixture + 2)
@@ -348,10 +361,22 @@ def _messages(at: _Sizes) -> list[Message]:
             Message("tokens, gradient summed", "reduce-scatter", ("expert",), mixtures * micro, tokens * NARROW),
         ]
     if sizes["tensor"] > 1:
-        sums_of_rows = (2 * layers + (mixtures if config.moe.shared_experts else 0)) * micro * (forward + 1)
-        values = 2 * at.tokens * model.hidden_size * NARROW * _other(sizes, "tensor")
-        found.append(Message("tensor sums", "all-reduce", ("tensor",), sums_of_rows, values))
+        found += _tensor_sums(at, forward, mixture)
     return found
+
+
+def _tensor_sums(at: _Sizes, forward: int, mixture: int) -> list[Message]:
+    """Sums of outputs over a tensor group, and of gradients of inputs, with so many passes over layers and mixtures."""
+    config, layers, mixtures = at.config, at.config.model.num_layers, at.config.mixture_layers
+    micro, values = config.num_microbatches, 2 * config.model.hidden_size * NARROW * _other(at.sizes, "tensor")
+    always_on = mixtures if config.moe.shared_experts else 0
+    times, found = (2 * layers + always_on) * (forward + 1), []
+    if config.norms_experts:
+        # A norm needs the sums: of each expert of a token, and again where a mixture is recomputed.
+        times += always_on * (mixture - forward) - mixtures * (forward + 1)
+        again = mixtures * (mixture + 1) * micro
+        found.append(Message("outputs of experts, summed", "all-reduce", ("tensor",), again, values * at.received))
+    return [*found, Message("tensor sums", "all-reduce", ("tensor",), times * micro, values * at.tokens)]
 
 
 def _reduced(name: str, scattered: int, summed: int, weights: float, sizes: dict[str, int]) -> list[Message]:

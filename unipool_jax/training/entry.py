@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from unipool_jax.config.growth_schedule import grows
 from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.parallel.launch import one_of_several
@@ -19,6 +20,10 @@ def run(config: Config) -> int:
     if config.mode == "describe":
         from unipool_jax.model.report import describe
 
+        if grows(config):
+            from unipool_jax.training.growth_costs import cost_lines
+
+            print("\n".join(cost_lines(config)), end="\n\n")
         print(describe(config))
         return 0
     if one_of_several(config.distributed):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from unipool_jax.config.chips import CHIPS
+from unipool_jax.config.growth_schedule import at_depth, depths, grows
 from unipool_jax.config.schema import Config
 
 PEAK_BF16_FLOPS: dict[str, float] = {
@@ -43,6 +46,23 @@ def flops_per_token(config: Config) -> float:
     seen = sum(length if sees_all else 2 * window - window**2 / length for sees_all in config.sees_all)
     scores = seen * model.num_heads * head
     return 6.0 * weights + 6.0 * scores
+
+
+def flops_spent(config: Config, steps: int, first: int = 0) -> float:
+    """Training FLOPs of the model in the updates after `first` to `steps` - 1 steps, whether or not they were applied.
+
+    In a run that grows those of the depths that its micro-batches drew, exactly: depths are a function of the step.
+    """
+    if not grows(config):
+        return flops_per_token(config) * config.tokens_per_step * (steps - first)
+    per_micro = config.train.microbatch_size * config.data.sequence_length
+    times = np.bincount(depths(config, first, steps - first).reshape(-1), minlength=1)
+    return sum(float(n) * per_micro * flops_per_token(at_depth(config, depth)) for depth, n in enumerate(times) if n)
+
+
+def share_spent(config: Config, steps: int, first: int = 0) -> float:
+    """`flops_spent` over what a model that has all layers from the start spends in as many steps."""
+    return flops_spent(config, steps, first) / (flops_per_token(config) * config.tokens_per_step * (steps - first))
 
 
 def peak_flops(device_kind: str) -> float | None:

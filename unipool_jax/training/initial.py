@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from unipool_jax.config.growth_schedule import grows, with_layers
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.config.settings_table import drops
@@ -17,6 +18,7 @@ from unipool_jax.data.identity import SHOWN, text_differences, text_identity
 from unipool_jax.moe.lock_lifecycle import structure
 from unipool_jax.parallel.processes import is_process_0
 from unipool_jax.training.checkpoint import Checkpoints
+from unipool_jax.training.growing import first_stage
 from unipool_jax.training.lineage import record
 from unipool_jax.training.run_folder import RunError, known_text
 from unipool_jax.training.sharding import memory_problem
@@ -48,8 +50,7 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
                 if new := parent.get("new_parameters"):
                     print(f"not in the parent, initialized as in a new run: {', '.join(new)}")
             return state
-        shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        return jax.jit(lambda: init_state(config, jax.random.key(config.train.seed)), out_shardings=shardings)()
+        return _new_state(config, mesh)
     restored = checkpoints.restore(lambda meta: state_shapes(structure(config, meta), mesh)._asdict())
     trained_with = restored.meta["tokenizer_sha256"]
     if trained_with != corpus.tokenizer.sha256:
@@ -60,6 +61,19 @@ def initial_state(config: Config, checkpoints: Checkpoints, corpus: Corpus, mesh
     check_mesh(config, restored.meta, mesh)
     _check_text(checkpoints.directory.parent, restored.meta, corpus, config)
     return TrainState(**restored.items)
+
+
+def _new_state(config: Config, mesh: Mesh | None) -> TrainState:
+    """The state of a run before its first step, from `train.seed`."""
+    first = with_layers(config, config.growth.layers[0]) if grows(config) else config
+    shardings = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, state_shapes(first, mesh))
+
+    def make() -> TrainState:
+        state = init_state(config, jax.random.key(config.train.seed))
+        return first_stage(config, state) if grows(config) else state
+
+    made: TrainState = jax.jit(make, out_shardings=shardings)()
+    return made
 
 
 def mesh_document(mesh: Mesh | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unipool_jax.config.files import write_array
+from unipool_jax.config.growth_schedule import with_layers
 from unipool_jax.config.schema import Config
 from unipool_jax.config.version import VERSION, git_commit
 from unipool_jax.data.corpus import Corpus, open_corpus
@@ -28,8 +29,10 @@ from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0, must_agree, process_0_first
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.console import LOG, Progress, copied_to
-from unipool_jax.training.evaluate import EvalResult, Evaluator, print_results, unigram_baseline
-from unipool_jax.training.flops import utilization
+from unipool_jax.training.evaluate import EvalResult, Evaluator, TextBatches, print_results, unigram_baseline
+from unipool_jax.training.flops import flops_spent, utilization
+from unipool_jax.training.growing import Growing, open_growth, per_use
+from unipool_jax.training.growth_step import GrowthStep
 from unipool_jax.training.initial import initial_state, mesh_document
 from unipool_jax.training.locking import Locking, open_lock
 from unipool_jax.training.metrics import (
@@ -47,7 +50,7 @@ from unipool_jax.training.sessions import Session, command_line, utc_now
 from unipool_jax.training.sharding import misplaced_banks, process_rows, report, to_devices
 from unipool_jax.training.speed import Speed
 from unipool_jax.training.state import TrainState
-from unipool_jax.training.step import counts_before_gradient, make_train_step
+from unipool_jax.training.step import TrainStep, counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
 from unipool_jax.training.switching import switch_values
 from unipool_jax.training.zero_gates import zero_gate_warning
@@ -99,8 +102,9 @@ def train(config: Config) -> int:
         process_0_first(lambda: folder.record(config, text, corpus.tokenizer.definition))
         start = int(jax.device_get(state.step))
         meta = checkpoints.meta(start) if checkpoints.steps() else None
-        lock = open_lock(config, folder.path, meta, start, mesh)
-        if lock is not None:
+        growth = open_growth(config, start, mesh)
+        lock = open_lock(with_layers(config, config.model.num_layers), folder.path, meta, start, mesh)
+        if lock is not None and (growth is None or growth.done):
             state = lock.start(state)
         writer = stack.enter_context(
             contextlib.closing(
@@ -116,7 +120,7 @@ def train(config: Config) -> int:
         session = stack.enter_context(process_0_first(lambda: Session(folder.path, start, writes=is_process_0())))
         stop = stack.enter_context(StopRequest().listening())
         buffers = ReceiveBuffers(config, mesh, folder.path, meta)
-        run = _Run(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers)
+        run = _Run(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers, growth)
         run.announce(state)
         try:
             state = run.place(state)
@@ -153,10 +157,11 @@ class _Run:
         mesh: Mesh | None,
         lock: Locking | None,
         buffers: ReceiveBuffers,
+        growth: Growing | None,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
         self.writer, self.session, self.stop, self.start, self.mesh = writer, session, stop, start, mesh
-        self.lock, self.buffers = lock, buffers
+        self.whole_lock, self.buffers, self.growth = lock, buffers, growth
         self.validated = broadcast_from_process_0("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
         self.placement: Placement | None = None
         self.progress = Progress(config.train.steps, None if is_process_0() else io.StringIO())
@@ -165,6 +170,7 @@ class _Run:
         self.splits = [name for name in names if name == "valid" or name in corpus.splits()]
         self.evaluator = Evaluator(self.structure, corpus, self.splits, limited=True, mesh=mesh)
         self.speed = Speed(config.tokens_per_step, writer.intervals)
+        self.deep_evaluator: Evaluator | None = None
         self.valid: EvalResult | None = None
         self.compiling = 0.0
 
@@ -174,9 +180,19 @@ class _Run:
         return 1 if self.mesh is None else self.mesh.size
 
     @property
+    def lock(self) -> Locking | None:
+        """The lock of the run, which begins when all layers are there."""
+        return self.whole_lock if self.growth is None or self.growth.done else None
+
+    @property
+    def stage(self) -> Config:
+        """The configuration of the current model, with experts as they are shared before a lock."""
+        return self.config if self.growth is None else self.growth.structure
+
+    @property
     def structure(self) -> Config:
-        """The configuration of the current model, which a lock changes, with the placement in use."""
-        return with_placement(self.config if self.lock is None else self.lock.structure, self.mesh)
+        """The configuration of the current model, which growth and a lock change, with the placement in use."""
+        return with_placement(self.stage if self.lock is None else self.lock.structure, self.mesh)
 
     def announce(self, state: TrainState) -> None:
         """Print the run, the mesh and the sharding of large arrays.
@@ -211,6 +227,8 @@ class _Run:
                 )
         if self.start:
             self.progress.message(f"resuming after step {self.start}")
+        if self.growth is not None:
+            self.progress.message(self.growth.notice())
         if config.train.earlier_steps:
             self.progress.message(extension_notice(config.optimizer, config.train.lengths))
 
@@ -239,10 +257,20 @@ class _Run:
             # The run was interrupted between this step and its evaluation, or between that and the next checkpoint.
             state = self.validate(state, start)
         built = self.buffers.configured(self.structure)
-        train_step = make_train_step(built, self.mesh)
+        train_step = self.make_step(built, start)
         self.compile(self.session.compile_seconds)
         for step, batch in enumerate(self.batches(), start + 1):
             placed = self.on_devices(batch)
+            grows = self.growth is not None and self.growth.due(step - 1)
+            if grows or (isinstance(train_step, GrowthStep) and train_step.compiles and step != compiled):
+                if pending is not None:
+                    self.report(*pending)
+                pending, compiled = None, step
+                if grows:
+                    state = self.grow(state, step - 1)
+                    built = self.buffers.configured(self.structure)
+                    train_step = self.make_step(built, step - 1)
+                self.compile(None)
             if self.lock is not None:
                 self.lock.check(step - 1)
             with jax.transfer_guard("disallow"):
@@ -275,9 +303,24 @@ class _Run:
             if (evaluate or save) and not last and (wanted := self.buffers.configured(self.structure)) != built:
                 # A lock, fixed in an evaluation, or buffers, fitted at a save, change shapes: compile again.
                 built, compiled = wanted, step + 1
-                train_step = make_train_step(built, self.mesh)
+                train_step = self.make_step(built, step)
                 self.compile(None)
         return state
+
+    def make_step(self, built: Config, completed: int) -> TrainStep:
+        """The training step of the model `built`, which is called first after `completed` steps."""
+        if self.growth is None or self.growth.done:
+            return make_train_step(built, self.mesh)
+        return self.growth.step(built, completed)
+
+    def grow(self, state: TrainState, completed: int) -> TrainState:
+        """The state with the layers of the next stage."""
+        assert self.growth is not None
+        before = self.growth.layers
+        state = self.growth.grow(state, completed)
+        self.progress.message(f"step {completed}: grown from {before} to {self.growth.layers} layers")
+        self.evaluator = Evaluator(self.structure, self.corpus, self.splits, limited=True, mesh=self.mesh)
+        return state if self.lock is None else self.lock.start(state)
 
     def compile(self, expected: float | None) -> None:
         """Say that the next step is compiled first, which took `expected` seconds before."""
@@ -338,12 +381,16 @@ class _Run:
         measured = self.speed.interval(step)
         rate, seconds = (None, None) if measured is None else measured
         values |= {"perplexity": perplexity(loss), "tokens": step * self.config.tokens_per_step}
+        values |= {"flops": flops_spent(self.config, step)}
         values |= {"tokens_per_second": rate, "seconds": seconds, "mfu": self.utilization(rate)}
+        if self.growth is not None:
+            host = per_use(host, self.config.num_microbatches)
+            values |= self.growth.values(step)
         if "router_scale_L" in host:
             values["router_scale"] = host["router_scale_L"]
         zero_gates_L = host["zero_gates_L"] / self.config.tokens_per_step
         values["routing/zero_gates"] = zero_gates_L.tolist()
-        values |= switch_values(self.config, host)
+        values |= switch_values(self.stage, host)
         values |= self.loads(host) | {"overflow": self.buffers.take_overflow()}
         self.writer.write("train", step, values)
         left = self.speed.left(step, self.config.train.steps)
@@ -355,7 +402,7 @@ class _Run:
 
     def loads(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Load balance of experts and, with expert parallelism, of devices."""
-        config, counts_LE = self.config, metrics["counts_LE"]
+        config, counts_LE = self.stage, metrics["counts_LE"]
         values = load_metrics(self.in_pool_order(counts_LE), config.pool.groups, config.visible)
         if self.mesh is not None and self.mesh.shape["expert"] > 1:
             values["load/device"] = device_loads(counts_LE, self.mesh.shape["expert"])
@@ -405,15 +452,18 @@ class _Run:
             batches = self.evaluator.fixed("valid")
         found = self.evaluator.evaluate(state.params, state.balance, batches, self.stop.requested)
         self.valid = None if found is None else found._replace(counts_LE=self.in_pool_order(found.counts_LE))
+        deep = self.at_full_depth(state, batches)
         owned = {} if self.lock is None or self.valid is None else self.lock.observe(step, self.valid)
         # A run killed between its last checkpoint and its summary has already written this line.
         if self.valid is not None and not (step == self.start and self.validated):
-            counts, groups = self.valid.counts_LE, config.pool.groups
+            counts, groups = self.valid.counts_LE, self.stage.pool.groups
             dense = config.moe.router == "none"
             routing = {} if dense else routing_diagnostics(counts, groups, config.visible)
             routing["routing/zero_gates"] = self.valid.zero_gates_L.tolist()
             self.writer.write(
-                "valid", step, self.valid.as_json() | load_metrics(counts, groups, config.visible) | routing | owned
+                "valid",
+                step,
+                self.valid.as_json() | load_metrics(counts, groups, config.visible) | routing | owned | deep,
             )
             if is_process_0():
                 write_array(self.folder.path / "routing" / f"{step}.npy", counts)
@@ -429,6 +479,21 @@ class _Run:
                 self.evaluator = Evaluator(self.structure, self.corpus, self.splits, limited=True, mesh=self.mesh)
         return state
 
+    def at_full_depth(self, state: TrainState, batches: TextBatches) -> dict[str, float]:
+        """Loss and perplexity of the layers of this stage unrolled to all that there will be; empty without growth."""
+        deep = None if self.growth is None else self.growth.at_full_depth
+        if deep is None or self.valid is None:
+            return {}
+        if self.deep_evaluator is None:
+            config = with_placement(deep.config, self.mesh)
+            self.deep_evaluator = Evaluator(config, self.corpus, self.splits, limited=True, mesh=self.mesh)
+        seen = jax.jit(deep.unroll)(state)
+        found = self.deep_evaluator.evaluate(seen.params, seen.balance, batches, self.stop.requested)
+        if found is None:
+            self.valid = None
+            return {}
+        return {"loss/full_depth": found.loss, "perplexity/full_depth": found.perplexity}
+
     def save(self, state: TrainState, step: int) -> TrainState:
         """Start saving a checkpoint, after the metrics of all earlier steps are on disk.
 
@@ -440,8 +505,10 @@ class _Run:
         text = text_identity(self.corpus)
         meta = make_meta(self.config, step, self.corpus.tokenizer.sha256, text) | self.buffers.document()
         meta |= mesh_document(self.mesh)
-        if self.lock is not None:
-            meta |= self.lock.document(step)
+        if self.growth is not None:
+            meta |= self.growth.document()
+        if self.whole_lock is not None:
+            meta |= self.whole_lock.document(step)
         if self.placement is not None:
             state = self.placement.undo(state)
         self.checkpoints.save(step, state._asdict(), meta)
@@ -475,6 +542,7 @@ class _Run:
         summary = {
             "step": self.config.train.steps,
             "tokens": self.config.train.steps * self.config.tokens_per_step,
+            "flops": flops_spent(self.config, self.config.train.steps),
             "results": {name: result.as_json() for name, result in found.items()},
             "text": text_identity(self.corpus),
             "unigram": unigram_baseline(self.corpus, windows),

@@ -18,7 +18,12 @@ import optax
 from unipool_jax.config.schema import Config, OptimizerConfig
 from unipool_jax.moe.visibility import exposure
 
-GAIN_NAMES = frozenset({"attention_norm", "ffn_norm", "final_norm", "scale", "switch", "depth"})
+GAIN_NAMES = frozenset(
+    {
+        *("attention_norm", "ffn_norm", "final_norm", "attention_post_norm", "ffn_post_norm"),
+        *("scale", "switch", "depth"),
+    }
+)
 """Parameter names of RMSNorm gains, router scales, gates of Switch Attention and depth vectors: they do not decay."""
 
 

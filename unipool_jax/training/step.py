@@ -35,6 +35,7 @@ from unipool_jax.training.state import BalanceState, TrainState, join_bank, laye
 from unipool_jax.training.switching import switch_penalty, zero_gate_metrics
 
 Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 class EvalSums(NamedTuple):
@@ -79,6 +80,10 @@ class Gradients(NamedTuple):
     """Choices per layer and expert, int32."""
     load_GE: jax.Array
     """Share of choices per expert in the last micro-batch."""
+
+
+Accumulate = Callable[[Config, Mesh | None, TrainState, Batch, Any, Experts | None], Gradients]
+"""`accumulated_gradients`, or what does the same for layers that are unrolled (`growth_step`)."""
 
 
 def shares_one_bank(config: Config) -> bool:
@@ -195,15 +200,21 @@ def batch_load(config: Config, params: Any, experts: Experts | None, inputs: Lay
     return load_shares(config, jnp.sum(counts_mGNAE, axis=0))
 
 
-def batch_gradients(config: Config, mesh: Mesh | None, state: TrainState, batch: Batch) -> Gradients:
-    """Gradients and losses averaged over the micro-batches of a batch; those of a shared bank are among `params`."""
+def batch_gradients(
+    config: Config, mesh: Mesh | None, state: TrainState, batch: Batch, accumulated: Accumulate | None = None
+) -> Gradients:
+    """Gradients and losses averaged over the micro-batches of a batch; those of a shared bank are among `params`.
+
+    `accumulated` takes the place of `accumulated_gradients`.
+    """
+    accumulated = accumulated or accumulated_gradients
     if not shares_one_bank(config):
-        return accumulated_gradients(config, mesh, state, batch, state.params, None)
+        return accumulated(config, mesh, state, batch, state.params, None)
     params, bank = split_bank(state.params)
     accumulator, to_bank = jax.vjp(gradient_accumulator, bank)
     experts = Experts(gathered_bank(bank, config.model.compute_dtype), accumulator)
     # The model scans over pools, of which this is the one.
-    found = accumulated_gradients(config, mesh, state, batch, params, jax.tree.map(lambda x: x[None], experts))
+    found = accumulated(config, mesh, state, batch, params, jax.tree.map(lambda x: x[None], experts))
     (bank_gradient,) = to_bank(jax.tree.map(lambda x: x[0], found.accumulator))
     return found._replace(params=join_bank(found.params, bank_gradient), accumulator=None)
 
@@ -220,37 +231,56 @@ def accumulated_gradients(
         load = load_GE if _pool_loss(config, "previous") else None
         return gradients_of(gradient, micro_batch(batch, load_GE=load))
 
-    micros = jax.tree.map(functools.partial(_split, config.num_microbatches), batch)
-    counted_before = counts_before_gradient(config)
-    if counted_before:
+    micros = micro_batches(config, batch)
+    if counts_before_gradient(config):
         load_GE = batch_load(config, params, experts, layer_inputs(config, balance, state.step), micros)
 
     def accumulate(total: Gradients, micro: Batch) -> tuple[Gradients, None]:
         found = gradients_of(total.accumulator, micro_batch(micro, load_GE=total.load_GE))
-        return Gradients(
-            params=jax.tree.map(jnp.add, total.params, found.params),
-            accumulator=found.accumulator,
-            metrics={name: _combined(name, total.metrics[name], value) for name, value in found.metrics.items()},
-            counts_GNE=total.counts_GNE + found.counts_GNE,
-            load_GE=total.load_GE if counted_before else found.load_GE,
-        ), None
+        return added(config, total, found), None
 
-    start = Gradients(
+    start = no_gradients(config, params, balance, load_GE)._replace(accumulator=gradient)
+    total, _ = jax.lax.scan(accumulate, start, micros)
+    return averaged(config, total)
+
+
+def micro_batches(config: Config, batch: Batch) -> Batch:
+    """Rows of a batch as `[m, rows / m, ...]`, each micro-batch over all devices."""
+
+    def split(rows: jax.Array) -> jax.Array:
+        micros = rows.reshape(config.num_microbatches, -1, *rows.shape[1:])
+        return constrain(micros, None, "batch", *(None,) * (rows.ndim - 1))
+
+    divided: Batch = jax.tree.map(split, batch)
+    return divided
+
+
+def no_gradients(config: Config, params: Any, balance: BalanceState, load_GE: jax.Array) -> Gradients:
+    """What a step has accumulated before its first micro-batch."""
+    return Gradients(
         params=jax.tree.map(jnp.zeros_like, params),
-        accumulator=gradient,
+        accumulator=None,
         metrics=_zero_metrics(config),
         counts_GNE=jnp.zeros(balance.expert_bias_GNE.shape, jnp.int32),
         load_GE=load_GE,
     )
-    total, _ = jax.lax.scan(accumulate, start, micros)
+
+
+def added(config: Config, total: Gradients, found: Gradients) -> Gradients:
+    """`total` with what a micro-batch found; its load is that of the whole batch, or of the last micro-batch."""
+    return Gradients(
+        params=jax.tree.map(jnp.add, total.params, found.params),
+        accumulator=found.accumulator,
+        metrics={name: _combined(name, total.metrics[name], value) for name, value in found.metrics.items()},
+        counts_GNE=total.counts_GNE + found.counts_GNE,
+        load_GE=total.load_GE if counts_before_gradient(config) else found.load_GE,
+    )
+
+
+def averaged(config: Config, total: Gradients) -> Gradients:
+    """`total` of all micro-batches, with losses as means over them."""
     scaled = {n: v / config.num_microbatches if n.startswith("loss/") else v for n, v in total.metrics.items()}
     return total._replace(metrics=scaled)
-
-
-def _split(num_microbatches: int, rows: jax.Array) -> jax.Array:
-    """Rows of a batch as `[m, rows / m, ...]`, each micro-batch over all devices."""
-    micros = rows.reshape(num_microbatches, -1, *rows.shape[1:])
-    return constrain(micros, None, "batch", *(None,) * (rows.ndim - 1))
 
 
 def _combined(name: str, total: jax.Array, value: jax.Array) -> jax.Array:
@@ -324,9 +354,7 @@ def train_step(config: Config, mesh: Mesh | None, state: TrainState, batch: Batc
     return updated_state(config, state, balance, found)
 
 
-def make_train_step(
-    config: Config, mesh: Mesh | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     """The jitted training step; it donates the state it is given. With a mesh, call it under `jax.set_mesh(mesh)`.
 
     The batch is split into `train.batch_size / train.microbatch_size` micro-batches. Losses, gradients and balance

@@ -21,7 +21,7 @@ from unipool_jax.training.state import TrainState, init_state, new_state
 _PARAMS = "params."
 
 _FREE = {
-    "model.init_std",
+    *("model.init", "model.init_std", "model.embedding_std", "model.post_norm_attention", "model.post_norm_ffn"),
     "model.compute_dtype",
     "model.remat",
     "moe.router_dtype",

@@ -1,0 +1,1 @@
+"""Smaller models cut out of trained ones: layers, heads, channels, neurons and experts."""

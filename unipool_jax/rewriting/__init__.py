@@ -1,0 +1,1 @@
+"""Provable sequences: trigonometric equations, the rules that prove them, and how far a model proves them."""
