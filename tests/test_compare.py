@@ -323,6 +323,21 @@ def test_tokens_without_an_expert_have_a_column_where_there_are_any(tmp_path: Pa
     assert load_run(old).zero_gates is None
 
 
+def test_flops_have_a_column_where_a_run_grows(tmp_path: Path) -> None:
+    grows = ("growth.layers=[2,6]", "growth.ends=[.5,1]")
+    whole, grown = (make_run(tmp_path, name, [3.0] * 5, *words) for name, words in (("a", ()), ("b", grows)))
+    groups = grouped([load_run(folder) for folder in (whole, grown)])
+    assert [row[-1] for row in table_of(compare(groups, groups[0])).rows] == ["-", "-"]
+    for folder, flops in ((whole, 2e15), (grown, 1.234e15)):
+        path = Path(folder, "summary.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"flops": flops}))
+    groups = grouped([load_run(folder) for folder in (whole, grown)])
+    found = table_of(compare(groups, groups[0]))
+    assert (found.head[-1], [row[-1] for row in found.rows]) == ("FLOPs", ["2e+15", "1.23e+15"])
+    groups = grouped([load_run(whole)])
+    assert "FLOPs" not in table_of(compare(groups, groups[0])).head
+
+
 def test_maps_under_unequal_pressure_are_told(tmp_path: Path) -> None:
     """A set of layers weighs as much as any other, so six pools push each layer six times as hard as one."""
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from runner import assert_same, final_state, overrides
+from unipool_jax.analysis.history import layers_of
 from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import load_config
+from unipool_jax.config.files import FileError
 from unipool_jax.config.growth_schedule import depths, with_layers
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.convert.errors import ConversionError
@@ -121,6 +123,17 @@ def test_a_lock_begins_when_all_layers_are_there(tmp_path: Path) -> None:
         again = cut(run, tmp_path / str(step), step)
         assert execute(["train", str(again)]) == 0
         assert_same(final_state(kinds[-1], run), final_state(kinds[-1], again))
+
+
+def test_histories_hold_nothing_of_layers_that_were_not_there() -> None:
+    history = [
+        {"kind": "train", "step": 1, "growth/layers": 1, "share": [0.5]},
+        {"kind": "train", "step": 2, "growth/layers": 2, "share": [0.25, 0.75]},
+    ]
+    np.testing.assert_array_equal(layers_of(history, "train", "share", 2).y, [[0.5, 0.25], [np.nan, 0.75]])
+    history[0]["share"] = [0.5, 0.5]
+    with pytest.raises(FileError, match="expected 1 numbers"):
+        layers_of(history, "train", "share", 2)
 
 
 def test_checkpoints_know_their_stage(grown: Path) -> None:

@@ -29,6 +29,7 @@ from unipool_jax.analysis.page import Part, Table, write_page
 from unipool_jax.analysis.paired import CELLS, FEWEST, Paired
 from unipool_jax.analysis.requests import CompareRequest
 from unipool_jax.config.files import write_json, write_text
+from unipool_jax.config.growth_schedule import grows
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.config.words import to_words
 from unipool_jax.moe.scope import layer_pressure
@@ -43,8 +44,10 @@ _GRANULARITY = {"moe.experts_per_layer", "moe.top_k", "pool.experts"}
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """The groups as text; with a column of tokens without an expert where there are any."""
+    """The groups as text, with a column of tokens without an expert where there are any, and one of training FLOPs
+    where a run grows: equal steps are then not equal work."""
     head = ["", "seeds", "valid loss", "test loss", "bits per byte", "experts used", "busiest over mean"]
+    any_grows = any(grows(row.group.config) for row in rows)
     zero_gates = [[run.zero_gates for run in row.group.runs.values()] for row in rows]
     any_zero = any(share for shares in zero_gates for share in shares)
     lines = []
@@ -64,9 +67,17 @@ def table_of(rows: Sequence[Row]) -> Table:
                 ", ".join(used),
                 f"{np.mean([s['busiest_over_mean'] for s in summaries]):.2f}",
                 *([_percent([share for share in shares if share is not None])] if any_zero else []),
+                *([_flops(summaries)] if any_grows else []),
             ]
         )
-    return Table([*head, "no expert"] if any_zero else head, lines)
+    head += (["no expert"] if any_zero else []) + (["FLOPs"] if any_grows else [])
+    return Table(head, lines)
+
+
+def _flops(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Mean training FLOPs; a dash for runs of earlier versions, which do not know them."""
+    found = [summary["flops"] for summary in summaries if "flops" in summary]
+    return f"{np.mean(found):.3g}" if found else "-"
 
 
 def _percent(shares: Sequence[float]) -> str:
