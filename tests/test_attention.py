@@ -158,15 +158,23 @@ def test_a_token_reads_the_window_however_long_the_text_is() -> None:
     assert work(4096, 64) < work(4096, None) / 32
 
 
-ALTERNATING = ("attention.kind=alternating", "attention.window=3", "attention.full_layers=[0,3]")
+KINDS = {
+    "full": (),
+    "window": ("attention.kind=window", "attention.window=3"),
+    "alternating": ("attention.kind=alternating", "attention.window=3", "attention.full_layers=[0,3]"),
+    "switch": ("attention.kind=switch", "attention.window=3", "attention.switch_weight=0.1"),
+}
 
 
 @pytest.mark.slow
-def test_what_is_recomputed_changes_no_gradient() -> None:
-    """The products of the two kinds are recomputed by themselves, or with their layer."""
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_recomputed_changes_no_gradient(kind: str, apart: bool) -> None:
     found = {}
-    for remat in ("moe", "full"):
-        config = tiny_config("unipool", *ALTERNATING, "model.compute_dtype=float32", f"model.remat={remat}")
+    for remat in ("none", "moe", "full"):
+        words = [f"data.document_mask={str(apart).lower()}", "model.compute_dtype=float32", f"model.remat={remat}"]
+        config = tiny_config("unipool", *KINDS[kind], *words)
         _, metrics = make_train_step(config)(tiny_state(config), tiny_batch(config))
-        found[remat] = float(metrics["loss/lm"]), float(metrics["grad_norm"])
-    assert found["full"] == pytest.approx(found["moe"], rel=1e-6)
+        found[remat] = [float(metrics[name]) for name in ("loss/lm", "loss/total", "grad_norm")]
+    assert found["moe"] == pytest.approx(found["none"], rel=1e-6)
+    assert found["full"] == pytest.approx(found["none"], rel=1e-6)
