@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from tiny import AROUND_METHODS, METHODS, WINDOWS, tiny_config, tiny_state
+from tiny import AROUND_METHODS, METHODS, WINDOWS, slow_among, tiny_config, tiny_state
 from unipool_jax.config.schema import Config
 from unipool_jax.data.assets import demo_corpus_path
 from unipool_jax.data.corpus import open_corpus
@@ -25,7 +25,7 @@ from unipool_jax.training.step import TrainStep, make_train_step
 CHOICES = {
     "unipool, sandwich": ("unipool", "model.norm=sandwich"),
     "unipool, depth-scaled sandwich, tiny init": ("unipool", "model.norm=depth_scaled_sandwich", "model.init=tiny"),
-    "growth": (
+    "unipool, growth": (
         *("unipool", "model.num_layers=2", "train.microbatch_size=8"),
         *("growth.layers=[1,2]", "growth.ends=[.5,1]", "growth.depth_law=uniform"),
     ),
@@ -35,7 +35,7 @@ RECORDED = {
     **CHOICES,
 }
 """Methods and other choices: the method and its settings beside those of `losses`."""
-SLOW = {"unipool, sandwich", "growth"}
+SLOW = {"unipool, sandwich", "unipool, growth", "shared_layer_aux", "ring", "rexmoe", "bank_runs", "cyclic"}
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 50
 
@@ -91,9 +91,7 @@ def trained_losses(config: Config) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECORDED]
-)
+@pytest.mark.parametrize("name", slow_among(RECORDED, SLOW))
 def test_losses_of_the_first_steps(name: str, text: Path) -> None:
     found, recorded = losses(name, text), json.loads(GOLDEN.read_text())[name]
     # The first steps agree to rounding; later a token near a tie may go to another expert on other hardware.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiny import METHODS, WINDOWS, tiny_batch, tiny_config, tiny_state
+from tiny import METHODS, WINDOWS, slow_among, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config.mesh_rules import problems, resolve_sizes
 from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 from unipool_jax.parallel.mesh import make_mesh, usable_mesh
@@ -102,7 +102,7 @@ def assert_equal(ours: Trained, single: Trained) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=5e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_among(METHODS, ("shared_layer_aux", "shared_pool_aux", "vanilla_normrouter")))
 def test_every_method_trains_as_on_one_device(method: str) -> None:
     assert_equal(trained(configure(method), MESHES[ALL_WAYS]), alone(method))
 
@@ -137,7 +137,7 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("method", ["ring", "sliding"])
+@pytest.mark.parametrize("method", slow_among(("ring", "sliding"), ("ring",)))
 def test_windows_train_as_on_one_device(method: str) -> None:
     """Under both placements."""
     more = (*WINDOWS[method], *BESIDE[method])
@@ -156,7 +156,9 @@ def test_every_window_on_every_mesh(method: str, mesh: str, placement: str) -> N
 @pytest.mark.parametrize(
     "kinds",
     [
-        ("attention.kind=alternating", "attention.window=3", "attention.full_layers=2"),
+        pytest.param(
+            ("attention.kind=alternating", "attention.window=3", "attention.full_layers=2"), marks=pytest.mark.slow
+        ),
         ("attention.kind=switch", "attention.window=3", "attention.switch_weight=0.1"),
     ],
 )

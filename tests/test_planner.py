@@ -363,7 +363,7 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         ("vanilla", ("loss.switch_group_sequences=8",)),
         pytest.param("vanilla", ("loss.switch_group_sequences=8", "model.remat=none"), marks=pytest.mark.slow),
         ("unipool", ("pool.groups=2", "model.remat=moe")),
-        ("sliding", ("train.batch_size=8", "model.remat=none")),
+        pytest.param("sliding", ("train.batch_size=8", "model.remat=none"), marks=pytest.mark.slow),
         pytest.param("unipool", (*AROUND, "model.remat=moe"), marks=pytest.mark.slow),
     ],
 )

@@ -16,7 +16,7 @@ from benchmarks.pytorch_baseline.settings import Settings
 from benchmarks.pytorch_baseline.sharing import balance_sets
 from benchmarks.pytorch_baseline.train import Trainer
 from benchmarks.twin_settings import twin_settings
-from tiny import METHODS, WINDOWS, tiny_batch, tiny_config
+from tiny import METHODS, WINDOWS, slow_among, tiny_batch, tiny_config
 from twin import by_name, in_our_structure, random_state, torch_batch, twin_of
 from unipool_jax.config.schema import Config, ModelConfig
 from unipool_jax.data.pipeline import Batch
@@ -24,6 +24,7 @@ from unipool_jax.model.rope import slowdown
 from unipool_jax.model.transformer import forward
 from unipool_jax.moe.opening import open_experts
 from unipool_jax.moe.scope import pool_scope
+from unipool_jax.parallel.head import Head
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import make_train_step
 
@@ -91,6 +92,8 @@ SLOW_VARIANTS = {
     "unipool_centered",
     "tied_inner",
     "cyclic",
+    "ring",
+    "bank_runs",
     *(name for name in NORMS if name != "norms of experts"),
 }
 
@@ -120,7 +123,7 @@ def weights_gap(config: Config, trainer: Trainer, state: TrainState) -> float:
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in VARIANTS],
+    slow_among(VARIANTS, SLOW_VARIANTS),
 )
 def test_float32(variant: str) -> None:
     """Logits, losses and gradients agree, and 100 steps of each method stay together.
@@ -148,9 +151,7 @@ def test_float32(variant: str) -> None:
 FEW_STEPS = {**{name: (name, *WINDOWS.get(name, ()), *words) for name, words in SHARING.items()}, **NORMS}
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in FEW_STEPS]
-)
+@pytest.mark.parametrize("variant", slow_among(FEW_STEPS, SLOW_VARIANTS))
 def test_methods_of_sharing_and_norms(variant: str) -> None:
     """Losses, gradients and new weights of three steps; which experts are open in them is drawn by us alone."""
     words = ("train.steps=100", "optimizer.weight_decay=0.1", "optimizer.warmup_fraction=0")
@@ -270,6 +271,39 @@ def test_bfloat16(variant: str) -> None:
     assert loss_gap < 2e-3
     if variant in ("dense", "unipool, every expert"):
         assert gradient_gap < 0.12
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_both_learn_the_same_of_a_teacher(temperature: float) -> None:
+    """The loss with a teacher, and its gradient, against PyTorch's cross-entropy and Kullback-Leibler divergence."""
+    random, weight = np.random.default_rng(0), 0.3
+    hidden, output, theirs = (random.normal(size=size).astype(np.float32) for size in ((2, 5, 8), (40, 8), (2, 5, 40)))
+    targets, weights = random.integers(0, 40, (2, 5)), random.integers(0, 3, (2, 5)).astype(np.float32)
+    teacher = Head(jnp.asarray(theirs), jnp.eye(40))
+
+    x, table, known = (
+        torch.tensor(hidden, requires_grad=True),
+        torch.tensor(output, requires_grad=True),
+        torch.tensor(theirs),
+    )
+    logits = x @ table.T
+    text = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(targets).flatten(), reduction="none"
+    )
+    ours, told = ((values / temperature).log_softmax(-1) for values in (logits, known))
+    apart = torch.nn.functional.kl_div(ours, told, reduction="none", log_target=True).sum(-1) * temperature**2
+    loss = ((1 - weight) * text.view(2, 5) + weight * apart).mul(torch.from_numpy(weights)).sum()
+    loss.backward()
+
+    def learned(head: Head) -> jax.Array:
+        return head.distilled_loss(teacher, targets, weights, weight, temperature)[0]
+
+    value, grads = jax.jit(jax.value_and_grad(learned))(Head(jnp.asarray(hidden), jnp.asarray(output)))
+    assert float(value) == pytest.approx(loss.item(), rel=1e-5)
+    assert x.grad is not None
+    assert table.grad is not None
+    assert relative(np.asarray(grads.hidden_BSD), x.grad.numpy()) < 1e-5
+    assert relative(np.asarray(grads.output_VD), table.grad.numpy()) < 1e-5
 
 
 @pytest.mark.parametrize("settings", ROPE)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiny import tiny_batch, tiny_config
+from tiny import slow_among, tiny_batch, tiny_config
 from unipool_jax.config.schema import MeshConfig
 from unipool_jax.model.remat import recompute
 from unipool_jax.parallel.mesh import make_mesh, spec
@@ -39,7 +39,10 @@ def test_a_policy_around_it_does_not_reach_into_a_recomputed_function() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [("vanilla",), ("unipool",), pytest.param(("unipool", "pool.groups=2"), marks=pytest.mark.slow)]
+    "more",
+    slow_among(
+        [("unipool",), ("vanilla",), ("unipool", "pool.groups=2")], [("vanilla",), ("unipool", "pool.groups=2")]
+    ),
 )
 def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
     """Products of the traced step over fsdp 2, where pools are gathered again, and on one device."""

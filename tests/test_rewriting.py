@@ -93,6 +93,15 @@ def test_a_deep_problem_is_not_solved_sooner(few: list[Problem]) -> None:
         assert breadth_first(problem.goal, 2) is None
 
 
+def test_a_roundabout_proof_makes_no_problem() -> None:
+    goal = state("sin(2*x) = 2*sin(x)*cos(x)")
+    texts = ("sin_period forward left K = # 1", "sin_period backward left", "sin_double forward left")
+    roundabout = Problem(goal, tuple(map(read_move, texts)))
+    straight = Problem(goal, roundabout.proof[2:])
+    assert generator.is_good(straight, straight.states()[:-1], Dials(1))
+    assert not generator.is_good(roundabout, roundabout.states()[:-1], Dials(3))
+
+
 def test_breadth_first_solves_every_problem_of_depth_one(few: list[Problem]) -> None:
     for problem in few[:FEW]:
         proof = breadth_first(problem.goal, 1)
@@ -172,6 +181,14 @@ def test_moves_that_can_be_made() -> None:
     )
 
 
+def test_a_whole_number_is_needed_where_a_rule_has_one() -> None:
+    def periods(equation: str) -> list[str]:
+        return [move.rule for move, _ in bound_moves(state(equation)) if move.rule == "sin_period"]
+
+    assert periods("sin(x + 2*pi*7) = 0") == ["sin_period"]
+    assert periods("sin(x + 2*pi*y) = 0") == []
+
+
 def test_a_product_matches_in_either_order() -> None:
     rule = RULES["sin_cos"]
     for equation in ("sin(x)*cos(y) = 0", "cos(y)*sin(x) = 0"):
@@ -204,14 +221,12 @@ def test_an_illegal_move_is_counted_and_never_made(few: list[Problem]) -> None:
 
 
 def test_a_move_to_an_equation_without_value_is_illegal() -> None:
-    """1 = tan(X) cos(X) / sin(X) would do anything at X = pi/2; here 1 + tan^2 = 1/cos^2 read backward at pi/2."""
-    goal = state("1/cos(pi/2)**2 = 1")
-    (attempt,) = run_searches([rollout(goal, 2)], Scripted({goal: [("cos_pi forward left", 0.0)]}), 1, scored=False)
-    assert attempt.legal == 0
-    zero = state("0 = sin(pi)")
-    move = "tan_0 backward left"
-    (attempt,) = run_searches([rollout(zero, 1)], Scripted({zero: [(move, 0.0)]}), 1, scored=False)
-    assert attempt.legal == 1
+    """The tangent of half of 2 pi is 0, but (1 - cos 2 pi) / sin 2 pi has no value."""
+    goal = state("tan((2*pi)/2) = 0")
+    for move, legal in (("tan_half_sin forward left", 0), ("tan_half_cos forward left", 1)):
+        assert apply(goal, read_move(move)) != goal  # both match
+        (attempt,) = run_searches([rollout(goal, 1)], Scripted({goal: [(move, 0.0)]}), 1, scored=False)
+        assert attempt.legal == legal
 
 
 def test_the_most_probable_state_is_expanded_next(few: list[Problem]) -> None:

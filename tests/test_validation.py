@@ -80,6 +80,8 @@ RELATIONS = [
     ("attention.kind=window attention.switch_alpha=1", "attention.switch_alpha=1.0", "attention.kind=switch"),
     ("method=unipool_lock attention.kind=switch", "attention.kind=switch", "lock.ownership=none"),
     ("attention.window=64", "attention.window=64", "unused with attention.kind=full"),
+    ("distill.weight=1", "distill.weight=1.0", "distill.teacher"),
+    ("distill.teacher=a mode=plan mesh.topology=v5p:2x2x1", "distill.teacher=a", "remove it"),
     ("model.post_norm_ffn=1", "model.post_norm_ffn=1.0", "model.norm=depth_scaled_sandwich"),
     ("model.norm=sandwich model.post_norm_attention=1", "model.post_norm_attention=1.0", "model.norm=sandwich"),
     ("model.post_norm_experts=none", "model.post_norm_experts=none", "model.norm=sandwich"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
@@ -37,6 +40,12 @@ WINDOWS: dict[str, tuple[str, ...]] = {
     "cyclic": ("pool.span=2", "pool.ends=0"),
 }
 """Methods with windows, and what gives them ends and a middle in four layers."""
+
+
+def slow_among(values: Iterable[Any], slow: Collection[Any]) -> list[Any]:
+    """Values of one parameter; the slow ones take the way of another value and are for `make test-slow`."""
+    return [pytest.param(value, marks=pytest.mark.slow if value in slow else ()) for value in values]
+
 
 _TINY = [
     "model.num_layers=4",

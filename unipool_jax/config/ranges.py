@@ -75,6 +75,8 @@ RANGES = {
     "loss.pool_warmup_fraction": Range(0, 1),
     "loss.expert_bias_rate": Range(0, 1),
     "loss.z_coefficient": _COEFFICIENT,
+    "distill.weight": Range(0, 1, open_low=True),
+    "distill.temperature": Range(0, 1000, open_low=True),
     "lock.lock_fraction": Range(0, 1, open_low=True, open_high=True),
     "lock.anneal_fraction": Range(0, 1, open_low=True, open_high=True),
     "lock.entropy_warmup_fraction": Range(0, 1, open_low=True, open_high=True),

@@ -31,7 +31,7 @@ from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.parsing import as_written, from_mapping
 from unipool_jax.config.paths import named_files
 from unipool_jax.config.ranges import MAX_EXPERTS, RANGES, Range
-from unipool_jax.config.schema import Config, ConfigError, settings, to_mapping
+from unipool_jax.config.schema import Config, ConfigError, DistillConfig, settings, to_mapping
 
 TOKENIZER_SIZES = {"bytes": 257, "demo": 8192, "gpt2": 50257}
 """Vocabulary sizes of the built-in tokenizers; that of a tokenizer.json is checked when it is loaded."""
@@ -274,6 +274,23 @@ _rule(
     *("lock.lock_fraction", "lock.anneal_fraction", "lock.lock_step", "lock.anneal_steps", "pool.groups"),
     *_TOTAL_EXPERTS,
 )(growth_rules.problems)
+
+
+@_rule("distill.weight", "distill.temperature")
+def _distillation(config: Config) -> Iterator[str]:
+    distill, usual = config.distill, DistillConfig()
+    if distill.teacher is None:
+        for name in ("weight", "temperature"):
+            if (value := getattr(distill, name)) != getattr(usual, name):
+                yield f"distill.{name}={value}: unused without distill.teacher, the run to learn from; remove it"
+        return
+    if config.growth.layers:
+        yield (
+            f"distill.teacher={distill.teacher}: a run that grows learns from no teacher; set growth.layers=[], or "
+            "distill in a run that starts from this one"
+        )
+    if config.mode == "plan":
+        yield f"distill.teacher={distill.teacher}: mode=plan counts no teacher; remove it to plan the run without one"
 
 
 @_rule("optimizer.learning_rate", "optimizer.min_learning_rate")

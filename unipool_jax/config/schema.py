@@ -253,6 +253,20 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Learning from another model's distribution of the next token; see docs/depth.md."""
+
+    teacher: str | None = None
+    """Run, or one checkpoint (RUN/checkpoints/STEP), that teaches this one; it is evaluated on every batch and not
+    trained. It must have the same tokenizer and model.vocab_size."""
+    weight: float = 0.5
+    """Weight w of the divergence from the teacher in the loss, (1 - w) x cross-entropy + w x divergence; 1: the teacher
+    alone."""
+    temperature: float = 1.0
+    """Temperature T of both distributions; the divergence is T^2 KL(teacher || model) in nats."""
+
+
+@dataclass(frozen=True)
 class LockConfig:
     """UniPool-lock: all layers share one pool at first; later each expert belongs to one layer.
 
@@ -531,6 +545,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     lock: LockConfig = field(default_factory=LockConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)

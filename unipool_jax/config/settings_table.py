@@ -97,6 +97,7 @@ TABLE: dict[str, Effect] = {
             *("loss.balance", "loss.switch_coefficient", "loss.switch_group_sequences", "loss.pool_coefficient"),
             *("loss.pool_statistics", "loss.pool_scores", "loss.pool_warmup_fraction", "loss.scope", "loss.pressure"),
             *("loss.expert_bias_rate", "loss.z_coefficient"),
+            *("distill.teacher", "distill.weight", "distill.temperature"),
             *("lock.ownership", "lock.lock_fraction", "lock.anneal_fraction", "lock.entropy_warmup_fraction"),
             *("lock.lock_step", "lock.anneal_steps", "lock.entropy_warmup_steps", "lock.entropy_coefficient"),
             *("lock.entropy_target", "lock.coverage_threshold", "lock.solver", "lock.max_loss_excess"),

@@ -59,7 +59,7 @@ def read_locked(run: str, step: int | None = None) -> tuple[Config, Weights, Loc
         if not structure(config, meta).locked:
             return None
         record = from_document(config, meta["lock"], step)
-        return config, _restore(checkpoints, config, step, locked=True), record
+        return saved_model(config, meta), _restore(checkpoints, config, step, locked=True), record
 
 
 def _restore(checkpoints: Checkpoints, config: Config, step: int, locked: bool = False) -> Weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -60,6 +61,24 @@ class Head(NamedTuple):
             return jnp.sum(cross_entropy(self.logits(), targets_BS) * weights_BS)
         return _weighted_loss(self.output_VD, *self._chunks(targets_BS, weights_BS))
 
+    def distilled_loss(
+        self, teacher: Head, targets_BS: ArrayLike, weights_BS: ArrayLike, weight: float, temperature: float
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A loss with a teacher, and its two parts, which are only to be reported; float32 scalars.
+
+        Weighted sums over positions of cross-entropy, and of `divergence` from the teacher; the loss is
+        (1 - weight) x the first + weight x the second. Logits of both are made chunk by chunk, those of the teacher
+        without a gradient; over a mesh whole, as in `weighted_loss`.
+        """
+        fixed = Head(*lax.stop_gradient(tuple(teacher)))
+        if active_mesh() is not None:
+            ours, theirs = self.logits(), fixed.logits()
+            text = jnp.sum(cross_entropy(ours, targets_BS) * weights_BS)
+            apart = jnp.sum(divergence(ours, theirs, temperature) * weights_BS)
+            return (1 - weight) * text + weight * apart, text, apart
+        chunks, (theirs_XCD,) = self._chunks(targets_BS, weights_BS), fixed._chunks()
+        return _distilled_loss(weight, temperature, self.output_VD, *chunks, fixed.output_VD, theirs_XCD)
+
     def _chunks(self, *values_BS: ArrayLike) -> tuple[jax.Array, ...]:
         """Hidden states and values of all positions, `[X, C, ...]`; zeros behind the last."""
 
@@ -76,6 +95,15 @@ class Head(NamedTuple):
 def cross_entropy(logits: jax.Array, targets: ArrayLike) -> jax.Array:
     """Cross-entropy in nats over the last axis of the logits: `[..., V]` and int `[...]` -> float32 `[...]`."""
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(_chosen(logits, targets), logits, 0.0), axis=-1)
+
+
+def divergence(logits: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)) in nats over the last axis, float32 (arXiv 1503.02531).
+
+    The square makes up for gradients that shrink by it, so that a weight means the same at every temperature.
+    """
+    ours, theirs = (jax.nn.log_softmax(array / temperature, axis=-1) for array in (logits, teacher))
+    return temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
 
 
 def _chosen(logits: jax.Array, targets: ArrayLike) -> jax.Array:
@@ -126,3 +154,63 @@ def _scaled_gradients(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[ja
 
 
 _weighted_loss.defvjp(_loss_and_gradients, _scaled_gradients)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _distilled_loss(
+    weight: float,
+    temperature: float,
+    output_VD: jax.Array,
+    hidden_XCD: jax.Array,
+    targets_XC: jax.Array,
+    weights_XC: jax.Array,
+    teacher_VD: jax.Array,
+    teacher_XCD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    operands = output_VD, hidden_XCD, targets_XC, weights_XC, teacher_VD, teacher_XCD
+    return _distilled_loss_and_gradients(weight, temperature, *operands)[0]
+
+
+def _distilled_loss_and_gradients(
+    weight: float,
+    temperature: float,
+    output_VD: jax.Array,
+    hidden_XCD: jax.Array,
+    targets_XC: jax.Array,
+    weights_XC: jax.Array,
+    teacher_VD: jax.Array,
+    teacher_XCD: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    """As `_loss_and_gradients`. The gradient of T^2 KL(p || q) by the student's logits is T (q - p)."""
+    used_VD, teacher_VD = output_VD.astype(hidden_XCD.dtype), teacher_VD.astype(teacher_XCD.dtype)
+
+    def add_chunk(
+        grad_VD: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+        hidden_CD, targets_C, weights_C, teacher_CD = chunk
+        logits_CV, theirs_CV = _logits(hidden_CD, used_VD), _logits(teacher_CD, teacher_VD)
+        of_text_CV = jax.nn.softmax(logits_CV) - _chosen(logits_CV, targets_C)
+        apart_CV = jax.nn.softmax(logits_CV / temperature) - jax.nn.softmax(theirs_CV / temperature)
+        grad_CV = ((1 - weight) * of_text_CV + weight * temperature * apart_CV) * weights_C[:, None]
+        grad_VD = grad_VD + jnp.einsum("cv,cd->vd", grad_CV, hidden_CD, preferred_element_type=jnp.float32)
+        hidden_grad_CD = jnp.einsum("cv,vd->cd", grad_CV, used_VD, preferred_element_type=jnp.float32)
+        apart_C = divergence(logits_CV, theirs_CV, temperature)
+        return grad_VD, (cross_entropy(logits_CV, targets_C), apart_C, hidden_grad_CD)
+
+    zeros_VD = jnp.zeros(output_VD.shape, jnp.float32)
+    chunks = hidden_XCD, targets_XC, weights_XC, teacher_XCD
+    grad_VD, (text_XC, apart_XC, hidden_grad_XCD) = lax.scan(add_chunk, zeros_VD, chunks)
+    text, apart = jnp.sum(text_XC * weights_XC), jnp.sum(apart_XC * weights_XC)
+    by_weight_XC = (1 - weight) * text_XC + weight * apart_XC
+    # An array without elements remembers the dtype of the hidden states.
+    saved = grad_VD, hidden_grad_XCD, by_weight_XC, hidden_XCD[:0]
+    return ((1 - weight) * text + weight * apart, text, apart), saved
+
+
+def _scaled_distilled_gradients(
+    weight: float, temperature: float, saved: tuple[jax.Array, ...], grads: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
+    return *_scaled_gradients(saved, grads[0]), None, None
+
+
+_distilled_loss.defvjp(_distilled_loss_and_gradients, _scaled_distilled_gradients)

@@ -136,7 +136,7 @@ def draw(dials: Dials, rng: random.Random) -> Problem | None:
             undo.append(move)
             states.append(state)
     problem = Problem(state, tuple(reversed(undo)))
-    return problem if len(undo) == dials.depth and _is_good(problem, states[::-1], dials) else None
+    return problem if len(undo) == dials.depth and is_good(problem, states[::-1], dials) else None
 
 
 def _terms(names: Sequence[str], dials: Dials, rng: random.Random) -> Binding:
@@ -180,7 +180,7 @@ def _is_new(term: Term) -> bool:
     return term in _NEW_ANGLES or (term.is_number and int(term.op) > ORDINARY_NUMBER)
 
 
-def _is_good(problem: Problem, states: list[State], dials: Dials) -> bool:
+def is_good(problem: Problem, states: list[State], dials: Dials) -> bool:
     """Whether a drawn problem is kept.
 
     Args:

@@ -110,7 +110,7 @@ def micro_step(
         micro = MicroBatch(batch, state.balance, state.step, load_GE, total_weight)
         return micro_batch_gradients(config, mesh, params, experts, zeros, micro)
 
-    found = deep.fold(batch_gradients(deep.config, mesh, deep.unroll(state), batch, gradients))
+    found = deep.fold(batch_gradients(deep.config, mesh, deep.unroll(state), batch, accumulated=gradients))
     return added(stage, total, found)
 
 

@@ -29,6 +29,7 @@ from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0, must_agree, process_0_first
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.console import LOG, Progress, copied_to
+from unipool_jax.training.distillation import Teacher
 from unipool_jax.training.evaluate import EvalResult, Evaluator, TextBatches, print_results, unigram_baseline
 from unipool_jax.training.flops import flops_spent, utilization
 from unipool_jax.training.growing import Growing, open_growth, per_use
@@ -49,10 +50,12 @@ from unipool_jax.training.run_folder import RunError, RunFolder
 from unipool_jax.training.sessions import Session, command_line, utc_now
 from unipool_jax.training.sharding import misplaced_banks, process_rows, report, to_devices
 from unipool_jax.training.speed import Speed
+from unipool_jax.training.spikes import WATCHED, Spikes
 from unipool_jax.training.state import TrainState
 from unipool_jax.training.step import TrainStep, counts_before_gradient, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
 from unipool_jax.training.switching import switch_values
+from unipool_jax.training.teacher import teachers_of
 from unipool_jax.training.zero_gates import zero_gate_warning
 
 EXIT_NONFINITE = 3
@@ -98,6 +101,7 @@ def train(config: Config) -> int:
         text = process_0_first(lambda: text_identity(corpus))
         must_agree({"text of the run (fingerprint)": text["fingerprint"]})
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep_checkpoints))
+        teachers = teachers_of(config, folder.path, bool(checkpoints.steps()), corpus.tokenizer.sha256, mesh)
         state = initial_state(config, checkpoints, corpus, mesh)
         process_0_first(lambda: folder.record(config, text, corpus.tokenizer.definition))
         start = int(jax.device_get(state.step))
@@ -120,7 +124,12 @@ def train(config: Config) -> int:
         session = stack.enter_context(process_0_first(lambda: Session(folder.path, start, writes=is_process_0())))
         stop = stack.enter_context(StopRequest().listening())
         buffers = ReceiveBuffers(config, mesh, folder.path, meta)
-        run = _Run(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers, growth)
+        run = _Run(
+            *(config, folder, checkpoints, corpus, writer, session, stop, start, mesh, lock, buffers),
+            growth=growth,
+            teachers=teachers,
+            spikes=Spikes(meta),
+        )
         run.announce(state)
         try:
             state = run.place(state)
@@ -157,11 +166,15 @@ class _Run:
         mesh: Mesh | None,
         lock: Locking | None,
         buffers: ReceiveBuffers,
+        *,
         growth: Growing | None,
+        teachers: tuple[Teacher, ...],
+        spikes: Spikes,
     ):
         self.config, self.folder, self.checkpoints, self.corpus = config, folder, checkpoints, corpus
         self.writer, self.session, self.stop, self.start, self.mesh = writer, session, stop, start, mesh
         self.whole_lock, self.buffers, self.growth = lock, buffers, growth
+        self.teachers, self.spikes = teachers, spikes
         self.validated = broadcast_from_process_0("yes" if "valid" in writer.kinds_at_resume else "") == "yes"
         self.placement: Placement | None = None
         self.progress = Progress(config.train.steps, None if is_process_0() else io.StringIO())
@@ -274,7 +287,7 @@ class _Run:
             if self.lock is not None:
                 self.lock.check(step - 1)
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, placed)
+                state, metrics = train_step(state, placed, *self.teachers)
             # Read the metrics one step late, so that the device never waits for the host. A non-finite update is not
             # applied, so nothing is lost.
             if pending is not None:
@@ -373,6 +386,7 @@ class _Run:
         if not jax.device_get(metrics["finite"]):
             self.report_nonfinite(step, metrics)
         self.buffers.add(step, metrics)
+        self.spikes.add(jax.device_get({name: metrics[name] for name in WATCHED.values()}))
         if not self.due(step, self.config.train.log_every) and step != self.config.train.steps:
             return
         host = jax.device_get(metrics)
@@ -391,6 +405,7 @@ class _Run:
         zero_gates_L = host["zero_gates_L"] / self.config.tokens_per_step
         values["routing/zero_gates"] = zero_gates_L.tolist()
         values |= switch_values(self.stage, host)
+        values |= self.spikes.shares()
         values |= self.loads(host) | {"overflow": self.buffers.take_overflow()}
         self.writer.write("train", step, values)
         left = self.speed.left(step, self.config.train.steps)
@@ -503,7 +518,11 @@ class _Run:
         self.speed.pause()
         self.writer.sync()
         text = text_identity(self.corpus)
-        meta = make_meta(self.config, step, self.corpus.tokenizer.sha256, text) | self.buffers.document()
+        meta = (
+            make_meta(self.config, step, self.corpus.tokenizer.sha256, text)
+            | self.buffers.document()
+            | self.spikes.document()
+        )
         meta |= mesh_document(self.mesh)
         if self.growth is not None:
             meta |= self.growth.document()
@@ -554,6 +573,7 @@ class _Run:
             "busiest_over_mean": loads["load/busiest_over_mean"],
             "skipped_steps": self.writer.kinds["skipped"],
             "overflow": self.buffers.total,
+            **self.spikes.shares(),
             "version": VERSION,
             "git_commit": git_commit(),
         }

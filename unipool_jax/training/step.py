@@ -29,13 +29,15 @@ from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.moe.scope import pool_scope, scoped_load, scoped_pool_loss
 from unipool_jax.parallel.mesh import constrain, on_mesh
+from unipool_jax.training.distillation import Teacher, taught_loss
 from unipool_jax.training.optimizer import next_learning_rate, run_optimizer
 from unipool_jax.training.sharding import replicated, state_shardings
 from unipool_jax.training.state import BalanceState, TrainState, join_bank, layer_inputs, split_bank, state_shapes
 from unipool_jax.training.switching import switch_penalty, zero_gate_metrics
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+"""Of a state, a batch and, with distill.teacher, a teacher."""
 
 
 class EvalSums(NamedTuple):
@@ -66,6 +68,8 @@ class MicroBatch(NamedTuple):
     """Share of choices per expert in the pool loss; None: that of the micro-batch itself."""
     total_weight: jax.Array
     """Sum of the weights of the whole batch."""
+    teacher: Teacher | None = None
+    """Whose distributions the model learns, with distill.teacher."""
 
 
 class Gradients(NamedTuple):
@@ -153,9 +157,13 @@ def micro_batch_loss(
     stats = output.layers.stats
     tokens = config.train.microbatch_size * config.data.sequence_length
     # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
-    lm = output.head.weighted_loss(micro.batch.targets, micro.batch.weights)
+    parts: Metrics = {}
+    if micro.teacher is None:
+        learned = output.head.weighted_loss(micro.batch.targets, micro.batch.weights)
+    else:
+        learned, parts = taught_loss(config.distill, output.head, micro.teacher, micro.batch)
     losses = {
-        "loss/lm": lm * config.num_microbatches / micro.total_weight,
+        "loss/lm": learned * config.num_microbatches / micro.total_weight,
         "loss/balance": balance_loss(config, stats, micro),
         "loss/z": z_loss(stats, tokens, config.loss.z_coefficient),
     }
@@ -168,6 +176,7 @@ def micro_batch_loss(
         losses["loss/switch"] = tokens_penalty * config.num_microbatches / micro.total_weight
     total = functools.reduce(jnp.add, losses.values())
     metrics = losses | {
+        **{name: part * config.num_microbatches / micro.total_weight for name, part in parts.items()},
         "loss/total": total,
         "overflow": overflow(config, mesh, stats.received_X),
         "received_L": jnp.max(stats.received_X, axis=-1).reshape(-1),
@@ -201,13 +210,18 @@ def batch_load(config: Config, params: Any, experts: Experts | None, inputs: Lay
 
 
 def batch_gradients(
-    config: Config, mesh: Mesh | None, state: TrainState, batch: Batch, accumulated: Accumulate | None = None
+    config: Config,
+    mesh: Mesh | None,
+    state: TrainState,
+    batch: Batch,
+    teacher: Teacher | None = None,
+    accumulated: Accumulate | None = None,
 ) -> Gradients:
     """Gradients and losses averaged over the micro-batches of a batch; those of a shared bank are among `params`.
 
     `accumulated` takes the place of `accumulated_gradients`.
     """
-    accumulated = accumulated or accumulated_gradients
+    accumulated = accumulated or functools.partial(accumulated_gradients, teacher=teacher)
     if not shares_one_bank(config):
         return accumulated(config, mesh, state, batch, state.params, None)
     params, bank = split_bank(state.params)
@@ -220,12 +234,20 @@ def batch_gradients(
 
 
 def accumulated_gradients(
-    config: Config, mesh: Mesh | None, state: TrainState, batch: Batch, params: Any, experts: Experts | None
+    config: Config,
+    mesh: Mesh | None,
+    state: TrainState,
+    batch: Batch,
+    params: Any,
+    experts: Experts | None,
+    teacher: Teacher | None = None,
 ) -> Gradients:
     """`batch_gradients` for `params` without the bank of `experts`, whose gradient stays in `accumulator`."""
     balance, load_GE = state.balance, state.balance.previous_load_GE
     gradient = None if experts is None else jax.tree.map(jnp.zeros_like, experts.accumulator)
-    micro_batch = functools.partial(MicroBatch, balance=balance, step=state.step, total_weight=jnp.sum(batch.weights))
+    micro_batch = functools.partial(
+        MicroBatch, balance=balance, step=state.step, total_weight=jnp.sum(batch.weights), teacher=teacher
+    )
     gradients_of = functools.partial(micro_batch_gradients, config, mesh, params, experts)
     if config.num_microbatches == 1:
         load = load_GE if _pool_loss(config, "previous") else None
@@ -295,6 +317,8 @@ def _zero_metrics(config: Config) -> Metrics:
         losses.append("loss/entropy")
     if config.attention.kind == "switch":
         losses.append("loss/switch")
+    if config.distill.teacher is not None:
+        losses.append("loss/distill")
     return dict.fromkeys(losses, jnp.zeros((), jnp.float32)) | {
         "overflow": jnp.zeros((), jnp.int32),
         "received_L": jnp.zeros(config.mixture_layers, jnp.int32),
@@ -347,15 +371,19 @@ def updated_state(
     return TrainState(state.step + 1, params, opt_state, balance), metrics
 
 
-def train_step(config: Config, mesh: Mesh | None, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def train_step(
+    config: Config, mesh: Mesh | None, state: TrainState, batch: Batch, teacher: Teacher | None = None
+) -> tuple[TrainState, Metrics]:
     """One optimizer step: see `make_train_step`."""
     balance = state.balance._replace(lock=faded(config, state.balance.lock, state.step))
-    found = batch_gradients(config, mesh, state._replace(balance=balance), batch)
+    found = batch_gradients(config, mesh, state._replace(balance=balance), batch, teacher)
     return updated_state(config, state, balance, found)
 
 
 def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
-    """The jitted training step; it donates the state it is given. With a mesh, call it under `jax.set_mesh(mesh)`.
+    """The jitted training step of a state, a batch and, with distill.teacher, a teacher.
+
+    It donates the state it is given. With a mesh, call it under `jax.set_mesh(mesh)`.
 
     The batch is split into `train.batch_size / train.microbatch_size` micro-batches. Losses, gradients and balance
     statistics are those of the whole batch, whatever their number, but for two losses that are published as those of a
@@ -366,7 +394,7 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     optimizer and balance state stay as they were and only the step count moves on.
 
     Metrics: `loss/lm`, `loss/balance`, `loss/z`, `loss/total` (float32, nats), with UniPool-lock `loss/entropy`,
-    with attention.kind=switch `loss/switch` and `switching.gate_metrics`,
+    with a teacher `loss/distill`, with attention.kind=switch `loss/switch` and `switching.gate_metrics`,
     `grad_norm`, `learning_rate`, `finite` (bool), `overflow` (rows, int32), `received_L` (int32, rows received by the
     busiest device of any micro-batch), `counts_LE` (int32), `zero_gates_L` (int32, tokens whose gates are all zero),
     and, of routers with a scale, `router_scale_L`.
