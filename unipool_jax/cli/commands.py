@@ -189,6 +189,12 @@ COMMANDS = (
         "unipool_jax.verification.command:select_command",
     ),
     Command(
+        "retrieval data",
+        "Make retrieval tasks of the standard library's own source.",
+        "unipool_jax.retrieval.requests:RetrievalDataRequest",
+        "unipool_jax.retrieval.command:data_command",
+    ),
+    Command(
         "plan",
         "Say what a training step costs on devices that need not be there.",
         _SCHEMA,
