@@ -122,7 +122,7 @@ def test_merging_copies_lowers_no_score(seed: int) -> None:
 
 def test_relevant_copies_are_one_text() -> None:
     copies = {"a": "x", "b": "x", "c": "y"}
-    index = make_index(Collection(copies, {"q": "?"}, {"q": {"a": 1, "b": 3, "c": 2}}))
+    index = make_index(Collection(copies, {"q": "?"}, {"q": {"b": 3, "a": 1, "c": 2}}))
     assert index.texts == ["y", "x"]
     assert index.text_D.tolist() == [0, 1, 1]
     assert index.grades == [{2: 1, 1: 3, 0: 2}]

@@ -195,6 +195,12 @@ COMMANDS = (
         "unipool_jax.retrieval.command:data_command",
     ),
     Command(
+        "retrieval eval",
+        "Let a model find documents, beside BM25 and chance.",
+        "unipool_jax.retrieval.requests:RetrievalEvalRequest",
+        "unipool_jax.retrieval.command:eval_command",
+    ),
+    Command(
         "plan",
         "Say what a training step costs on devices that need not be there.",
         _SCHEMA,

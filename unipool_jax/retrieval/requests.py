@@ -1,11 +1,15 @@
-"""Settings of the command `retrieval data`."""
+"""Settings of the commands `retrieval data` and `retrieval eval`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from unipool_jax.config.ranges import Range
+from unipool_jax.config.words import Positional
+
+Pooling = Literal["mean", "last"]
 
 _SEED = Range(0, 2**32 - 1)
 
@@ -28,3 +32,40 @@ class RetrievalDataRequest:
     """Folder of Python files; null is the standard library."""
     seed: Annotated[int, _SEED] = 0
     """Of the places where functions are cut."""
+
+
+@dataclass(frozen=True)
+class RetrievalEvalRequest:
+    """Let a model find documents by the cosine of its hidden states, beside BM25 and chance.
+
+    A collection is a folder with corpus.jsonl (`_id`, `text` and perhaps `title` on each line), queries.jsonl (`_id`
+    and `text`) and qrels/test.tsv (query, document and grade on each line, with tabs between). Prints a table and,
+    last, one line of JSON.
+
+        unipool retrieval eval runs/demo data=[retrieval/stdlib_docstring,retrieval/stdlib_ccr]
+        unipool retrieval eval runs/demo data=[retrieval/stdlib_ccr] layer=2 pooling=last limit=200
+    """
+
+    run: Annotated[str, Positional()] = "latest"
+    """Folder of a run, or `latest`, the run below runs/ that was saved to last."""
+    step: Annotated[int | None, Range(0, 1_000_000_000)] = None
+    """Which checkpoint of the run; null is the newest."""
+    data: tuple[str, ...] = ()
+    """Folders of collections."""
+    split: str = "test"
+    """Of the judgments, qrels/SPLIT.tsv."""
+    titles: bool = False
+    """Put the title of a document before its text; scores with and without are not comparable."""
+    limit: Annotated[int | None, Range(1, 1_000_000_000)] = None
+    """Queries of each collection at most, the first ones; null is all. Documents are always all."""
+    layer: Annotated[int | None, Range(0, 100_000)] = None
+    """Embeddings are hidden states after this many layers; null is the last layer, after the final norm."""
+    pooling: Pooling = "mean"
+    """Over the tokens of a text: their mean, or the last one."""
+    seed: Annotated[int, _SEED] = 0
+    """Of the random scores."""
+
+    def problems(self) -> Iterator[str]:
+        """What is missing."""
+        if not self.data:
+            yield "data=[]: which collections? Make some with unipool retrieval data, and give data=[FOLDER,FOLDER]"
