@@ -201,7 +201,7 @@ def test_chance() -> None:
 
 
 def test_a_collection_comes_back(tmp_path: Path) -> None:
-    write_collection(tmp_path, TINY)
+    write_collection(tmp_path, {"test": TINY})
     assert read_collection(tmp_path) == TINY
     (tmp_path / "corpus.jsonl").write_text(
         '{"_id": "a", "title": "T", "text": "x"}\n{"_id": "b", "title": null, "text": "y"}\n{"_id": "d", "text": "z"}\n'
@@ -234,7 +234,7 @@ def test_a_collection_comes_back(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_collection(name: str, content: str | bytes | None, message: str, tmp_path: Path) -> None:
-    write_collection(tmp_path, TINY)
+    write_collection(tmp_path, {"test": TINY})
     path = tmp_path / name
     if content is None:
         path.unlink()

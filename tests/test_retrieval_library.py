@@ -16,9 +16,11 @@ from unipool_jax.retrieval.library import (
     Function,
     ccr_pairs,
     digest,
+    divided,
     docstring_pairs,
     functions,
     library_tasks,
+    pair_collection,
     standard_library,
 )
 from unipool_jax.retrieval.metrics import measure
@@ -97,13 +99,27 @@ def test_cuts_are_between_40_and_70_percent() -> None:
     assert ccr_pairs(found, 1) != pairs
 
 
+def test_a_file_is_trained_on_or_tested_on() -> None:
+    pairs = [(f"f{number % 200}.py:f:{number}", f"q{number}", f"d{number}") for number in range(800)]
+    parts = divided(pair_collection(pairs), seed=0)
+    files = {part: {name.partition(":")[0] for name in found.queries} for part, found in parts.items()}
+    assert not files["train"] & files["test"]
+    assert len(files["train"] | files["test"]) == 200
+    assert 25 <= len(files["test"]) <= 55
+    assert all(list(found.queries) == list(found.grades) for found in parts.values())
+    assert len(parts["test"].documents) == 800
+    assert divided(pair_collection(pairs), 1)["test"] != parts["test"]
+
+
 def test_the_command_writes_collections(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["retrieval", "data", f"out={tmp_path}", f"library={library}"]) == 0
     tasks = library_tasks(library, 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tasks) == ["ccr", "docstring"]
     printed = capsys.readouterr().out
     for name, collection in tasks.items():
-        assert read_collection(tmp_path / name) == collection
+        for part, found in divided(collection, 0).items():
+            if found.queries:  # there is one file
+                assert read_collection(tmp_path / name, part) == found
         about = json.loads((tmp_path / name / "about.json").read_text())
         assert about["digest"] == digest(collection)
         assert about["digest"] in printed

@@ -201,6 +201,12 @@ COMMANDS = (
         "unipool_jax.retrieval.command:eval_command",
     ),
     Command(
+        "retrieval tune",
+        "Teach a model to find documents: contrastive fine-tuning.",
+        "unipool_jax.retrieval.requests:RetrievalTuneRequest",
+        "unipool_jax.retrieval.command:tune_command",
+    ),
+    Command(
         "plan",
         "Say what a training step costs on devices that need not be there.",
         _SCHEMA,

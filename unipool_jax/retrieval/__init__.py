@@ -1,1 +1,1 @@
-"""Code retrieval: ranking documents for queries by the hidden states of a model, and what such a ranking is worth."""
+"""Code retrieval: documents found by the hidden states of a model, what that is worth, and how a model learns it."""

@@ -1,4 +1,4 @@
-"""`unipool retrieval data` and `unipool retrieval eval`."""
+"""`unipool retrieval data`, `unipool retrieval eval` and `unipool retrieval tune`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from unipool_jax.config.files import write_json
+from unipool_jax.convert.inheritance import origin_of
+from unipool_jax.convert.runs import as_numpy, check_new, read_run, write_run
 from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.evaluation.scoring import LanguageModel
 from unipool_jax.evaluation.tasks_command import open_model
 from unipool_jax.retrieval.baselines import bm25_scorer, random_scorer
 from unipool_jax.retrieval.embedding import States, embed, hidden_states
 from unipool_jax.retrieval.folder import Collection, Index, make_index, read_collection, write_collection
-from unipool_jax.retrieval.library import digest, library_tasks, standard_library
+from unipool_jax.retrieval.library import digest, divided, library_tasks, standard_library
 from unipool_jax.retrieval.metrics import DEPTH, measure
-from unipool_jax.retrieval.requests import RetrievalDataRequest, RetrievalEvalRequest
+from unipool_jax.retrieval.requests import RetrievalDataRequest, RetrievalEvalRequest, RetrievalTuneRequest
 from unipool_jax.retrieval.search import Scorer, cosine_scorer, search
+from unipool_jax.retrieval.tuning import examples, tune
 from unipool_jax.training.metrics import plain_json
 
 
@@ -57,10 +60,13 @@ def data_command(request: RetrievalDataRequest) -> int:
     prefix = "stdlib_" if request.library is None else ""
     for name, collection in library_tasks(library, request.seed).items():
         folder = Path(request.out) / f"{prefix}{name}"
-        about = {"pairs": len(collection.queries), "digest": digest(collection), "python": platform.python_version()}
-        write_collection(folder, collection)
-        write_json(folder / "about.json", about | {"seed": request.seed}, indent=1)
-        print(f"{folder}: {about['pairs']:,} pairs, Python {about['python']}, digest {about['digest']}")
+        parts = divided(collection, request.seed)
+        counts = {part: len(found.queries) for part, found in parts.items()}
+        about = {"digest": digest(collection), "python": platform.python_version(), "seed": request.seed}
+        write_collection(folder, parts)
+        write_json(folder / "about.json", {**counts, **about}, indent=1)
+        listed = ", ".join(f"{count:,} to {part} on" for part, count in counts.items())
+        print(f"{folder}: {listed}; Python {about['python']}, digest {about['digest']}")
     return 0
 
 
@@ -85,6 +91,30 @@ def eval_command(request: RetrievalEvalRequest) -> int:
     print_results(results, f"{title}, {request.pooling} of {layer}, {'with' if request.titles else 'without'} titles")
     document = {**dataclasses.asdict(request), "results": [result._asdict() for result in results]}
     print(json.dumps(plain_json(document)))
+    return 0
+
+
+def tune_command(request: RetrievalTuneRequest) -> int:
+    """Fine-tune a run and write the new one.
+
+    Raises:
+      FileError: no such collection, or one that is not as it should be.
+      UserError: too few queries.
+      ConfigError, RunError, CheckpointError, ConversionError, DataError: with what to do about it.
+    """
+    check_new(Path(request.out))
+    found = [
+        example
+        for name in request.data
+        for example in examples(read_collection(Path(name), request.split, request.titles))
+    ]
+    config, _ = read_run(request.run, request.step)
+    model, title = open_model(EvalRequest(request.run, step=request.step))
+    print(f"{title}, {len(found):,} queries")
+    params, losses = tune(model, found, request)
+    weights = as_numpy(params, model.balance.expert_bias_GNE)
+    write_run(Path(request.out), config, weights, origin_of(request.run, request.step))
+    print(f"{request.out}: loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last; at step 0")
     return 0
 
 

@@ -91,16 +91,18 @@ def read_collection(folder: Path, split: str = "test", titles: bool = False) -> 
     return Collection(documents, {name: queries[name] for name in grades}, grades)
 
 
-def write_collection(folder: Path, collection: Collection, split: str = "test") -> None:
-    """Write a collection, without titles; raises FileError."""
+def write_collection(folder: Path, parts: Mapping[str, Collection]) -> None:
+    """Write collections of the same documents, by the name of their split, without titles; raises FileError."""
 
     def rows(texts: Mapping[str, str], **more: str) -> str:
         return _lines({"_id": name, **more, "text": text} for name, text in texts.items())
 
-    write_text(folder / CORPUS, rows(collection.documents, title=""))
-    write_text(folder / QUERIES, rows(collection.queries))
-    judged = [(query, name, grade) for query, found in collection.grades.items() for name, grade in found.items()]
-    write_text(folder / QRELS / f"{split}.tsv", "".join("\t".join(map(str, row)) + "\n" for row in (HEADER, *judged)))
+    write_text(folder / CORPUS, rows(next(iter(parts.values())).documents, title=""))
+    write_text(folder / QUERIES, "".join(rows(part.queries) for part in parts.values()))
+    for split, part in parts.items():
+        judged = [(query, name, grade) for query, found in part.grades.items() for name, grade in found.items()]
+        lines = ("\t".join(map(str, row)) for row in (HEADER, *judged))
+        write_text(folder / QRELS / f"{split}.tsv", "".join(f"{line}\n" for line in lines))
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -24,6 +24,8 @@ from unipool_jax.retrieval.folder import Collection
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 """Folders that are not read."""
+TESTED = 0.2
+"""Share of the files whose functions are tested on."""
 SHARES = 0.4, 0.7
 """Of the length of a function, between which it is cut; those of CoIR (arXiv 2407.02883)."""
 
@@ -131,6 +133,23 @@ def pair_collection(pairs: Iterable[tuple[str, str, str]]) -> Collection:
         {name: query for name, query, _ in pairs},
         {name: {name: 1} for name, _, _ in pairs},
     )
+
+
+def divided(collection: Collection, seed: int) -> dict[str, Collection]:
+    """The same documents with the queries of `train` and of `test`: those of a file are all in one of them.
+
+    Args:
+      collection: whose ids begin with a file.
+      seed: of the draws; a file is in the same part whichever others there are.
+    """
+    parts = {"train": dict[str, str](), "test": dict[str, str]()}
+    for name, query in collection.queries.items():
+        file = name.partition(":")[0]
+        parts["test" if random.Random(f"{seed} {file}").random() < TESTED else "train"][name] = query
+    return {
+        part: collection._replace(queries=queries, grades={name: collection.grades[name] for name in queries})
+        for part, queries in parts.items()
+    }
 
 
 def digest(collection: Collection) -> str:
