@@ -189,6 +189,24 @@ COMMANDS = (
         "unipool_jax.verification.command:select_command",
     ),
     Command(
+        "retrieval data",
+        "Make retrieval tasks of the standard library's own source.",
+        "unipool_jax.retrieval.requests:RetrievalDataRequest",
+        "unipool_jax.retrieval.command:data_command",
+    ),
+    Command(
+        "retrieval eval",
+        "Let a model find documents, beside BM25 and chance.",
+        "unipool_jax.retrieval.requests:RetrievalEvalRequest",
+        "unipool_jax.retrieval.command:eval_command",
+    ),
+    Command(
+        "retrieval tune",
+        "Teach a model to find documents: contrastive fine-tuning.",
+        "unipool_jax.retrieval.requests:RetrievalTuneRequest",
+        "unipool_jax.retrieval.command:tune_command",
+    ),
+    Command(
         "plan",
         "Say what a training step costs on devices that need not be there.",
         _SCHEMA,
