@@ -189,6 +189,18 @@ COMMANDS = (
         "unipool_jax.verification.command:select_command",
     ),
     Command(
+        "aptitude anchors",
+        "Choose questions that stand for each source of a file of candidates.",
+        "unipool_jax.aptitude.requests:AnchorsRequest",
+        "unipool_jax.aptitude.command:anchors_command",
+    ),
+    Command(
+        "aptitude select",
+        "Select by scores which solutions, in text or as programs, to fine-tune on.",
+        "unipool_jax.aptitude.requests:AptitudeSelectRequest",
+        "unipool_jax.aptitude.command:select_command",
+    ),
+    Command(
         "plan",
         "Say what a training step costs on devices that need not be there.",
         _SCHEMA,
