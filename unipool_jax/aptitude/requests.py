@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -33,6 +34,40 @@ class AnchorsRequest:
     """Array (.npy) with a row for each candidate, in the order of the file; null makes them of words (TF-IDF)."""
     seed: Annotated[int, _SEED] = 0
     """Of the clustering."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AptitudeScoreRequest:
+    """Score how much a question's solutions, in text and as programs, help a trained model with the anchors.
+
+    The score is the mean log-likelihood, in nats a token, of the anchors' answers after one solution. Given again, the
+    command goes on where it was.
+
+        unipool aptitude score candidates.jsonl anchors=anchors.json run=runs/mymodel out=scores.jsonl
+        unipool aptitude score candidates.jsonl anchors=anchors.json run=runs/mymodel out=half.jsonl part=0 parts=2
+    """
+
+    candidates: Annotated[str, Positional()]
+    """File of candidates."""
+    anchors: str
+    """File written by `unipool aptitude anchors`."""
+    out: str
+    """File to write, or to go on with."""
+    run: str = "latest"
+    """Folder of a run, or `latest`, the run below runs/ that was saved to last."""
+    step: Annotated[int | None, Range(0, 1_000_000_000)] = None
+    """Which checkpoint of the run; null is the newest."""
+    part: Annotated[int, Range(0, 9999)] = 0
+    """Which part of the candidates, of `parts`: one for each device, in processes and files of their own."""
+    parts: Annotated[int, Range(1, 10_000)] = 1
+    """Into how many parts candidates are divided, by id."""
+    seed: Annotated[int, _SEED] = 0
+    """Of which of several solutions is shown."""
+
+    def problems(self) -> Iterator[str]:
+        """What does not go together."""
+        if self.part >= self.parts:
+            yield f"part={self.part}: parts={self.parts} are numbered from 0; give a part below parts"
 
 
 @dataclass(frozen=True, kw_only=True)

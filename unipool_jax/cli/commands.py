@@ -195,6 +195,12 @@ COMMANDS = (
         "unipool_jax.aptitude.command:anchors_command",
     ),
     Command(
+        "aptitude score",
+        "Score how much solutions, in text and as programs, help a trained model.",
+        "unipool_jax.aptitude.requests:AptitudeScoreRequest",
+        "unipool_jax.aptitude.score_command:score_command",
+    ),
+    Command(
         "aptitude select",
         "Select by scores which solutions, in text or as programs, to fine-tune on.",
         "unipool_jax.aptitude.requests:AptitudeSelectRequest",
