@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from unipool_jax.aptitude import contained, executor
-from unipool_jax.aptitude.executor import Execution, Limits, execute
+from unipool_jax.aptitude import executor
+from unipool_jax.aptitude.executor import Execution, Limits, bootstrap, execute
 from unipool_jax.config.errors import UserError
 
 pytestmark = pytest.mark.skipif(executor.unavailable() is not None, reason=str(executor.unavailable()))
@@ -46,7 +46,7 @@ def test_an_endless_loop_ends() -> None:
 
 def test_processor_time_is_limited_too() -> None:
     """Where the parent is gone, the kernel ends a loop."""
-    command = [sys.executable, "-I", contained.__file__, "1", str(1 << 30)]
+    command = [sys.executable, "-I", "-c", bootstrap(Limits(seconds=0.5))]
     assert subprocess.run(command, input=b"while True: pass", timeout=60).returncode in (
         -signal.SIGXCPU,
         -signal.SIGKILL,

@@ -1,11 +1,9 @@
 """What runs in the process of an executor: it gives up its rights, then runs the program on its standard input.
 
-    python -I contained.py CPU_SECONDS MEMORY_BYTES < program
-
-It imports nothing of this project. Rights are given up by limits of resources and by a filter of system calls
-(seccomp), which neither the program nor anything it loads can take back. The filter names what is allowed: to compute,
-to read files and to write to what is open. Everything else fails with "Operation not permitted", so also what a
-later kernel adds.
+It is handed to `python -I -c` as text and imports nothing of this project. Rights are given up by limits of resources
+and by a filter of system calls (seccomp), which neither the program nor anything it loads can take back. The filter
+names what is allowed: to compute, to read files and to write to what is open. Everything else fails with "Operation not
+permitted", so also what a later kernel adds.
 """
 
 from __future__ import annotations
@@ -90,13 +88,8 @@ def give_up_rights(cpu_seconds: int, memory_bytes: int) -> None:
         raise OSError(ctypes.get_errno(), "seccomp")
 
 
-def main() -> None:
-    """Run the program."""
+def main(cpu_seconds: int, memory_bytes: int) -> None:
+    """Run the program within limits of processor time and of address space."""
     source = sys.stdin.read()
-    give_up_rights(int(sys.argv[1]), int(sys.argv[2]))
-    sys.argv = ["program.py"]
-    exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
-
-
-if __name__ == "__main__":
-    main()
+    give_up_rights(cpu_seconds, memory_bytes)
+    exec(compile(source, "program.py", "exec"), {"__name__": __name__})

@@ -6,6 +6,7 @@ What is contained, and what is not, is in docs/after_pretraining.md.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import selectors
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
-from unipool_jax.aptitude.contained import MACHINE
+from unipool_jax.aptitude import contained
 from unipool_jax.config.errors import UserError
+
+_SOURCE = Path(contained.__file__).read_text(encoding="utf-8")
 
 Status = Literal["ok", "error", "time", "memory", "output", "killed"]
 """`ok`: ended without an error; `error`: with one; `time`, `memory`, `output`: over that limit; `killed`: by a signal.
@@ -50,12 +53,17 @@ class Limits:
 
 def unavailable() -> str | None:
     """Why programs cannot be run here."""
-    if sys.platform != "linux" or platform.machine() != MACHINE:
+    if sys.platform != "linux" or platform.machine() != contained.MACHINE:
         return (
-            f"programs are run where Linux on {MACHINE} filters their system calls; this is "
+            f"programs are run where Linux on {contained.MACHINE} filters their system calls; this is "
             f"{sys.platform} on {platform.machine()}, where nothing would contain them"
         )
     return None
+
+
+def bootstrap(limits: Limits) -> str:
+    """The text of a program that gives up its rights and then runs the one on its standard input."""
+    return f"{_SOURCE}\n\nmain({math.ceil(limits.seconds)}, {limits.memory_mib << 20})\n"
 
 
 def execute(source: str, limits: Limits | None = None) -> Execution:
@@ -78,10 +86,7 @@ def execute(source: str, limits: Limits | None = None) -> Execution:
         program.write(source.encode("utf-8", "replace"))
         program.seek(0)
         process = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-B", "-X", "utf8", str(Path(__file__).with_name("contained.py"))),
-                *(str(int(-(-limits.seconds // 1))), str(limits.memory_mib << 20)),
-            ],
+            [sys.executable, "-I", "-B", "-X", "utf8", "-c", bootstrap(limits)],
             stdin=program,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
