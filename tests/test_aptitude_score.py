@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import oracles
 from alphabet import config_of, log_likelihood, random_model
 from unipool_jax.aptitude import score_command
+from unipool_jax.aptitude.expert_use import UseObserver, correlations
 from unipool_jax.aptitude.likelihood import LikelihoodScorer, model_fingerprint, one_shot
-from unipool_jax.aptitude.scores import Shown, read_scores
+from unipool_jax.aptitude.scores import Score, Shown, Use, read_scores
 from unipool_jax.cli.main import execute
 from unipool_jax.config.errors import UserError
 from unipool_jax.evaluation.scoring import LanguageModel
@@ -47,6 +49,43 @@ def test_the_fingerprint_is_that_of_the_weights(model: LanguageModel) -> None:
     assert model_fingerprint(model._replace(params=model.params | {"embedding": changed})) != first
 
 
+def test_expert_use_is_that_of_the_model_in_numpy(model: LanguageModel) -> None:
+    """Each solution alone, without padding, at the positions that predict it."""
+    context, solutions = b"Question: 1+1\nAnswer:", (b" two", b" print(1+1)")
+    distances = np.zeros(model.config.mixture_layers)
+    for layer in range(len(distances)):
+        shares = []
+        for solution in solutions:
+            tokens = np.array([*context, *solution])
+            visited = oracles.Forward(model.config, model.params, tokens[None, :-1]).experts[layer]
+            own = visited[len(context) - 1 :].reshape(-1).tolist()
+            shares.append({expert: own.count(expert) / len(own) for expert in range(model.config.experts_per_pool)})
+        distances[layer] = sum(abs(shares[0][expert] - shares[1][expert]) for expert in shares[0]) / 2
+    found = UseObserver(model)("1+1", "two", "print(1+1)")
+    assert found is not None
+    assert found.distance == pytest.approx(distances.mean())
+    assert found.distance > 0.05
+    assert (found.tokens_cot, found.tokens_tir) == (4, 11)
+    assert UseObserver(model)("1+1", "two", "x" * 64) is None
+
+
+def test_correlations_see_what_goes_together() -> None:
+    scores = [Score(str(n), "u", 0, n / 10, 0.0, None, Use((n % 7) / 10 + n / 33, 5 + n, 5)) for n in range(20)]
+    others = [Score("none", "u", 0, None, None, None, scores[0].use), Score("dense", "u", 0, 1, 0, None)]
+    found = correlations([*scores, *others])
+    length = found["length_difference_and_d"]
+    assert length is not None
+    assert (round(length.rho, 9), length.questions) == (1.0, 20)
+    use = found["expert_distance_and_d"]
+    assert use is not None
+    distances = [one.use.distance for one in scores if one.use is not None]
+    ranks = np.argsort(np.argsort(distances))
+    squares = float(((ranks - np.arange(20)) ** 2).sum())
+    assert use.rho == pytest.approx(1 - 6 * squares / (20 * (400 - 1)))  # Spearman's formula without equals
+    assert use.low < use.rho < use.high
+    assert correlations(scores[:9])["expert_distance_and_d"] is None
+
+
 @pytest.fixture
 def words(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A command line without its output; seven short candidates and one that is too long."""
@@ -74,7 +113,8 @@ def test_parts_and_interruptions_give_the_same_table(
     said = last(capsys)
     assert (said["sources"]["s"]["questions"], said["sources"]["s"]["unscored"]) == (8, 1)
     scores = read_scores(whole)
-    assert scores["7"].cot is None
+    assert (scores["7"].cot, scores["7"].use) == (None, None)
+    assert all(one.use is not None and one.use.tokens_cot == 3 for name, one in scores.items() if name != "7")
     known = [one.difference for name, one in scores.items() if name != "7"]
     assert said["sources"]["s"]["mean_difference"] == pytest.approx(np.mean(known))
     assert len({round(one, 9) for one in known}) == 7

@@ -30,7 +30,7 @@ ALLOWED = {
     # After pre-training; nothing but the command line imports them.
     "rewriting": _TRAINING | {"evaluation"},
     "verification": {"config"},
-    "aptitude": _TRAINING | {"evaluation"},
+    "aptitude": _TRAINING | {"evaluation", "analysis"},
     "cli": _TRAINING
     | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting", "verification", "aptitude"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from unipool_jax.aptitude.anchors import read_anchors
 from unipool_jax.aptitude.candidates import read_candidates
+from unipool_jax.aptitude.expert_use import UseObserver, correlations
 from unipool_jax.aptitude.likelihood import LikelihoodScorer, model_fingerprint
 from unipool_jax.aptitude.requests import AptitudeScoreRequest
 from unipool_jax.aptitude.scores import append_scores, read_scores
@@ -31,7 +32,8 @@ def score_command(request: AptitudeScoreRequest) -> int:
     under = json_sha256(["likelihood", model_fingerprint(model), anchors, request.seed])[:16]
     print(title)
     out = Path(request.out)
-    scoring = append_scores(out, chosen, anchors, LikelihoodScorer(model), request.seed, under)
+    observer = None if model.config.moe.router == "none" else UseObserver(model)
+    scoring = append_scores(out, chosen, anchors, LikelihoodScorer(model), request.seed, under, observer)
     new = sum(1 for _ in tqdm(scoring, desc="scoring", unit=" questions", disable=None))
     table = read_scores(out) if chosen else {}
     print(f"{out}: {new:,} new, {len(table):,} in all, under {under}")
@@ -44,7 +46,15 @@ def score_command(request: AptitudeScoreRequest) -> int:
             "questions": len(own),
             "unscored": len(own) - len(known_N),
             "mean_difference": float(known_N.mean()) if len(known_N) else None,
+            "rank_correlations": {
+                name: None if one is None else one._asdict() for name, one in correlations(own).items()
+            },
         }
-        print(f"{source}: {found[source]}")
+        print(
+            f"{source}: {len(own):,} questions, mean difference {known_N.mean() if len(known_N) else np.nan:.4g} nats"
+        )
+        for name, one in correlations(own).items():
+            if one is not None:
+                print(f"  {name}: {one.rho:.3f} ({one.low:.3f} to {one.high:.3f})")
     print(json.dumps({"under": under, "sources": found}))
     return 0

@@ -33,6 +33,19 @@ Scorer = Callable[[Sequence[Shown]], Sequence[float | None]]
 what it cannot read."""
 
 
+class Use(NamedTuple):
+    """Experts that the solutions in both formats visit."""
+
+    distance: float
+    """Between their shares of experts, 0 to 1."""
+    tokens_cot: int
+    tokens_tir: int
+
+
+Observer = Callable[[str, str, str], Use | None]
+"""Compares the experts of two solutions, given the question and both; None for what it cannot read."""
+
+
 class Score(NamedTuple):
     """What showing a question's solutions is worth."""
 
@@ -46,6 +59,12 @@ class Score(NamedTuple):
     tir: float | None
     error: float | None
     """Standard error of `cot - tir` over anchors, which are the same for both."""
+    use: Use | None = None
+    """None of a model without routers."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of the table."""
+        return self._asdict() | {"use": None if self.use is None else self.use._asdict()}
 
     @property
     def difference(self) -> float:
@@ -53,7 +72,14 @@ class Score(NamedTuple):
         return np.nan if self.cot is None or self.tir is None else self.cot - self.tir
 
 
-def score(candidate: Candidate, anchors: Sequence[Mapping[str, str]], scorer: Scorer, seed: int, under: str) -> Score:
+def score(
+    candidate: Candidate,
+    anchors: Sequence[Mapping[str, str]],
+    scorer: Scorer,
+    seed: int,
+    under: str,
+    observer: Observer | None = None,
+) -> Score:
     """Score one candidate.
 
     `S = 1/A sum_i score(G(question, solution, anchor_i))` for one solution in either format, and M = 1. The candidate
@@ -65,6 +91,7 @@ def score(candidate: Candidate, anchors: Sequence[Mapping[str, str]], scorer: Sc
       scorer: what is asked.
       seed: of the choice of a solution.
       under: see `Score`.
+      observer: looks at the experts.
 
     Raises:
       UserError: no anchor is left.
@@ -77,20 +104,22 @@ def score(candidate: Candidate, anchors: Sequence[Mapping[str, str]], scorer: Sc
     asked = [
         Shown(candidate.question, solutions[kind], one["question"], one["answer"]) for kind in FORMATS for one in others
     ]
+    use = observer(candidate.question, *(solutions[kind] for kind in FORMATS)) if observer is not None else None
     found = scorer(asked)
     known = [value for value in found if value is not None]
     if len(known) < len(asked):
-        return Score(candidate.id, under, shown, None, None, None)
+        return Score(candidate.id, under, shown, None, None, None, use)
     values_FA = np.array(known, np.float64).reshape(2, len(others))
     spread = float(np.std(values_FA[0] - values_FA[1], ddof=1) / np.sqrt(len(others))) if len(others) > 1 else None
     cot, tir = values_FA.mean(axis=1).tolist()
-    return Score(candidate.id, under, shown, cot, tir, spread)
+    return Score(candidate.id, under, shown, cot, tir, spread, use)
 
 
 def read_scores(path: Path) -> dict[str, Score]:
     """Scores by id; raises FileError for a damaged line or a second score of a question."""
     number = float | None
     fields: dict[str, Any] = {"id": str, "under": str, "shown": int, "cot": number, "tir": number, "error": number}
+    fields |= {"use": dict | None, "use.distance": float, "use.tokens_cot": int, "use.tokens_tir": int}
     found: dict[str, Score] = {}
     for line in read_lines(path, fields, _ADVICE):
         if line.problem is not None:
@@ -98,7 +127,9 @@ def read_scores(path: Path) -> dict[str, Score]:
         record = line.record
         if record["id"] in found:
             raise FileError(f"{path}: two scores of {record['id']!r}; delete one of the lines")
-        found[record["id"]] = Score(**{name: record[name] for name in Score._fields})
+        own = {name: record[name] for name in Score._fields}
+        use = own["use"] and Use(**{name: own["use"][name] for name in Use._fields})
+        found[record["id"]] = Score(**(own | {"use": use}))
     return found
 
 
@@ -109,6 +140,7 @@ def append_scores(
     scorer: Scorer,
     seed: int,
     under: str,
+    observer: Observer | None = None,
 ) -> Iterator[Score]:
     """Score the candidates that a file does not have yet; each is in the file when it is yielded.
 
@@ -128,8 +160,8 @@ def append_scores(
         with path.open("ab") as file:
             for candidate in candidates:
                 if candidate.id not in done:
-                    new = score(candidate, anchors[candidate.source], scorer, seed, under)
-                    file.write((json.dumps(new._asdict()) + "\n").encode())
+                    new = score(candidate, anchors[candidate.source], scorer, seed, under, observer)
+                    file.write((json.dumps(new.as_json()) + "\n").encode())
                     file.flush()
                     yield new
 

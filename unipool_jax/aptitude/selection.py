@@ -107,7 +107,7 @@ def write_selection(
     write_text(out, "".join(f"{line}\n" for line in training_lines(selected)))
     manifest = {
         "candidates_sha256": fingerprint(candidates),
-        "scores_sha256": json_sha256([scores[name]._asdict() for name in sorted(scores)]),
+        "scores_sha256": json_sha256([scores[name].as_json() for name in sorted(scores)]),
         "scored_under": next((one.under for one in scores.values()), None),
         "selection_sha256": file_sha256(out),
         "settings": dict(settings),
