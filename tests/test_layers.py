@@ -31,8 +31,10 @@ ALLOWED = {
     "rewriting": _TRAINING | {"evaluation"},
     "verification": {"config"},
     "retrieval": _TRAINING | {"evaluation", "convert"},
+    "aptitude": _TRAINING | {"evaluation", "analysis"},
     "cli": _TRAINING
-    | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting", "verification", "retrieval"},
+    | {"evaluation", "convert", "planner", "analysis"}
+    | {"pruning", "rewriting", "verification", "retrieval", "aptitude"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }
