@@ -68,6 +68,10 @@ CODES = {
 }
 
 
+BM25 = {"60826f9f0dd711c8": 0.3073, "bae6fff072c78e29": 0.5474}
+"""nDCG@10 on the queries to test on, by digest: of CPython 3.11.7."""
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("library")
@@ -145,3 +149,20 @@ def test_bm25_finds_functions_of_the_standard_library() -> None:
     )
     assert 0.3 < found < 0.9
     assert chance < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "low", "high"), [("docstring", 0.2, 0.5), ("ccr", 0.4, 0.8)])
+def test_tasks_of_the_standard_library_are_neither_trivial_nor_hopeless(name: str, low: float, high: float) -> None:
+    """BM25 in a range that holds for any Python, and at its value for the Python whose pairs are known."""
+    whole = library_tasks(standard_library(), 0)[name]
+    part = divided(whole, 0)["test"]
+    index = make_index(part)
+    scorers = bm25_scorer(list(part.queries.values()), index.texts), random_scorer(len(index.texts), 0)
+    found, chance = (
+        measure(search(scorer, len(part.queries), index.text_D, 100), index.grades).ndcg_10.mean() for scorer in scorers
+    )
+    assert len(whole.queries) > 3000
+    assert chance < 0.01
+    assert low < found < high
+    assert found == pytest.approx(BM25.get(digest(whole), found), abs=0.005)

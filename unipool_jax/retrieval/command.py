@@ -135,6 +135,7 @@ def compare(
       request: how.
     """
     index, queries = make_index(collection), list(collection.queries.values())
+    print(f"{name}: embedding {len(queries):,} queries and {len(index.texts):,} texts", flush=True)
     found = [embed(model, states, texts, request.pooling) for texts in (queries, index.texts)]
     scorers = {
         "model": cosine_scorer(*(one.vectors_ND for one in found)),
