@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import oracles
-from alphabet import config_of, log_likelihood, random_model
+from alphabet import alphabet_model, config_of, log_likelihood, random_model
 from unipool_jax.aptitude import score_command
 from unipool_jax.aptitude.expert_use import UseObserver, correlations
+from unipool_jax.aptitude.generation import GenerationScorer
 from unipool_jax.aptitude.likelihood import LikelihoodScorer, model_fingerprint, one_shot
 from unipool_jax.aptitude.scores import Score, Shown, Use, read_scores
 from unipool_jax.cli.main import execute
@@ -34,6 +35,22 @@ def test_a_score_is_the_mean_of_the_tokens_in_numpy(model: LanguageModel) -> Non
         total, _ = log_likelihood(model, list(text.encode()), list(f" {one.answer}".encode()))
         assert value == pytest.approx(total / (1 + len(one.answer)), rel=1e-4)
     assert one_shot(asked[0])[1] == " 4"
+
+
+def test_generated_answers_are_right_or_wrong() -> None:
+    """A model that goes on with the alphabet: after `:` comes `;`."""
+    model = alphabet_model()._replace(config=config_of("data.sequence_length=64"))
+    scorer = GenerationScorer(model, 3)
+    boxed = r"\boxed{4}"  # of the demonstration, so it is no answer
+    asked = [
+        Shown("1+1", boxed + 5 * " ", "2+2", "4"),
+        *(Shown("1+1", "2 and so on.", "2+2", a) for a in (";<=", ";<")),
+    ]
+    assert scorer(asked) == [0.0, 1.0, 0.0]
+    assert scorer.complete(["x" * 48 + end for end in "abm"] + ["x" * 62]) == ["bcd", "cde", "nop", None]
+    assert scorer([Shown("1+1", "x" * 64, "2+2", "4")]) == [None]
+    with pytest.raises(UserError, match="max_tokens=64: the model reads 64 tokens"):
+        GenerationScorer(model, 64)
 
 
 def test_what_does_not_fit_has_no_score(model: LanguageModel) -> None:

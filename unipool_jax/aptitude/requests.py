@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from unipool_jax.aptitude.rule import Variant
 from unipool_jax.config.ranges import Range
@@ -40,11 +40,11 @@ class AnchorsRequest:
 class AptitudeScoreRequest:
     """Score how much a question's solutions, in text and as programs, help a trained model with the anchors.
 
-    The score is the mean log-likelihood, in nats a token, of the anchors' answers after one solution. Given again, the
-    command goes on where it was.
+    A score is the mean over the anchors, each asked after one solution. Given again, the command goes on where it was.
 
         unipool aptitude score candidates.jsonl anchors=anchors.json run=runs/mymodel out=scores.jsonl
         unipool aptitude score candidates.jsonl anchors=anchors.json run=runs/mymodel out=half.jsonl part=0 parts=2
+        unipool aptitude score candidates.jsonl anchors=anchors.json run=runs/mymodel out=right.jsonl by=generation
     """
 
     candidates: Annotated[str, Positional()]
@@ -57,6 +57,11 @@ class AptitudeScoreRequest:
     """Folder of a run, or `latest`, the run below runs/ that was saved to last."""
     step: Annotated[int | None, Range(0, 1_000_000_000)] = None
     """Which checkpoint of the run; null is the newest."""
+    by: Literal["likelihood", "generation"] = "likelihood"
+    """`likelihood`: log-likelihood of an anchor's answer, in nats a token. `generation`: whether the answer that the
+    model generates is right, as published; the Python in it is run, in a process without network or files to write."""
+    max_tokens: Annotated[int, Range(1, 100_000)] = 128
+    """Tokens of each of up to six continuations of an answer (`by=generation`)."""
     part: Annotated[int, Range(0, 9999)] = 0
     """Which part of the candidates, of `parts`: one for each device, in processes and files of their own."""
     parts: Annotated[int, Range(1, 10_000)] = 1

@@ -11,9 +11,10 @@ from tqdm import tqdm
 from unipool_jax.aptitude.anchors import read_anchors
 from unipool_jax.aptitude.candidates import read_candidates
 from unipool_jax.aptitude.expert_use import UseObserver, correlations
+from unipool_jax.aptitude.generation import GenerationScorer
 from unipool_jax.aptitude.likelihood import LikelihoodScorer, model_fingerprint
 from unipool_jax.aptitude.requests import AptitudeScoreRequest
-from unipool_jax.aptitude.scores import append_scores, read_scores
+from unipool_jax.aptitude.scores import Scorer, append_scores, read_scores
 from unipool_jax.data.store_format import json_sha256
 from unipool_jax.evaluation.requests import EvalRequest
 from unipool_jax.evaluation.tasks_command import open_model
@@ -29,11 +30,16 @@ def score_command(request: AptitudeScoreRequest) -> int:
     chosen = candidates[request.part :: request.parts]
     anchors = read_anchors(Path(request.anchors))["anchors"]
     model, title = open_model(EvalRequest(request.run, step=request.step))
-    under = json_sha256(["likelihood", model_fingerprint(model), anchors, request.seed])[:16]
+    scorer: Scorer
+    if request.by == "generation":
+        scorer, how = GenerationScorer(model, request.max_tokens), f"generation {request.max_tokens}"
+    else:
+        scorer, how = LikelihoodScorer(model), "likelihood"
+    under = json_sha256([how, model_fingerprint(model), anchors, request.seed])[:16]
     print(title)
     out = Path(request.out)
     observer = None if model.config.moe.router == "none" else UseObserver(model)
-    scoring = append_scores(out, chosen, anchors, LikelihoodScorer(model), request.seed, under, observer)
+    scoring = append_scores(out, chosen, anchors, scorer, request.seed, under, observer)
     new = sum(1 for _ in tqdm(scoring, desc="scoring", unit=" questions", disable=None))
     table = read_scores(out) if chosen else {}
     print(f"{out}: {new:,} new, {len(table):,} in all, under {under}")
@@ -50,9 +56,7 @@ def score_command(request: AptitudeScoreRequest) -> int:
                 name: None if one is None else one._asdict() for name, one in correlations(own).items()
             },
         }
-        print(
-            f"{source}: {len(own):,} questions, mean difference {known_N.mean() if len(known_N) else np.nan:.4g} nats"
-        )
+        print(f"{source}: {len(own):,} questions, mean difference {known_N.mean() if len(known_N) else np.nan:.4g}")
         for name, one in correlations(own).items():
             if one is not None:
                 print(f"  {name}: {one.rho:.3f} ({one.low:.3f} to {one.high:.3f})")

@@ -75,7 +75,7 @@ def counts_of(selected: Mapping[str, tuple[list[Candidate], Choice, np.ndarray]]
         solutions_N = np.array([len(one.cot) for one in chosen])
         errors_N = np.array([_error(scores.get(one.id)) for one in chosen])
         # Whether the other side of the threshold is within two standard errors.
-        near_N = np.abs(difference_N - (np.nan if kept.threshold is None else kept.threshold)) < 2 * errors_N
+        near_N = np.abs(difference_N - (np.nan if kept.threshold is None else kept.threshold)) <= 2 * errors_N
         found[source] = {
             "questions": len(chosen),
             "unscored": int((~np.isfinite(difference_N)).sum()),
