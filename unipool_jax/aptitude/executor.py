@@ -6,6 +6,7 @@ What is contained, and what is not, is in docs/after_pretraining.md.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import platform
@@ -16,13 +17,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 from unipool_jax.aptitude import contained
 from unipool_jax.config.errors import UserError
 
-_SOURCE = Path(contained.__file__).read_text(encoding="utf-8")
+_SOURCE = inspect.getsource(contained)
 
 Status = Literal["ok", "error", "time", "memory", "output", "killed"]
 """`ok`: ended without an error; `error`: with one; `time`, `memory`, `output`: over that limit; `killed`: by a signal.

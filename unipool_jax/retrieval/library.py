@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from unipool_jax.config.files import FileError
+from unipool_jax.config.files import FileError, read_text
 from unipool_jax.retrieval.folder import Collection
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -57,11 +57,11 @@ def functions(folder: Path) -> Iterator[Function]:
         inside = path.relative_to(folder)
         if LEFT_OUT.isdisjoint(inside.parts):
             try:
-                source = path.read_text(encoding="utf-8")
+                source = read_text(path)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # about escapes in other people's strings
                     tree = ast.parse(source)
-            except (OSError, ValueError, SyntaxError):
+            except (FileError, ValueError, SyntaxError):
                 continue
             yield from _functions(tree, source.splitlines(), inside.as_posix())
 
