@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -15,17 +16,23 @@ import pytest
 
 from runner import assert_same, final_state, overrides
 from tiny import tiny_batch, tiny_config, tiny_state
+from unipool_jax.chat import command
+from unipool_jax.chat.answering import Answerer
+from unipool_jax.chat.requests import ChatRequest
+from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.conversation_store import ConversationStore, conversation_store, pack
-from unipool_jax.data.conversations import read_examples
+from unipool_jax.data.conversations import Example, Exchange, read_examples
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import EvalWindows, WindowSource
 from unipool_jax.data.templates import load_template
 from unipool_jax.data.tokenizer import ByteTokenizer
 from unipool_jax.data.unigram import token_counts
-from unipool_jax.model.transformer import LayerInputs, Positions, Selection, apply
+from unipool_jax.evaluation.requests import EvalRequest
+from unipool_jax.evaluation.tasks_command import open_model
+from unipool_jax.model.transformer import LayerInputs, Positions, Selection, apply, forward
 from unipool_jax.training import loop
 from unipool_jax.training.run_folder import RunError
 from unipool_jax.training.state import TrainState
@@ -193,9 +200,12 @@ def test_what_does_not_count_has_no_gradient() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps on sums."""
+    """A run on text, and one of six steps on sums that starts from it."""
     place = tmp_path_factory.mktemp("conversations")
     written(place, *sums(8))
+    assert (
+        loop.train(compose_config(overrides(place, "run.name=text", "data.document_mask=true", "train.steps=6"))) == 0
+    )
     assert loop.train(chats(place)) == 0
     return place
 
@@ -204,7 +214,8 @@ def chats(folder: Path, *more: str) -> Config:
     """The configuration of a tiny run on the conversations in `folder`."""
     words = [word for word in overrides(folder) if not word.startswith(("data.files", "data.source"))]
     words += ["data=conversations", f"data.files=[{folder / 'chats.jsonl'}]", "data.template=prompt"]
-    return compose_config([*words, "train.steps=6", *more])
+    start = f"run.init_from={folder / 'runs' / 'text'}"
+    return compose_config([*words, start, "train.steps=6", *more])
 
 
 def test_a_run_resumes_bit_for_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,11 +243,57 @@ def test_a_run_resumes_bit_for_bit(folder: Path, monkeypatch: pytest.MonkeyPatch
         loop.train(chats(folder, "run.name=resumed", "data.template=plain"))
 
 
-def test_a_run_starts_from_one_on_text(folder: Path) -> None:
-    words = overrides(folder, "run.name=text", "data.document_mask=true", "train.steps=6")
-    assert loop.train(compose_config(words)) == 0
-    tuned = chats(folder, "run.name=tuned", f"run.init_from={folder / 'runs' / 'text'}")
-    assert loop.train(tuned) == 0
+def test_answers_are_exactly_right_or_wrong(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted against greedy decoding by whole forward passes, on references that are its own answers or are not."""
+    run = folder / "runs" / "tiny"
+    model = open_model(EvalRequest(str(run)))[0]
+    read = jax.jit(functools.partial(forward, model.config))
+    lines = []
+    for number, prompt in enumerate(("1+1=", "2+3=", "44+1=")):
+        tokens = ids(prompt)
+        for _ in range(4):
+            padded = np.array([tokens + [0] * (16 - len(tokens))])
+            logits, _ = read(model.params, padded, model.balance.expert_bias_GNE)
+            tokens.append(int(np.argmax(logits[0, len(tokens) - 1, :257])))
+            if tokens[-1] == END:
+                break
+        answer = tokens[len(prompt) :]
+        lines.append((prompt, answer if number else [*answer[:-1], (answer[-1] + 1) % 256]))
+    examples = [
+        Example(np.array(ids(prompt), np.int32), np.array(answer, np.int32), Exchange((), "", ""))
+        for prompt, answer in [*lines, ("x" * 13, [1])]
+    ]
+    monkeypatch.setattr(command, "read_examples", lambda *_: examples)
+    out = folder / "answers.jsonl"
+    words = ["answers", str(run), f"files=[{folder / 'chats.jsonl'}]", "max_tokens=4", f"out={out}"]
+    assert execute(words) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["exact_match"], found["questions"], found["not_answered"]) == (0.5, 4, 1)
+    assert found["low"] < 0.5 < found["high"]
+    written_lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["right"] for line in written_lines] == [False, True, True, False]
+    assert written_lines[3]["answer"] is None
+    with pytest.raises(ConfigError, match="max_tokens=16: the model reads 16 positions"):
+        execute([*words[:3], "max_tokens=16"])
+
+
+def test_a_chat_keeps_what_was_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said, seen = iter(["1+1=", "12345678901234", "/new", "2+2=", ""]), []
+
+    def drawn(_: Answerer, prompts: list[np.ndarray]) -> list[np.ndarray | None]:
+        seen.append(BYTES.decode(prompts[0]))
+        return [None if len(prompts[0]) > 12 else np.array([*ids("2"), END], np.int32)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Answerer, "answers", drawn)
+        request = ChatRequest(str(folder / "runs" / "tiny"), max_tokens=4)
+        assert command.chat_command(request, lambda _: next(said)) == 0
+    assert seen == ["1+1=", "12345678901234", "2+2="]
+    output = capsys.readouterr().out
+    assert output.count("\n2\n") == 2
+    assert "this makes 14 tokens, and there is room for 12; /new begins anew" in output
 
 
 def test_settings_that_do_not_fit() -> None:

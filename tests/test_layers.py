@@ -30,7 +30,8 @@ ALLOWED = {
     # After pre-training; nothing but the command line imports them.
     "rewriting": _TRAINING | {"evaluation"},
     "verification": {"config"},
-    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting", "verification"},
+    "chat": _TRAINING | {"evaluation"},
+    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting", "verification", "chat"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }
