@@ -32,9 +32,10 @@ ALLOWED = {
     "verification": {"config"},
     "retrieval": _TRAINING | {"evaluation", "convert"},
     "aptitude": _TRAINING | {"evaluation", "analysis"},
+    "chat": _TRAINING | {"evaluation"},
     "cli": _TRAINING
     | {"evaluation", "convert", "planner", "analysis"}
-    | {"pruning", "rewriting", "verification", "retrieval", "aptitude"},
+    | {"pruning", "rewriting", "verification", "retrieval", "aptitude", "chat"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }

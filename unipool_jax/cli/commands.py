@@ -159,6 +159,18 @@ COMMANDS = (
         "unipool_jax.evaluation.export_tasks:export_command",
     ),
     Command(
+        "chat",
+        "Talk to a fine-tuned model in the terminal.",
+        "unipool_jax.chat.requests:ChatRequest",
+        "unipool_jax.chat.command:chat_command",
+    ),
+    Command(
+        "answers",
+        "Count the prompts that a fine-tuned model answers exactly.",
+        "unipool_jax.chat.requests:AnswersRequest",
+        "unipool_jax.chat.command:answers_command",
+    ),
+    Command(
         "trig data",
         "Make trigonometric equations with proofs, to train on and to solve.",
         "unipool_jax.rewriting.requests:TrigDataRequest",

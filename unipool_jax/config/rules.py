@@ -374,16 +374,18 @@ def _split(config: Config) -> Iterator[str]:
 @_rule(about_data=True)
 def _sources(config: Config) -> Iterator[str]:
     data = config.data
+    # Conversations are read from data.files too.
+    kind = "files" if data.source == "conversations" else data.source
     for name, source, choice in (("files", "files", "text"), ("stores", "stores", "pile")):
         paths: tuple[str, ...] = getattr(data, name)
-        if paths and data.source != source:
+        if paths and kind != source:
             yield (
                 f"data.{name}={list(paths)}: unused with data.source={data.source}; "
                 f"choose data={choice} (data.source={source}) or remove them"
             )
-        if not paths and data.source == source:
-            yield f"data.{name}=[]: data.source={source} needs at least one; set data.{name}=[PATH,...]"
-    if data.source == "files":
+        if not paths and kind == source:
+            yield f"data.{name}=[]: data.source={data.source} needs at least one; set data.{name}=[PATH,...]"
+    if kind == "files":
         for path in data.files:
             if not _names_files(path):
                 yield (

@@ -410,15 +410,19 @@ class TrainConfig:
 class DataConfig:
     """Where text comes from and how it is split."""
 
-    source: Literal["demo", "files", "stores"] = "demo"
+    source: Literal["demo", "files", "stores", "conversations"] = "demo"
     """`demo`: the corpus in the package; `files`: data.files, tokenized once into data.cache_dir; `stores`:
-    data.stores."""
+    data.stores; `conversations`: prompts and responses in data.files, of which only responses are learned."""
     files: tuple[str, ...] = ()
     """Files (.txt, .text, .md, .markdown, .rst, .jsonl with or without .gz, .zst or .xz, .parquet), folders of them, or
-    patterns, with data.source=files. Fewer than twenty documents are cut into pieces, see docs/data.md."""
+    patterns, with data.source=files; .jsonl files with data.source=conversations. Fewer than twenty documents of
+    data.source=files are cut into pieces, see docs/data.md."""
     stores: tuple[str, ...] = ()
     """Token stores built by `unipool data`, or prefixes of Megatron pairs (PREFIX.bin and PREFIX.idx),
     with data.source=stores."""
+    template: str = "plain"
+    """How messages become a prompt, with data.source=conversations: `prompt`, `plain`, `chatml`, or the path of a
+    Jinja template."""
     tokenizer: str = "demo"
     """`bytes`, `demo`, `gpt2`, or the path of a tokenizer.json file."""
     sequence_length: int = 1024

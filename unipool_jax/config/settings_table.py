@@ -129,7 +129,7 @@ TABLE: dict[str, Effect] = {
         why="until a step is not finite both are the same; then `stop` has no way on but `skip`, and the step is logged"
     ),
     "data.source": Effect(place=True, why=_PLACE.why),
-    **dict.fromkeys(("data.files", "data.stores", "data.tokenizer"), _PLACE),
+    **dict.fromkeys(("data.files", "data.stores", "data.tokenizer", "data.template"), _PLACE),
     **dict.fromkeys(("data.sequence_length", "data.split", "data.split_order"), _TEXT),
     # Not a setting of the text: the same tokens are predicted, so runs with and without it are compared.
     "data.document_mask": _NUMBERS,

@@ -110,5 +110,5 @@ def _validate(config: Config) -> None:
 def _text_of(config: Config) -> str:
     """Which text training will read."""
     data = config.data
-    names = {"demo": ["the demo corpus"], "files": data.files, "stores": data.stores}[data.source]
+    names = ["the demo corpus"] if data.source == "demo" else [*data.files, *data.stores]
     return f"its text is {', '.join(names)}"

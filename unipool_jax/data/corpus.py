@@ -59,12 +59,16 @@ def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
       DataError: missing or damaged data, or a tokenizer with more ids than the embedding has rows.
     """
     tokenizer = load_tokenizer(data.tokenizer)
+    names: tuple[str, ...]
+    stores: list[TokenStore]
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"model.vocab_size={vocab_size}: data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} ids; "
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
-    if data.source == "stores":
+    if data.source == "conversations":
+        stores, names = [_conversations(data, tokenizer)], (", ".join(data.files),)
+    elif data.source == "stores":
         stores, names = [_open(path, tokenizer, data) for path in data.stores], data.stores
     else:
         stores = [_cached(data, tokenizer)]
@@ -75,6 +79,18 @@ def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
         if report := loss_report(store):
             print(report, file=sys.stderr)
     return Corpus(tokenizer, stores, names)
+
+
+def _conversations(data: DataConfig, tokenizer: Tokenizer) -> TokenStore:
+    """The store of the conversations in data.files, made anew in memory."""
+    from unipool_jax.data.conversation_store import conversation_store
+
+    inputs = find_inputs(data.files)
+    if note := inputs.note():
+        print(note, file=sys.stderr)
+    return conversation_store(
+        inputs.files, data.template, data.sequence_length, tokenizer, data.split, data.split_order
+    )
 
 
 def _cached(data: DataConfig, tokenizer: Tokenizer) -> TokenStore:

@@ -16,7 +16,7 @@ from unipool_jax.data.errors import DataError
 from unipool_jax.data.splits import SplitName
 from unipool_jax.data.store_format import json_sha256
 from unipool_jax.data.store_reader import TokenStore
-from unipool_jax.data.streams import DocumentStream, read_ranges
+from unipool_jax.data.streams import DocumentStream, count_ranges, read_ranges
 
 
 class Batch(NamedTuple):
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     inputs: np.ndarray  # [B, S] int32
     targets: np.ndarray  # [B, S] int32
-    weights: np.ndarray  # [B, S] float32, 1 where the target counts, 0 for padding
+    weights: np.ndarray  # [B, S] float32, 1 where the target counts, 0 for padding and prompts
     segments: np.ndarray | None = None  # [B, S] int32, the document of each input; None: documents are not kept apart
 
     def mapped(self, function: Callable[[np.ndarray], np.ndarray]) -> "Batch":
@@ -185,8 +185,8 @@ class WindowSource:
                 self._windows[store] = windows
             return windows
 
-    def tokens(self, indices: Sequence[int]) -> np.ndarray:
-        """Windows `indices` as int32 `[len(indices), S + 1]`; IndexError if out of range."""
+    def _ranges(self, indices: Sequence[int]) -> tuple[list[DocumentStream], list[tuple[int, int, int]]]:
+        """The streams that windows `indices` lie in, and where; IndexError if out of range."""
         ranges = []
         used: list[DocumentStream] = []
         places: dict[int, int] = {}
@@ -200,7 +200,18 @@ class WindowSource:
                 used.append(windows.stream)
             start = int(windows.order[index // len(self.stores)]) * self.sequence_length
             ranges.append((places[store], start, start + self.sequence_length + 1))
-        return read_ranges(used, ranges).reshape(len(indices), self.sequence_length + 1)
+        return used, ranges
+
+    def tokens(self, indices: Sequence[int]) -> np.ndarray:
+        """Windows `indices` as int32 `[len(indices), S + 1]`; IndexError if out of range."""
+        return read_ranges(*self._ranges(indices)).reshape(len(indices), self.sequence_length + 1)
+
+    def _weights(self, indices: Sequence[int]) -> np.ndarray:
+        """Weights of the targets of windows `indices`, float32 `[len(indices), S]`."""
+        if all(store.all_count for store in self.stores):
+            return np.ones((len(indices), self.sequence_length), np.float32)
+        counted = count_ranges(*self._ranges(indices)).reshape(len(indices), self.sequence_length + 1)
+        return counted[:, 1:].astype(np.float32)
 
     def fingerprint(self) -> str:
         """Hash of everything that determines the content of the windows.
@@ -217,7 +228,7 @@ class WindowSource:
         tokens = self.tokens(indices)
         inputs = tokens[:, :-1]
         segments = segment_ids(inputs, self.stores[0].eod) if self._document_mask else None
-        return Batch(inputs, tokens[:, 1:], np.ones(inputs.shape, np.float32), segments)
+        return Batch(inputs, tokens[:, 1:], self._weights(indices), segments)
 
     def __getitem__(self, index: int) -> Batch:
         """Window `index` as one row: arrays `[S]`."""
@@ -300,9 +311,14 @@ class EvalWindows:
             ranges += self._ranges(index * length, index * length + int(sizes[row, 0]) + 1)
         tokens[np.arange(length + 1) <= sizes] = read_ranges(self._streams, ranges)
         real = np.arange(length) < sizes
+        weights = real.astype(np.float32)
+        if not all(store.all_count for store in self.stores):
+            counted = np.zeros(tokens.shape, bool)
+            counted[np.arange(length + 1) <= sizes] = count_ranges(self._streams, ranges)
+            weights *= counted[:, 1:]
         inputs = tokens[:, :-1] * real
         segments = segment_ids(inputs, self.stores[0].eod, real) if self._document_mask else None
-        return Batch(inputs, tokens[:, 1:], real.astype(np.float32), segments)
+        return Batch(inputs, tokens[:, 1:], weights, segments)
 
     def target_counts(self) -> np.ndarray:
         """How often each id is a target, int64 `[vocab_size]`.
@@ -312,7 +328,10 @@ class EvalWindows:
         counts = np.zeros(self.stores[0].vocab_size, np.int64)
         for start in range(0, self.num_targets, 1 << 20):
             stop = min(start + (1 << 20), self.num_targets)
-            tokens = read_ranges(self._streams, self._ranges(start + 1, stop + 1))
+            ranges = self._ranges(start + 1, stop + 1)
+            tokens = read_ranges(self._streams, ranges)
+            if not all(store.all_count for store in self.stores):
+                tokens = tokens[count_ranges(self._streams, ranges)]
             counts += np.bincount(tokens, minlength=len(counts))
         return counts
 

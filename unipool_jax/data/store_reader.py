@@ -50,6 +50,8 @@ class TokenStore:
     split_order: SplitOrder
     text_bytes: int | None
     manifest: dict[str, Any]
+    all_count: bool = True
+    """Whether every token counts as a target; if not, `count_many` says which do."""
     memory: Path | None = None
     """Folder that remembers hashes of large stores; see `hashing`."""
 
@@ -75,6 +77,10 @@ class TokenStore:
 
     def _read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
         raise NotImplementedError
+
+    def count_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+        """Which tokens of each range count as targets, bool; arguments as `read_many`."""
+        return [np.ones(stop - start, bool) for start, stop in zip(starts, stops, strict=True)]
 
     def _stored(self, start: int, stop: int) -> np.ndarray:
         """Tokens as they are stored, which is faster than `read`."""

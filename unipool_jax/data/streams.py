@@ -1,12 +1,15 @@
 """Documents in a chosen order, read as one long stream of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from unipool_jax.data.store_reader import TokenStore
 
 _BLOCK = 256
+
+Ranges = Callable[[TokenStore, Sequence[int], Sequence[int]], list[np.ndarray]]
 
 
 class DocumentStream:
@@ -49,7 +52,19 @@ class DocumentStream:
 
 
 def read_ranges(streams: Sequence[DocumentStream], ranges: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Concatenated tokens of `(stream, start, stop)` ranges, int32 `[total length]`.
+    """Concatenated tokens of `(stream, start, stop)` ranges, int32 `[total length]`."""
+    return _joined(streams, ranges, lambda store, starts, stops: store.read_many(starts, stops), np.dtype(np.int32))
+
+
+def count_ranges(streams: Sequence[DocumentStream], ranges: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Which tokens of `(stream, start, stop)` ranges count as targets, bool `[total length]`."""
+    return _joined(streams, ranges, lambda store, starts, stops: store.count_many(starts, stops), np.dtype(bool))
+
+
+def _joined(
+    streams: Sequence[DocumentStream], ranges: Sequence[tuple[int, int, int]], read: Ranges, dtype: np.dtype[Any]
+) -> np.ndarray:
+    """What `read` says of `ranges`, joined.
 
     All reads of one store are issued together, so that they can overlap.
     """
@@ -62,7 +77,6 @@ def read_ranges(streams: Sequence[DocumentStream], ranges: Sequence[tuple[int, i
             starts[stream].append(int(low))
             stops[stream].append(int(high))
     pieces = [
-        stream.store.read_many(low, high) if low else []
-        for stream, low, high in zip(streams, starts, stops, strict=True)
+        read(stream.store, low, high) if low else [] for stream, low, high in zip(streams, starts, stops, strict=True)
     ]
-    return np.concatenate([np.empty(0, np.int32), *(pieces[stream][place] for stream, place in order)])
+    return np.concatenate([np.empty(0, dtype), *(pieces[stream][place] for stream, place in order)])

@@ -9,7 +9,7 @@ import numpy as np
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.splits import SplitName
 from unipool_jax.data.store_reader import TokenStore
-from unipool_jax.data.streams import DocumentStream, read_ranges
+from unipool_jax.data.streams import DocumentStream, count_ranges, read_ranges
 
 _BLOCK = 1 << 20
 
@@ -22,12 +22,15 @@ class UnigramLoss(NamedTuple):
 
 
 def token_counts(stores: Sequence[TokenStore], split: SplitName) -> np.ndarray:
-    """Occurrences of each id in a split of `stores`, int64 `[vocab_size]`."""
+    """Occurrences of each id, where it counts as a target, in a split of `stores`, int64 `[vocab_size]`."""
     counts = np.zeros(stores[0].vocab_size, np.int64)
     for store in stores:
         stream = DocumentStream(store, store.split_documents(split))
         for start in range(0, stream.num_tokens, _BLOCK):
-            tokens = read_ranges([stream], [(0, start, min(start + _BLOCK, stream.num_tokens))])
+            ranges = [(0, start, min(start + _BLOCK, stream.num_tokens))]
+            tokens = read_ranges([stream], ranges)
+            if not store.all_count:
+                tokens = tokens[count_ranges([stream], ranges)]
             counts += np.bincount(tokens, minlength=len(counts))
     return counts
 

@@ -43,6 +43,7 @@ def relocated(folder: Path, config: Config, started_in: str | None = None) -> Co
         data,
         files=_placed(data.files, bases, lambda path: bool(named_files(str(path)))),
         stores=_placed(data.stores, bases, lambda path: path.is_dir() or Path(f"{path}.idx").is_file()),
+        template=_placed((data.template,), bases, Path.is_file)[0],
         cache_dir=_placed((data.cache_dir,), bases, Path.is_dir)[0],
         tokenizer=tokenizer,
     )

@@ -52,7 +52,7 @@ def data_label(config: Config) -> str:
     data = config.data
     if data.source == "demo":
         return ""
-    paths = [os.path.normpath(path) for path in (data.files if data.source == "files" else data.stores)]
+    paths = [os.path.normpath(path) for path in (data.stores if data.source == "stores" else data.files)]
     if len(paths) == 1 and len(paths[0]) <= _LONGEST and _NAME.fullmatch(paths[0]):
         return paths[0]
     # A pattern is called after the folder that it searches.
