@@ -45,8 +45,8 @@ def load_template(name: str) -> Callable[[Sequence[Message]], str]:
     except ImportError as error:
         raise DataError('chat templates need the package jinja2: pip install ".[chat]" in the checkout') from error
     try:
-        source = TEMPLATES[name] if name in TEMPLATES else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        source = TEMPLATES[name] if name in TEMPLATES else read_text(Path(name))
+    except FileError as error:
         known = ", ".join(TEMPLATES)
         raise DataError(f"data.template={name}: none of {known}, and not a file of text ({error})") from error
 
