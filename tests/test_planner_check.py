@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,8 @@ from benchmarks.planner_check.fit import (
     quality,
     ranks,
 )
+from benchmarks.planner_check.predict import counted, predicted_seconds, step_of
+from unipool_jax.planner.work import expected_block_rows
 
 
 def test_the_constants_of_a_machine_are_found_again() -> None:
@@ -56,3 +60,32 @@ def test_held_out_cases_are_many_and_not_calibrated_on() -> None:
     configs = [config_of(case) for case in (*CALIBRATION, *HELD_OUT)]
     assert len(HELD_OUT) >= 24
     assert len(set(configs)) == len(configs)
+
+
+def test_rows_of_plain_xla_are_blocks_and_tiles() -> None:
+    """Of 1024 rows in 32 groups every block has 40 rows; as simulated."""
+    random = np.random.default_rng(0)
+    sizes = random.normal(32, 32**0.5, 200_000)
+    tiles = np.ceil(np.maximum(sizes - 40, 0) / 32)
+    assert expected_block_rows(1024, 32, 32) == pytest.approx(40 + 32 * tiles.mean(), rel=0.01)
+
+
+def test_experts_that_no_layer_visits_have_blocks_too() -> None:
+    """With half of the groups empty and the others at 64 rows, all have a block of 40 and half a tile of 32."""
+    assert expected_block_rows(1024, 32, 64) == pytest.approx(40 + 0.5 * 32, rel=0.15)
+
+
+def test_activations_have_the_bytes_of_their_type() -> None:
+    config = config_of("unipool")
+    narrow = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="bfloat16"))
+    wide, half = ({work.name: work.bytes for work in counted(case).work} for case in (config, narrow))
+    assert wide["projections"] == 2 * half["projections"]
+    assert wide["optimiser"] == half["optimiser"]
+
+
+def test_a_calibrated_chip_gives_the_calibrated_time() -> None:
+    """The planner's estimate on the chip made from the constants is the fitted model, for every case."""
+    machine = Machine(4e10, 8e9, 3e-6)
+    for case in HELD_OUT[::6]:
+        config = config_of(case)
+        assert predicted_seconds(config, machine, 100) == pytest.approx(machine.seconds(step_of(config, 100)))
