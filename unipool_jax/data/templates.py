@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unipool_jax.config.files import FileError, read_text
 from unipool_jax.data.errors import DataError
 
 Message = Mapping[str, str]

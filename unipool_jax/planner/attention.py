@@ -11,8 +11,8 @@ from unipool_jax.kernels.attention import LANES, splash_tile, splash_tiles
 from unipool_jax.kernels.causal import QUERY_BLOCKS, computed_scores
 from unipool_jax.kernels.tiled import TILE, WHOLE
 
-NARROW, WIDE = 2, 4
-"""Bytes of a bfloat16 and of a float32 number."""
+WIDE = 4
+"""Bytes of a float32 number."""
 
 
 class AttentionCost(NamedTuple):
@@ -27,6 +27,11 @@ class AttentionCost(NamedTuple):
     """Of the layer that is computed, in its backward pass."""
     evaluation_bytes: float
     """The same of a forward pass."""
+
+
+def narrow(config: Config) -> int:
+    """Bytes of a number in `model.compute_dtype`."""
+    return 2 if config.model.compute_dtype == "bfloat16" else WIDE
 
 
 def attention_cost(config: Config, topology: Topology, rows: float, forward: int) -> AttentionCost:
@@ -103,7 +108,7 @@ def _fused(config: Config, rows: float, forward: int) -> AttentionCost:
     layers = config.sees_all
     tiles = rows * sum(full if sees_all else of_window for sees_all in layers) / len(layers)
     # Two products forward; backward, one kernel for keys and values with four, and one for queries with three.
-    side, sequence = NARROW * tile * size, NARROW * rows * length * size
+    side, sequence = narrow(config) * tile * size, narrow(config) * rows * length * size
     return AttentionCost(
         flops=(2 * forward + 7) * 2 * tiles * tile * tile * size,
         # A tile reads two matrices; queries, results, their gradients and those of keys and values move once.

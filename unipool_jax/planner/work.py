@@ -15,10 +15,11 @@ import numpy as np
 from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
+from unipool_jax.kernels.group_plan import block_shape
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
 from unipool_jax.parallel.head import CHUNK
-from unipool_jax.planner.attention import NARROW, WIDE, AttentionCost, attention_cost, padding
+from unipool_jax.planner.attention import WIDE, AttentionCost, attention_cost, narrow, padding
 from unipool_jax.planner.windows import LayerLoad, layer_loads
 from unipool_jax.training.step import counts_before_gradient, shares_one_bank
 
@@ -74,6 +75,11 @@ class _Sizes:
     config: Config
     sizes: dict[str, int]
     topology: Topology
+
+    @property
+    def narrow(self) -> int:
+        """Bytes of an activation, and of a weight in a product."""
+        return narrow(self.config)
 
     @property
     def tokens(self) -> float:
@@ -185,7 +191,7 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
 
     weights = at.attention_weights / tensor
     heads = 2 * (model.num_heads + model.num_kv_heads) * config.head_size
-    moved = NARROW * (weights + n * (2 * width + heads) / tensor)
+    moved = at.narrow * (weights + n * (2 * width + heads) / tensor)
     flops = 2 * n * weights
     work.append(Work("projections", flops * (forward + 2), flops * (forward + 2), moved * (forward + 2)))
 
@@ -194,24 +200,24 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     work.append(Work("attention scores", padded, scores.flops, scores.bytes))
 
     # Two norms, two residual sums and rotary positions, in float32 between bfloat16 arrays.
-    work.append(Work("norms and sums", 0.0, 0.0, 10 * n * width * NARROW * (forward + 2)))
+    work.append(Work("norms and sums", 0.0, 0.0, 10 * n * width * at.narrow * (forward + 2)))
     if model.norm != "pre":
-        behind = Work("norms behind blocks", 0.0, 0.0, 2 * at.normed_rows * width * NARROW)
+        behind = Work("norms behind blocks", 0.0, 0.0, 2 * at.normed_rows * width * at.narrow)
         work.append(behind._replace(bytes=behind.bytes * (mixture + 2)))
     if at.block_width:
         hidden, weights = at.block_width / tensor, at.block_weights / tensor
         flops = 2 * n * weights * (mixture + 2)
         # Gate, up and their product are written, and the product is read again.
-        moved = NARROW * (weights + n * (2 * width + 4 * hidden)) * (mixture + 2)
+        moved = at.narrow * (weights + n * (2 * width + 4 * hidden)) * (mixture + 2)
         work.append(Work("blocks of every token", flops, flops, moved))
     if config.moe.router != "none":
         experts = config.experts_per_pool
         flops = 2 * n * width * experts
-        moved = n * (width * NARROW + 4 * experts * WIDE)
+        moved = n * (width * at.narrow + 4 * experts * WIDE)
         mixtures.append(Work("router", flops * (mixture + 2), flops * (mixture + 2), moved * (mixture + 2)))
         # Rows are sorted, sent, received and combined; receive buffers are cleared first.
         buffer = at.received if at.sizes["expert"] > 1 else 0
-        moved = NARROW * width * (8 * at.rows + 2 * buffer)
+        moved = at.narrow * width * (8 * at.rows + 2 * buffer)
         mixtures.append(Work("dispatch", 0.0, 0.0, moved * (mixture + 1)))
     mixtures.extend(_expert_work(at, mixture))
     return (*_times(work, model.num_layers * micro), *_times(mixtures, config.mixture_layers * micro))
@@ -246,10 +252,10 @@ def _expert_work_of(at: _Sizes, passes: int, load: LayerLoad) -> tuple[Work, Wor
     padded = _tile_padding(at, load)
     # Experts without rows are not read.
     weights = at.bank * load.share * load.busiest
-    bank = weights * NARROW
+    bank = weights * at.narrow
     # Rows of no group are also written, as zeros.
-    out = at.received * NARROW
-    read = rows * NARROW
+    out = at.received * at.narrow
+    read = rows * at.narrow
     forward = bank + read * (width + hidden) + out * (3 * hidden + width)
     backward = bank + read * (width + 2 * hidden + 2 * hidden) + out * (3 * hidden + width)
     backward += read * (3 * width + 3 * hidden) + 2 * WIDE * weights
@@ -262,9 +268,13 @@ def _expert_work_of(at: _Sizes, passes: int, load: LayerLoad) -> tuple[Work, Wor
 def _tile_padding(at: _Sizes, load: LayerLoad) -> float:
     """Computed rows over real rows: groups are divided into tiles, of which the last is not full."""
     config = at.config
-    if config.moe.router == "none" or at.topology.chip.torus_axes == 0:
+    if config.moe.router == "none":
         return 1.0
     group = at.rows * at.sizes["expert"] / config.experts_per_pool
+    if config.kernels.implementation == "xla":
+        return expected_block_rows(at.rows, at.rows / group, group / load.share) / group
+    if at.topology.chip.torus_axes == 0:
+        return 1.0
     tile = tpu_tiles.tile_rows(at.topology.chip.device_kind, group)
     return expected_tile_rows(group / load.share, tile) / (group / load.share)
 
@@ -281,6 +291,18 @@ def expected_tile_rows(group: float, tile: int) -> float:
     return float(np.sum(tiles * weights) / np.sum(weights) * tile)
 
 
+def expected_block_rows(rows: float, groups: float, group: float) -> float:
+    """Mean rows that plain XLA computes for one of `groups` groups, of which those with rows have `group` on average.
+
+    Every group has a block of the same rows, and what does not fit goes through tiles; uniform random routing.
+    """
+    block, tile = block_shape(int(rows), round(groups))
+    deviations = np.linspace(-4, 4, 401)
+    weights = np.exp(-0.5 * deviations**2)
+    tiles = np.ceil(np.maximum(group + math.sqrt(group) * deviations - block, 0) / tile)
+    return block + float(np.sum(tiles * weights) / np.sum(weights) * tile) * min(1.0, rows / (groups * group))
+
+
 def _ends(at: _Sizes) -> tuple[Work, ...]:
     """Embedding and output head with the loss."""
     config, n, micro = at.config, at.tokens, at.config.num_microbatches
@@ -288,17 +310,17 @@ def _ends(at: _Sizes) -> tuple[Work, ...]:
     logits, table = n * vocabulary, model.vocab_size * model.hidden_size
     flops = 6 * n * model.hidden_size * vocabulary * micro
     # Logits are written and read twice in float32; backward, their gradient is computed and used twice in bfloat16.
-    moved = logits * (3 * WIDE + WIDE + 3 * NARROW) + 3 * NARROW * vocabulary * model.hidden_size
+    moved = logits * (3 * WIDE + WIDE + 3 * at.narrow) + 3 * at.narrow * vocabulary * model.hidden_size
     return (
         Work("output head and loss", flops, flops, moved * micro),
-        Work("embedding", 0.0, 0.0, micro * (2 * NARROW * table + 4 * NARROW * n * model.hidden_size)),
+        Work("embedding", 0.0, 0.0, micro * (2 * at.narrow * table + 4 * at.narrow * n * model.hidden_size)),
     )
 
 
 def _bank_traffic(at: _Sizes) -> float:
     _, mixture = _passes(at)
     read = sum(load.share * load.busiest for load in layer_loads(at.config, at.sizes))
-    return at.config.num_microbatches * read * at.bank * (NARROW * (mixture + 1) + 2 * WIDE)
+    return at.config.num_microbatches * read * at.bank * (at.narrow * (mixture + 1) + 2 * WIDE)
 
 
 def _messages(at: _Sizes) -> list[Message]:
@@ -312,15 +334,15 @@ def _messages(at: _Sizes) -> list[Message]:
     # Several pools are gathered in the forward pass of every micro-batch, and again in the backward pass unless kept.
     gathers = 1 if shared else config.pool.groups * micro * (1 + counting + (model.remat != "none"))
     sums = 1 if shared else config.pool.groups * micro
-    dense = at.attention_weights / sizes["tensor"] * NARROW
+    dense = at.attention_weights / sizes["tensor"] * at.narrow
     rows = 0 if config.moe.router == "none" else config.experts_per_pool
-    routers = rows * model.hidden_size * NARROW * mixtures / layers
-    blocks = at.block_weights / sizes["tensor"] * NARROW
-    head = model.vocab_size * model.hidden_size * NARROW
+    routers = rows * model.hidden_size * at.narrow * mixtures / layers
+    blocks = at.block_weights / sizes["tensor"] * at.narrow
+    head = model.vocab_size * model.hidden_size * at.narrow
     tables = head + head / sizes["tensor"]
     again = 2 if model.remat == "full" or (model.remat == "moe" and config.pool.groups > 1) else 1
     found = [
-        Message("experts, gathered", "all-gather", ("fsdp",), gathers, NARROW * at.bank * fsdp),
+        Message("experts, gathered", "all-gather", ("fsdp",), gathers, at.narrow * at.bank * fsdp),
         Message("experts, gradient scattered", "reduce-scatter", ("fsdp",), sums, WIDE * at.bank * fsdp),
         Message(
             "experts, gradient summed",
@@ -332,7 +354,7 @@ def _messages(at: _Sizes) -> list[Message]:
         Message(
             "layers, gathered", "all-gather", ("fsdp",), layers * micro * (again + counting), (dense + routers) * fsdp
         ),
-        *_reduced("layers", layers * micro, layers * micro, (dense + routers) / NARROW, sizes),
+        *_reduced("layers", layers * micro, layers * micro, (dense + routers) / at.narrow, sizes),
         # A part of the mixture block, which remat=moe computes again.
         Message(
             "blocks of every token, gathered",
@@ -341,24 +363,24 @@ def _messages(at: _Sizes) -> list[Message]:
             layers * micro * (1 + (model.remat != "none") + counting),
             blocks * fsdp,
         ),
-        *_reduced("blocks of every token", layers * micro, layers * micro, blocks / NARROW, sizes),
+        *_reduced("blocks of every token", layers * micro, layers * micro, blocks / at.narrow, sizes),
         Message("tables, gathered", "all-gather", ("fsdp",), micro, tables * fsdp),
         # The compiler hoists reductions of gradients that accumulate over micro-batches out of their loop, unless
         # another loop lies in between.
-        *_reduced("tables", micro, 1, tables / NARROW, sizes),
+        *_reduced("tables", micro, 1, tables / at.narrow, sizes),
     ]
     if config.moe.router != "none" and at.transport == "ragged":
-        sent = at.rows * model.hidden_size * NARROW * _other(sizes, "expert")
+        sent = at.rows * model.hidden_size * at.narrow * _other(sizes, "expert")
         found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * mixtures * micro * (mixture + 1), sent))
     elif config.moe.router != "none" and at.transport == "all_gather":
         # Every device gets all tokens, and the outputs of their experts are summed. The sum is not recomputed.
         tokens = at.tokens * model.hidden_size * (sizes["expert"] - 1)
-        outputs = tokens * (NARROW if config.moe.top_k == 1 else WIDE)
+        outputs = tokens * (at.narrow if config.moe.top_k == 1 else WIDE)
         found += [
-            Message("tokens, gathered", "all-gather", ("expert",), mixtures * micro * mixture, tokens * NARROW),
+            Message("tokens, gathered", "all-gather", ("expert",), mixtures * micro * mixture, tokens * at.narrow),
             Message("outputs, summed", "reduce-scatter", ("expert",), mixtures * micro * (1 + counting), outputs),
             Message("outputs, gradient gathered", "all-gather", ("expert",), mixtures * micro, outputs),
-            Message("tokens, gradient summed", "reduce-scatter", ("expert",), mixtures * micro, tokens * NARROW),
+            Message("tokens, gradient summed", "reduce-scatter", ("expert",), mixtures * micro, tokens * at.narrow),
         ]
     if sizes["tensor"] > 1:
         found += _tensor_sums(at, forward, mixture)
@@ -368,7 +390,7 @@ def _messages(at: _Sizes) -> list[Message]:
 def _tensor_sums(at: _Sizes, forward: int, mixture: int) -> list[Message]:
     """Sums of outputs over a tensor group, and of gradients of inputs, with so many passes over layers and mixtures."""
     config, layers, mixtures = at.config, at.config.model.num_layers, at.config.mixture_layers
-    micro, values = config.num_microbatches, 2 * config.model.hidden_size * NARROW * _other(at.sizes, "tensor")
+    micro, values = config.num_microbatches, 2 * config.model.hidden_size * at.narrow * _other(at.sizes, "tensor")
     always_on = mixtures if config.moe.shared_experts else 0
     times, found = (2 * layers + always_on) * (forward + 1), []
     if config.norms_experts:
@@ -407,21 +429,21 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     _, bank_parameters = _parameters(at)
     # The gathered bank and its float32 gradient, not sharded over fsdp; of per-layer pools one at a time, plus the
     # sharded gradient of all.
-    gathered = (NARROW + WIDE) * at.bank * (pools if sizes["fsdp"] == 1 or model.remat == "none" else 1)
+    gathered = (at.narrow + WIDE) * at.bank * (pools if sizes["fsdp"] == 1 or model.remat == "none" else 1)
     gradient = WIDE * (bank_parameters if not shared and sizes["fsdp"] > 1 else 0)
     dense = WIDE * parameters * (1 if config.num_microbatches == 1 else 2)
-    tables = 2 * NARROW * model.vocab_size * model.hidden_size
-    hidden = n * model.hidden_size * NARROW
+    tables = 2 * at.narrow * model.vocab_size * model.hidden_size
+    hidden = n * model.hidden_size * at.narrow
     scores = at.attention()
-    mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * NARROW
-    products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * NARROW
-    block = n * at.block_width / sizes["tensor"] * NARROW
+    mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * at.narrow
+    products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * at.narrow
+    block = n * at.block_width / sizes["tensor"] * at.narrow
     products, mixture = products + 2 * block, mixture + 8 * block
     kept = {"full": hidden, "moe": 8 * hidden + scores.kept_bytes, "none": 10 * hidden + scores.kept_bytes + products}
     working = 10 * hidden + scores.working_bytes + mixture
     # One device makes them in chunks.
     rows = n if math.prod(sizes.values()) > 1 else min(n, CHUNK)
-    logits = rows * model.vocab_size / sizes["tensor"] * (WIDE + NARROW)
+    logits = rows * model.vocab_size / sizes["tensor"] * (WIDE + at.narrow)
     return gathered + gradient + dense + tables + model.num_layers * kept[config.model.remat] + max(working, logits)
 
 
@@ -431,9 +453,9 @@ def _evaluation(at: _Sizes) -> float:
     batches = dataclasses.replace(config.train, microbatch_size=config.train.eval_batch_size)
     mesh = dataclasses.replace(config.mesh, capacity_factor=math.inf)
     at = dataclasses.replace(at, config=dataclasses.replace(config, train=batches, mesh=mesh))
-    hidden = at.tokens * model.hidden_size * NARROW
-    rows = at.received * (model.ffn_size / sizes["tensor"] + 2 * model.hidden_size) * NARROW
-    rows += at.tokens * at.block_width / sizes["tensor"] * NARROW
-    tables = 2 * NARROW * model.vocab_size * model.hidden_size
-    gathered = NARROW * at.bank * (config.pool.groups if sizes["fsdp"] == 1 else 1)
+    hidden = at.tokens * model.hidden_size * at.narrow
+    rows = at.received * (model.ffn_size / sizes["tensor"] + 2 * model.hidden_size) * at.narrow
+    rows += at.tokens * at.block_width / sizes["tensor"] * at.narrow
+    tables = 2 * at.narrow * model.vocab_size * model.hidden_size
+    gathered = at.narrow * at.bank * (config.pool.groups if sizes["fsdp"] == 1 else 1)
     return gathered + tables + 6 * hidden + max(rows, at.attention().evaluation_bytes)
