@@ -11,6 +11,9 @@ def twin_settings(config: Config, end_of_document: int | None = None) -> Setting
     if config.data.document_mask and end_of_document is None:
         raise ValueError("data.document_mask=true: the twin needs the end-of-document token")
     model, moe, loss, optimizer = config.model, config.moe, config.loss, config.optimizer
+    attention = config.attention
+    if attention.kind == "switch" and (attention.gate, attention.disagreement) != ("learned", "mean"):
+        raise ValueError("attention.kind=switch: the twin has attention.gate=learned and attention.disagreement=mean")
     return Settings(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -28,7 +31,12 @@ def twin_settings(config: Config, end_of_document: int | None = None) -> Setting
         rope_attention_factor=model.rope_attention_factor,
         end_of_document=end_of_document if config.data.document_mask else None,
         norm_epsilon=model.norm_epsilon,
-        windows=tuple(None if sees_all else config.attention.window for sees_all in config.sees_all),
+        windows=tuple(None if sees_all else attention.window for sees_all in config.sees_all),
+        switch_window=attention.window if attention.kind == "switch" else None,
+        switch_weight=attention.switch_weight,
+        switch_epsilon=attention.switch_epsilon,
+        switch_alpha=attention.switch_alpha,
+        switch_fixed=attention.switch_weighting == "fixed",
         norm=model.norm,
         post_norm_attention=model.post_norm_attention,
         post_norm_ffn=model.post_norm_ffn,

@@ -103,10 +103,10 @@ def test_the_work_of_a_window_grows_with_the_sequence_alone() -> None:
 
         return flops(jax.grad(loss, argnums=(0, 1, 2)), *shapes)
 
-    assert work(4096, 256) == pytest.approx(4 * work(1024, 256), rel=0.02)
-    assert work(4096, None) == pytest.approx(16 * work(1024, None), rel=0.02)
-    # 256 of 1024 positions in blocks of 64: a query is compared with five blocks, in a full layer with 5/8 of 1024.
-    assert work(1024, 256) / work(1024, None) == pytest.approx(320 / 640, rel=0.02)
+    assert work(3840, 240) == pytest.approx(4 * work(960, 240), rel=0.02)
+    assert work(960, None) == pytest.approx(9 * work(320, None), rel=0.02)
+    # 240 of 960 positions in blocks of 64: a query is compared with five blocks, in a full layer with 5/8 of 960.
+    assert work(960, 240) / work(960, None) == pytest.approx(320 / 600, rel=0.02)
 
 
 @pytest.mark.parametrize(("length", "window"), [(64, 33), (1024, 512), (1000, 999)])
@@ -137,7 +137,8 @@ def test_a_cache_is_attended_to_like_a_sequence(
     operands, segments = heads(SLOTS, 4, 2), documents(SLOTS) if apart else None
     queries = jnp.stack([row[start : start + length] for row, start in zip(operands[0], starts, strict=True)])
     product = jax.jit(functools.partial(cached_attention, window=window))
-    found = np.asarray(product(queries, *operands[1:], jnp.asarray(starts), segments))
+    other = [jnp.stack([jnp.full_like(operand, jnp.nan), operand]) for operand in operands[1:]]
+    found = np.asarray(product(queries, *other, 1, jnp.asarray(starts), segments))
     for row, start in enumerate(starts):
         seen = oracles.visible(SLOTS, window, None if segments is None else segments[row])
         query, key, value = (np.asarray(operand[row], np.float64) for operand in operands)
@@ -148,24 +149,32 @@ def test_a_cache_is_attended_to_like_a_sequence(
 def test_a_token_reads_the_window_however_long_the_text_is() -> None:
     def work(slots: int, window: int | None) -> float:
         query = jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.float32)
-        cache = jax.ShapeDtypeStruct((2, slots, 2, 64), jnp.float32)
+        cache = jax.ShapeDtypeStruct((3, 2, slots, 2, 64), jnp.float32)
         start = jax.ShapeDtypeStruct((2,), jnp.int32)
-        return flops(functools.partial(cached_attention, window=window), query, cache, cache, start)
+        return flops(functools.partial(cached_attention, window=window), query, cache, cache, 1, start)
 
     assert work(4096, 64) == pytest.approx(work(1024, 64), rel=0.01)
     assert work(4096, None) == pytest.approx(4 * work(1024, None), rel=0.01)
     assert work(4096, 64) < work(4096, None) / 32
 
 
-ALTERNATING = ("attention.kind=alternating", "attention.window=3", "attention.full_layers=[0,3]")
+KINDS = {
+    "full": (),
+    "window": ("attention.kind=window", "attention.window=3"),
+    "alternating": ("attention.kind=alternating", "attention.window=3", "attention.full_layers=[0,3]"),
+    "switch": ("attention.kind=switch", "attention.window=3", "attention.switch_weight=0.1"),
+}
 
 
 @pytest.mark.slow
-def test_what_is_recomputed_changes_no_gradient() -> None:
-    """The products of the two kinds are recomputed by themselves, or with their layer."""
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_recomputed_changes_no_gradient(kind: str, apart: bool) -> None:
     found = {}
-    for remat in ("moe", "full"):
-        config = tiny_config("unipool", *ALTERNATING, "model.compute_dtype=float32", f"model.remat={remat}")
+    for remat in ("none", "moe", "full"):
+        words = [f"data.document_mask={str(apart).lower()}", "model.compute_dtype=float32", f"model.remat={remat}"]
+        config = tiny_config("unipool", *KINDS[kind], *words)
         _, metrics = make_train_step(config)(tiny_state(config), tiny_batch(config))
-        found[remat] = float(metrics["loss/lm"]), float(metrics["grad_norm"])
-    assert found["full"] == pytest.approx(found["moe"], rel=1e-6)
+        found[remat] = [float(metrics[name]) for name in ("loss/lm", "loss/total", "grad_norm")]
+    assert found["moe"] == pytest.approx(found["none"], rel=1e-6)
+    assert found["full"] == pytest.approx(found["none"], rel=1e-6)

@@ -209,10 +209,10 @@ def test_sampling_reads_a_prompt_as_a_document() -> None:
     again = np.broadcast_to(np.roll(tokens_BS[0], -4)[:10], (4, 10))
     alone = advance(again, bias, empty_cache(config, 4, 16), np.zeros(4, np.int32), None, np.ones_like(tokens_BS))[1]
     np.testing.assert_allclose(
-        cache.layers.key_BTHC[:, :, 0, 4:10],
-        alone.layers.key_BTHC[:, :, 0, :6],
+        cache.key_LBTHC[:, 0, 4:10],
+        alone.key_LBTHC[:, 0, :6],
         rtol=1e-3,
-        atol=1e-4 * float(jnp.abs(alone.layers.key_BTHC).max()),
+        atol=1e-4 * float(jnp.abs(alone.key_LBTHC).max()),
     )
     for at in range(10, 13):
         one, cache = advance(tokens_BS[:, at : at + 1], bias, cache, np.full(4, at, np.int32), None, segments)

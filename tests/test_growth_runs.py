@@ -83,7 +83,7 @@ def test_metrics_say_what_was_spent_and_at_which_depth(grown: Path) -> None:
     assert "loss/full_depth" not in last
 
 
-@pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.parametrize("step", [2, 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(grown: Path, tmp_path: Path, step: int) -> None:
     """In a stage, at the step of the growth and after it: arrays, depths and every line of metrics."""
     run = cut(grown, tmp_path, step)

@@ -41,7 +41,7 @@ def oracle(example_head: Head, targets: np.ndarray, weights: np.ndarray) -> tupl
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 4), (2, 8), (3, 7)], ids=["one", "chunk", "two", "uneven"])
 def test_losses_and_gradients(batch: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With chunks of 8: a single position, one chunk, two, and 21 positions, which leave the last chunk part empty."""
-    monkeypatch.setattr(head, "_CHUNK", 8)
+    monkeypatch.setattr(head, "CHUNK", 8)
     given, targets, weights = example(batch, length)
     losses, hidden_grad, output_grad = oracle(given, targets, weights)
 
@@ -91,7 +91,7 @@ def test_no_array_holds_the_logits_of_a_batch() -> None:
 )
 def test_losses_over_a_mesh(sizes: tuple[int, int, int, int], length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 4 positions a device: two of each of its two sequences, or one of each of four."""
-    monkeypatch.setattr(head, "_CHUNK", 4)
+    monkeypatch.setattr(head, "CHUNK", 4)
     given, targets, weights = example(16, length)
     losses, *_ = oracle(given, targets, weights)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:8])

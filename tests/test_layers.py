@@ -30,7 +30,11 @@ ALLOWED = {
     # After pre-training; nothing but the command line imports them.
     "rewriting": _TRAINING | {"evaluation"},
     "verification": {"config"},
-    "cli": _TRAINING | {"evaluation", "convert", "planner", "analysis", "pruning", "rewriting", "verification"},
+    "retrieval": _TRAINING | {"evaluation", "convert"},
+    "aptitude": _TRAINING | {"evaluation", "analysis"},
+    "cli": _TRAINING
+    | {"evaluation", "convert", "planner", "analysis"}
+    | {"pruning", "rewriting", "verification", "retrieval", "aptitude"},
     "__init__": _TRAINING | {"evaluation", "convert", "planner", "analysis"},
     "__main__": {"cli"},
 }

@@ -84,6 +84,7 @@ def test_a_pruned_run_restores_onto_a_mesh(pruned: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, model.params, weights.params)
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_pruned_run(pruned: Path, tmp_path: Path) -> None:
     """And its weights go into a file and come back."""
     place = pruned.parents[1]

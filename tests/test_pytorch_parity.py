@@ -51,6 +51,10 @@ VARIANTS = {
         *("unipool", "moe.experts_per_layer=4", "attention.kind=alternating", "attention.window=3"),
         "attention.full_layers=[1]",
     ),
+    "switch attention, documents apart, dense layer": (
+        *("unipool", "moe.experts_per_layer=4", "moe.dense_layers=1", "attention.kind=switch", "attention.window=3"),
+        *("attention.switch_weight=0.1", "data.document_mask=true"),
+    ),
 }
 
 # With settings that the methods leave alone.

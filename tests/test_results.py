@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks import switch_study
 from benchmarks.intervals import difference_cells, differences_table, main, stored_losses
 from benchmarks.sharing_study.report import finished_runs, tables
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LOCK, ABLATIONS, METHODS = (RESULTS / name for name in ("lock_demo", "ablations_demo", "demo_methods"))
-SHARING = RESULTS / "sharing_study"
+SHARING, SWITCH = RESULTS / "sharing_study", RESULTS / "switch_attention"
 
 
 def rows_of(folder: Path, first: str) -> dict[str, list[str]]:
@@ -129,4 +130,14 @@ def test_sharing_study_tables() -> None:
     """The page holds the tables of the runs that are there."""
     text = (SHARING / "README.md").read_text(encoding="utf-8")
     for found in tables(finished_runs(SHARING / "runs")):
+        assert found.strip() in text
+
+
+def test_switch_study_tables() -> None:
+    """The page holds the tables of the runs that are there: every arm with three seeds."""
+    text = (SWITCH / "README.md").read_text(encoding="utf-8")
+    runs = json.loads((SWITCH / switch_study.RUNS).read_text(encoding="utf-8"))["runs"]
+    seeds = {arm: [run["seed"] for run in runs if run["arm"] == arm] for arm in ("parent", *switch_study.ARMS)}
+    assert all(sorted(found) == list(switch_study.SEEDS) for found in seeds.values())
+    for found in switch_study.tables(runs):
         assert found.strip() in text

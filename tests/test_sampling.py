@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -84,6 +85,19 @@ def test_cached_logits_are_those_of_the_whole_forward_pass(variant: str) -> None
         np.testing.assert_allclose(logits_BSV, wanted_BSV, rtol=1e-4, atol=1e-5)
         at += size
     assert at.max() == 16
+
+
+def test_a_token_touches_no_more_of_the_cache_than_it_reads() -> None:
+    """With a window no copy of a layer's slots is made: not for the scan over layers, nor to write one of them."""
+    slots = 65536
+    config = tiny_config("dense", "attention.kind=window", "attention.window=3", "model.compute_dtype=float32")
+    state = jax.eval_shape(lambda: tiny_state(config))
+    cache = jax.eval_shape(lambda: empty_cache(config, 1, slots))
+    token, start = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    step: Any = jax.jit(functools.partial(forward_cached, config), donate_argnums=3)
+    compiled = step.lower(state.params, token, state.balance.expert_bias_GNE, cache, start).compile()
+    of_layer = 4 * slots * config.model.num_kv_heads * config.head_size
+    assert compiled.memory_analysis().temp_size_in_bytes < of_layer / 4
 
 
 @pytest.mark.parametrize("method", ["dense", "vanilla", "unipool"])

@@ -52,7 +52,10 @@ VARIANTS = [
         "unipool",
         (*DEPTH_SCALED, "moe.shared_experts=1", "moe.shared_expert_gate=true", "moe.dense_layers=2", "pool.groups=2"),
     ),
-    ("unipool", (*DEPTH_SCALED, "model.post_norm_experts=none", "moe.dense_layers=1", "pool.starts=ring")),
+    pytest.param(
+        *("unipool", (*DEPTH_SCALED, "model.post_norm_experts=none", "moe.dense_layers=1", "pool.starts=ring")),
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

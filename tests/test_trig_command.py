@@ -172,7 +172,7 @@ def test_the_interval_of_a_rate() -> None:
 
 @pytest.mark.slow
 def test_a_model_of_minutes_beats_chance(tmp_path: Path) -> None:
-    """A quarter of a million parameters and 300 steps: more than 0.4 above drawing from all moves that match."""
+    """0.38 million parameters and 300 steps: more than 0.4 above drawing from all moves that match."""
     out = tmp_path / "data"
     assert execute(["trig", "data", f"out={out}", "train=3000", "test=60"]) == 0
     places = [f"data.files=[{out / 'train.jsonl'}]", f"data.tokenizer={out / 'tokenizer.json'}", "run.name=slow"]

@@ -114,7 +114,6 @@ RELATIONS = [
     ("method=dense moe.depth_vectors=true", "moe.depth_vectors=true", "choose a router"),
     ("method=dense moe.dense_layers=1", "moe.dense_layers=1", "moe.dense_layers=0"),
     ("moe.dense_layers=6", "moe.dense_layers=6", "at most 5"),
-    ("moe.dense_layers=1 attention.kind=switch attention.window=8", "moe.dense_layers=1", "another attention.kind"),
     ("moe.dense_ffn_size=64", "moe.dense_ffn_size=64", "remove it"),
     ("moe.dense_layers=1 moe.dense_ffn_size=65 mesh.tensor=2", "mesh.tensor=2", "moe.dense_ffn_size=65"),
     ("moe.dense_layers=1 pool.groups=2", "pool.groups=2", "the 5 layers with experts (model.num_layers=6, moe.dense"),

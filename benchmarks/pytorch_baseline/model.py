@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,34 +17,63 @@ from benchmarks.pytorch_baseline.positions import document_positions, tables
 from benchmarks.pytorch_baseline.settings import Settings
 
 
+class Gates(NamedTuple):
+    """What the router of Switch Attention decided in one layer."""
+
+    logit_BS: Tensor
+    """Above 0 is full attention; float32, with gradient."""
+    disagreement_BS: Tensor
+    """Mean squared difference of full attention and window, float32, without gradient."""
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention; one projection makes queries, keys and values.
 
-    With a window, a position sees only so many of those before it, itself among them.
+    With a window, a position sees only so many of those before it, itself among them. With Switch Attention both are
+    computed, and a router chooses for each token.
     """
 
     def __init__(self, settings: Settings, window: int | None = None):
         super().__init__()
-        self.window = window
+        self.window, self.switch_window = window, settings.switch_window
+        switches = self.switch_window is not None
+        self.switch = nn.Parameter(0.02 * torch.randn(settings.hidden_size)) if switches else None
         self.heads, self.kv_heads, self.head_size = settings.num_heads, settings.num_kv_heads, settings.head_size
         self.qkv = Linear(settings.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_size)
         self.out = Linear(self.heads * self.head_size, settings.hidden_size)
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, same_BSS: Tensor | None = None) -> Tensor:
-        """`cos` and `sin` are `[S, C]`, or `[B, 1, S, C]`; `same_BSS` says which positions are of one document."""
+    def forward(
+        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, same_BSS: Tensor | None, places: Tensor
+    ) -> tuple[Tensor, Gates | None]:
+        """`cos` and `sin` are `[S, C]`, or `[B, 1, S, C]`; `same_BSS` says which positions are of one document, and
+        `places`, `[S]` or `[B, S]`, where in it they are."""
         batch, length, _ = x_BSD.shape
         heads_BHSC = self.qkv(x_BSD).view(batch, length, -1, self.head_size).transpose(1, 2)
         query, key, value = heads_BHSC.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        seen = None
-        if self.window is not None or same_BSS is not None:
-            ones = torch.ones(length, length, dtype=torch.bool, device=x_BSD.device)
-            seen = ones.tril() if self.window is None else ones.tril() & ones.triu(1 - self.window)
-            seen = seen if same_BSS is None else seen & same_BSS[:, None]
-        mixed_BHSC = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True
-        )
-        return self.out(mixed_BHSC.transpose(1, 2).flatten(2))
+
+        def attend(window: int | None) -> Tensor:
+            seen = None
+            if window is not None or same_BSS is not None:
+                ones = torch.ones(length, length, dtype=torch.bool, device=x_BSD.device)
+                seen = ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
+                seen = seen if same_BSS is None else seen & same_BSS[:, None]
+            mixed_BHSC = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True
+            )
+            return mixed_BHSC.transpose(1, 2).flatten(2)
+
+        if self.switch is None or self.switch_window is None:
+            return self.out(attend(self.window)), None
+        to_all_BSD, to_window_BSD = attend(None), attend(self.switch_window)
+        logit_BS = x_BSD.float() @ self.switch
+        apart_BSD = to_all_BSD - to_window_BSD
+        full_BS1 = ((logit_BS > 0) & (places >= self.switch_window))[..., None]
+        soft_BS1 = torch.sigmoid(logit_BS)[..., None]
+        # One of the two, with the gradient of a mixture.
+        passed_BSD = (soft_BS1 - soft_BS1.detach()).to(x_BSD.dtype) * apart_BSD
+        mixed_BSD = torch.where(full_BS1, to_all_BSD, to_window_BSD) + passed_BSD
+        return self.out(mixed_BSD), Gates(logit_BS, apart_BSD.detach().float().square().mean(-1))
 
 
 def rotate(x_BHSC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,11 +111,12 @@ class Layer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         same_BSS: Tensor | None,
+        places: Tensor,
         bank: tuple[Tensor, Tensor] | None,
         num_groups: int,
         open_M: Tensor | None = None,
-    ) -> tuple[Tensor, Statistics | None]:
-        attended_BSD = self.attention(self.attention_norm(x_BSD), cos, sin, same_BSS)
+    ) -> tuple[Tensor, Statistics | None, Gates | None]:
+        attended_BSD, gates = self.attention(self.attention_norm(x_BSD), cos, sin, same_BSS, places)
         if self.attention_post_norm is not None:
             attended_BSD = self.attention_post_norm(attended_BSD)
         x_BSD = x_BSD + attended_BSD
@@ -95,10 +125,10 @@ class Layer(nn.Module):
             normed_BSD = (normed_BSD.float() + self.depth).to(normed_BSD.dtype)
         if bank is None:
             output_BSD = self.ffn(normed_BSD)
-            return x_BSD + (output_BSD if self.ffn_post_norm is None else self.ffn_post_norm(output_BSD)), None
+            return x_BSD + (output_BSD if self.ffn_post_norm is None else self.ffn_post_norm(output_BSD)), None, gates
         run = recomputed if self.recompute == "moe" and torch.is_grad_enabled() else call
         output_BSD, statistics = run(self.ffn, normed_BSD, *bank, num_groups, open_M, self.ffn_post_norm)
-        return x_BSD + output_BSD, statistics
+        return x_BSD + output_BSD, statistics, gates
 
 
 def first_std(settings: Settings, name: str) -> float:
@@ -127,7 +157,8 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Transformer(nn.Module):
-    """Tokens `[B, S]` to logits `[B, S, V]` (float32) and the statistics of each mixture layer.
+    """Tokens `[B, S]` to logits `[B, S, V]` (float32), the statistics of each mixture layer, and the gates of every
+    layer with Switch Attention.
 
     `open_LM` are the experts that each layer may choose in this step, bool; None: all that it sees.
     """
@@ -157,26 +188,31 @@ class Transformer(nn.Module):
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=first_std(self.settings, name), generator=generator)
 
-    def forward(self, tokens_BS: Tensor, open_LM: Tensor | None = None) -> tuple[Tensor, list[Statistics]]:
+    def forward(self, tokens_BS: Tensor, open_LM: Tensor | None = None) -> tuple[Tensor, list[Statistics], list[Gates]]:
         settings = self.settings
         batch, length = tokens_BS.shape
         cos, sin, same_BSS = self.cos[:length], self.sin[:length], None
+        places = torch.arange(length, device=tokens_BS.device)
         if settings.end_of_document is not None:
-            positions_BS, same_BSS = document_positions(tokens_BS, settings.end_of_document)
-            cos, sin = cos[positions_BS][:, None], sin[positions_BS][:, None]
+            places, same_BSS = document_positions(tokens_BS, settings.end_of_document)
+            cos, sin = cos[places][:, None], sin[places][:, None]
         # Group statistics need full groups; evaluation may use any batch size.
         group = min(settings.switch_group_sequences, batch)
         num_groups = batch // group if settings.balance == "switch" and batch % group == 0 else 1
         banks = [pool(self.dtype) for pool in self.experts]
 
         x_BSD = self.embedding(tokens_BS).to(self.dtype)
-        statistics = []
+        statistics, gates = [], []
         for index, layer in enumerate(self.layers):
             place = index - settings.dense_layers
             bank = banks[place // settings.layers_per_pool] if banks and place >= 0 else None
             run = recomputed if settings.recompute == "full" and torch.is_grad_enabled() else call
             open_M = None if open_LM is None or place < 0 else open_LM[place]
-            x_BSD, layer_statistics = run(layer, x_BSD, cos, sin, same_BSS, bank, num_groups, open_M)
+            x_BSD, layer_statistics, layer_gates = run(
+                layer, x_BSD, cos, sin, same_BSS, places, bank, num_groups, open_M
+            )
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
-        return self.output(self.norm(x_BSD)).float(), statistics
+            if layer_gates is not None:
+                gates.append(layer_gates)
+        return self.output(self.norm(x_BSD)).float(), statistics, gates

@@ -37,6 +37,14 @@ class Settings:
     """What is normalized behind a mixture: the output of each expert before its gate, their sum, or nothing."""
     windows: tuple[int | None, ...] = ()
     """Of each layer, the positions that a token attends to, its own among them; None, or no entry, is all before it."""
+    switch_window: int | None = None
+    """With Switch Attention, the positions of its window; None: no router chooses what a token attends to."""
+    switch_weight: float = 1e-3
+    """Of the penalty on full attention."""
+    switch_epsilon: float = 0.1
+    switch_alpha: float = 100.0
+    switch_fixed: bool = False
+    """Whether all tokens have that weight, not one over switch_epsilon + their loss + switch_alpha x disagreement."""
     init: Literal["base", "tiny"] = "base"
     """`tiny`: weights with variance 1 / (2 D L), routers aside."""
     init_std: float = 0.01

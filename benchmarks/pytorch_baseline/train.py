@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.pytorch_baseline.model import Transformer
+from benchmarks.pytorch_baseline.model import Gates, Transformer
 from benchmarks.pytorch_baseline.moe import Mixture, Statistics, set_loss, switch_loss
 from benchmarks.pytorch_baseline.settings import Settings
 from benchmarks.pytorch_baseline.sharing import balance_sets, counted_through, seen_experts
@@ -39,6 +39,18 @@ def make_optimizer(model: Transformer) -> torch.optim.AdamW:
     )
 
 
+def gate_penalty(settings: Settings, gates: list[Gates], losses_BS: Tensor) -> Tensor:
+    """Penalty on full attention, the mean over tokens and layers (arXiv 2603.26380); 0 without routers."""
+    if not gates:
+        return torch.zeros((), device=losses_BS.device)
+    of_layers = []
+    for logit_BS, disagreement_BS in gates:
+        scale = settings.switch_epsilon + losses_BS + settings.switch_alpha * disagreement_BS
+        weight = settings.switch_weight / (torch.ones_like(scale) if settings.switch_fixed else scale)
+        of_layers.append((weight * F.softplus(logit_BS)).mean())
+    return torch.stack(of_layers).mean()
+
+
 @dataclass
 class Losses:
     """Means over the tokens of a micro-batch, in nats."""
@@ -46,11 +58,12 @@ class Losses:
     lm: Tensor
     balance: Tensor
     z: Tensor
+    switch: Tensor
 
     @property
     def total(self) -> Tensor:
         """What is differentiated."""
-        return self.lm + self.balance + self.z
+        return self.lm + self.balance + self.z + self.switch
 
 
 class Trainer:
@@ -83,8 +96,9 @@ class Trainer:
         takes those of this micro-batch.
         """
         settings = self.settings
-        logits_BSV, statistics = self.run(tokens_BS, open_LM)
-        lm = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
+        logits_BSV, statistics, gates = self.run(tokens_BS, open_LM)
+        losses_BS = F.cross_entropy(logits_BSV.transpose(1, 2), targets_BS, reduction="none")
+        lm, switch = losses_BS.mean(), gate_penalty(settings, gates, losses_BS.detach())
         balance = z = torch.zeros((), device=lm.device)
         if settings.balance == "switch":
             tokens = settings.switch_group_sequences * tokens_BS.shape[1]
@@ -98,7 +112,7 @@ class Trainer:
                 )
         if settings.z_coefficient:
             z = settings.z_coefficient * torch.stack([layer.z_square_mean for layer in statistics]).sum()
-        return Losses(lm, balance, z), statistics
+        return Losses(lm, balance, z, switch), statistics
 
     def pool_coefficient(self) -> float:
         """Weight of the pool loss in this step."""
@@ -145,7 +159,7 @@ class Trainer:
                 self.previous_counts_SM = self.mean_counts(statistics)
                 micro_counts_LM = torch.stack([layer.counts_AM.sum(0) for layer in statistics])
                 counts_LM = micro_counts_LM if counts_LM is None else counts_LM + micro_counts_LM
-            for name in ("lm", "balance", "z", "total"):
+            for name in ("lm", "balance", "z", "switch", "total"):
                 part = getattr(losses, name).detach() / len(micros)
                 sums[name] = sums[name] + part if name in sums else part
 

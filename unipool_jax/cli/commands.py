@@ -189,6 +189,42 @@ COMMANDS = (
         "unipool_jax.verification.command:select_command",
     ),
     Command(
+        "retrieval data",
+        "Make retrieval tasks of the standard library's own source.",
+        "unipool_jax.retrieval.requests:RetrievalDataRequest",
+        "unipool_jax.retrieval.command:data_command",
+    ),
+    Command(
+        "retrieval eval",
+        "Let a model find documents, beside BM25 and chance.",
+        "unipool_jax.retrieval.requests:RetrievalEvalRequest",
+        "unipool_jax.retrieval.command:eval_command",
+    ),
+    Command(
+        "retrieval tune",
+        "Teach a model to find documents: contrastive fine-tuning.",
+        "unipool_jax.retrieval.requests:RetrievalTuneRequest",
+        "unipool_jax.retrieval.command:tune_command",
+    ),
+    Command(
+        "aptitude anchors",
+        "Choose questions that stand for each source of a file of candidates.",
+        "unipool_jax.aptitude.requests:AnchorsRequest",
+        "unipool_jax.aptitude.command:anchors_command",
+    ),
+    Command(
+        "aptitude score",
+        "Score how much solutions, in text and as programs, help a trained model.",
+        "unipool_jax.aptitude.requests:AptitudeScoreRequest",
+        "unipool_jax.aptitude.score_command:score_command",
+    ),
+    Command(
+        "aptitude select",
+        "Select by scores which solutions, in text or as programs, to fine-tune on.",
+        "unipool_jax.aptitude.requests:AptitudeSelectRequest",
+        "unipool_jax.aptitude.command:select_command",
+    ),
+    Command(
         "plan",
         "Say what a training step costs on devices that need not be there.",
         _SCHEMA,

@@ -25,11 +25,6 @@ def problems(config: Config) -> Iterator[str]:
         )
     if moe.dense_ffn_size is not None and not moe.dense_layers:
         yield f"moe.dense_ffn_size={moe.dense_ffn_size}: unused with moe.dense_layers=0; remove it"
-    if moe.dense_layers and config.attention.kind == "switch":
-        yield (
-            f"moe.dense_layers={moe.dense_layers}: the gates of attention.kind=switch are trained in layers with "
-            "experts only; set moe.dense_layers=0 or another attention.kind"
-        )
     if moe.router != "none":
         return
     why = "the dense model (moe.router=none) routes nothing"

@@ -72,7 +72,7 @@ def make_layout(name: LayoutName, config: Config, weights: Weights) -> Layout:
       ConversionError: the layout has no place for windows over a bank, for the routers of Switch Attention, or for
         norms of what blocks computed.
     """
-    if config.attention.kind == "switch":
+    if name == "megatron" and config.attention.kind == "switch":
         raise ConversionError(f"layout={name}: has no place for the routers of attention.kind=switch")
     if name == "megatron" and config.model.norm != "pre":
         raise ConversionError(
@@ -142,6 +142,8 @@ def _twin(config: Config, weights: Weights) -> Layout:
             f"{name}.attention.out.weight": _transposed(attention["output"]),
             f"{name}.ffn_norm.weight": _unchanged(own["ffn_norm"]),
         }
+        if "switch" in attention:
+            tensors[f"{name}.attention.switch"] = _unchanged(attention["switch"])
         for norm in ("attention_post_norm", "ffn_post_norm"):
             if norm in own:
                 tensors[f"{name}.{norm}.weight"] = _unchanged(own[norm])

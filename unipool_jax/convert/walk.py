@@ -107,6 +107,13 @@ class Walk:
         """Hidden states before the first layer, `[B, S, D]`."""
         return _embed(self.config, self._ends, batch.inputs)
 
+    def after(self, layers: int, batch: Batch) -> jax.Array:
+        """Hidden states after the first `layers` layers, `[B, S, D]`, in the compute dtype."""
+        hidden = self.embed(batch)
+        for layer in range(layers):
+            hidden = self._step(layer, hidden, batch)
+        return hidden
+
     def _step(self, layer: int, hidden_BSD: jax.Array, batch: Batch) -> jax.Array:
         return _step(self.config, self._layers[layer], hidden_BSD, batch.segments)
 

@@ -1,5 +1,7 @@
 """Causal attention as plain array operations, in blocks of queries: what the mask hides is mostly never computed.
 
+Long sequences without a narrow window are computed in tiles (`kernels.tiled`).
+
 Arrays are `[B, S, H, C]`. Key and value heads J may be fewer than query heads: each serves H / J adjacent ones. Scores
 and softmax are float32, products and results have the dtype of the queries. A query sees the keys up to its own
 position; with a window w only the last w of them, its own among them; with segments only keys of its own segment.
@@ -8,15 +10,14 @@ position; with a window w only the last w of them, its own among them; with segm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from unipool_jax.kernels.tiled import TILE, UNSEEN, WHOLE, Mask, computed_tiles, in_tiles, tiled_attention
+
 QUERY_BLOCKS = 4
 """Blocks of queries in `causal_attention`: 4 skip three eighths of all scores; 8 were no faster."""
-PIECE = 512
-"""Queries of a long sequence whose scores are in memory at once: those of whole blocks would grow with its square."""
 _LEAST_BLOCK = 64
 """Queries of a block at least: skipping parts of short sequences saves nothing, and every block is a program part."""
 
@@ -55,12 +56,25 @@ def causal_attention_of_both(
       Attention to all, and to the window.
     """
     narrow_BSHC, window_BSH = _in_blocks(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer=True)
-    rest_BSHC, rest_BSH = _blocks(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer=True, rest=True)
+    rest_BSHC, rest_BSH = _of_rest(query_BSHC, key_BSHC, value_BSHC, segments_BS, window)
     assert window_BSH is not None
     assert rest_BSH is not None
     share_BSH1 = jax.nn.sigmoid(rest_BSH - window_BSH)[..., None]
     full_BSHC = (1 - share_BSH1) * narrow_BSHC + share_BSH1 * rest_BSHC
     return full_BSHC.astype(query_BSHC.dtype), narrow_BSHC
+
+
+def _of_rest(
+    query_BSHC: jax.Array,
+    key_BSHC: jax.Array,
+    value_BSHC: jax.Array,
+    segments_BS: jax.Array | None,
+    window: int,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`_in_blocks` to what the window hides."""
+    if in_tiles(query_BSHC.shape[1]):
+        return tiled_attention(query_BSHC, key_BSHC, value_BSHC, segments_BS, Mask(window, rest=True))
+    return _blocks(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer=True, rest=True)
 
 
 def _in_blocks(
@@ -72,13 +86,13 @@ def _in_blocks(
     normalizer: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention, and the log-sum-exp of every query's scores, float32 `[B, S, H]`, if that is wanted."""
-    if window is not None and block_of_window(window, query_BSHC.shape[1]) is not None:
-        return _banded(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer)
+    length = query_BSHC.shape[1]
+    narrow = None if window is None or block_of_window(window, length) is None else window
+    if in_tiles(length, narrow):
+        return tiled_attention(query_BSHC, key_BSHC, value_BSHC, segments_BS, Mask(window))
+    if narrow is not None:
+        return _banded(query_BSHC, key_BSHC, value_BSHC, segments_BS, narrow, normalizer)
     return _blocks(query_BSHC, key_BSHC, value_BSHC, segments_BS, window, normalizer)
-
-
-_UNSEEN = -1e30
-"""Log-sum-exp of nothing: finite, so that gradients of a query that sees nothing are zero and not NaN."""
 
 
 def _blocks(
@@ -95,7 +109,7 @@ def _blocks(
     # J key-value heads, I query heads for each. With heads ahead of positions each head's matrices lie in one piece.
     query_BJISC = query_BSHC.reshape(batch, length, key_BSHC.shape[2], -1, channels).transpose(0, 2, 3, 1, 4)
     key_BJSC, value_BJSC = key_BSHC.transpose(0, 2, 1, 3), value_BSHC.transpose(0, 2, 1, 3)
-    position_S, hidden = jnp.arange(length), _UNSEEN if rest else -jnp.inf
+    position_S, hidden = jnp.arange(length), UNSEEN if rest else -jnp.inf
     block, mixed, sums = _block(length), list[jax.Array](), list[jax.Array]()
     for start in range(0, length, block):
         rows, end = slice(start, start + block), start + block
@@ -106,73 +120,29 @@ def _blocks(
             end = max(min(end, length) - window, 1)
         seen = slice(first, end)
 
-        def attend(
-            query_BJISC: jax.Array, own_S: jax.Array, own_BS: jax.Array | None, seen: slice = seen
-        ) -> tuple[jax.Array, jax.Array | None]:
-            """Queries at the positions `own_S`, and their segments, with the keys `seen`."""
-            scores_BJIST = jnp.einsum(
-                "bjisc,bjtc->bjist", query_BJISC, key_BJSC[..., seen, :], preferred_element_type=jnp.float32
-            )
-            visible_ST = own_S[:, None] >= position_S[seen]
-            if window is not None:
-                near_ST = own_S[:, None] - position_S[seen] < window
-                visible_ST &= ~near_ST if rest else near_ST
-            if segments_BS is not None and own_BS is not None:
-                visible_ST = visible_ST & (own_BS[:, :, None] == segments_BS[:, None, seen])[:, None, None]
-            masked_BJIST = jnp.where(visible_ST, scores_BJIST / math.sqrt(channels), hidden)
-            weights_BJIST = jax.nn.softmax(masked_BJIST).astype(value_BSHC.dtype)
-            mixed_BJISC = jnp.einsum("bjist,bjtc->bjisc", weights_BJIST, value_BJSC[..., seen, :])
-            return mixed_BJISC, jax.nn.logsumexp(masked_BJIST, axis=-1) if normalizer else None
-
-        own_BS = None if segments_BS is None else segments_BS[:, rows]
-        run = _in_pieces if in_pieces(length) else _at_once
-        mixed_BJISC, sum_BJIS = run(attend, query_BJISC[..., rows, :], position_S[rows], own_BS)
+        scores_BJIST = jnp.einsum(
+            "bjisc,bjtc->bjist",
+            query_BJISC[..., rows, :],
+            key_BJSC[..., seen, :],
+            preferred_element_type=jnp.float32,
+        )
+        own_S = position_S[rows]
+        visible_ST = own_S[:, None] >= position_S[seen]
+        if window is not None:
+            near_ST = own_S[:, None] - position_S[seen] < window
+            visible_ST &= ~near_ST if rest else near_ST
+        if segments_BS is not None:
+            visible_ST = visible_ST & (segments_BS[:, rows, None] == segments_BS[:, None, seen])[:, None, None]
+        masked_BJIST = jnp.where(visible_ST, scores_BJIST / math.sqrt(channels), hidden)
+        weights_BJIST = jax.nn.softmax(masked_BJIST).astype(value_BSHC.dtype)
+        mixed_BJISC = jnp.einsum("bjist,bjtc->bjisc", weights_BJIST, value_BJSC[..., seen, :])
         mixed.append(mixed_BJISC)
-        if sum_BJIS is not None:
-            sums.append(sum_BJIS)
+        if normalizer:
+            sums.append(jax.nn.logsumexp(masked_BJIST, axis=-1))
     mixed_BSHC = jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
     if not normalizer:
         return mixed_BSHC, None
     return mixed_BSHC, jnp.concatenate(sums, axis=3).transpose(0, 3, 1, 2).reshape(batch, length, heads)
-
-
-_Attend = Callable[[jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]]
-
-
-def _at_once(
-    attend: _Attend, query_BJISC: jax.Array, own_S: jax.Array, own_BS: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    return attend(query_BJISC, own_S, own_BS)
-
-
-def _in_pieces(
-    attend: _Attend, query_BJISC: jax.Array, own_S: jax.Array, own_BS: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """`attend` for `PIECE` queries after the other; the backward pass computes their scores again."""
-    length = len(own_S)
-    pieces = -(-length // PIECE)
-    behind = pieces * PIECE - length
-
-    def cut(array: jax.Array, axis: int) -> jax.Array:
-        """Pieces along an axis, first. Padding repeats the last query, so it sees what that one sees."""
-        pad = [(0, behind if index == axis else 0) for index in range(array.ndim)]
-        padded = jnp.pad(array, pad, mode="edge")
-        return jnp.moveaxis(padded.reshape(*array.shape[:axis], pieces, PIECE, *array.shape[axis + 1 :]), axis, 0)
-
-    def joined(array_PBJIS: jax.Array) -> jax.Array:
-        """The pieces of `[P, B, J, I, S, ...]` as one."""
-        array = jnp.moveaxis(array_PBJIS, 0, 3)
-        return array.reshape(*array.shape[:3], -1, *array.shape[5:])[:, :, :, :length]
-
-    own = None if own_BS is None else cut(own_BS, 1)
-    again = jax.checkpoint(attend, prevent_cse=False)
-    found = jax.lax.map(lambda piece: again(*piece), (cut(query_BJISC, 3), cut(own_S, 0), own))
-    return jax.tree.map(joined, found)
-
-
-def in_pieces(length: int) -> bool:
-    """Whether a sequence is so long that only the scores of `PIECE` queries are in memory at a time."""
-    return -(-length // QUERY_BLOCKS) > 2 * PIECE
 
 
 def block_of_window(window: int, length: int) -> int | None:
@@ -185,11 +155,13 @@ def block_of_window(window: int, length: int) -> int | None:
 
 
 def computed_scores(length: int, window: int | None = None) -> int:
-    """Scores of one head that `causal_attention` computes for a sequence, masked ones included."""
+    """Scores of one head that `causal_attention` computes for a sequence on an accelerator, masked ones included."""
     narrow = None if window is None else block_of_window(window, length)
     if narrow is not None:
         assert window is not None
         return -(-length // narrow) * narrow * narrow * (1 + -(-(window - 1) // narrow))
+    if length > WHOLE:
+        return computed_tiles(length, Mask(window)) * TILE * TILE
     block, total = _block(length), 0
     for start in range(0, length, block):
         first, end = 0 if window is None else max(start - window + 1, 0), min(start + block, length)
@@ -199,8 +171,7 @@ def computed_scores(length: int, window: int | None = None) -> int:
 
 def _block(length: int) -> int:
     """Queries in a block of `causal_attention`."""
-    block = max(-(-length // QUERY_BLOCKS), _LEAST_BLOCK)
-    return -(-block // PIECE) * PIECE if in_pieces(length) else block
+    return max(-(-length // QUERY_BLOCKS), _LEAST_BLOCK)
 
 
 def _banded(
@@ -253,8 +224,9 @@ def _banded(
 
 def cached_attention(
     query_BSHC: jax.Array,
-    key_BTHC: jax.Array,
-    value_BTHC: jax.Array,
+    key_LBTHC: jax.Array,
+    value_LBTHC: jax.Array,
+    layer: jax.Array | int,
     start_B: jax.Array,
     segments_BT: jax.Array | None = None,
     window: int | None = None,
@@ -263,24 +235,28 @@ def cached_attention(
 
     Args:
       query_BSHC: queries of the positions `start_B[b] .. start_B[b] + S - 1` of row b.
-      key_BTHC, value_BTHC: all slots, `[B, T, J, C]`; those behind a query do not matter.
+      key_LBTHC, value_LBTHC: all slots of all layers, `[L, B, T, J, C]`; those behind a query do not matter.
+      layer: whose slots are read. They are not cut out before the window is: that would copy all T.
       start_B: position of each row's first query, int32.
       segments_BT: as there, of all slots.
       window: as there. A token then reads w slots, however many there are.
     """
-    length, slots = query_BSHC.shape[1], key_BTHC.shape[1]
+    (batch, length), slots = query_BSHC.shape[:2], key_LBTHC.shape[2]
     block = length if window is None else min(length, max(window, _LEAST_BLOCK))
     size = slots if window is None else min(slots, window + block - 1)
 
     def attend(query_BSHC: jax.Array, offset: jax.Array | int) -> jax.Array:
         """Queries of one block, the first of which is `offset` positions behind `start_B`."""
         position_BS1 = ((start_B + offset)[:, None] + jnp.arange(query_BSHC.shape[1]))[..., None]
-        seen = (key_BTHC, value_BTHC, segments_BT, jnp.broadcast_to(jnp.arange(slots), key_BTHC.shape[:2]))
         if window is not None and size < slots:
             first_B = jnp.clip(position_BS1[:, 0, 0] - window + 1, 0, slots - size)
-            cut = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size))
-            seen = jax.tree.map(lambda rows: cut(rows, first_B), seen)
-        key, value, segments, slot_BT = seen
+            slot_BT = first_B[:, None] + jnp.arange(size)
+            at = layer, jnp.arange(batch)[:, None], slot_BT
+            key, value = key_LBTHC[at], value_LBTHC[at]
+            segments = None if segments_BT is None else jnp.take_along_axis(segments_BT, slot_BT, axis=1)
+        else:
+            slot_BT = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
+            key, value, segments = key_LBTHC[layer], value_LBTHC[layer], segments_BT
         visible_BST = slot_BT[:, None] <= position_BS1
         if window is not None:
             visible_BST &= position_BS1 - slot_BT[:, None] < window

@@ -24,22 +24,24 @@ from unipool_jax.parallel.mesh import constrain, on_each_device
 
 
 class KeyValueCache(NamedTuple):
-    """Keys (after rotation) and values of earlier positions in T slots a row; position p is in slot p.
+    """Keys (after rotation) and values of earlier positions, of all layers, in T slots a row; position p is in slot p.
 
     A query sees the slots up to its own position, so what later slots hold does not matter: rows of a batch may be at
-    different positions, and padding behind a row is overwritten before it is seen. A model has one cache per layer,
-    stacked to `[G, L/G, B, T, H, C]`.
+    different positions, and padding behind a row is overwritten before it is seen. The layers' scan carries it, and
+    each layer writes its slots in place: as an input and an output of the scan it would be copied for every token.
     """
 
-    key_BTHC: jax.Array
-    value_BTHC: jax.Array
+    key_LBTHC: jax.Array
+    value_LBTHC: jax.Array
 
-    def write(self, key_BSHC: jax.Array, value_BSHC: jax.Array, positions_BS: jax.Array) -> KeyValueCache:
-        """The cache with keys and values of these positions put in."""
+    def write(
+        self, layer: ArrayLike, key_BSHC: jax.Array, value_BSHC: jax.Array, positions_BS: jax.Array
+    ) -> KeyValueCache:
+        """The cache with a layer's keys and values of these positions put in."""
         row_B1 = jnp.arange(positions_BS.shape[0])[:, None]
         return KeyValueCache(
-            self.key_BTHC.at[row_B1, positions_BS].set(key_BSHC),
-            self.value_BTHC.at[row_B1, positions_BS].set(value_BSHC),
+            self.key_LBTHC.at[layer, row_B1, positions_BS].set(key_BSHC),
+            self.value_LBTHC.at[layer, row_B1, positions_BS].set(value_BSHC),
         )
 
 
@@ -88,12 +90,13 @@ def attention(
     start_B: jax.Array | None = None,
     segments: ArrayLike | None = None,
     sees_all: ArrayLike | None = None,
+    layer: ArrayLike | None = None,
 ) -> tuple[jax.Array, KeyValueCache | None, Switched | None]:
     """Attention block without its norm and residual: `[B, S, D] -> [B, S, D]`, and the cache with these positions.
 
     Arguments and other results are those of `attention_heads`.
     """
-    mixed_BSHC, cache, gate = attention_heads(config, hidden_BSD, weights, cache, start_B, segments, sees_all)
+    mixed_BSHC, cache, gate = attention_heads(config, hidden_BSD, weights, cache, start_B, segments, sees_all, layer)
     return linear(mixed_BSHC.reshape(*hidden_BSD.shape[:2], -1), weights.output, ("heads", "embed")), cache, gate
 
 
@@ -105,10 +108,12 @@ def attention_heads(
     start_B: jax.Array | None = None,
     segments: ArrayLike | None = None,
     sees_all: ArrayLike | None = None,
+    layer: ArrayLike | None = None,
 ) -> tuple[jax.Array, KeyValueCache | None, Switched | None]:
     """Outputs of the heads before the output projection, `[B, S, H, C]`, and the cache with these positions.
 
-    Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the cache.
+    Without a cache the S positions are 0..S-1 and see each other; with one they begin at `start_B` and see the slots of
+    the cache that are `layer`'s.
     `segments` are the ids of documents, int32 `[B, S]`, with a cache those of its slots, `[B, T]`; rotary positions
     then count from the beginning of each document. With attention.kind=alternating `sees_all` says whether this layer
     is one of attention.full_layers, bool. With attention.kind=switch what the layer's router decided is returned too.
@@ -128,8 +133,9 @@ def attention_heads(
     operands: tuple[jax.Array | None, ...] = (query, key, value, segments)
     if cache is not None:
         assert start_B is not None
-        cache = cache.write(key, value, positions)
-        product, operands = cached_attention, (query, *cache, start_B, segments)
+        assert layer is not None
+        cache = cache.write(layer, key, value, positions)
+        product, operands = cached_attention, (query, *cache, jnp.asarray(layer), start_B, segments)
     if config.attention.kind == "switch":
         assert weights.switch_D is not None
         logit_BS = router_logits(hidden_BSD, weights.switch_D)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from unipool_jax.config.schema import Config
+from unipool_jax.model.attention import KeyValueCache
 from unipool_jax.model.documents import segment_ids
-from unipool_jax.model.transformer import ModelCache, empty_cache, forward_cached
+from unipool_jax.model.transformer import empty_cache, forward_cached
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _Progress(NamedTuple):
     tokens_BT: jax.Array
     lengths_B: jax.Array
     ended_B: jax.Array
-    cache: ModelCache
+    cache: KeyValueCache
 
 
 def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:

@@ -59,8 +59,8 @@ class LayerInputs(NamedTuple):
     """What a layer is given besides hidden states; arrays of all layers are stacked to `[G, L/G, ...]`."""
 
     selection: Selection
-    cache: KeyValueCache | None = None
-    """Keys and values of the positions before; None: the tokens are all there is."""
+    place: ArrayLike | None = None
+    """Where in the cache the layer is, int32; None without one."""
     sees_all: ArrayLike | None = None
     """With attention.kind=alternating, whether the layer attends to all positions before, bool."""
 
@@ -85,8 +85,6 @@ class LayerOutputs(NamedTuple):
     """What a layer returns besides hidden states; arrays of all layers are stacked to `[G, L/G, ...]`."""
 
     stats: RoutingStats
-    cache: KeyValueCache | None
-    """The cache with these tokens in it."""
     visits: Visits | None
     """Who visited which experts, where that is to be kept."""
     switched: Switched | None = None
@@ -100,7 +98,8 @@ def layer(
     inputs: LayerInputs,
     positions: Positions,
     experts: Experts,
-) -> tuple[jax.Array, Experts, LayerOutputs]:
+    cache: KeyValueCache | None = None,
+) -> tuple[jax.Array, KeyValueCache | None, Experts, LayerOutputs]:
     """One transformer layer.
 
     Args:
@@ -110,9 +109,11 @@ def layer(
       inputs: of this layer.
       positions: of the batch.
       experts: of the layer's pool.
+      cache: of all layers; None: the tokens are all there is.
 
     Returns:
-      Hidden states, the experts for the next layer of the pool, and what else the layer has to tell.
+      Hidden states, the cache with these tokens in it, the experts for the next layer of the pool, and what else the
+      layer has to tell.
     """
     model = config.model
     normed_BSD = rms_norm(hidden_BSD, weights.attention_norm_D, model.norm_epsilon)
@@ -120,10 +121,11 @@ def layer(
         config,
         normed_BSD,
         weights.attention,
-        inputs.cache,
+        cache,
         positions.start_B,
         positions.segments,
         inputs.sees_all,
+        inputs.place,
     )
     hidden_BSD = hidden_BSD + post_norm(attended_BSD, weights.attention_post_norm_D, model.post_norm_epsilon)
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
@@ -141,7 +143,7 @@ def layer(
         weights.ffn_post_norm_D,
     )
     hidden_BSD = constrain(hidden_BSD + mixed.hidden_BSD, "batch", None, None)
-    return hidden_BSD, mixed.experts, LayerOutputs(mixed.stats, cache, mixed.visits, gate)
+    return hidden_BSD, cache, mixed.experts, LayerOutputs(mixed.stats, mixed.visits, gate)
 
 
 def _without_experts(module: Layer | DenseLayer) -> LayerWeights:
@@ -168,6 +170,10 @@ def _without_experts(module: Layer | DenseLayer) -> LayerWeights:
     )
 
 
+_Stream = tuple[jax.Array, KeyValueCache | None]
+"""What goes from layer to layer: hidden states `[B, S, D]`, and the cache of all layers."""
+
+
 class Layer(nn.Module):
     """Creates `LayerWeights` and applies `layer`: the body of the scan over the layers of a pool."""
 
@@ -177,11 +183,11 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[jax.Array, Bank | None],
+        carry: tuple[_Stream, Bank | None],
         bank: Bank,
         positions: Positions,
         inputs: LayerInputs,
-    ) -> tuple[tuple[jax.Array, Bank | None], LayerOutputs]:
+    ) -> tuple[tuple[_Stream, Bank | None], LayerOutputs]:
         config, zeros, width = self.config, nn.initializers.zeros, (self.config.model.hidden_size,)
         weights = _without_experts(self)
         if config.moe.router != "none":
@@ -190,12 +196,14 @@ class Layer(nn.Module):
             weights = weights._replace(shared=SharedExperts(config, name="shared")())
         if config.moe.depth_vectors:
             weights = weights._replace(depth_D=self.param("depth", zeros, width, jnp.float32))
-        hidden_BSD, accumulator = carry
+        (hidden_BSD, cache), accumulator = carry
         function = rematerialized(config, "full", functools.partial(layer, config))
-        hidden_BSD, experts, outputs = function(hidden_BSD, weights, inputs, positions, Experts(bank, accumulator))
+        hidden_BSD, cache, experts, outputs = function(
+            hidden_BSD, weights, inputs, positions, Experts(bank, accumulator), cache
+        )
         if not self.keep_routing:
             outputs = outputs._replace(visits=None)
-        return (hidden_BSD, experts.accumulator), outputs
+        return ((hidden_BSD, cache), experts.accumulator), outputs
 
 
 class DenseLayer(nn.Module):
@@ -207,15 +215,13 @@ class DenseLayer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, hidden_BSD: jax.Array, positions: Positions, inputs: LayerInputs
-    ) -> tuple[jax.Array, KeyValueCache | None]:
-        config = self.config
+    def __call__(self, stream: _Stream, positions: Positions, inputs: LayerInputs) -> tuple[_Stream, Switched | None]:
+        config, (hidden_BSD, cache) = self.config, stream
         weights, block = _without_experts(self), SwiGLU(config.model, config.dense_width, name="block")()
         experts = Experts(Bank(*(weight[None] for weight in block)), None)
         function = rematerialized(config, "full", functools.partial(layer, config), in_pool=False)
-        hidden_BSD, _, outputs = function(hidden_BSD, weights, inputs, positions, experts)
-        return hidden_BSD, outputs.cache
+        hidden_BSD, cache, _, outputs = function(hidden_BSD, weights, inputs, positions, experts, cache)
+        return (hidden_BSD, cache), outputs.switched
 
 
 class PoolStage(nn.Module):
@@ -226,8 +232,8 @@ class PoolStage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden_BSD: jax.Array, positions: Positions, inputs: LayerInputs, experts: Experts | None
-    ) -> tuple[jax.Array, tuple[LayerOutputs, Experts | None]]:
+        self, stream: _Stream, positions: Positions, inputs: LayerInputs, experts: Experts | None
+    ) -> tuple[_Stream, tuple[LayerOutputs, Experts | None]]:
         config = self.config
         given = experts is not None
         if experts is None:
@@ -245,10 +251,10 @@ class PoolStage(nn.Module):
         if (windows := layer_windows(config)) is not None:
             inputs = inputs._replace(selection=inputs.selection._replace(window=windows))
         # The two halves of `experts` enter the scan apart: weights in its carry would be kept once for each layer.
-        (hidden_BSD, accumulator), outputs = layers(config, self.keep_routing, name="layers")(
-            (hidden_BSD, experts.accumulator), experts.weights, positions, inputs
+        (stream, accumulator), outputs = layers(config, self.keep_routing, name="layers")(
+            (stream, experts.accumulator), experts.weights, positions, inputs
         )
-        return hidden_BSD, (outputs, experts._replace(accumulator=accumulator) if given else None)
+        return stream, (outputs, experts._replace(accumulator=accumulator) if given else None)
 
 
 class ModelOutput(NamedTuple):
@@ -258,8 +264,10 @@ class ModelOutput(NamedTuple):
     """What logits and losses are made of."""
     layers: LayerOutputs
     """Of the layers with experts, stacked to `[G, L/G, ...]`."""
-    dense_cache: KeyValueCache | None
-    """`LayerOutputs.cache` of the first moe.dense_layers, stacked."""
+    switched: Switched | None
+    """Of all layers, dense ones too, stacked over any leading axes."""
+    cache: KeyValueCache | None
+    """The cache that the caller gave, with these tokens in it."""
     experts: Experts | None
     """The experts that the caller gave, for the next micro-batch."""
 
@@ -270,6 +278,12 @@ def _sees_all(config: Config, *, dense: bool = False) -> np.ndarray | None:
         return None
     first, by_layer = config.moe.dense_layers, np.array(config.sees_all)
     return by_layer[:first] if dense else by_layer[first:].reshape(config.pool.groups, config.layers_per_pool)
+
+
+def _places(config: Config) -> np.ndarray:
+    """`LayerInputs.place` of the layers with experts; the dense ones are before them."""
+    groups, each = config.pool.groups, config.layers_per_pool
+    return np.arange(groups * each, dtype=np.int32).reshape(groups, each) + config.moe.dense_layers
 
 
 class Transformer(nn.Module):
@@ -291,7 +305,7 @@ class Transformer(nn.Module):
         inputs: LayerInputs,
         positions: Positions = EVERY_POSITION,
         experts: Experts | None = None,
-        dense_cache: KeyValueCache | None = None,
+        cache: KeyValueCache | None = None,
     ) -> ModelOutput:
         """Apply the model.
 
@@ -300,7 +314,7 @@ class Transformer(nn.Module):
           inputs: of every layer with experts, stacked.
           positions: of the tokens.
           experts: for G = 1, the pool's experts, `[1, ...]`, in place of those that the parameters hold.
-          dense_cache: `LayerInputs.cache` of the first moe.dense_layers, stacked.
+          cache: keys and values of the positions before; None: the tokens are all there is.
         """
         config, model = self.config, self.config.model
         table_shape = (model.vocab_size, model.hidden_size)
@@ -308,7 +322,9 @@ class Transformer(nn.Module):
         hidden_BSD = lookup(embedding_VD, tokens_BS, ("vocab", "embed"), model.compute_dtype)
         hidden_BSD = constrain(hidden_BSD, "batch", None, None)
 
-        inputs = inputs._replace(sees_all=_sees_all(config))
+        stream, inputs = (hidden_BSD, cache), inputs._replace(sees_all=_sees_all(config))
+        if cache is not None:
+            inputs = inputs._replace(place=_places(config))
         if dense := config.moe.dense_layers:
             first = nn.scan(
                 DenseLayer,
@@ -319,8 +335,9 @@ class Transformer(nn.Module):
                 check_constancy_invariants=self.is_initializing(),
             )
             unused = Selection(jnp.zeros((dense, 1), jnp.float32))
-            own = LayerInputs(unused, dense_cache, _sees_all(config, dense=True))
-            hidden_BSD, dense_cache = first(config, name="dense")(hidden_BSD, positions, own)
+            place = None if cache is None else np.arange(dense, dtype=np.int32)
+            own = LayerInputs(unused, place, _sees_all(config, dense=True))
+            stream, first_switched = first(config, name="dense")(stream, positions, own)
 
         pools = nn.scan(
             without_gathered_weights(config, PoolStage),
@@ -330,17 +347,24 @@ class Transformer(nn.Module):
             length=config.pool.groups,
             check_constancy_invariants=self.is_initializing(),
         )
-        hidden_BSD, (outputs, experts) = pools(config, self.keep_routing, name="pools")(
-            hidden_BSD, positions, inputs, experts
+        (hidden_BSD, cache), (outputs, experts) = pools(config, self.keep_routing, name="pools")(
+            stream, positions, inputs, experts
         )
 
+        switched = outputs.switched
+        if dense and switched is not None:
+            switched = jax.tree.map(
+                lambda own, others: jnp.concatenate([own, others.reshape(-1, *own.shape[1:])]),
+                first_switched,
+                switched,
+            )
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
         hidden_BSD = rms_norm(hidden_BSD, final_gain_D, model.norm_epsilon)
         output_VD = self.param("output", nn.initializers.normal(model.matrix_std), table_shape, jnp.float32)
         # Groups of the Switch loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
         batch, sequences = tokens_BS.shape[0], config.loss.switch_group_sequences
         stats = outputs.stats.grouped(batch // sequences if batch % sequences == 0 else 1)
-        return ModelOutput(Head(hidden_BSD, output_VD), outputs._replace(stats=stats), dense_cache, experts)
+        return ModelOutput(Head(hidden_BSD, output_VD), outputs._replace(stats=stats), switched, cache, experts)
 
 
 def apply(
@@ -351,11 +375,11 @@ def apply(
     positions: Positions = EVERY_POSITION,
     experts: Experts | None = None,
     keep_routing: bool = False,
-    dense_cache: KeyValueCache | None = None,
+    cache: KeyValueCache | None = None,
 ) -> ModelOutput:
     """`Transformer` as a function of its parameters; arguments as there. With `experts` the parameters need no bank."""
     model: Any = Transformer(config, keep_routing)
-    output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, positions, experts, dense_cache)
+    output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, positions, experts, cache)
     return output
 
 
@@ -376,25 +400,11 @@ def forward(
     return output.head.logits(), output.layers.stats
 
 
-class ModelCache(NamedTuple):
-    """Keys and values of all layers."""
-
-    layers: KeyValueCache
-    """Of the layers with experts, `[G, L/G, ...]`."""
-    dense: KeyValueCache | None
-    """Of the first moe.dense_layers, `[n, ...]`; None without."""
-
-
-def empty_cache(config: Config, batch_size: int, length: int) -> ModelCache:
-    """A cache for `length` positions of `batch_size` rows, in the compute dtype."""
-    model, moe = config.model, config.moe
-
-    def zeros(*layers: int) -> KeyValueCache:
-        shape = (*layers, batch_size, length, model.num_kv_heads, config.head_size)
-        return KeyValueCache(jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype))
-
-    dense = zeros(moe.dense_layers) if moe.dense_layers else None
-    return ModelCache(zeros(config.pool.groups, config.layers_per_pool), dense)
+def empty_cache(config: Config, batch_size: int, length: int) -> KeyValueCache:
+    """A cache for `length` positions of `batch_size` rows, in the compute dtype; moe.dense_layers come first."""
+    model = config.model
+    shape = (model.num_layers, batch_size, length, model.num_kv_heads, config.head_size)
+    return KeyValueCache(jnp.zeros(shape, model.compute_dtype), jnp.zeros(shape, model.compute_dtype))
 
 
 def forward_cached(
@@ -402,19 +412,19 @@ def forward_cached(
     params: Any,
     tokens_BS: ArrayLike,
     expert_bias_GNE: jax.Array,
-    cache: ModelCache,
+    cache: KeyValueCache,
     start_B: jax.Array,
     score_factor_GNE: jax.Array | None = None,
     segments_BT: ArrayLike | None = None,
-) -> tuple[jax.Array, ModelCache]:
+) -> tuple[jax.Array, KeyValueCache]:
     """`forward` for tokens that follow those in `cache`: the same logits, float32 `[B, S, V]`, and the new cache.
 
     Row b holds positions `start_B[b] .. start_B[b] + S - 1`, which must lie within the cache; the cache must hold all
     positions before them. Tokens of padding behind a row are harmless if later calls overwrite them in order.
     `segments_BT` are the documents of all slots; those behind a row's last token do not matter.
     """
-    inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE), cache.layers)
+    inputs = LayerInputs(Selection(expert_bias_GNE, score_factor_GNE))
     positions = Positions(start_B, segments=segments_BT)
-    output = apply(config, params, tokens_BS, inputs, positions, dense_cache=cache.dense)
-    assert output.layers.cache is not None
-    return output.head.logits(), ModelCache(output.layers.cache, output.dense_cache)
+    output = apply(config, params, tokens_BS, inputs, positions, cache=cache)
+    assert output.cache is not None
+    return output.head.logits(), output.cache

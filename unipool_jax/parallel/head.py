@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from unipool_jax.parallel.linear import linear
 from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, num_shards
 
-_CHUNK = 512
+CHUNK = 512
 """Positions of a device whose logits are made at once: enough rows for a product at full speed, few enough to stay in
 cache."""
 
@@ -34,7 +34,7 @@ class Head(NamedTuple):
         batch, length, _ = self.hidden_BSD.shape
         mesh = active_mesh()
         rows = batch if mesh is None else -(-batch // num_shards(mesh, "batch"))
-        positions = min(length, max(1, _CHUNK // rows))
+        positions = min(length, max(1, CHUNK // rows))
 
         def split(array: jax.Array) -> jax.Array:
             """Chunks of the sequence axis, first: rows stay on the devices that have them."""
@@ -84,9 +84,9 @@ class Head(NamedTuple):
 
         def split(array: jax.Array, positions: int) -> jax.Array:
             array = array.reshape(positions, *array.shape[2:])
-            padding = -positions % min(positions, _CHUNK)
+            padding = -positions % min(positions, CHUNK)
             array = jnp.pad(array, [(0, padding), *[(0, 0)] * (array.ndim - 1)])
-            return array.reshape(-1, min(positions, _CHUNK), *array.shape[1:])
+            return array.reshape(-1, min(positions, CHUNK), *array.shape[1:])
 
         batch, length, _ = self.hidden_BSD.shape
         return tuple(split(jnp.asarray(array), batch * length) for array in (self.hidden_BSD, *values_BS))

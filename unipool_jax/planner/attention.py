@@ -8,7 +8,8 @@ from typing import NamedTuple
 from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels.attention import LANES, splash_tile, splash_tiles
-from unipool_jax.kernels.causal import PIECE, QUERY_BLOCKS, computed_scores, in_pieces
+from unipool_jax.kernels.causal import QUERY_BLOCKS, computed_scores
+from unipool_jax.kernels.tiled import TILE, WHOLE
 
 WIDE = 4
 """Bytes of a float32 number."""
@@ -66,24 +67,34 @@ def padding(config: Config, topology: Topology) -> float:
 
 
 def _blocks(config: Config, rows: float, forward: int) -> AttentionCost:
-    length = config.data.sequence_length
-    again = recomputes_product(config) or in_pieces(length)
+    length, size = config.data.sequence_length, config.head_size
+    again = recomputes_product(config)
     full, of_window = computed_scores(length), computed_scores(length, config.attention.window)
     if config.attention.kind == "switch" and config.attention.gate == "learned":
         # The window, and what it hides: of the rest a block sees a window less than of everything.
         full += of_window - min(config.attention.window * length, full)
     by_layer = [rows * (full if sees_all else of_window) for sees_all in config.sees_all]
     scores = sum(by_layer) / len(by_layer)
+    if length > WHOLE and any(config.sees_all):
+        tile, sequence = WIDE * rows * TILE * TILE, WIDE * rows * length
+        # Backward five products. Of the gradients, those of keys and values are sums that all tiles add to.
+        return AttentionCost(
+            flops=(2 * (forward + again) + 5) * 2 * scores * size,
+            bytes=scores * (2 * WIDE * (forward + again) + 5 * WIDE),
+            kept_bytes=0 if again else sequence,
+            working_bytes=4 * tile + 3 * sequence * size,
+            evaluation_bytes=2 * tile,
+        )
     # Forward, the compiler computes the scores twice, for their maximum and for their exponentials, which it keeps in
     # float32 for the product with the values. Backward, it computes them again, and four more products.
     products = 3 * (forward + again) + 4 + (0 if config.model.remat == "full" or again else 1)
     # One of the blocks of queries at a time; those of a window are computed at once.
-    block = rows * length * (PIECE if in_pieces(length) else length / QUERY_BLOCKS)
+    block = rows * length * length / QUERY_BLOCKS
     return AttentionCost(
-        flops=products * 2 * scores * config.head_size,
+        flops=products * 2 * scores * size,
         bytes=scores * (2 * WIDE * (forward + again) + 5 * WIDE),
         kept_bytes=0 if again else 6 * scores,
-        working_bytes=8 * (block if in_pieces(length) else max(by_layer)),
+        working_bytes=8 * max(by_layer),
         evaluation_bytes=WIDE * (block if any(config.sees_all) else min(block, by_layer[0])),
     )
 

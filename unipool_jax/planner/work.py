@@ -18,6 +18,7 @@ from unipool_jax.kernels import tpu_tiles
 from unipool_jax.kernels.group_plan import block_shape
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
+from unipool_jax.parallel.head import CHUNK
 from unipool_jax.planner.attention import WIDE, AttentionCost, attention_cost, narrow, padding
 from unipool_jax.planner.windows import LayerLoad, layer_loads
 from unipool_jax.training.step import counts_before_gradient, shares_one_bank
@@ -440,7 +441,9 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     products, mixture = products + 2 * block, mixture + 8 * block
     kept = {"full": hidden, "moe": 8 * hidden + scores.kept_bytes, "none": 10 * hidden + scores.kept_bytes + products}
     working = 10 * hidden + scores.working_bytes + mixture
-    logits = n * model.vocab_size / sizes["tensor"] * (WIDE + at.narrow)
+    # One device makes them in chunks.
+    rows = n if math.prod(sizes.values()) > 1 else min(n, CHUNK)
+    logits = rows * model.vocab_size / sizes["tensor"] * (WIDE + at.narrow)
     return gathered + gradient + dense + tables + model.num_layers * kept[config.model.remat] + max(working, logits)
 
 

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import NamedTuple, Protocol
 
 from unipool_jax.rewriting.moves import IllegalMoveError, Move, State, apply, bound_moves, read_move
@@ -38,7 +39,7 @@ class Attempt:
     """Texts that were looked at."""
     legal: int = 0
     """Of them, moves that could be made."""
-    _points: list[dict] = field(init=False, repr=False)  # type: ignore[type-arg]
+    _points: list[dict[str, Decimal]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._points = random_points(self.goal.text())

@@ -22,15 +22,14 @@ from unipool_jax.data.corpus import Corpus, open_corpus
 from unipool_jax.data.identity import text_identity
 from unipool_jax.data.pipeline import Batch, WindowSource, training_batches
 from unipool_jax.data.splits import SplitName
-from unipool_jax.kernels.implementations import resolve, resolve_attention
-from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.moe.lock_lifecycle import LossExcessError
 from unipool_jax.parallel.mesh import usable_mesh
 from unipool_jax.parallel.processes import broadcast_from_process_0, is_process_0, must_agree, process_0_first
+from unipool_jax.training.announcing import announce, num_devices, print_summary
 from unipool_jax.training.checkpoint import Checkpoints, make_meta
 from unipool_jax.training.console import LOG, Progress, copied_to
 from unipool_jax.training.distillation import Teacher
-from unipool_jax.training.evaluate import EvalResult, Evaluator, TextBatches, print_results, unigram_baseline
+from unipool_jax.training.evaluate import EvalResult, Evaluator, TextBatches, unigram_baseline
 from unipool_jax.training.flops import flops_spent, utilization
 from unipool_jax.training.growing import Growing, open_growth, per_use
 from unipool_jax.training.growth_step import GrowthStep
@@ -43,16 +42,15 @@ from unipool_jax.training.metrics import (
     perplexity,
     routing_diagnostics,
 )
-from unipool_jax.training.optimizer import extension_notice
 from unipool_jax.training.placement import Placement, measured, newest_counts, strided, with_placement
 from unipool_jax.training.receive_buffers import OverflowedError, ReceiveBuffers
-from unipool_jax.training.run_folder import RunError, RunFolder
+from unipool_jax.training.run_folder import RunFolder
 from unipool_jax.training.sessions import Session, command_line, utc_now
-from unipool_jax.training.sharding import misplaced_banks, process_rows, report, to_devices
+from unipool_jax.training.sharding import process_rows, to_devices
 from unipool_jax.training.speed import Speed
 from unipool_jax.training.spikes import WATCHED, Spikes
 from unipool_jax.training.state import TrainState
-from unipool_jax.training.step import TrainStep, counts_before_gradient, make_train_step
+from unipool_jax.training.step import TrainStep, make_train_step
 from unipool_jax.training.stopping import InterruptedRunError, StopRequest
 from unipool_jax.training.switching import switch_values
 from unipool_jax.training.teacher import teachers_of
@@ -93,7 +91,7 @@ def train(config: Config) -> int:
                     f"{folder.path} is finished; to extend it: unipool train {folder.path} train.steps=+N; to train "
                     "again, set another run.name or delete the folder"
                 )
-                _print_summary(config, summary)
+                print_summary(config, summary)
             return 0
         if is_process_0():
             stack.enter_context(copied_to(folder.path / LOG, f"{utc_now()} {command_line()}"))
@@ -130,13 +128,13 @@ def train(config: Config) -> int:
             teachers=teachers,
             spikes=Spikes(meta),
         )
-        run.announce(state)
+        announce(config, folder.path, state, mesh, start, run.progress, buffers, growth)
         try:
             state = run.place(state)
             state = run.steps(state)
             summary = run.finish(state)
             if is_process_0():
-                _print_summary(config, summary)
+                print_summary(config, summary)
         except (NonFiniteError, OverflowedError, LossExcessError) as error:
             run.progress.message("")
             if is_process_0():
@@ -188,11 +186,6 @@ class _Run:
         self.compiling = 0.0
 
     @property
-    def num_devices(self) -> int:
-        """Devices of the mesh."""
-        return 1 if self.mesh is None else self.mesh.size
-
-    @property
     def lock(self) -> Locking | None:
         """The lock of the run, which begins when all layers are there."""
         return self.whole_lock if self.growth is None or self.growth.done else None
@@ -206,44 +199,6 @@ class _Run:
     def structure(self) -> Config:
         """The configuration of the current model, which growth and a lock change, with the placement in use."""
         return with_placement(self.stage if self.lock is None else self.lock.structure, self.mesh)
-
-    def announce(self, state: TrainState) -> None:
-        """Print the run, the mesh and the sharding of large arrays.
-
-        Raises:
-          RunError: expert weights are not sharded as the mesh says.
-        """
-        config, device = self.config, jax.local_devices()[0]
-        self.progress.message(
-            f"{self.folder.path}: {config.scale_name} {config.method_name} on {self.num_devices} x "
-            f"{device.device_kind}, {config.total_experts} experts in {config.pool.groups} pool(s), "
-            f"{config.tokens_per_step:,} tokens per step, {resolve(config.kernels.implementation)} kernels, "
-            f"{resolve_attention(config.kernels.attention, config.model.compute_dtype, config.head_size)} attention"
-        )
-        if counts_before_gradient(config):
-            self.progress.message(
-                f"the exact pool loss over {config.num_microbatches} micro-batches needs a second forward pass per "
-                f"step; train.microbatch_size={config.train.batch_size} or loss.pool_statistics=previous avoids it"
-            )
-        if self.num_devices < jax.device_count():
-            self.progress.message(f"{jax.device_count()} devices are available; mesh.data=-1 would use all of them")
-        if self.mesh is not None:
-            sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
-            transport = transport_for(config.mesh, self.mesh.shape["expert"])
-            capacity = "" if transport == "local" else f" with capacity factor {self.buffers.factor:g}"
-            self.progress.message(
-                f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport{capacity}\n{report(state)}"
-            )
-            if misplaced := misplaced_banks(config, self.mesh, state):
-                raise RunError(
-                    f"mesh {sizes}: expert weights are not sharded accordingly: {', '.join(misplaced)} per device"
-                )
-        if self.start:
-            self.progress.message(f"resuming after step {self.start}")
-        if self.growth is not None:
-            self.progress.message(self.growth.notice())
-        if config.train.earlier_steps:
-            self.progress.message(extension_notice(config.optimizer, config.train.lengths))
 
     def place(self, state: TrainState) -> TrainState:
         """`state` with its experts where mesh.expert_placement says."""
@@ -413,7 +368,7 @@ class _Run:
 
     def utilization(self, rate: float | None) -> float | None:
         """Model FLOPs utilization at `rate` tokens per second."""
-        return utilization(self.config, rate, jax.local_devices()[0].device_kind, self.num_devices)
+        return utilization(self.config, rate, jax.local_devices()[0].device_kind, num_devices(self.mesh))
 
     def loads(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Load balance of experts and, with expert parallelism, of devices."""
@@ -580,24 +535,3 @@ class _Run:
         if is_process_0():
             self.folder.write_summary(summary)
         return summary
-
-
-def _print_summary(config: Config, summary: dict[str, Any]) -> None:
-    # Summaries of earlier versions lack what is asked for with `get`, and their speed is that of the last interval.
-    rate, median = summary["tokens_per_second"], summary.get("tokens_per_second_median")
-    speed = "not measured" if rate is None else f"{rate:,.0f}"
-    if median is not None:
-        speed += f" over the run, {median:,.0f} in the median interval"
-    facts = {
-        "tokens per second": speed,
-        "experts in use": f"{summary['experts_used']} of {summary['experts_total']}",
-        "busiest expert over mean load": f"{summary['busiest_over_mean']:.2f}",
-    }
-    if (mfu := summary.get("mfu")) is not None:
-        facts["model FLOPs utilization"] = f"{mfu:.1%}"
-    if skipped := summary.get("skipped_steps"):
-        facts["steps skipped (train.nonfinite=skip)"] = f"{skipped:,}"
-    if dropped := summary.get("overflow"):
-        facts["rows dropped (mesh.overflow=drop)"] = f"{dropped:,}"
-    title = f"{config.scale_name} {config.method_name} after {summary['step']} steps, {summary['tokens']:,} tokens"
-    print_results(summary["results"], summary["unigram"], facts, title)

@@ -171,7 +171,7 @@ def micro_batch_loss(
         distance = entropy_loss(stats, tokens, config.lock.entropy_target)
         losses["loss/entropy"] = entropy_coefficient(config, micro.step) * distance
     gates: Metrics = {}
-    if (switched := output.layers.switched) is not None:
+    if (switched := output.switched) is not None:
         tokens_penalty, gates = switch_penalty(config, switched, output.head, micro.batch)
         losses["loss/switch"] = tokens_penalty * config.num_microbatches / micro.total_weight
     total = functools.reduce(jnp.add, losses.values())

@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from unipool_jax.config.files import FileError, write_text
 from unipool_jax.verification.claims import Claim, Expression
 from unipool_jax.verification.states import Outcome, Prover, Verdict
 
@@ -142,14 +143,14 @@ class CoqProver:
                 verdict = Verdict.VACUOUS if vacuous else Verdict.PROVED
             else:
                 verdict = Verdict.UNKNOWN
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, FileError) as error:
             verdict, evidence = Verdict.ERROR, str(error)
         return Outcome(verdict, evidence, time.monotonic() - start)
 
     def _compiles(self, script: str, seconds: float) -> tuple[bool, str]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "step.v"
-            path.write_text(script, encoding="utf-8")
+            write_text(path, script)
             try:
                 ended = subprocess.run(
                     [self._command, "-q", str(path)],
