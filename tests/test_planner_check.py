@@ -71,7 +71,7 @@ def test_rows_of_plain_xla_are_blocks_and_tiles() -> None:
 
 
 def test_experts_that_no_layer_visits_have_blocks_too() -> None:
-    """Half of the groups are empty, the others have 64 rows: all have a block of 40, a sixth of these two tiles."""
+    """Half are empty and the others have 64 rows: all have a block of 40, and a sixth of the others need two tiles."""
     assert expected_block_rows(1024, 32, 64) == pytest.approx(40 + 0.5 * 32 * (1 + 1 / 6), rel=0.02)
 
 
