@@ -115,7 +115,7 @@ def words(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "c.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     assert execute(["aptitude", "anchors", str(path), f"out={tmp_path / 'a.json'}", "count=2"]) == 0
-    return ["aptitude", "score", str(path), f"anchors={tmp_path / 'a.json'}", "run=here"]
+    return ["aptitude", "score", "here", f"candidates={path}", f"anchors={tmp_path / 'a.json'}"]
 
 
 def last(capsys: pytest.CaptureFixture[str]) -> Any:

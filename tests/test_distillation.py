@@ -74,7 +74,7 @@ def test_loss_and_gradients(
     weight: float, temperature: float, over_mesh: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In chunks of 8 of 28 positions on one device; over a mesh with a split vocabulary whole."""
-    monkeypatch.setattr(head, "_CHUNK", 8)
+    monkeypatch.setattr(head, "CHUNK", 8)
     student, teacher, targets, weights = heads(4, 7)
     text, apart, grad = oracle(logits(student), logits(teacher), targets, weight, temperature)
     grad *= weights[..., None]

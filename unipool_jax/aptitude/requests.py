@@ -42,19 +42,19 @@ class AptitudeScoreRequest:
 
     A score is the mean over the anchors, each asked after one solution. Given again, the command goes on where it was.
 
-        unipool aptitude score candidates.jsonl anchors=anchors.json run=runs/mymodel out=scores.jsonl
-        unipool aptitude score candidates.jsonl anchors=anchors.json run=runs/mymodel out=half.jsonl part=0 parts=2
-        unipool aptitude score candidates.jsonl anchors=anchors.json run=runs/mymodel out=right.jsonl by=generation
+        unipool aptitude score runs/a candidates=candidates.jsonl anchors=anchors.json out=scores.jsonl
+        unipool aptitude score runs/a candidates=candidates.jsonl anchors=anchors.json out=half.jsonl part=0 parts=2
+        unipool aptitude score runs/a candidates=candidates.jsonl anchors=anchors.json out=right.jsonl by=generation
     """
 
-    candidates: Annotated[str, Positional()]
+    run: Annotated[str, Positional()] = "latest"
+    """Folder of a run, or `latest`, the run below runs/ that was saved to last."""
+    candidates: str
     """File of candidates."""
     anchors: str
     """File written by `unipool aptitude anchors`."""
     out: str
     """File to write, or to go on with."""
-    run: str = "latest"
-    """Folder of a run, or `latest`, the run below runs/ that was saved to last."""
     step: Annotated[int | None, Range(0, 1_000_000_000)] = None
     """Which checkpoint of the run; null is the newest."""
     by: Literal["likelihood", "generation"] = "likelihood"

@@ -148,10 +148,11 @@ def _apply(
     module: Any
     if given.bank is None:
         module = DenseLayer(config)
-        return module.apply({"params": given.params}, hidden_BSD, positions, given.inputs)[0], None
+        (hidden_BSD, _), _ = module.apply({"params": given.params}, (hidden_BSD, None), positions, given.inputs)
+        return hidden_BSD, None
     module = Layer(config, keep_routing=True)
-    (hidden_BSD, _), outputs = module.apply(
-        {"params": given.params}, (hidden_BSD, None), given.bank, positions, given.inputs
+    ((hidden_BSD, _), _), outputs = module.apply(
+        {"params": given.params}, ((hidden_BSD, None), None), given.bank, positions, given.inputs
     )
     return hidden_BSD, outputs.visits
 
