@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from unipool_jax.evaluation.continuing import draw_batch
 from unipool_jax.evaluation.scoring import LanguageModel, padded_length
-from unipool_jax.model.sampling import Sampling, generate
-from unipool_jax.moe.lock import score_factors
+from unipool_jax.model.sampling import Sampling
 
 
 class Answerer:
@@ -40,18 +40,8 @@ class Answerer:
         rows = max(1, min(len(fitting), self._model.batch_tokens // (width + self._sampling.max_tokens)))
         for start in range(0, len(fitting), rows):
             chosen = fitting[start : start + rows]
-            for number, tokens in zip(chosen, self._batch([prompts[n] for n in chosen], rows, width), strict=True):
+            self._key, key = jax.random.split(self._key)
+            drawn = draw_batch(self._model, [prompts[number] for number in chosen], rows, width, key, self._sampling)
+            for number, tokens in zip(chosen, drawn, strict=True):
                 found[number] = tokens
         return found
-
-    def _batch(self, prompts: Sequence[np.ndarray], rows: int, width: int) -> list[np.ndarray]:
-        """Drawn tokens of prompts in a batch of `[rows, width]`; rows without a prompt repeat the last one."""
-        filled = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
-        tokens_BS = np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in filled]).astype(np.int32)
-        lengths_B = np.array([len(prompt) for prompt in filled], np.int32)
-        model = self._model
-        self._key, key = jax.random.split(self._key)
-        factors, bias = score_factors(model.config, model.balance.lock), model.balance.expert_bias_GNE
-        generated = generate(model.config, model.params, bias, tokens_BS, lengths_B, key, self._sampling, factors)
-        tokens_BT, ends_B = jax.device_get(generated)
-        return [tokens_BT[row, lengths_B[row] : ends_B[row]] for row in range(len(prompts))]

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from unipool_jax.config.schema import ConfigError
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.data.store_format import json_sha256
+from unipool_jax.evaluation.continuing import draw_batch, drawn_text
 from unipool_jax.evaluation.requests import TaskRequest
 from unipool_jax.evaluation.scoring import (
     LanguageModel,
@@ -38,8 +39,7 @@ from unipool_jax.evaluation.scoring import (
     row_count,
     score_windows,
 )
-from unipool_jax.model.sampling import Sampling, generate
-from unipool_jax.moe.lock import score_factors
+from unipool_jax.model.sampling import Sampling
 from unipool_jax.training.run_folder import RunError
 
 _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
@@ -154,8 +154,9 @@ class UniPoolLM(LM):
             for start in range(0, len(members), rows):
                 chosen = members[start : start + rows]
                 key = jax.random.fold_in(jax.random.fold_in(self._key, batch), start)
-                texts = self._continued([prompts[number] for number in chosen], rows, width, key, sampling)
-                for number, text in zip(chosen, texts, strict=True):
+                drawn = draw_batch(self._model, [prompts[number] for number in chosen], rows, width, key, sampling)
+                for number, tokens in zip(chosen, drawn, strict=True):
+                    text = drawn_text(self._model, prompts[number], tokens, sampling)
                     answers[number] = _until(text, stops[number])
                     self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
         return answers
@@ -175,24 +176,6 @@ class UniPoolLM(LM):
         top_p = float(kwargs.get("top_p", 1.0))
         until = [str(stop) for stop in kwargs["until"] if stop]
         return Sampling(tokenizer.vocab_size, tokenizer.eod, max_tokens, temperature, top_p), until
-
-    def _continued(
-        self, prompts: Sequence[np.ndarray], rows: int, width: int, key: jax.Array, sampling: Sampling
-    ) -> list[str]:
-        """The continuations of prompts, which are padded to `[rows, width]`."""
-        model = self._model
-        tokens_BS, lengths_B = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-        for row in range(rows):
-            prompt = prompts[min(row, len(prompts) - 1)]  # rows of padding end when the last prompt does
-            tokens_BS[row, : len(prompt)], lengths_B[row] = prompt, len(prompt)
-        factors = score_factors(model.config, model.balance.lock)
-        bias = model.balance.expert_bias_GNE
-        found = jax.device_get(generate(model.config, model.params, bias, tokens_BS, lengths_B, key, sampling, factors))
-        drawn = [found.tokens_BT[row, lengths_B[row] : found.lengths_B[row]] for row in range(len(prompts))]
-        return [
-            model.tokenizer.decode_after(prompt, tokens[tokens != sampling.end_token])
-            for prompt, tokens in zip(prompts, drawn, strict=True)
-        ]
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

@@ -7,15 +7,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from unipool_jax.evaluation.scoring import (
-    LanguageModel,
-    encode_pairs,
-    padded_length,
-    row_count,
-    score_windows,
-)
-from unipool_jax.model.sampling import Sampling, generate
-from unipool_jax.moe.lock import score_factors
+from unipool_jax.evaluation.continuing import draw_all, drawn_text
+from unipool_jax.evaluation.scoring import LanguageModel, encode_pairs, score_windows
+from unipool_jax.model.sampling import Sampling
 from unipool_jax.rewriting.moves import State
 from unipool_jax.rewriting.text import prompt
 
@@ -42,40 +36,18 @@ class ModelPolicy:
         """`count` texts for each state; none for a state that leaves no room for a move."""
         room = self._model.max_length - self._sampling.max_tokens
         prompts = self._model.tokenizer.encode_batch([prompt(state) for state in states])
-        groups: dict[int, list[int]] = {}
-        for number, tokens in enumerate(prompts):
-            if len(tokens) <= room:
-                groups.setdefault(padded_length(len(tokens), room), []).extend([number] * count)
-            else:
-                self.too_long += 1
+        self.too_long += sum(len(tokens) > room for tokens in prompts)
+        repeated = [tokens for tokens in prompts for _ in range(count)]
         answers: list[list[str]] = [[] for _ in states]
-        for width, members in sorted(groups.items()):
-            rows = row_count(len(members), max(1, self._model.batch_tokens // (width + self._sampling.max_tokens)))
-            for start in range(0, len(members), rows):
-                chosen = members[start : start + rows]
-                texts = self._continued([prompts[number] for number in chosen], rows, width)
-                for number, text in zip(chosen, texts, strict=True):
-                    answers[number].append(text)
+        for number, drawn in enumerate(draw_all(self._model, repeated, self._sampling, self._next_key)):
+            if drawn is not None:
+                text = drawn_text(self._model, repeated[number], drawn, self._sampling)
+                answers[number // count].append(text.strip())
         return answers
 
-    def _continued(self, prompts: Sequence[np.ndarray], rows: int, width: int) -> list[str]:
-        """What the model says after prompts, padded to `[rows, width]`; rows of padding repeat the last."""
-        model = self._model
-        tokens_BS, lengths_B = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-        for row in range(rows):
-            tokens = prompts[min(row, len(prompts) - 1)]
-            tokens_BS[row, : len(tokens)], lengths_B[row] = tokens, len(tokens)
+    def _next_key(self) -> jax.Array:
         self._key, key = jax.random.split(self._key)
-        factors = score_factors(model.config, model.balance.lock)
-        bias = model.balance.expert_bias_GNE
-        found = generate(model.config, model.params, bias, tokens_BS, lengths_B, key, self._sampling, factors)
-        tokens_BT, ends_B = jax.device_get(found)
-        drawn = [tokens_BT[row, lengths_B[row] : ends_B[row]] for row in range(len(prompts))]
-        end = self._sampling.end_token
-        return [
-            model.tokenizer.decode_after(tokens, row[row != end]).strip()
-            for tokens, row in zip(prompts, drawn, strict=True)
-        ]
+        return key
 
     def score(self, pairs: Sequence[tuple[State, str]]) -> list[float]:
         """Log-probability in nats of each text after its state, without the end of the document."""
