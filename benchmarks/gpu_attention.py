@@ -10,7 +10,7 @@ together, relative to our blocks in float32 at full precision.
 from __future__ import annotations
 
 import argparse
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_kernels import QUEUED, Run, error, seconds_each
+from benchmarks.gpu_kernels import Run, error, seconds_each, torch_median
 from benchmarks.grouped_matmul import environment
 from unipool_jax.kernels.attention import PRODUCTS
 
@@ -57,16 +57,7 @@ def torch_seconds(operands: Operands, rounds: int) -> float | None:
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         torch.autograd.grad(mixed, (query, key, value), grad)
 
-    times = []
-    for turn in range(rounds + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(QUEUED):
-            both()
-        torch.cuda.synchronize()
-        if turn > 1:
-            times.append((time.perf_counter() - start) / QUEUED)
-    return float(np.median(times))
+    return torch_median(both, rounds)
 
 
 def compare(length: int, window: int, rounds: int) -> None:
@@ -87,7 +78,7 @@ def compare(length: int, window: int, rounds: int) -> None:
             found = run(*operands)
             errors = [f"{error(a, jnp.asarray(b)):.1e}" for a, b in zip(found, exact, strict=True)]
             print(f"  {kind:20}{name:8}errors of output, gradients of queries, keys, values: {', '.join(errors)}")
-            runs[f"{kind:20}{name}"] = lambda run=run: run(*operands)  # type: ignore[misc]
+            runs[f"{kind:20}{name}"] = functools.partial(run, *operands)
     times = seconds_each(runs, rounds)
     if (seconds := torch_seconds(operands, rounds)) is not None:
         times[f"{'full':20}torch"] = seconds

@@ -151,6 +151,22 @@ class Problem:
         return jnp.asarray(out), jnp.asarray(x_grad)
 
 
+def torch_median(run: Run, rounds: int) -> float:
+    """Median seconds of one call of PyTorch on the GPU, after two rounds that warm up."""
+    import torch
+
+    times = []
+    for turn in range(rounds + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(QUEUED):
+            run()
+        torch.cuda.synchronize()
+        if turn > 1:
+            times.append((time.perf_counter() - start) / QUEUED)
+    return float(np.median(times))
+
+
 def torch_seconds(problem: Problem, rounds: int) -> dict[str, tuple[float, float]]:
     """Forward, and forward with backward, of PyTorch's `grouped_mm`; nothing without PyTorch or its CUDA."""
     try:
@@ -180,19 +196,7 @@ def torch_seconds(problem: Problem, rounds: int) -> dict[str, tuple[float, float
     def both() -> None:
         torch.autograd.grad(ffn(), (x, gate, up, down), grad)
 
-    def median(run: Run) -> float:
-        times = []
-        for turn in range(rounds + 2):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(QUEUED):
-                run()
-            torch.cuda.synchronize()
-            if turn > 1:
-                times.append((time.perf_counter() - start) / QUEUED)
-        return float(np.median(times))
-
-    return {"torch grouped_mm": (median(forward), median(both))}
+    return {"torch grouped_mm": (torch_median(forward, rounds), torch_median(both, rounds))}
 
 
 def error(found: jax.Array, exact: jax.Array) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import shutil
 import sys
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ def main() -> int:
         # Seed by seed, so that an interrupted study has complete pairs.
         for arm in arguments.arms:
             config = configuration(arm, seed, arguments.runs, arguments.overrides)
-            if code := guarded(lambda config=config: run(config)):  # type: ignore[misc]
+            if code := guarded(functools.partial(run, config)):
                 return code
             name = f"{arm}-seed{seed}"
             (arguments.out / name).mkdir(parents=True, exist_ok=True)

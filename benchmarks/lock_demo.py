@@ -11,6 +11,7 @@ repeated. What is kept of each run: its configuration, metrics, summary and owne
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def main() -> int:
         # Seed by seed, so that an interrupted study has complete pairs.
         for method in arguments.methods:
             config = configuration(method, seed, arguments.runs, arguments.overrides)
-            if code := guarded(lambda config=config: run(config)):  # type: ignore[misc]
+            if code := guarded(functools.partial(run, config)):
                 return code
             kept, source = arguments.out / f"{method}-seed{seed}", arguments.runs / f"{method}-seed{seed}"
             kept.mkdir(parents=True, exist_ok=True)

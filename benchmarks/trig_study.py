@@ -12,6 +12,7 @@ which none is in the text. Of each run a file is kept: what it proves of each te
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -151,7 +152,7 @@ def main() -> int:
             if kept.exists():
                 continue
             config, start = configuration(method, seed, work, arguments.overrides), time.process_time()
-            if code := guarded(lambda config=config: run(config)):  # type: ignore[misc]
+            if code := guarded(functools.partial(run, config)):
                 return code
             found = prove(config, work, arguments.limit)
             arguments.out.mkdir(parents=True, exist_ok=True)
