@@ -96,6 +96,7 @@ TABLE: dict[str, Effect] = {
             "pool.opening",
             *("loss.balance", "loss.switch_coefficient", "loss.switch_group_sequences", "loss.pool_coefficient"),
             *("loss.pool_statistics", "loss.pool_scores", "loss.pool_warmup_fraction", "loss.scope", "loss.pressure"),
+            "loss.balance_groups",
             *("loss.expert_bias_rate", "loss.z_coefficient"),
             *("distill.teacher", "distill.weight", "distill.temperature"),
             *("lock.ownership", "lock.lock_fraction", "lock.anneal_fraction", "lock.entropy_warmup_fraction"),

@@ -35,6 +35,7 @@ from unipool_jax.training.step import (
     averaged,
     batch_gradients,
     counts_before_gradient,
+    load_before,
     load_shares,
     micro_batch_gradients,
     micro_batches,
@@ -104,8 +105,8 @@ def micro_step(
         config: Config, mesh: Mesh | None, state: TrainState, batch: Batch, params: Any, experts: Experts | None
     ) -> Gradients:
         zeros = None if experts is None else jax.tree.map(jnp.zeros_like, experts.accumulator)
-        load_GE = total.load_GE
-        if deep.groups == len(deep.sources):
+        load_GE = total.load_GE if counts_before_gradient(stage) else load_before(stage, total.load_GE)
+        if load_GE is not None and deep.groups == len(deep.sources):
             load_GE = load_GE[np.array(deep.sources)]
         micro = MicroBatch(batch, state.balance, state.step, load_GE, total_weight)
         return micro_batch_gradients(config, mesh, params, experts, zeros, micro)
