@@ -1,4 +1,4 @@
-"""Bank gradients beside the last exchange: where the tie is, what it ties, and that it changes no number."""
+"""Communication beside computation: the tie of two gradients, which changes no number, and SparseCores on request."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unipool_jax.config.schema import MeshConfig
+from tiny import tiny_config
+from unipool_jax.config.schema import ConfigError, MeshConfig
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.moe import mixture
 from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
 from unipool_jax.moe.routing import route, scores
-from unipool_jax.parallel.mesh import make_mesh
+from unipool_jax.parallel.mesh import compiler_options, make_mesh, usable_mesh
 
 N, D, F, E = 16, 8, 12, 4
 
@@ -29,7 +30,9 @@ def operands() -> tuple[jax.Array, Bank, jax.Array]:
 def loss(hidden_ND: jax.Array, bank: Bank, logits_NE: jax.Array) -> jax.Array:
     """Two layers over one bank."""
     experts = Experts(gathered_bank(bank, jnp.float32), gradient_accumulator(bank))
-    routing = route(scores(logits_NE, "softmax", None, 1.0, 0.0), logits_NE, router="softmax", top_k=1, num_stat_groups=1)
+    routing = route(
+        scores(logits_NE, "softmax", None, 1.0, 0.0), logits_NE, router="softmax", top_k=1, num_stat_groups=1
+    )
     for _ in range(2):
         hidden_ND, experts, _ = mixture.moe_ffn(hidden_ND, routing, experts)
     return jnp.sum(jnp.sin(hidden_ND)) + passed(experts)
@@ -83,3 +86,15 @@ def test_the_tie_changes_no_bit(sizes: tuple[int, int, int, int], monkeypatch: p
     for tied, apart in zip(*map(jax.tree.leaves, results), strict=True):
         assert np.any(np.asarray(tied))
         np.testing.assert_array_equal(tied, apart)
+
+
+def test_sparse_cores_are_asked_for_and_refused_where_there_are_none() -> None:
+    """Off, the step is compiled with no option at all; a CPU has no SparseCores."""
+    assert compiler_options(MeshConfig()) == {}
+    asked = MeshConfig(1, 1, 2, 1, sparse_core_collectives=True)
+    assert set(compiler_options(asked).values()) == {True}
+    kinds = {name.partition("offload_")[2] for name in compiler_options(asked)}
+    assert kinds == {"all_gather", "reduce_scatter", "all_reduce", "2d_all_gather", "3d_all_gather"}
+    config = tiny_config("unipool", "mesh.expert=2", "mesh.data=1", "mesh.sparse_core_collectives=true")
+    with pytest.raises(ConfigError, match=r"mesh.sparse_core_collectives=true: CPU devices have no SparseCores"):
+        usable_mesh(config)

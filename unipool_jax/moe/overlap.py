@@ -11,9 +11,9 @@ from unipool_jax.kernels.grouped_ffn import Bank
 def tied(hidden_ND: jax.Array, accumulator: Bank) -> tuple[jax.Array, Bank]:
     """The two arguments unchanged; in the backward pass, neither gradient goes on before both are there.
 
-    The last exchange of a layer's backward pass carries the gradient of `hidden_ND` home. Nothing of the layer needs
-    the gradient of the bank, so the compiler would put it behind the backward pass of attention, and the exchange would
-    have nothing to run behind. Tied, it has to be computed before attention goes on: the place left is beside the exchange.
+    The last exchange of a layer's backward pass carries the gradient of `hidden_ND` home. Nothing in the layer needs
+    the gradient of the bank, so the TPU compiler would put it behind the backward pass of attention, and the exchange
+    would run alone. Tied, it has to be there before attention goes on, and the place left is beside the exchange.
 
     Args:
       hidden_ND: the tokens of a mixture, `[N, D]`.
