@@ -12,6 +12,7 @@ from planned import small
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.schema import Config
 from unipool_jax.planner import links, roofline, work
+from unipool_jax.planner.collectives import parse
 from unipool_jax.training.state import init_state
 
 # Four layers, D = 256, F = 640, V = 1024; 32 experts; two micro-batches of 8 x 256 tokens on four devices.
@@ -378,7 +379,8 @@ def test_an_operation_takes_its_slower_resource(monkeypatch: pytest.MonkeyPatch)
 def test_what_was_compiled_replaces_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "span", lambda *_: None)
     monkeypatch.setattr(links, "seconds", lambda kind, sent, *_: sent)
-    found = roofline.estimate(small("unipool"), SIZES, TOPOLOGY, None, compiled=[])
+    module = parse("ENTRY %main (a: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n}\n")
+    found = roofline.estimate(small("unipool"), SIZES, TOPOLOGY, None, module)
     assert not any(part.bound == "links" for part in found.parts)
 
 

@@ -82,6 +82,11 @@ RELATIONS = [
     ("attention.window=64", "attention.window=64", "unused with attention.kind=full"),
     ("distill.weight=1", "distill.weight=1.0", "distill.teacher"),
     ("distill.teacher=a mode=plan mesh.topology=v5p:2x2x1", "distill.teacher=a", "remove it"),
+    (
+        "mode=plan mesh.topology=v5e:2x2 mesh.sparse_core_collectives=true",
+        "mesh.sparse_core_collectives=true",
+        "v5p, v6e or tpu7x",
+    ),
     ("model.post_norm_ffn=1", "model.post_norm_ffn=1.0", "model.norm=depth_scaled_sandwich"),
     ("model.norm=sandwich model.post_norm_attention=1", "model.post_norm_attention=1.0", "model.norm=sandwich"),
     ("model.post_norm_experts=none", "model.post_norm_experts=none", "model.norm=sandwich"),

@@ -451,10 +451,16 @@ def _topology(config: Config) -> Iterator[str]:
             yield "mesh.topology=null: mode=plan needs devices to plan for; set mesh.topology, or choose mesh=v5p_64"
         return
     try:
-        devices = parse_topology(name).num_devices
+        topology = parse_topology(name)
     except ValueError as error:
         yield f"mesh.topology={name}: {error}"
         return
+    if config.mode == "plan" and config.mesh.sparse_core_collectives and not topology.chip.sparse_cores:
+        yield (
+            f"mesh.sparse_core_collectives=true: the devices of mesh.topology={name} have no SparseCores; set it to "
+            "false, or plan for v5p, v6e or tpu7x"
+        )
+    devices = topology.num_devices
     sizes = [getattr(config.mesh, axis) for axis in mesh_rules.AXES]
     known = math.prod(size for size in sizes if size != -1)
     if config.mode == "plan" and (devices % max(known, 1) if -1 in sizes else devices != known):

@@ -474,6 +474,9 @@ class MeshConfig:
     mesh.expert, so that every window is spread over all devices. `auto`: strided with pool.starts, else contiguous.
     `measured`: each time a run resumes, the placement that best balances the devices layer by layer under the loads of
     the last evaluation. Checkpoints and metrics keep the experts' order."""
+    sparse_core_collectives: bool = False
+    """On TPUs with SparseCores (v5p, v6e, 7x), gathers and reductions run there, beside the TensorCores. What that may
+    gain is in docs/planner.md; no TPU has confirmed it."""
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,11 @@ TABLE: dict[str, Effect] = {
     **dict.fromkeys(("data.cache_dir", "data.num_threads"), _LOCAL),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.expert_placement"), _MESH),
     **dict.fromkeys(
-        ("mesh.tensor", "mesh.transport", "kernels.implementation", "kernels.attention"), Effect(rounding=True)
+        (
+            *("mesh.tensor", "mesh.transport", "mesh.sparse_core_collectives"),
+            *("kernels.implementation", "kernels.attention"),
+        ),
+        Effect(rounding=True),
     ),
     **dict.fromkeys(("run.init_from", "run.allow_new"), Effect(numbers=True, why="a run starts once")),
     "mesh.topology": Effect(why="only mode=plan reads it"),

@@ -19,7 +19,23 @@ from unipool_jax.kernels.group_plan import block_shape
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
 from unipool_jax.parallel.head import CHUNK
-from unipool_jax.planner.attention import WIDE, AttentionCost, attention_cost, narrow, padding
+from unipool_jax.planner.attention import (
+    WIDE,
+    AttentionCost,
+    attention_cost,
+    fused,
+    narrow,
+    padding,
+    recomputes_product,
+)
+from unipool_jax.planner.kernel_work import (
+    BANK_GRADIENTS,
+    ExpertShapes,
+    KernelWork,
+    attention_kernels,
+    expert_backward,
+    expert_forward,
+)
 from unipool_jax.planner.windows import LayerLoad, layer_loads
 from unipool_jax.training.step import counts_before_gradient, shares_one_bank
 
@@ -246,23 +262,44 @@ def _mean(layers: list[Work]) -> Work:
 
 
 def _expert_work_of(at: _Sizes, passes: int, load: LayerLoad) -> tuple[Work, Work]:
-    config, rows, tensor = at.config, at.rows * load.busiest, at.sizes["tensor"]
-    width, hidden = config.model.hidden_size, config.model.ffn_size / tensor
-    flops = 2 * rows * 3 * width * hidden
-    padded = _tile_padding(at, load)
-    # Experts without rows are not read.
-    weights = at.bank * load.share * load.busiest
-    bank = weights * at.narrow
-    # Rows of no group are also written, as zeros.
-    out = at.received * at.narrow
-    read = rows * at.narrow
-    forward = bank + read * (width + hidden) + out * (3 * hidden + width)
-    backward = bank + read * (width + 2 * hidden + 2 * hidden) + out * (3 * hidden + width)
-    backward += read * (3 * width + 3 * hidden) + 2 * WIDE * weights
+    shapes, padded = _expert_shapes(at, load), _tile_padding(at, load)
+    forward = [*expert_forward(shapes).values()]
+    *others, bank_gradient = expert_backward(shapes).values()
+    backward = [*others, *(bank_gradient,) * BANK_GRADIENTS]
+    first, second = (sum(kernel.flops for kernel in kernels) for kernels in (forward, backward))
+    moved = sum(kernel.bytes for kernel in forward)
     return (
-        Work("experts forward", flops * padded * passes, flops * passes, forward * passes),
-        Work("experts backward", 2 * flops * padded, 2 * flops, backward),
+        Work("experts forward", first * padded * passes, first * passes, moved * passes),
+        Work("experts backward", second * padded, second, sum(kernel.bytes for kernel in backward)),
     )
+
+
+def _expert_shapes(at: _Sizes, load: LayerLoad) -> ExpertShapes:
+    model, tensor = at.config.model, at.sizes["tensor"]
+    # Experts without rows are not read.
+    matrix = at.bank / 3 * load.share * load.busiest
+    rows = at.rows * load.busiest
+    return ExpertShapes(rows, at.received, model.hidden_size, model.ffn_size / tensor, matrix, at.narrow)
+
+
+def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> dict[str, KernelWork]:
+    """One call of each hand-written kernel on a TPU, by the beginning of its name, with padding; the mean of layers."""
+    at = _Sizes(config, sizes, topology)
+    found: dict[str, KernelWork] = {}
+    if config.moe.router != "none":
+        loads = layer_loads(config, sizes)
+        for load in loads:
+            shapes, padded = _expert_shapes(at, load), _tile_padding(at, load)
+            for name, work in (expert_forward(shapes) | expert_backward(shapes)).items():
+                total = found.get(name, KernelWork(0.0, 0.0))
+                found[name] = KernelWork(
+                    total.flops + work.flops * padded / len(loads), total.bytes + work.bytes / len(loads)
+                )
+    if fused(config, topology):
+        kernels = attention_kernels(at.attention(1), at.attention(2), int(recomputes_product(config)))
+        more = padding(config, topology)
+        found |= {name: work._replace(flops=work.flops * more) for name, work in kernels.items()}
+    return found
 
 
 def _tile_padding(at: _Sizes, load: LayerLoad) -> float:

@@ -28,7 +28,7 @@ from unipool_jax.moe.capacity import overflow
 from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.moe.scope import pool_scope, scoped_load, scoped_pool_loss
-from unipool_jax.parallel.mesh import constrain, on_mesh
+from unipool_jax.parallel.mesh import compiler_options, constrain, on_mesh
 from unipool_jax.training.distillation import Teacher, taught_loss
 from unipool_jax.training.optimizer import next_learning_rate, run_optimizer
 from unipool_jax.training.sharding import replicated, state_shardings
@@ -425,7 +425,8 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     places = (state_shardings(config, mesh, state_shapes(config)), replicated(mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=places)
+    options = compiler_options(config.mesh) or None
+    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
 
 
 def make_eval_step(
