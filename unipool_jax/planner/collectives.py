@@ -67,7 +67,8 @@ class Module(NamedTuple):
 def parse(text: str) -> Module:
     """Parse a compiled module; executions inside a loop are multiplied by its trip count.
 
-    Loops come from scans: a counter from 0 is compared with a constant. A loop without such a constant counts once.
+    Loops come from scans: a counter from 0 is compared with a constant. The GPU compiler may hide the constant in a
+    fusion, but writes the number of trips beside the loop. A loop with neither counts once.
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", ""
@@ -96,7 +97,8 @@ def _called(instruction: Instruction, computations: dict[str, list[Instruction]]
         condition, body = (re.search(rf"{part}=%?([\w.\-]+)", instruction.rest) for part in ("condition", "body"))
         assert condition is not None
         assert body is not None
-        yield body[1], _trips(computations[condition[1]])
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
+        yield body[1], int(known[1]) if known else _trips(computations[condition[1]])
     elif instruction.opcode in ("fusion", "call", "async-start"):
         for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest):
             yield name, 1
@@ -168,12 +170,19 @@ def collectives(module: Module, axis_names: tuple[str, ...], axis_sizes: tuple[i
 
 
 def kernels(module: Module) -> Counter[str]:
-    """Executions per step of each Pallas kernel, by name."""
+    """Executions per step of each Pallas kernel and each of cuDNN's attention, by name."""
     found: Counter[str] = Counter()
     for instruction, _, times in module.instructions():
-        if instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
+        target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+        if instruction.opcode != "custom-call" or target is None:
+            continue
+        if target[1] == "tpu_custom_call":
             # The compiler adds to a kernel's name, always behind a dot: `expert_ffn_in.5`, `expert_ffn_in.5.refs_7_`.
             found[instruction.name.partition(".")[0]] += times
+        elif "triton" in target[1] and (name := re.search(r'[ {]name = "([^"]*)"', instruction.rest)):
+            found[name[1]] += times
+        elif target[1].startswith("__cudnn$"):
+            found[target[1].removeprefix("__cudnn$")] += times
     return found
 
 
