@@ -92,13 +92,23 @@ def test_presets_validate_and_fit_their_torus(preset: str) -> None:
 
 
 def test_all_named_presets_are_there() -> None:
-    assert set(PRESETS) == {"v5e_8", "v5e_256", "v5p_64", "v5p_1024", "v6e_256", "tpu7x_256", "gpu_8"}
+    assert set(PRESETS) == {
+        "v5e_8",
+        "v5e_256",
+        "v5p_64",
+        "v5p_1024",
+        "v6e_256",
+        "tpu7x_256",
+        "gpu_8",
+        "h100_64",
+        "b200_64",
+    }
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("mesh.topology=v9:2x2", "unknown kind of device 'v9'; choose one of v5e, v5p, v6e, tpu7x, gpu"),
+        ("mesh.topology=v9:2x2", "unknown kind of device 'v9'; choose one of v5e, v5p, v6e, tpu7x, h100, b200"),
         ("mesh.topology=v5p:4x4", "v5p devices have 3 dimensions, not 2; write v5p:4x4x4"),
         ("mesh.topology=v5e:4xfour", "sizes must be whole numbers joined by 'x'; for example v5e:4x4"),
         ("mesh.topology=v5e:16x16", "mesh.expert=16 mesh.tensor=1 must multiply to its 256 devices; change a size"),
@@ -460,4 +470,4 @@ def test_every_rematerialization_is_counted_on_a_mesh_with_several_pools() -> No
 
 def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "scale=182m", "mesh=gpu_8", "mode=plan"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "gpu:8"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "h100:8"

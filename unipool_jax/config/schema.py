@@ -459,7 +459,7 @@ class MeshConfig:
     tensor: int = 1
     """Tensor parallelism: attention heads, expert width and vocabulary are sharded."""
     topology: str | None = None
-    """Devices that mode=plan plans for, such as `v5p:4x4x4` or `gpu:8`; training uses the devices it finds."""
+    """Devices that mode=plan plans for, such as `v5p:4x4x4` or `h100:16`; training uses the devices it finds."""
     transport: Literal["auto", "all_gather", "ragged"] = "auto"
     """How tokens reach experts on other devices. `all_gather`: each device gathers all tokens of its expert group (any
     platform). `ragged`: a ragged all-to-all (TPU and GPU). `auto`: `ragged` where it exists."""

@@ -71,7 +71,8 @@ class Module(NamedTuple):
 def parse(text: str) -> Module:
     """Parse a compiled module; executions inside a loop are multiplied by its trip count.
 
-    Loops come from scans: a counter from 0 is compared with a constant. A loop without such a constant counts once.
+    Loops come from scans: a counter from 0 is compared with a constant. The GPU compiler may hide the constant in a
+    fusion, but writes the number of trips beside the loop. A loop with neither counts once.
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", ""
@@ -100,7 +101,8 @@ def _called(instruction: Instruction, computations: dict[str, list[Instruction]]
         condition, body = (re.search(rf"{part}=%?([\w.\-]+)", instruction.rest) for part in ("condition", "body"))
         assert condition is not None
         assert body is not None
-        yield body[1], _trips(computations[condition[1]])
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
+        yield body[1], int(known[1]) if known else _trips(computations[condition[1]])
     elif instruction.opcode in ("fusion", "call", "async-start"):
         for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest):
             yield name, 1
@@ -201,10 +203,16 @@ def collective_inside(module: Module, computation: str, line: Instruction) -> tu
 
 
 def kernel_inside(module: Module, line: Instruction) -> str | None:
-    """The name of the Pallas kernel that an instruction is or that a fusion is made around."""
-    if line.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in line.rest:
-        # The compiler adds to a kernel's name, always behind a dot: `expert_ffn_in.5`, `expert_ffn_in.5.refs_7_`.
-        return line.name.partition(".")[0]
+    """The name of the Pallas kernel, or of cuDNN's, that an instruction is or that a fusion is made around."""
+    if line.opcode == "custom-call":
+        target = re.search(r'custom_call_target="([^"]*)"', line.rest)
+        called = "" if target is None else target[1]
+        if called == "tpu_custom_call":
+            # The compiler adds to a kernel's name, always behind a dot: `expert_ffn_in.5`, `expert_ffn_in.5.refs_7_`.
+            return line.name.partition(".")[0]
+        if "triton" in called and (name := re.search(r'[ {]name = "([^"]*)"', line.rest)):
+            return name[1]
+        return called.removeprefix("__cudnn$") if called.startswith("__cudnn$") else None
     if line.opcode != "fusion":
         return None
     parts = (part for inner, _ in module.called(line) for part in module.computations[inner])
@@ -212,7 +220,7 @@ def kernel_inside(module: Module, line: Instruction) -> str | None:
 
 
 def kernels(module: Module) -> Counter[str]:
-    """Executions per step of each Pallas kernel, by name."""
+    """Executions per step of each Pallas kernel and each of cuDNN's attention, by name."""
     found: Counter[str] = Counter()
     for instruction, _, times in module.instructions():
         if instruction.opcode == "custom-call" and (name := kernel_inside(module, instruction)) is not None:

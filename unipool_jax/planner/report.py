@@ -22,6 +22,7 @@ from unipool_jax.planner.compilation import (
     Program,
     compile_evaluation,
     compile_step,
+    missing_compiler,
     prepare,
     topology_mesh,
 )
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
     parameter_bytes: int
     optimizer_bytes: int
     temporary_bytes: int
-    """Of the training step: as compiled, or counted for devices without an ahead-of-time compiler."""
+    """Of the training step: as compiled, or counted where the compiler is not installed."""
     evaluation_bytes: int
     """Temporaries of the evaluation step; parameters and optimizer state stay on the device."""
     collectives: tuple[Collective, ...] | None
@@ -54,6 +55,8 @@ class Plan(NamedTuple):
     estimate: Estimate
     compile_seconds: tuple[float, float] | None
     """Of the training and the evaluation step."""
+    counted_because: str | None = None
+    """Why nothing was compiled."""
 
     @property
     def total_bytes(self) -> int:
@@ -74,6 +77,8 @@ class Plan(NamedTuple):
 def make_plan(config: Config) -> Plan:
     """Compile the steps of `config` for the devices of `mesh.topology` and model the time of training.
 
+    For GPUs whose compiler is not installed, memory and collectives are counted instead, and the plan says so.
+
     Raises:
       ConfigError: the topology or mesh is impossible, or a step does not fit in memory.
     """
@@ -81,8 +86,8 @@ def make_plan(config: Config) -> Plan:
     prepare()
     topology = parse_topology(config.mesh.topology)
     sizes = _axis_sizes(config, topology)
-    if topology.chip.torus_axes == 0:
-        return _counted(config, topology, sizes)
+    if missing := missing_compiler(config):
+        return _counted(config, topology, sizes)._replace(counted_because=missing)
     mesh = topology_mesh(config)
     try:
         program = compile_step(config, mesh)
@@ -165,6 +170,7 @@ def text(plan: Plan) -> str:
         f"({chip.device_kind}), {axes}; {how}",
         f"  {config.train.batch_size} x {config.data.sequence_length} tokens per step in {config.num_microbatches} "
         f"micro-batch(es), remat {config.model.remat}",
+        *([f"  {plan.counted_because}"] if plan.counted_because else []),
         "",
         "memory per device",
         f"  parameters                   {plan.parameter_bytes / _GIB:8.2f} GiB",
