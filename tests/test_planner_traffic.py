@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from planned import small
-from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.chips import Topology, parse_topology
 from unipool_jax.config.schema import Config
 from unipool_jax.planner import links, roofline, work
 from unipool_jax.planner.collectives import parse
@@ -288,6 +288,20 @@ def test_temporaries_of_one_micro_batch_and_of_many_logits() -> None:
     working = moved((TOKENS * D, HALF, 10), (SCORES, 1, 8), (BUFFER * (8 * F + 4 * D), HALF, 1))
     small_one = work.count(small("unipool"), SIZES, TOPOLOGY).temporary_bytes
     assert large == small_one + grown - working + TOKENS * 65536 * (FULL + HALF)
+
+
+def test_plain_xla_stacks_what_layers_keep() -> None:
+    """In and out of the stack of a scan, read and written each time; kernels write and read where it lies."""
+    gpus = parse_topology("h100:4")
+
+    def stacked(implementation: str, topology: Topology, remat: str) -> float:
+        config = small("unipool", f"kernels.implementation={implementation}", f"model.remat={remat}")
+        found = {item.name: item.bytes for item in work.count(config, SIZES, topology).work}
+        return found.get("stacks of layers", 0.0)
+
+    assert stacked("xla", gpus, "full") == MICRO * LAYERS * moved((TOKENS * D, HALF, 4))
+    assert stacked("xla", gpus, "none") > stacked("xla", gpus, "moe") > 8 * stacked("xla", gpus, "full")
+    assert stacked("auto", gpus, "full") == stacked("xla", TOPOLOGY, "full") == 0
 
 
 @pytest.mark.parametrize(("remat", "held"), [("none", LAYERS), ("full", 1)])

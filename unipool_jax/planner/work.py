@@ -220,6 +220,9 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     if model.norm != "pre":
         behind = Work("norms behind blocks", 0.0, 0.0, 2 * at.normed_rows * width * at.narrow)
         work.append(behind._replace(bytes=behind.bytes * (mixture + 2)))
+    if config.kernels.implementation == "xla" and not at.topology.is_tpu:
+        # The scan over layers copies what is kept into stacked arrays, and out of them again: read and written twice.
+        work.append(Work("stacks of layers", 0.0, 0.0, 4 * _kept(at)))
     if at.block_width:
         hidden, weights = at.block_width / tensor, at.block_weights / tensor
         flops = 2 * n * weights * (mixture + 2)
@@ -459,6 +462,18 @@ def _other(sizes: dict[str, int], *axes: str) -> float:
     return (devices - 1) / devices
 
 
+def _kept(at: _Sizes) -> float:
+    """Bytes of a layer that the backward pass finds as the forward pass left them."""
+    model, tensor, hidden = at.config.model, at.sizes["tensor"], at.tokens * at.config.model.hidden_size * at.narrow
+    if model.remat == "full":
+        return hidden
+    scores = at.attention().kept_bytes
+    if model.remat == "moe":
+        return 8 * hidden + scores
+    products = at.received * (model.ffn_size / tensor + model.hidden_size) + at.tokens * at.block_width / tensor
+    return 10 * hidden + scores + 2 * products * at.narrow
+
+
 def _temporaries(at: _Sizes, parameters: float) -> float:
     config, sizes, model, n = at.config, at.sizes, at.config.model, at.tokens
     shared = shares_one_bank(config)
@@ -473,15 +488,12 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     hidden = n * model.hidden_size * at.narrow
     scores = at.attention()
     mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * at.narrow
-    products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * at.narrow
-    block = n * at.block_width / sizes["tensor"] * at.narrow
-    products, mixture = products + 2 * block, mixture + 8 * block
-    kept = {"full": hidden, "moe": 8 * hidden + scores.kept_bytes, "none": 10 * hidden + scores.kept_bytes + products}
+    mixture += 8 * n * at.block_width / sizes["tensor"] * at.narrow
     working = 10 * hidden + scores.working_bytes + mixture
     # One device makes them in chunks.
     rows = n if math.prod(sizes.values()) > 1 else min(n, CHUNK)
     logits = rows * model.vocab_size / sizes["tensor"] * (WIDE + at.narrow)
-    return gathered + gradient + dense + tables + model.num_layers * kept[config.model.remat] + max(working, logits)
+    return gathered + gradient + dense + tables + model.num_layers * _kept(at) + max(working, logits)
 
 
 def _evaluation(at: _Sizes) -> float:
