@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiny import tiny_config
+from tiny import slow_among, tiny_config
 from unipool_jax.config.schema import ConfigError, MeshConfig
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.moe import mixture
