@@ -170,6 +170,7 @@ def test_state_bytes_are_those_of_the_parameter_tree(words: tuple[str, ...]) -> 
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_flops_are_those_of_a_compiled_layer() -> None:
     """A dense model of one layer has no loop and no kernel of ours, so the compiler's own count is complete."""
     config = small(
@@ -355,6 +356,7 @@ def test_no_device_holds_a_whole_bank() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
     """A 7x chip is two devices; how gradients are summed there is the compiler's choice, what moves forward is not."""
     plan = small_plan("unipool", "mesh.topology=tpu7x:2x2x1", "mesh.expert=4")[0]
@@ -372,7 +374,7 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         ("unipool", ()),
         ("vanilla", ("loss.switch_group_sequences=8",)),
         pytest.param("vanilla", ("loss.switch_group_sequences=8", "model.remat=none"), marks=pytest.mark.slow),
-        ("unipool", ("pool.groups=2", "model.remat=moe")),
+        pytest.param("unipool", ("pool.groups=2", "model.remat=moe"), marks=pytest.mark.slow),
         pytest.param("sliding", ("train.batch_size=8", "model.remat=none"), marks=pytest.mark.slow),
         pytest.param("unipool", (*AROUND, "model.remat=moe"), marks=pytest.mark.slow),
     ],

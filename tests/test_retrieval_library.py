@@ -19,9 +19,11 @@ from unipool_jax.retrieval.library import (
     divided,
     docstring_pairs,
     functions,
+    held_out,
     library_tasks,
     pair_collection,
     standard_library,
+    training_sources,
 )
 from unipool_jax.retrieval.metrics import measure
 from unipool_jax.retrieval.search import search
@@ -113,6 +115,13 @@ def test_a_file_is_trained_on_or_tested_on() -> None:
     assert all(list(found.queries) == list(found.grades) for found in parts.values())
     assert len(parts["test"].documents) == 800
     assert divided(pair_collection(pairs), 1)["test"] != parts["test"]
+    assert {file for file in files["train"] | files["test"] if held_out(file, 0)} == files["test"]
+
+
+def test_text_to_pretrain_on_has_no_tested_file(library: Path) -> None:
+    seeds = {held_out("m.py", seed): seed for seed in range(20)}
+    assert list(training_sources(library, seeds[False])) == [SOURCE]
+    assert list(training_sources(library, seeds[True])) == []
 
 
 def test_the_command_writes_collections(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

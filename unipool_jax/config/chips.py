@@ -42,6 +42,8 @@ class Chip(NamedTuple):
     """A dimension of the torus wraps around where its length is a multiple of this."""
     ragged_devices: float = math.inf
     """Largest slice, in devices, for which the TPU compiler supports ragged all-to-alls."""
+    sparse_cores: bool = True
+    """Whether it has SparseCores, which can run collectives beside the TensorCores."""
     node: int = 1
     """Devices behind one switch; more of them are in several nodes, joined by a network."""
     network_bandwidth: float = 0.0
@@ -54,15 +56,15 @@ _GB, _GBIT = 1e9, 1e9 / 8
 def _gpu(name: str, kind: str, flops: float, memory: float, memory_bandwidth: float, switch_bandwidth: float) -> Chip:
     """A GPU of a server of eight, with a network card of its own."""
     return Chip(
-        name, kind, 1, 1, 16, flops, memory, memory_bandwidth, switch_bandwidth, 0, 1, node=8,
-        network_bandwidth=400 * _GBIT,
+        name, kind, 1, 1, 16, flops, memory, memory_bandwidth, switch_bandwidth, 0, 1, sparse_cores=False,
+        node=8, network_bandwidth=400 * _GBIT,
     )  # fmt: skip
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "TPU v5 lite", 1, 1, 128, 197e12, 16 * _GB, 819 * _GB, 1600 * _GBIT / 4, 2, 16, 16),
+        Chip("v5e", "TPU v5 lite", 1, 1, 128, 197e12, 16 * _GB, 819 * _GB, 1600 * _GBIT / 4, 2, 16, 16, False),
         Chip("v5p", "TPU v5", 1, 2, 128, 459e12, 95 * _GB, 2765 * _GB, 4800 * _GBIT / 6, 3, 4),
         Chip("v6e", "TPU v6 lite", 1, 1, 256, 918e12, 32 * _GB, 1640 * _GB, 3584 * _GBIT / 4, 2, 16),
         Chip("tpu7x", "TPU7x", 2, 1, 256, 2307e12 / 2, 192 * _GB / 2, 7380 * _GB / 2, 9600 * _GBIT / 6 / 2, 3, 4),
@@ -78,6 +80,11 @@ _OTHER_NAMES = {"gpu": "h100"}
 def has_ragged(device_kind: str, devices: int) -> bool:
     """Whether this many devices of a kind (`jax.Device.device_kind`) support ragged all-to-alls."""
     return all(devices <= chip.ragged_devices for chip in CHIPS.values() if chip.device_kind == device_kind)
+
+
+def has_sparse_cores(device_kind: str) -> bool:
+    """Whether devices of a kind (`jax.Device.device_kind`) have SparseCores, as far as is known."""
+    return any(chip.sparse_cores for chip in CHIPS.values() if chip.device_kind == device_kind)
 
 
 class Topology(NamedTuple):

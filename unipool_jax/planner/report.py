@@ -138,7 +138,7 @@ def from_programs(config: Config, topology: Topology, mesh: Mesh, program: Progr
         evaluation.temporary_bytes,
         found,
         collectives_of.kernels(module),
-        estimate(config, sizes, topology, mesh, found),
+        estimate(config, sizes, topology, mesh, module),
         (program.seconds, evaluation.seconds),
     )
 
@@ -195,6 +195,7 @@ def text(plan: Plan) -> str:
         f"{sum(work.flops for work in found.counts.work) / 1e12:.2f} T executed with recomputation and padding",
         f"model FLOPs utilization: {found.utilisation:.1%} "
         f"({found.utilisation_with_hidden_links:.1%} if all collectives overlapped with compute)",
+        *_hidden(plan),
         "bound by: " + ", ".join(f"{name} {1e3 * time:.0f} ms" for name, time in found.seconds_by_bound().items()),
         json.dumps(summary(plan)),
     ]
@@ -235,6 +236,18 @@ def _compile_seconds(plan: Plan) -> list[str]:
         return []
     training, evaluation = plan.compile_seconds
     return [f"  compiled in {training:.0f} s, evaluation in {evaluation:.0f} s"]
+
+
+def _hidden(plan: Plan) -> list[str]:
+    """What the schedule of a compiled step hides."""
+    if plan.collectives is None:
+        return []
+    found = plan.estimate
+    links = found.seconds_by_bound()["links"]
+    return [
+        f"hidden as compiled: {1e3 * found.hidden_seconds:.1f} of {1e3 * links:.1f} ms of collectives, which leaves "
+        f"{1e3 * found.compiled_seconds:.1f} ms and {found.utilisation_as_compiled:.1%}"
+    ]
 
 
 def _longest(found: Estimate) -> list[Any]:
@@ -301,6 +314,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         "seconds_by_bound": found.seconds_by_bound(),
         "utilisation": found.utilisation,
         "utilisation_with_hidden_links": found.utilisation_with_hidden_links,
+        "hidden_seconds": found.hidden_seconds if plan.collectives is not None else None,
+        "utilisation_as_compiled": found.utilisation_as_compiled if plan.collectives is not None else None,
         "tokens_per_second": found.tokens_per_second,
         **({"growth": [cost._asdict() for cost in stage_costs(plan.config)]} if grows(plan.config) else {}),
     }

@@ -162,10 +162,10 @@ def search(config: Config) -> str:
         plan = from_programs(candidate.config, topology, candidate.mesh, program, evaluation)
         notes.append(
             f"  {_name(candidate)}: {plan.total_bytes / 1e9:.1f} GB ({plan.evaluation_total_bytes / 1e9:.1f} in "
-            f"evaluation), {1e3 * plan.estimate.seconds:.1f} ms, "
-            f"{plan.estimate.utilisation:.1%}{'' if plan.fits else ', does not fit'}"
+            f"evaluation), {1e3 * plan.estimate.compiled_seconds:.1f} ms as compiled, "
+            f"{plan.estimate.utilisation_as_compiled:.1%}{'' if plan.fits else ', does not fit'}"
         )
-        if plan.fits and (winner is None or plan.estimate.seconds < winner.estimate.seconds):
+        if plan.fits and (winner is None or plan.estimate.compiled_seconds < winner.estimate.compiled_seconds):
             winner, winning = plan, candidate
     if missing := missing_compiler(config):
         winning = next((c for c in found if c.gigabytes * 1e9 <= topology.chip.hbm_bytes), None)

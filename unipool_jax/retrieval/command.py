@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from unipool_jax.evaluation.tasks_command import open_model
 from unipool_jax.retrieval.baselines import bm25_scorer, random_scorer
 from unipool_jax.retrieval.embedding import States, embed, hidden_states
 from unipool_jax.retrieval.folder import Collection, Index, make_index, read_collection, write_collection
+from unipool_jax.retrieval.human_eval import human_eval_task
 from unipool_jax.retrieval.library import digest, divided, library_tasks, standard_library
 from unipool_jax.retrieval.metrics import DEPTH, measure
 from unipool_jax.retrieval.requests import RetrievalDataRequest, RetrievalEvalRequest, RetrievalTuneRequest
@@ -55,19 +56,28 @@ class Result(NamedTuple):
 
 
 def data_command(request: RetrievalDataRequest) -> int:
-    """Write the tasks and print how large they are; raises FileError."""
+    """Write the tasks and print how large they are; raises FileError, and UserError without what they are made of."""
+    if request.human_eval:
+        collection, package = human_eval_task()
+        _write_task(Path(request.out) / "human_eval", collection, {"test": collection}, {"package": package})
+        return 0
     library = standard_library() if request.library is None else Path(request.library)
     prefix = "stdlib_" if request.library is None else ""
+    about = {"python": platform.python_version(), "seed": request.seed}
     for name, collection in library_tasks(library, request.seed).items():
-        folder = Path(request.out) / f"{prefix}{name}"
-        parts = divided(collection, request.seed)
-        counts = {part: len(found.queries) for part, found in parts.items()}
-        about = {"digest": digest(collection), "python": platform.python_version(), "seed": request.seed}
-        write_collection(folder, parts)
-        write_json(folder / "about.json", {**counts, **about}, indent=1)
-        listed = ", ".join(f"{count:,} to {part} on" for part, count in counts.items())
-        print(f"{folder}: {listed}; Python {about['python']}, digest {about['digest']}")
+        _write_task(Path(request.out) / f"{prefix}{name}", collection, divided(collection, request.seed), about)
     return 0
+
+
+def _write_task(folder: Path, collection: Collection, parts: Mapping[str, Collection], about: dict[str, Any]) -> None:
+    """Write a task and what it is; print a line."""
+    counts = {part: len(found.queries) for part, found in parts.items()}
+    about = {"digest": digest(collection), **about}
+    write_collection(folder, parts)
+    write_json(folder / "about.json", {**counts, **about}, indent=1)
+    listed = ", ".join(f"{count:,} to {part} on" for part, count in counts.items())
+    of = about.get("package") or f"Python {about['python']}"
+    print(f"{folder}: {listed}; {of}, digest {about['digest']}")
 
 
 def eval_command(request: RetrievalEvalRequest) -> int:

@@ -53,6 +53,22 @@ def functions(folder: Path) -> Iterator[Function]:
 
     Files that are no Python, such as templates, are left out.
     """
+    for file, source, tree in _modules(folder):
+        yield from _functions(tree, source.splitlines(), file)
+
+
+def training_sources(folder: Path, seed: int) -> Iterator[str]:
+    """The files below a folder that hold no function that `divided` tests on, each whole: text to pre-train on.
+
+    Args:
+      folder: of Python files.
+      seed: of the tasks.
+    """
+    return (source for file, source, _ in _modules(folder) if not held_out(file, seed))
+
+
+def _modules(folder: Path) -> Iterator[tuple[str, str, ast.Module]]:
+    """Name inside the folder, source and syntax tree of each Python file."""
     for path in sorted(folder.rglob("*.py")):
         inside = path.relative_to(folder)
         if LEFT_OUT.isdisjoint(inside.parts):
@@ -63,7 +79,7 @@ def functions(folder: Path) -> Iterator[Function]:
                     tree = ast.parse(source)
             except (FileError, ValueError, SyntaxError):
                 continue
-            yield from _functions(tree, source.splitlines(), inside.as_posix())
+            yield inside.as_posix(), source, tree
 
 
 def _functions(tree: ast.AST, lines: list[str], where: str) -> Iterator[Function]:
@@ -140,16 +156,20 @@ def divided(collection: Collection, seed: int) -> dict[str, Collection]:
 
     Args:
       collection: whose ids begin with a file.
-      seed: of the draws; a file is in the same part whichever others there are.
+      seed: of the draws, see `held_out`.
     """
     parts = {"train": dict[str, str](), "test": dict[str, str]()}
     for name, query in collection.queries.items():
-        file = name.partition(":")[0]
-        parts["test" if random.Random(f"{seed} {file}").random() < TESTED else "train"][name] = query
+        parts["test" if held_out(name.partition(":")[0], seed) else "train"][name] = query
     return {
         part: collection._replace(queries=queries, grades={name: collection.grades[name] for name in queries})
         for part, queries in parts.items()
     }
+
+
+def held_out(file: str, seed: int) -> bool:
+    """Whether the functions of a file are tested on: drawn from the seed and the name alone."""
+    return random.Random(f"{seed} {file}").random() < TESTED
 
 
 def digest(collection: Collection) -> str:

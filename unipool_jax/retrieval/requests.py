@@ -25,6 +25,7 @@ class RetrievalDataRequest:
 
         unipool retrieval data out=retrieval
         unipool retrieval data out=retrieval library=my_package
+        unipool retrieval data out=retrieval human_eval=true
     """
 
     out: str
@@ -32,8 +33,16 @@ class RetrievalDataRequest:
     about.json."""
     library: str | None = None
     """Folder of Python files; null is the standard library."""
+    human_eval: bool = False
+    """Make human_eval instead: the 164 prompts of HumanEval find their solutions, all to test on. They are in the
+    package human-eval (the extra `human_eval`)."""
     seed: Annotated[int, _SEED] = 0
     """Of the places where functions are cut, and of the files that are tested on."""
+
+    def problems(self) -> Iterator[str]:
+        """What does not go together."""
+        if self.human_eval and self.library is not None:
+            yield f"library={self.library}: human_eval=true makes a task of a package; leave one of both out"
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,12 @@ def cosine_scorer(queries_QC: np.ndarray, texts_UC: np.ndarray) -> Scorer:
       queries_QC: of the queries.
       texts_UC: of the texts.
     """
-    queries_QC, texts_UC = _unit(queries_QC), _unit(texts_UC)
+    queries_QC, texts_UC = unit(queries_QC), unit(texts_UC)
     return lambda part: queries_QC[part] @ texts_UC.T
 
 
-def _unit(vectors_NC: np.ndarray) -> np.ndarray:
+def unit(vectors_NC: np.ndarray) -> np.ndarray:
+    """Vectors of length 1 and the same direction, float32; zeros stay."""
     wide_NC = vectors_NC.astype(np.float64)
-    unit: np.ndarray = wide_NC / np.maximum(np.linalg.norm(wide_NC, axis=1, keepdims=True), 1e-30)
-    return unit.astype(np.float32)
+    found: np.ndarray = wide_NC / np.maximum(np.linalg.norm(wide_NC, axis=1, keepdims=True), 1e-30)
+    return found.astype(np.float32)
