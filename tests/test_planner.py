@@ -432,13 +432,7 @@ def test_windows_fit(method: str) -> None:
     fits("182m", "v5p_64", method)
 
 
-def test_devices_without_their_compiler_are_counted() -> None:
-    plan = report.make_plan(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"]))
-    assert plan.collectives is None
-    assert plan.fits
-    assert "counted, not compiled" in report.text(plan)
-
-
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_a_plan_whose_evaluation_does_not_fit_says_so() -> None:
     """Half a million tokens on a device, all of which may go to one expert."""
     plan = report.make_plan(compose_config(["scale=978m", "mesh=gpu_8", "mode=plan", "train.eval_batch_size=4096"]))
@@ -460,6 +454,7 @@ def test_evaluation_that_the_compiler_refuses_is_named(monkeypatch: pytest.Monke
         report.make_plan(small("unipool"))
 
 
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_every_rematerialization_is_counted_on_a_mesh_with_several_pools() -> None:
     """Eight sequences a device of per-layer experts over fsdp 2."""
     seconds = {}
@@ -472,6 +467,7 @@ def test_every_rematerialization_is_counted_on_a_mesh_with_several_pools() -> No
     assert seconds["none"] < seconds["moe"] < seconds["full"]
 
 
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "scale=182m", "mesh=gpu_8", "mode=plan"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "h100:8"
