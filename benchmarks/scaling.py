@@ -81,8 +81,9 @@ def measure(config: Config, *, compiled: bool) -> dict[str, Any]:
     tokens = config.tokens_per_step / topology.num_devices
     if compiled:
         program = compile_step(config, mesh)
-        items = list(collectives(parse(program.text), tuple(mesh.axis_names), mesh.devices.shape))
-        found = estimate(config, sizes, topology, mesh, items)
+        module = parse(program.text)
+        items = list(collectives(module, tuple(mesh.axis_names), mesh.devices.shape))
+        found = estimate(config, sizes, topology, mesh, module)
         state, temporary = float(sum(state_bytes(config, mesh))), float(program.temporary_bytes)
         moved = sum(item.total_bytes for item in items)
     else:

@@ -1,4 +1,4 @@
-"""A model small enough to compile for a TPU in seconds."""
+"""A model small enough to compile for absent TPUs or GPUs in seconds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import pytest
 
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
+from unipool_jax.planner import gpu_compiler
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is built for Linux on x86 only"
 )
+_GPU_COMPILER = gpu_compiler.missing(compose_config(["scale=182m"]))
+needs_gpu_compiler = pytest.mark.skipif(_GPU_COMPILER is not None, reason=f"{_GPU_COMPILER}")
 SMALL = [
     "mode=plan",
     "mesh.topology=v5p:2x2x1",

@@ -72,7 +72,7 @@ def test_memory_of_attention_grows_with_the_sequence_not_with_its_square() -> No
 def test_the_planner_knows_both() -> None:
     def cost(length: int) -> Any:
         config = compose_config(["scale=182m", f"data.sequence_length={length}", "kernels.attention=blocks"])
-        return attention_cost(config, parse_topology("gpu:8"), 12, 1)
+        return attention_cost(config, parse_topology("h100:8"), 12, 1)
 
     assert cost(4096).kept_bytes == 16 * cost(1024).kept_bytes > 0
     assert cost(32768).kept_bytes == 12 * 4 * 32768
@@ -89,7 +89,7 @@ def test_one_device_is_planned_without_the_logits_of_all_positions() -> None:
         return work.count(config, sizes, parse_topology(topology)).temporary_bytes
 
     logits = 32768 * 8192 * 6
-    assert temporaries("gpu:1", 1) < logits / 2 < logits < temporaries("gpu:2", 2)
+    assert temporaries("h100:1", 1) < logits / 2 < logits < temporaries("h100:2", 2)
 
 
 def test_a_step_at_4096_tokens() -> None:

@@ -206,6 +206,7 @@ def test_every_method_with_strided_experts(method: str) -> None:
     [
         ("moe.top_k=2", "train.batch_size=16", "loss.pool_statistics=previous", "model.remat=moe"),
         pytest.param(("pool.groups=2", "train.batch_size=16", "model.remat=full"), marks=pytest.mark.slow),
+        pytest.param(("train.batch_size=16", "loss.balance_groups=4"), marks=pytest.mark.slow),
     ],
 )
 def test_micro_batches_top_k_groups_and_recomputation(more: tuple[str, ...]) -> None:

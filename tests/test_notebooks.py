@@ -192,7 +192,7 @@ def test_routers_and_losses_have_their_exact_values(folder: Path) -> None:
 def test_scaling_plans_and_rooflines(folder: Path, compiled: bool) -> None:
     shown = execute("04_scaling", folder, COMPILE=COMPILED.split() if compiled else [])
     assert shown.images == 4
-    assert "978m unipool on gpu:8: 8 devices" in shown.text
+    assert "978m unipool on h100:8: 8 devices" in shown.text
     assert [row[0] for row in shown.table("scale", "GB a device")] == ["182m", "469m", "650m", "830m", "978m"]
     (gathered,) = (row for row in shown.table("collective", "pool") if row[0] == "experts, gathered (all-gather)")
     assert gathered[1].startswith("1 x ")

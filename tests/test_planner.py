@@ -92,13 +92,23 @@ def test_presets_validate_and_fit_their_torus(preset: str) -> None:
 
 
 def test_all_named_presets_are_there() -> None:
-    assert set(PRESETS) == {"v5e_8", "v5e_256", "v5p_64", "v5p_1024", "v6e_256", "tpu7x_256", "gpu_8"}
+    assert set(PRESETS) == {
+        "v5e_8",
+        "v5e_256",
+        "v5p_64",
+        "v5p_1024",
+        "v6e_256",
+        "tpu7x_256",
+        "gpu_8",
+        "h100_64",
+        "b200_64",
+    }
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("mesh.topology=v9:2x2", "unknown kind of device 'v9'; choose one of v5e, v5p, v6e, tpu7x, gpu"),
+        ("mesh.topology=v9:2x2", "unknown kind of device 'v9'; choose one of v5e, v5p, v6e, tpu7x, h100, b200"),
         ("mesh.topology=v5p:4x4", "v5p devices have 3 dimensions, not 2; write v5p:4x4x4"),
         ("mesh.topology=v5e:4xfour", "sizes must be whole numbers joined by 'x'; for example v5e:4x4"),
         ("mesh.topology=v5e:16x16", "mesh.expert=16 mesh.tensor=1 must multiply to its 256 devices; change a size"),
@@ -160,6 +170,7 @@ def test_state_bytes_are_those_of_the_parameter_tree(words: tuple[str, ...]) -> 
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_flops_are_those_of_a_compiled_layer() -> None:
     """A dense model of one layer has no loop and no kernel of ours, so the compiler's own count is complete."""
     config = small(
@@ -345,6 +356,7 @@ def test_no_device_holds_a_whole_bank() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
     """A 7x chip is two devices; how gradients are summed there is the compiler's choice, what moves forward is not."""
     plan = small_plan("unipool", "mesh.topology=tpu7x:2x2x1", "mesh.expert=4")[0]
@@ -362,7 +374,7 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         ("unipool", ()),
         ("vanilla", ("loss.switch_group_sequences=8",)),
         pytest.param("vanilla", ("loss.switch_group_sequences=8", "model.remat=none"), marks=pytest.mark.slow),
-        ("unipool", ("pool.groups=2", "model.remat=moe")),
+        pytest.param("unipool", ("pool.groups=2", "model.remat=moe"), marks=pytest.mark.slow),
         pytest.param("sliding", ("train.batch_size=8", "model.remat=none"), marks=pytest.mark.slow),
         pytest.param("unipool", (*AROUND, "model.remat=moe"), marks=pytest.mark.slow),
     ],
@@ -460,4 +472,4 @@ def test_every_rematerialization_is_counted_on_a_mesh_with_several_pools() -> No
 
 def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "scale=182m", "mesh=gpu_8", "mode=plan"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "gpu:8"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "h100:8"

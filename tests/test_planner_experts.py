@@ -45,7 +45,7 @@ def test_rows_of_a_window_are_those_of_the_experts_that_a_layer_sees() -> None:
 
 
 def test_chips_without_counted_tiles_have_no_padding() -> None:
-    found = expert_kernels(compose_config(["scale=182m"]), CHIPS["gpu"], 16)
+    found = expert_kernels(compose_config(["scale=182m"]), CHIPS["h100"], 16)
     assert (found.tile_rows, found.padding) == (None, 1.0)
     assert found.peak_share == found.memory_share
 

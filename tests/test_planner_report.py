@@ -157,7 +157,7 @@ def test_the_last_line_has_the_same_numbers() -> None:
 
 
 def test_a_counted_plan_splits_the_state_into_weights_and_moments() -> None:
-    plan = report.make_plan(small("unipool", "mesh.topology=gpu:8", "mesh.data=2"))
+    plan = report.make_plan(small("unipool", "mesh.topology=h100:8", "mesh.data=2"))
     assert plan.optimizer_bytes == 2 * plan.parameter_bytes
     assert plan.parameter_bytes == int(plan.estimate.counts.state_bytes / 3)
     assert plan.temporary_bytes == int(plan.estimate.counts.temporary_bytes)

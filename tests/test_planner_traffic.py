@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from planned import small
-from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.chips import Topology, parse_topology
 from unipool_jax.config.schema import Config
 from unipool_jax.planner import links, roofline, work
+from unipool_jax.planner.collectives import parse
 from unipool_jax.training.state import init_state
 
 # Four layers, D = 256, F = 640, V = 1024; 32 experts; two micro-batches of 8 x 256 tokens on four devices.
@@ -289,6 +290,20 @@ def test_temporaries_of_one_micro_batch_and_of_many_logits() -> None:
     assert large == small_one + grown - working + TOKENS * 65536 * (FULL + HALF)
 
 
+def test_plain_xla_stacks_what_layers_keep() -> None:
+    """In and out of the stack of a scan, read and written each time; kernels write and read where it lies."""
+    gpus = parse_topology("h100:4")
+
+    def stacked(implementation: str, topology: Topology, remat: str) -> float:
+        config = small("unipool", f"kernels.implementation={implementation}", f"model.remat={remat}")
+        found = {item.name: item.bytes for item in work.count(config, SIZES, topology).work}
+        return found.get("stacks of layers", 0.0)
+
+    assert stacked("xla", gpus, "full") == MICRO * LAYERS * moved((TOKENS * D, HALF, 4))
+    assert stacked("xla", gpus, "none") > stacked("xla", gpus, "moe") > 8 * stacked("xla", gpus, "full")
+    assert stacked("auto", gpus, "full") == stacked("xla", TOPOLOGY, "full") == 0
+
+
 @pytest.mark.parametrize(("remat", "held"), [("none", LAYERS), ("full", 1)])
 def test_banks_of_layers_are_held_one_at_a_time_unless_kept(remat: str, held: int) -> None:
     """Each layer its own eight experts: gathered bank and gradient, and the shards of all gradients."""
@@ -378,7 +393,8 @@ def test_an_operation_takes_its_slower_resource(monkeypatch: pytest.MonkeyPatch)
 def test_what_was_compiled_replaces_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "span", lambda *_: None)
     monkeypatch.setattr(links, "seconds", lambda kind, sent, *_: sent)
-    found = roofline.estimate(small("unipool"), SIZES, TOPOLOGY, None, compiled=[])
+    module = parse("ENTRY %main (a: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n}\n")
+    found = roofline.estimate(small("unipool"), SIZES, TOPOLOGY, None, module)
     assert not any(part.bound == "links" for part in found.parts)
 
 

@@ -33,7 +33,7 @@ def test_a_search_finds_the_fastest_that_fits(tmp_path: Path, capsys: pytest.Cap
     assert command.run(config) == 0
     text = capsys.readouterr().out
     found, _ = search.candidates(config)
-    room = CHIPS["gpu"].hbm_bytes
+    room = CHIPS["h100"].hbm_bytes
     fastest = min(c.estimate.seconds for c in found if c.gigabytes * 1e9 <= room)
     last = json.loads(text.splitlines()[-1])
     assert last["step_seconds"] == fastest
@@ -42,7 +42,7 @@ def test_a_search_finds_the_fastest_that_fits(tmp_path: Path, capsys: pytest.Cap
     again = compose_config([*shlex.split(last["command"])[2:], "mode=plan"])
     assert problems(again) == []
     sizes = {axis: getattr(again.mesh, axis) for axis in AXES}
-    assert estimate(again, sizes, parse_topology("gpu:8"), None).seconds == fastest
+    assert estimate(again, sizes, parse_topology("h100:8"), None).seconds == fastest
 
 
 def test_the_command_of_a_search_trains_what_was_searched_for() -> None:
@@ -58,7 +58,7 @@ def test_the_command_of_a_search_trains_what_was_searched_for() -> None:
 
 def test_mesh_shapes_that_a_search_leaves_out_are_counted() -> None:
     """Six devices: evaluation takes the largest batch that divides; a batch of 16 leaves shapes with a three out."""
-    more = ["mesh=gpu_8", "mesh.topology=gpu:6", "scale=182m", "mode=plan", "model.num_layers=1"]
+    more = ["mesh=gpu_8", "mesh.topology=h100:6", "scale=182m", "mode=plan", "model.num_layers=1"]
     found, left_out = search.candidates(compose_config([*more, "train.batch_size=48", "train.eval_batch_size=32"]))
     assert {(c.config.train.eval_batch_size, c.config.mesh.data) for c in found} >= {(30, 6), (30, 3)}
     found, left_out = search.candidates(compose_config([*more, "train.batch_size=16"]))
@@ -89,8 +89,8 @@ def test_a_search_compiles_the_best(tmp_path: Path) -> None:
 
 def test_a_search_without_room_says_so(tmp_path: Path) -> None:
     config = compose_config(
-        ["scale=978m", "mesh=gpu_8", "mesh.topology=gpu:1", "mesh.expert=1", "mode=plan", "plan.search=true",
+        ["scale=978m", "mesh=gpu_8", "mesh.topology=h100:1", "mesh.expert=1", "mode=plan", "plan.search=true",
          "pool.experts=768", "train.batch_size=512", f"plan.figure={tmp_path}/plan.png"]
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"mesh.topology=gpu:1: none of 0 candidates is known to fit"):
+    with pytest.raises(ConfigError, match=r"mesh.topology=h100:1: none of 0 candidates is known to fit"):
         search.search(config)

@@ -85,6 +85,44 @@ def test_the_number_of_micro_batches_changes_nothing(method: str) -> None:
     )
 
 
+@pytest.mark.parametrize("words", ["", pytest.param("loss.scope=layer", marks=pytest.mark.slow)])
+def test_the_pool_loss_of_balance_groups_is_the_mean_of_their_own(words: str) -> None:
+    """From the whole batch to single sequences, in a micro-batch or over several: fractions and scores of a group."""
+    config = tiny_config("unipool", "model.num_layers=2", "moe.top_k=2", *words.split())
+    state, batch = tiny_state(config), tiny_batch(config)
+    found = oracles.Forward(config, state.params, batch.inputs)
+    sequences, length = batch.inputs.shape
+    scores, experts = ([x.reshape(sequences, length, -1) for x in layers] for layers in (found.scores, found.experts))
+    expected = {}
+    for groups in (1, 2, 4, 8):
+        runs = np.split(np.arange(sequences), groups)
+        sets = [[layer] for layer in range(len(scores))] if words else [list(range(len(scores)))]
+        expected[groups] = np.mean(
+            [
+                sum(
+                    oracles.pool_loss(
+                        [scores[layer][run].reshape(-1, scores[0].shape[-1]) for layer in layers],
+                        [experts[layer][run].reshape(-1, 2) for layer in layers],
+                        config.loss.pool_coefficient,
+                    )
+                    for layers in sets
+                )
+                for run in runs
+            ]
+        )
+    assert expected[8] > 1.01 * expected[1]  # a few tokens are never as even as many
+    micro_batches = {2: (8, 2), 8: (4,)}
+    for groups, sizes in micro_batches.items():
+        grouped = dataclasses.replace(config, loss=dataclasses.replace(config.loss, balance_groups=groups))
+        moments = []
+        for size in sizes:
+            after, metrics = _step(_accumulating(grouped, size), state, batch)
+            assert float(metrics["loss/balance"]) == pytest.approx(expected[groups], rel=1e-4), (groups, size)
+            moments.append(after.opt_state)
+        for other in moments[1:]:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), other, moments[0])
+
+
 def test_previous_statistics_are_one_micro_batch_behind_and_start_empty() -> None:
     config = tiny_config("unipool", "loss.pool_statistics=previous", "optimizer.learning_rate=0", 
                          "optimizer.min_learning_rate=0")  # fmt: skip

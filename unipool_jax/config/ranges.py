@@ -71,6 +71,7 @@ RANGES = {
     "pool.opening": Range(0, 1),
     "loss.switch_coefficient": _COEFFICIENT,
     "loss.switch_group_sequences": Range(1, 1_048_576),
+    "loss.balance_groups": Range(1, 1_048_576),
     "loss.pool_coefficient": _COEFFICIENT,
     "loss.pool_warmup_fraction": Range(0, 1),
     "loss.expert_bias_rate": Range(0, 1),

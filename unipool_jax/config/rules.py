@@ -236,21 +236,47 @@ def _switch(config: Config) -> Iterator[str]:
         )
 
 
-@_rule("loss.pool_coefficient", "loss.pool_warmup_fraction")
+@_rule("loss.pool_coefficient", "loss.pool_warmup_fraction", "loss.balance_groups")
 def _pool_loss(config: Config) -> Iterator[str]:
     loss = config.loss
     if loss.balance == "pool" and not loss.pool_coefficient:
         yield "loss.pool_coefficient=0.0: balances nothing; set a positive weight or loss.balance=none"
-    published = {"pool_statistics": "current", "pool_scores": "raw", "scope": "component", "pressure": "scope"}
-    for name, default in {**published, "pool_warmup_fraction": 0.0}.items():
+    of_maps = {"pool_scores": "raw", "scope": "component", "pressure": "scope", "balance_groups": 1}
+    for name, default in {"pool_statistics": "current", **of_maps, "pool_warmup_fraction": 0.0}.items():
         value = getattr(loss, name)
         if loss.balance != "pool" and value != default:
             yield f"loss.{name}={value}: needs loss.balance=pool, not {loss.balance}; set loss.{name}={default}"
-        elif config.lock.ownership != "none" and name in ("pool_scores", "scope", "pressure") and value != default:
+        elif config.lock.ownership != "none" and name in of_maps and value != default:
             yield (
                 f"loss.{name}={value}: lock.ownership={config.lock.ownership} changes which layers share experts, for "
                 f"the published loss only; set loss.{name}={default}"
             )
+
+
+@_rule("loss.balance_groups", "train.batch_size", "train.microbatch_size")
+def _balance_groups(config: Config) -> Iterator[str]:
+    groups, batch, micros = config.loss.balance_groups, config.train.batch_size, config.num_microbatches
+    if config.loss.balance != "pool" or groups == 1:
+        return
+    shown = f"loss.balance_groups={groups}"
+    # A group is several whole micro-batches, or a micro-batch several whole groups.
+    fitting = [n for n in _divisors_of(batch) if n % micros == 0 or micros % n == 0]
+    if groups not in fitting:
+        near = min(fitting, key=lambda n: abs(n - groups))
+        yield (
+            f"{shown}: must divide train.batch_size={batch}, and divide or be a multiple of its {micros} "
+            f"micro-batches; set {near}"
+        )
+    elif config.loss.pool_statistics == "previous":
+        yield (
+            f"{shown}: loss.pool_statistics=previous takes the fractions of the previous micro-batch; "
+            "set loss.pool_statistics=current, or loss.balance_groups=1"
+        )
+    elif config.growth.layers and groups < micros:
+        yield (
+            f"{shown}: with growth.layers each of the {micros} micro-batches has its own depth; "
+            f"set loss.balance_groups={micros} or 1"
+        )
 
 
 @_rule()
@@ -425,10 +451,16 @@ def _topology(config: Config) -> Iterator[str]:
             yield "mesh.topology=null: mode=plan needs devices to plan for; set mesh.topology, or choose mesh=v5p_64"
         return
     try:
-        devices = parse_topology(name).num_devices
+        topology = parse_topology(name)
     except ValueError as error:
         yield f"mesh.topology={name}: {error}"
         return
+    if config.mode == "plan" and config.mesh.sparse_core_collectives and not topology.chip.sparse_cores:
+        yield (
+            f"mesh.sparse_core_collectives=true: the devices of mesh.topology={name} have no SparseCores; set it to "
+            "false, or plan for v5p, v6e or tpu7x"
+        )
+    devices = topology.num_devices
     sizes = [getattr(config.mesh, axis) for axis in mesh_rules.AXES]
     known = math.prod(size for size in sizes if size != -1)
     if config.mode == "plan" and (devices % max(known, 1) if -1 in sizes else devices != known):

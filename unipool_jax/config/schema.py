@@ -246,6 +246,10 @@ class LossConfig:
     pressure: Literal["scope", "layer"] = "scope"
     """Whether loss.pool_coefficient weighs each set of layers of loss.scope (published), or each layer, so that maps
     with sets of other sizes push a layer equally hard."""
+    balance_groups: int = 1
+    """Equal runs of consecutive sequences of a batch, over each of which the pool loss takes its load fractions. 1: the
+    whole batch (exact); train.batch_size / train.microbatch_size: a micro-batch; that times mesh.data x mesh.fsdp: the
+    tokens that share the devices of mesh.expert; train.batch_size: a sequence. Every mesh computes the same loss."""
     expert_bias_rate: float = 1e-3
     """Change of an expert's selection bias per optimizer step, with loss.balance=expert_bias."""
     z_coefficient: float = 0.0
@@ -455,7 +459,7 @@ class MeshConfig:
     tensor: int = 1
     """Tensor parallelism: attention heads, expert width and vocabulary are sharded."""
     topology: str | None = None
-    """Devices that mode=plan plans for, such as `v5p:4x4x4` or `gpu:8`; training uses the devices it finds."""
+    """Devices that mode=plan plans for, such as `v5p:4x4x4` or `h100:16`; training uses the devices it finds."""
     transport: Literal["auto", "all_gather", "ragged"] = "auto"
     """How tokens reach experts on other devices. `all_gather`: each device gathers all tokens of its expert group (any
     platform). `ragged`: a ragged all-to-all (TPU and GPU). `auto`: `ragged` where it exists."""
@@ -470,6 +474,9 @@ class MeshConfig:
     mesh.expert, so that every window is spread over all devices. `auto`: strided with pool.starts, else contiguous.
     `measured`: each time a run resumes, the placement that best balances the devices layer by layer under the loads of
     the last evaluation. Checkpoints and metrics keep the experts' order."""
+    sparse_core_collectives: bool = False
+    """On TPUs with SparseCores (v5p, v6e, 7x), gathers and reductions run there, beside the TensorCores. What that may
+    gain is in docs/planner.md; no TPU has confirmed it."""
 
 
 @dataclass(frozen=True)
@@ -676,6 +683,14 @@ class Config:
     def num_microbatches(self) -> int:
         """Forward and backward passes per optimizer step."""
         return self.train.batch_size // self.train.microbatch_size
+
+    @property
+    def balance_sequences(self) -> int:
+        """Sequences of a micro-batch over which one balance loss is computed, where it has several of them."""
+        parts = self.loss.balance_groups // self.num_microbatches
+        if self.loss.balance == "pool" and parts > 1:
+            return self.train.microbatch_size // parts
+        return self.loss.switch_group_sequences
 
     @property
     def microbatch_loss(self) -> str | None:

@@ -96,6 +96,7 @@ TABLE: dict[str, Effect] = {
             "pool.opening",
             *("loss.balance", "loss.switch_coefficient", "loss.switch_group_sequences", "loss.pool_coefficient"),
             *("loss.pool_statistics", "loss.pool_scores", "loss.pool_warmup_fraction", "loss.scope", "loss.pressure"),
+            "loss.balance_groups",
             *("loss.expert_bias_rate", "loss.z_coefficient"),
             *("distill.teacher", "distill.weight", "distill.temperature"),
             *("lock.ownership", "lock.lock_fraction", "lock.anneal_fraction", "lock.entropy_warmup_fraction"),
@@ -136,7 +137,11 @@ TABLE: dict[str, Effect] = {
     **dict.fromkeys(("data.cache_dir", "data.num_threads"), _LOCAL),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.expert_placement"), _MESH),
     **dict.fromkeys(
-        ("mesh.tensor", "mesh.transport", "kernels.implementation", "kernels.attention"), Effect(rounding=True)
+        (
+            *("mesh.tensor", "mesh.transport", "mesh.sparse_core_collectives"),
+            *("kernels.implementation", "kernels.attention"),
+        ),
+        Effect(rounding=True),
     ),
     **dict.fromkeys(("run.init_from", "run.allow_new"), Effect(numbers=True, why="a run starts once")),
     "mesh.topology": Effect(why="only mode=plan reads it"),

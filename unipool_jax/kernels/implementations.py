@@ -41,18 +41,19 @@ def resolve(implementation: Implementation) -> Implementation:
     return implementation
 
 
-def resolve_attention(implementation: Attention, dtype: str, head_size: int) -> Attention:
-    """`implementation`, with "auto" resolved for the default backend.
+def resolve_attention(implementation: Attention, dtype: str, head_size: int, platform: str | None = None) -> Attention:
+    """`implementation`, with "auto" resolved for a platform.
 
     Args:
-      implementation: as configured. To compile ahead of time for another platform, name its implementation.
+      implementation: as configured.
       dtype: of the activations.
       head_size: channels of a head. cuDNN takes 16-bit operands and heads of a multiple of 8 channels up to 128; for
         others "auto" is "blocks".
+      platform: that of the default backend if None.
     """
     if implementation != "auto":
         return implementation
-    found = PLATFORM_ATTENTION.get(jax.default_backend(), "blocks")
+    found = PLATFORM_ATTENTION.get(platform or jax.default_backend(), "blocks")
     if found == "cudnn" and (dtype != "bfloat16" or head_size % 8 or head_size > _CUDNN_HEAD):
         return "blocks"
     return found

@@ -32,7 +32,8 @@ def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_ba
 
     Shapes: `[R, K]`, `[E, K, N]` (transposed: `[E, N, K]`) -> `[R, N]` in the dtype of the rows.
     """
-    return _row_pass(unchanged, 1, (rows_RK,), (bank,), plan, transpose_bank=transpose_bank)[0]
+    name = "grouped_matmul_transposed" if transpose_bank else "grouped_matmul"
+    return _row_pass(unchanged, 1, (rows_RK,), (bank,), plan, transpose_bank=transpose_bank, name=name)[0]
 
 
 def bank_gradient(
@@ -74,6 +75,7 @@ def bank_gradient(
         (pl.cdiv(width, tile.columns), pl.cdiv(depth, tile.rows), num_groups),
         (plan.offsets, rows_RK, grad_RN, *(() if into_EKN is None else (into_EKN,))),
         [_like(rows_RK, (num_groups, depth, width), jnp.float32)],
+        "grouped_bank_gradient",
         aliases={} if into_EKN is None else {3: 0},
     )[0]
 
@@ -89,7 +91,9 @@ def ffn_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Gated expert FFN. Returns `[R, D]` and, with `keep_products`, the gate and up products for `ffn_backward`."""
     epilogue, num_outputs = (gated_and_products, 3) if keep_products else (gated, 1)
-    hidden_RF, *products = _row_pass(epilogue, num_outputs, (rows_RD,), (gate_EDF, up_EDF), plan, transpose_bank=False)
+    hidden_RF, *products = _row_pass(
+        epilogue, num_outputs, (rows_RD,), (gate_EDF, up_EDF), plan, transpose_bank=False, name="expert_ffn_in"
+    )
     return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), tuple(products)
 
 
@@ -105,9 +109,13 @@ def ffn_backward(
 ) -> tuple[jax.Array, Three]:
     """Gradients of `ffn_forward`: of the rows in their dtype, of the three banks in float32, added to `into`."""
     hidden_RF, gate_grad_RF, up_grad_RF = _row_pass(
-        gated_backward, 3, (grad_RD,), (down_EFD,), plan, transpose_bank=True, beside=residuals
-    )
-    (rows_grad_RD,) = _row_pass(summed, 1, (gate_grad_RF, up_grad_RF), (gate_EDF, up_EDF), plan, transpose_bank=True)
+        gated_backward, 3, (grad_RD,), (down_EFD,), plan, transpose_bank=True, beside=residuals,
+        name="expert_ffn_gate_gradient",
+    )  # fmt: skip
+    (rows_grad_RD,) = _row_pass(
+        summed, 1, (gate_grad_RF, up_grad_RF), (gate_EDF, up_EDF), plan, transpose_bank=True,
+        name="expert_ffn_rows_gradient",
+    )  # fmt: skip
     into_gate, into_up, into_down = into or (None, None, None)
     return rows_grad_RD, (
         bank_gradient(rows_RD, gate_grad_RF, plan, into_gate),
@@ -124,6 +132,7 @@ def _row_pass(
     plan: GroupPlan,
     *,
     transpose_bank: bool,
+    name: str,
     beside: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:
     """`epilogue(products..., beside...)` for every row of a group, zero for the others.
@@ -135,6 +144,7 @@ def _row_pass(
         banks: `[E, K, N]` (transposed: `[E, N, K]`); one product for each.
         plan: of the R rows.
         transpose_bank: whether rows are multiplied by the transposed matrices.
+        name: of the kernel in compiled programs and profiles.
         beside: `[R, N]` further inputs of the epilogue, zero in rows of no group.
     """
     num_rows, depth = rows[0].shape
@@ -177,6 +187,7 @@ def _row_pass(
         (pl.cdiv(width, tile.columns), plan.tile_group.shape[0]),
         (plan.tile_group, plan.tile_start, plan.offsets, *rows, *banks, *beside),
         [_like(rows[0], (num_rows, width), rows[0].dtype)] * num_outputs,
+        name,
     )
 
 
@@ -222,6 +233,7 @@ def _call(
     grid: tuple[int, ...],
     operands: Sequence[jax.Array],
     outputs: list[jax.ShapeDtypeStruct],
+    name: str,
     aliases: dict[int, int] | None = None,
 ) -> list[jax.Array]:
     """Run `kernel` at every point of the grid, the first axis fastest: compiled on a GPU, elsewhere interpreted."""
@@ -234,6 +246,7 @@ def _call(
             input_output_aliases=aliases or {},
             compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
             interpret=interpret,
+            name=name,
         )
 
     compiled = call(False)

@@ -361,8 +361,8 @@ class Transformer(nn.Module):
         final_gain_D = self.param("final_norm", nn.initializers.ones, (model.hidden_size,), jnp.float32)
         hidden_BSD = rms_norm(hidden_BSD, final_gain_D, model.norm_epsilon)
         output_VD = self.param("output", nn.initializers.normal(model.matrix_std), table_shape, jnp.float32)
-        # Groups of the Switch loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
-        batch, sequences = tokens_BS.shape[0], config.loss.switch_group_sequences
+        # Groups of the balance loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
+        batch, sequences = tokens_BS.shape[0], config.balance_sequences
         stats = outputs.stats.grouped(batch // sequences if batch % sequences == 0 else 1)
         return ModelOutput(Head(hidden_BSD, output_VD), outputs._replace(stats=stats), switched, cache, experts)
 

@@ -18,6 +18,7 @@ from unipool_jax.kernels.norms import post_norm
 from unipool_jax.moe.bank import BANK_AXES, Experts
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import COMBINE, DISPATCH, transport_for
+from unipool_jax.moe.overlap import tied
 from unipool_jax.moe.routing import Forced, Routing, RoutingStats, replaced, route, score_constant, scores
 from unipool_jax.moe.shared_experts import SharedWeights, always_on
 from unipool_jax.moe.swiglu import SwiGLUWeights, swiglu
@@ -185,10 +186,12 @@ def moe_ffn(
     on_device = functools.partial(
         _on_device, implementation=implementation, config=mesh_config or MeshConfig(), epsilon=post_norm_epsilon
     )
-    operands = (hidden_ND, routing.experts_NK, routing.gates_NK, *experts, post_norm_D)
+    accumulator = experts.accumulator
     if mesh is not None:
-        if experts.accumulator is None:
+        if accumulator is None:
             raise ValueError("over a mesh the experts need an accumulator: see bank.pool_experts")
+        if mesh.shape["expert"] > 1:
+            hidden_ND, accumulator = tied(hidden_ND, accumulator)
         tokens = spec("batch")
         weights = Bank._make(spec(*gathered_axes(axes)) for axes in BANK_AXES.values())
         replicas = Bank._make(spec("replica", *gathered_axes(axes)) for axes in BANK_AXES.values())
@@ -198,6 +201,7 @@ def moe_ffn(
             in_specs=(tokens, tokens, tokens, weights, replicas, spec(None)),
             out_specs=(tokens, replicas, tokens),
         )
+    operands = (hidden_ND, routing.experts_NK, routing.gates_NK, experts.weights, accumulator, post_norm_D)
     output_ND, accumulator, received_X = on_device(*operands)
     return output_ND, experts._replace(accumulator=accumulator), received_X
 

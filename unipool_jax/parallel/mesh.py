@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from unipool_jax.config.chips import has_ragged
+from unipool_jax.config.chips import has_ragged, has_sparse_cores
 from unipool_jax.config.mesh_rules import AXES, problems, resolve_sizes
 from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 
@@ -114,6 +114,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ) from error
 
 
+def compiler_options(config: MeshConfig) -> dict[str, bool]:
+    """Options of the TPU compiler for the training step; `usable_mesh` refuses them for devices without SparseCores.
+
+    The flags stand in MaxText's recipes for v6e and 7x. The last two let a gather over several dimensions of the torus
+    run there too.
+    """
+    if not config.sparse_core_collectives:
+        return {}
+    kinds = ("all_gather", "reduce_scatter", "all_reduce", "2d_all_gather", "3d_all_gather")
+    return {f"xla_tpu_enable_sparse_core_collective_offload_{kind}": True for kind in kinds}
+
+
 def on_mesh(config: Config, mesh: Mesh | None) -> Config:
     """`config` with the sizes of `mesh` instead of the requested ones, so that the model need not read the mesh."""
     sizes = (1,) * len(AXES) if mesh is None else mesh.devices.shape
@@ -125,7 +137,7 @@ def usable_mesh(config: Config) -> Mesh | None:
 
     Raises:
       ConfigError: sizes that do not fit the devices; a model, batch or pool that does not divide over them; or a
-        transport that they do not support.
+        transport, or SparseCores, that they do not have.
     """
     mesh = make_mesh(config.mesh)
     sized = on_mesh(config, mesh)
@@ -137,6 +149,9 @@ def usable_mesh(config: Config) -> Mesh | None:
         found.append(
             f"mesh.transport=ragged: {kind} devices do not support ragged all-to-all; choose auto or all_gather"
         )
+    if config.mesh.sparse_core_collectives and not has_sparse_cores(device.device_kind):
+        kind = "CPU" if device.platform == "cpu" else device.device_kind
+        found.append(f"mesh.sparse_core_collectives=true: {kind} devices have no SparseCores; set it to false")
     if found:
         raise ConfigError(found)
     return None if mesh.size == 1 else mesh

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|[a-z]\w*\[[^\]]*\]\S*) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -63,11 +63,16 @@ class Module(NamedTuple):
             for instruction in self.computations[name]:
                 yield instruction, name, times
 
+    def called(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+        """Computations that an instruction calls, and how often; without the combiners of reductions."""
+        yield from _called(instruction, self.computations)
+
 
 def parse(text: str) -> Module:
     """Parse a compiled module; executions inside a loop are multiplied by its trip count.
 
-    Loops come from scans: a counter from 0 is compared with a constant. A loop without such a constant counts once.
+    Loops come from scans: a counter from 0 is compared with a constant. The GPU compiler may hide the constant in a
+    fusion, but writes the number of trips beside the loop. A loop with neither counts once.
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", ""
@@ -91,12 +96,13 @@ def parse(text: str) -> Module:
 
 
 def _called(instruction: Instruction, computations: dict[str, list[Instruction]]) -> Iterator[tuple[str, int]]:
-    """Computations that an instruction calls, and how often; without the combiners of reductions."""
+    """`Module.called`, before there is a module."""
     if instruction.opcode == "while":
         condition, body = (re.search(rf"{part}=%?([\w.\-]+)", instruction.rest) for part in ("condition", "body"))
         assert condition is not None
         assert body is not None
-        yield body[1], _trips(computations[condition[1]])
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
+        yield body[1], int(known[1]) if known else _trips(computations[condition[1]])
     elif instruction.opcode in ("fusion", "call", "async-start"):
         for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest):
             yield name, 1
@@ -121,7 +127,7 @@ def array_bytes(type_text: str) -> list[int]:
     """Bytes of each array of an instruction's type, unpadded."""
     sizes = []
     for dtype, shape in _ARRAY.findall(type_text):
-        bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
+        bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
         sizes.append(math.prod(int(size) for size in shape.split(",") if size) * bits // 8)
     return sizes
 
@@ -131,49 +137,94 @@ def collectives(module: Module, axis_names: tuple[str, ...], axis_sizes: tuple[i
     found = []
     chains: set[str] = set()
     for instruction, computation, times in module.instructions():
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in _KINDS:
+        if instruction.opcode.removesuffix("-start") not in COLLECTIVES:
             continue
-        # A collective that overlaps several fusions appears in each of them, with one chain id.
-        if chain := re.search(r'chain_id="(\d+)"', instruction.rest):
-            if chain[1] in chains:
+        # A collective that overlaps several fusions appears in each of them.
+        if (number := chain(instruction)) is not None:
+            if number in chains:
                 continue
-            chains.add(chain[1])
-        group = _first_group(instruction.rest, math.prod(axis_sizes))
-        if len(group) == 1:
-            continue
-        places = np.array(np.unravel_index(group, axis_sizes))
-        axes = tuple(name for name, row in zip(axis_names, places, strict=True) if len(set(row.tolist())) > 1)
-        arrays = array_bytes(instruction.type)
-        if instruction.opcode.endswith("-start") and instruction.type.startswith("(") and kind != "all-reduce":
-            arrays = [max(arrays)]
-        size, others = float(sum(arrays)), (len(group) - 1) / len(group)
-        if kind == "all-reduce":
-            # The TPU compiler fuses an all-reduce and the slice of its result into this computation, a reduce-scatter.
-            scattered = computation.startswith("all-reduce-scatter")
-            kind = "reduce-scatter" if scattered else kind
-            sent = size * others * (1 if scattered else 2)
-        elif kind == "reduce-scatter":
-            sent = size * len(group) * others
-        elif kind == "ragged-all-to-all":
-            types = {line.name: line.type for line in module.computations[computation]}
-            operands = re.findall(r"%([\w.\-]+)", instruction.rest.partition(")")[0])
-            sent = min(sum(array_bytes(types[operand])) for operand in operands[:2]) * others
-        else:
-            sent = size * (1 if kind == "collective-permute" else others)
-        shapes = tuple(f"{dtype}[{shape}]" for dtype, shape in _ARRAY.findall(instruction.type))
-        source = re.search(r'op_name="([^"]*)"', instruction.rest)
-        found.append(Collective(kind, shapes, axes, len(group), times, sent, source[1] if source else ""))
+            chains.add(number)
+        if (one := collective(module, computation, instruction, times, axis_names, axis_sizes)) is not None:
+            found.append(one)
     return found
 
 
+def chain(instruction: Instruction) -> str | None:
+    """The number that the parts of one collective in several fusions share."""
+    found = re.search(r'chain_id="(\d+)"', instruction.rest)
+    return None if found is None else found[1]
+
+
+def collective(
+    module: Module,
+    computation: str,
+    instruction: Instruction,
+    times: int,
+    axis_names: tuple[str, ...],
+    axis_sizes: tuple[int, ...],
+) -> Collective | None:
+    """One instruction of a module as a collective; None if its groups are single devices."""
+    kind = instruction.opcode.removesuffix("-start")
+    group = _first_group(instruction.rest, math.prod(axis_sizes))
+    if len(group) == 1:
+        return None
+    places = np.array(np.unravel_index(group, axis_sizes))
+    axes = tuple(name for name, row in zip(axis_names, places, strict=True) if len(set(row.tolist())) > 1)
+    arrays = array_bytes(instruction.type)
+    if instruction.opcode.endswith("-start") and instruction.type.startswith("(") and kind != "all-reduce":
+        arrays = [max(arrays)]
+    size, others = float(sum(arrays)), (len(group) - 1) / len(group)
+    if kind == "all-reduce":
+        # The TPU compiler fuses an all-reduce and the slice of its result into this computation, a reduce-scatter.
+        scattered = computation.startswith("all-reduce-scatter")
+        kind = "reduce-scatter" if scattered else kind
+        sent = size * others * (1 if scattered else 2)
+    elif kind == "reduce-scatter":
+        sent = size * len(group) * others
+    elif kind == "ragged-all-to-all":
+        types = {line.name: line.type for line in module.computations[computation]}
+        operands = re.findall(r"%([\w.\-]+)", instruction.rest.partition(")")[0])
+        sent = min(sum(array_bytes(types[operand])) for operand in operands[:2]) * others
+    else:
+        sent = size * (1 if kind == "collective-permute" else others)
+    shapes = tuple(f"{dtype}[{shape}]" for dtype, shape in _ARRAY.findall(instruction.type))
+    source = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return Collective(kind, shapes, axes, len(group), times, sent, source[1] if source else "")
+
+
+def collective_inside(module: Module, computation: str, line: Instruction) -> tuple[str, Instruction] | None:
+    """The collective that an instruction runs or starts, itself or inside a fusion, and the computation around it."""
+    if line.opcode.removesuffix("-start") in COLLECTIVES:
+        return computation, line
+    if line.opcode not in ("async-start", "fusion", "custom-call"):
+        return None
+    parts = ((inner, part) for inner, _ in module.called(line) for part in module.computations[inner])
+    return next((found for part in parts if (found := collective_inside(module, *part)) is not None), None)
+
+
+def kernel_inside(module: Module, line: Instruction) -> str | None:
+    """The name of the Pallas kernel, or of cuDNN's, that an instruction is or that a fusion is made around."""
+    if line.opcode == "custom-call":
+        target = re.search(r'custom_call_target="([^"]*)"', line.rest)
+        called = "" if target is None else target[1]
+        if called == "tpu_custom_call":
+            # The compiler adds to a kernel's name, always behind a dot: `expert_ffn_in.5`, `expert_ffn_in.5.refs_7_`.
+            return line.name.partition(".")[0]
+        if "triton" in called and (name := re.search(r'[ {]name = "([^"]*)"', line.rest)):
+            return name[1]
+        return called.removeprefix("__cudnn$") if called.startswith("__cudnn$") else None
+    if line.opcode != "fusion":
+        return None
+    parts = (part for inner, _ in module.called(line) for part in module.computations[inner])
+    return next((found for part in parts if (found := kernel_inside(module, part)) is not None), None)
+
+
 def kernels(module: Module) -> Counter[str]:
-    """Executions per step of each Pallas kernel, by name."""
+    """Executions per step of each Pallas kernel and each of cuDNN's attention, by name."""
     found: Counter[str] = Counter()
     for instruction, _, times in module.instructions():
-        if instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
-            # The compiler adds to a kernel's name, always behind a dot: `expert_ffn_in.5`, `expert_ffn_in.5.refs_7_`.
-            found[instruction.name.partition(".")[0]] += times
+        if instruction.opcode == "custom-call" and (name := kernel_inside(module, instruction)) is not None:
+            found[name] += times
     return found
 
 

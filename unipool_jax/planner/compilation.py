@@ -1,6 +1,8 @@
-"""Compiles the training and evaluation steps ahead of time for a TPU topology, on a machine without TPUs.
+"""Compiles the training and evaluation steps ahead of time for devices that this machine does not have.
 
-`libtpu` contains the TPU compiler. A step that it rejects, for example for lack of memory, would fail on TPUs too.
+`libtpu` contains the TPU compiler. A step that it rejects, for example for lack of memory, would fail on TPUs too. The
+compiler for GPUs is JAX's CUDA plugin (`gpu_compiler`). It does not refuse what is too large, so its figures are
+compared with the memory of the device.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from jax.sharding import Mesh
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.kernels.implementations import PLATFORM_IMPLEMENTATION, resolve_attention
 from unipool_jax.parallel.mesh import make_mesh
+from unipool_jax.planner import gpu_compiler
 from unipool_jax.training.placement import with_placement
 from unipool_jax.training.sharding import batch_sharding, replicated
 from unipool_jax.training.state import state_shapes
@@ -66,28 +70,40 @@ def prepare() -> None:
 
 @functools.cache
 def devices_of(topology: str) -> tuple[jax.Device, ...]:
-    """The devices of a TPU topology such as `v5p:4x4x4`.
+    """The devices of a topology such as `v5p:4x4x4` or `h100:16`.
 
     Raises:
-      ConfigError: libtpu is missing, or its compiler does not know the topology.
+      ConfigError: libtpu is missing, or the compiler does not know the topology.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    parsed = parse_topology(topology)
+    if parsed.is_tpu and importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             [
                 f"mesh.topology={topology}: planning for TPUs needs their compiler; `pip install libtpu` "
-                "(Linux on x86), or plan for gpu:8, which needs none"
+                "(Linux on x86), or plan for h100:8, which can do without"
             ]
         )
-    parse_topology(topology)
     try:
+        if not parsed.is_tpu:
+            return gpu_compiler.devices(parsed)
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # the compiler's errors have no common class
+    except Exception as error:  # the compilers' errors have no common class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError([f"mesh.topology={topology}: the TPU compiler does not know it ({reason})"]) from error
+        kind = "TPU" if parsed.is_tpu else "GPU"
+        raise ConfigError([f"mesh.topology={topology}: the {kind} compiler does not know it ({reason})"]) from error
+
+
+def missing_compiler(config: Config) -> str | None:
+    """Why the step of `config` is only counted for `mesh.topology`, with what to install; None if it can be compiled.
+
+    Without libtpu there is no plan for TPUs, which `devices_of` says.
+    """
+    assert config.mesh.topology is not None
+    return None if parse_topology(config.mesh.topology).is_tpu else gpu_compiler.missing(config)
 
 
 def topology_mesh(config: Config) -> Mesh:
-    """The mesh of `config` over the devices of its TPU topology.
+    """The mesh of `config` over the devices of its topology.
 
     Raises:
       ConfigError: as `devices_of` and `mesh.make_mesh`.
@@ -96,30 +112,31 @@ def topology_mesh(config: Config) -> Mesh:
     return make_mesh(config.mesh, devices_of(config.mesh.topology))
 
 
-def for_tpu(config: Config) -> Config:
-    """`config` with kernels resolved for TPU: while planning, the default backend is the CPU."""
-    kernels = config.kernels
-    if kernels.implementation == "auto":
-        kernels = dataclasses.replace(kernels, implementation="pallas_tpu")
-    if kernels.attention == "auto":
-        kernels = dataclasses.replace(kernels, attention="splash")
+def for_devices(config: Config, platform: str) -> Config:
+    """`config` with kernels resolved for `tpu` or `gpu`: while planning, the default backend is the CPU."""
+    kernels, model = config.kernels, config.model
+    implementation = kernels.implementation
+    if implementation == "auto":
+        implementation = PLATFORM_IMPLEMENTATION[platform]
+    attention = resolve_attention(kernels.attention, model.compute_dtype, config.head_size, platform)
+    kernels = dataclasses.replace(kernels, implementation=implementation, attention=attention)
     return dataclasses.replace(config, kernels=kernels)
 
 
 def compile_step(config: Config, mesh: Mesh) -> Program:
-    """Compile the training step of `config` for a mesh of absent TPUs.
+    """Compile the training step of `config` for a mesh of absent devices.
 
     Raises:
-      MemoryExceededError: the step does not fit in device memory.
+      MemoryExceededError: the step does not fit in the memory of a TPU.
     """
-    config, start = with_placement(for_tpu(config), mesh), time.monotonic()
+    config, start = with_placement(for_devices(config, mesh.devices.flat[0].platform), mesh), time.monotonic()
     # Trace under the mesh, because its devices determine kernels, tiles and transports.
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         step: Any = make_train_step(config, mesh)
         lowered = step.lower(state_shapes(config, mesh), _batch(config, config.train.batch_size, mesh))
         # `Compiled.as_text` fails on modules with ragged all-to-alls; the compiler's own dump is complete.
         memory = _memory(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         text = texts[-1].read_text()
     return Program(
         memory.argument_size_in_bytes,
@@ -131,12 +148,12 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
 
 
 def compile_evaluation(config: Config, mesh: Mesh) -> Evaluation:
-    """Compile the evaluation step of `config` for a mesh of absent TPUs.
+    """Compile the evaluation step of `config` for a mesh of absent devices.
 
     Raises:
       MemoryExceededError: as `compile_step`.
     """
-    config, start = with_placement(for_tpu(config), mesh), time.monotonic()
+    config, start = with_placement(for_devices(config, mesh.devices.flat[0].platform), mesh), time.monotonic()
     with jax.set_mesh(mesh):
         step: Any = make_eval_step(config, mesh)
         state = state_shapes(config, mesh)

@@ -1,9 +1,10 @@
-"""How long collectives take on the links of a torus, or of a switch."""
+"""How long collectives take on the links of a torus, or on switches of nodes and the network between them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from unipool_jax.config.chips import Chip, Topology
@@ -12,21 +13,35 @@ EFFICIENCY = 0.9
 """Fraction of a link's published bandwidth that messages reach. Assumed."""
 HOP_SECONDS = 1e-6
 """Latency of a hop, seconds. Assumed."""
+NETWORK_SECONDS = 5e-6
+"""Latency of a message between nodes, seconds. Assumed."""
+
+_ALL_TO_ALL = ("all-to-all", "ragged-all-to-all")
 
 
 class Span(NamedTuple):
-    """The extent of a group of devices on a torus: chips along each dimension, and whether they form a ring."""
+    """The extent of a group of devices on a torus, or over nodes."""
 
     devices: int
     extents: tuple[tuple[int, bool], ...]
+    """Chips along each dimension of a torus, and whether they form a ring."""
+    nodes: int = 1
+    """Nodes that the devices are in, as many in each."""
 
 
 def span(mesh: Mesh | None, topology: Topology, axes: tuple[str, ...], sizes: dict[str, int]) -> Span:
-    """The extent of one group of these mesh axes; without a mesh, devices are behind a switch."""
+    """The extent of one group of these mesh axes.
+
+    On GPUs the mesh is laid out node by node with its last axis fastest. On TPUs without a mesh, as if behind a switch.
+    """
     devices = 1
     for axis in axes:
         devices *= sizes[axis]
-    if mesh is None or topology.chip.torus_axes == 0:
+    if not topology.is_tpu:
+        places = np.arange(topology.num_devices).reshape(tuple(sizes.values()))
+        group = places[tuple(slice(None) if axis in axes else 0 for axis in sizes)]
+        return Span(devices, (), len(np.unique(group // topology.chip.node)))
+    if mesh is None:
         return Span(devices, ())
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     coordinates = [device.coords for device in mesh.devices[index].reshape(-1)]
@@ -48,10 +63,30 @@ def seconds(kind: str, sent_bytes: float, place: Span, chip: Chip) -> float:
     link = chip.link_bandwidth * EFFICIENCY
     if place.devices == 1:
         return 0.0
+    if place.nodes > 1:
+        return _between_nodes(kind, sent_bytes, place, chip)
     if not place.extents:
         return sent_bytes / link + HOP_SECONDS
     latency = HOP_SECONDS * sum(length / (2 if ring else 1) for length, ring in place.extents)
-    if kind in ("all-to-all", "ragged-all-to-all"):
+    if kind in _ALL_TO_ALL:
         everything = sent_bytes * place.devices / (place.devices - 1)
         return max(everything * length / 4 / ((2 if ring else 1) * link) for length, ring in place.extents) + latency
     return sent_bytes / (sum(2 if ring else 1 for _, ring in place.extents) * link) + latency
+
+
+def _between_nodes(kind: str, sent_bytes: float, place: Span, chip: Chip) -> float:
+    """Seconds of a collective over several nodes, each with a switch inside, and one network card for each device.
+
+    Gathers and reductions run on rings over all devices of the group. What a device sends, its node passes on once,
+    divided over the cards of the group's devices there: rings cross to the next node at different devices. In an
+    all-to-all every device sends an equal part to each other one, to those of its node through the switch, to the rest
+    through its own card. Switch and network work side by side.
+    """
+    switch, network = chip.link_bandwidth * EFFICIENCY, chip.network_bandwidth * EFFICIENCY
+    inside = place.devices / place.nodes
+    if kind in _ALL_TO_ALL:
+        each = sent_bytes / (place.devices - 1)
+        return max(each * (inside - 1) / switch, each * (place.devices - inside) / network) + NETWORK_SECONDS
+    if kind == "collective-permute":
+        return sent_bytes / network + NETWORK_SECONDS
+    return max(sent_bytes / switch, sent_bytes / (inside * network)) + NETWORK_SECONDS * (place.nodes - 1)

@@ -22,6 +22,7 @@ from unipool_jax.planner.compilation import (
     Program,
     compile_evaluation,
     compile_step,
+    missing_compiler,
     prepare,
     topology_mesh,
 )
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
     parameter_bytes: int
     optimizer_bytes: int
     temporary_bytes: int
-    """Of the training step: as compiled, or counted for devices without an ahead-of-time compiler."""
+    """Of the training step: as compiled, or counted where the compiler is not installed."""
     evaluation_bytes: int
     """Temporaries of the evaluation step; parameters and optimizer state stay on the device."""
     collectives: tuple[Collective, ...] | None
@@ -54,6 +55,8 @@ class Plan(NamedTuple):
     estimate: Estimate
     compile_seconds: tuple[float, float] | None
     """Of the training and the evaluation step."""
+    counted_because: str | None = None
+    """Why nothing was compiled."""
 
     @property
     def total_bytes(self) -> int:
@@ -74,6 +77,8 @@ class Plan(NamedTuple):
 def make_plan(config: Config) -> Plan:
     """Compile the steps of `config` for the devices of `mesh.topology` and model the time of training.
 
+    For GPUs whose compiler is not installed, memory and collectives are counted instead, and the plan says so.
+
     Raises:
       ConfigError: the topology or mesh is impossible, or a step does not fit in memory.
     """
@@ -81,8 +86,8 @@ def make_plan(config: Config) -> Plan:
     prepare()
     topology = parse_topology(config.mesh.topology)
     sizes = _axis_sizes(config, topology)
-    if topology.chip.torus_axes == 0:
-        return _counted(config, topology, sizes)
+    if missing := missing_compiler(config):
+        return _counted(config, topology, sizes)._replace(counted_because=missing)
     mesh = topology_mesh(config)
     try:
         program = compile_step(config, mesh)
@@ -133,7 +138,7 @@ def from_programs(config: Config, topology: Topology, mesh: Mesh, program: Progr
         evaluation.temporary_bytes,
         found,
         collectives_of.kernels(module),
-        estimate(config, sizes, topology, mesh, found),
+        estimate(config, sizes, topology, mesh, module),
         (program.seconds, evaluation.seconds),
     )
 
@@ -165,6 +170,7 @@ def text(plan: Plan) -> str:
         f"({chip.device_kind}), {axes}; {how}",
         f"  {config.train.batch_size} x {config.data.sequence_length} tokens per step in {config.num_microbatches} "
         f"micro-batch(es), remat {config.model.remat}",
+        *([f"  {plan.counted_because}"] if plan.counted_because else []),
         "",
         "memory per device",
         f"  parameters                   {plan.parameter_bytes / _GIB:8.2f} GiB",
@@ -189,6 +195,7 @@ def text(plan: Plan) -> str:
         f"{sum(work.flops for work in found.counts.work) / 1e12:.2f} T executed with recomputation and padding",
         f"model FLOPs utilization: {found.utilisation:.1%} "
         f"({found.utilisation_with_hidden_links:.1%} if all collectives overlapped with compute)",
+        *_hidden(plan),
         "bound by: " + ", ".join(f"{name} {1e3 * time:.0f} ms" for name, time in found.seconds_by_bound().items()),
         json.dumps(summary(plan)),
     ]
@@ -229,6 +236,18 @@ def _compile_seconds(plan: Plan) -> list[str]:
         return []
     training, evaluation = plan.compile_seconds
     return [f"  compiled in {training:.0f} s, evaluation in {evaluation:.0f} s"]
+
+
+def _hidden(plan: Plan) -> list[str]:
+    """What the schedule of a compiled step hides."""
+    if plan.collectives is None:
+        return []
+    found = plan.estimate
+    links = found.seconds_by_bound()["links"]
+    return [
+        f"hidden as compiled: {1e3 * found.hidden_seconds:.1f} of {1e3 * links:.1f} ms of collectives, which leaves "
+        f"{1e3 * found.compiled_seconds:.1f} ms and {found.utilisation_as_compiled:.1%}"
+    ]
 
 
 def _longest(found: Estimate) -> list[Any]:
@@ -295,6 +314,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         "seconds_by_bound": found.seconds_by_bound(),
         "utilisation": found.utilisation,
         "utilisation_with_hidden_links": found.utilisation_with_hidden_links,
+        "hidden_seconds": found.hidden_seconds if plan.collectives is not None else None,
+        "utilisation_as_compiled": found.utilisation_as_compiled if plan.collectives is not None else None,
         "tokens_per_second": found.tokens_per_second,
         **({"growth": [cost._asdict() for cost in stage_costs(plan.config)]} if grows(plan.config) else {}),
     }

@@ -1,8 +1,8 @@
 """Roofline model of a step: the time of each operation on its slower resource, plus that of every collective.
 
 A kernel overlaps compute with its own memory traffic, so an operation takes the longer of the two. Operations run one
-after another. Collectives are added in full, as if none overlapped with compute, although the compiler starts many of
-them early. `docs/planner.md` has the formulas and their limits.
+after another. Collectives are added in full, as if none overlapped with compute; what the schedule of a compiled step
+hides of them stands beside it. `docs/planner.md` has the formulas and their limits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.planner import links
-from unipool_jax.planner.collectives import Collective
-from unipool_jax.planner.work import Counts, Message, count
+from unipool_jax.planner.collectives import Collective, Module, collectives
+from unipool_jax.planner.instructions import Clock, Traffic
+from unipool_jax.planner.schedule import overlap
+from unipool_jax.planner.work import Counts, Message, count, kernel_work
 from unipool_jax.training.flops import flops_per_token
 
 MATRIX_EFFICIENCY = 0.9
@@ -43,11 +45,18 @@ class Estimate(NamedTuple):
     """Of one device, without recomputation."""
     peak_flops: float
     tokens_per_step: int
+    hidden_seconds: float = 0.0
+    """Of collectives, beside other work in the schedule of the compiled step; 0 if nothing was compiled."""
 
     @property
     def seconds(self) -> float:
-        """Time of a step."""
+        """Time of a step, every collective in full."""
         return sum(part.seconds for part in self.parts)
+
+    @property
+    def compiled_seconds(self) -> float:
+        """Time of a step without what its schedule hides."""
+        return self.seconds - self.hidden_seconds
 
     @property
     def utilisation(self) -> float:
@@ -55,8 +64,13 @@ class Estimate(NamedTuple):
         return self.model_flops / (self.seconds * self.peak_flops)
 
     @property
+    def utilisation_as_compiled(self) -> float:
+        """MFU without what the schedule hides."""
+        return self.model_flops / (self.compiled_seconds * self.peak_flops)
+
+    @property
     def tokens_per_second(self) -> float:
-        """Of all devices."""
+        """Of all devices, every collective in full."""
         return self.tokens_per_step / self.seconds
 
     @property
@@ -74,11 +88,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    config: Config,
-    sizes: dict[str, int],
-    topology: Topology,
-    mesh: Mesh | None,
-    compiled: Sequence[Collective] | None = None,
+    config: Config, sizes: dict[str, int], topology: Topology, mesh: Mesh | None, module: Module | None = None
 ) -> Estimate:
     """Model the time of a step.
 
@@ -87,7 +97,8 @@ def estimate(
       sizes: of the mesh axes.
       topology: the devices.
       mesh: of these devices, which determines where an axis lies on the torus; None for devices behind a switch.
-      compiled: collectives of the compiled step; None uses those that `work.count` expects.
+      module: the compiled step, whose collectives, copies and schedule are taken; None uses the collectives that
+        `work.count` expects.
     """
     counts, chip = count(config, sizes, topology), topology.chip
     parts = []
@@ -95,15 +106,37 @@ def estimate(
         compute = work.flops / (chip.flops * MATRIX_EFFICIENCY)
         memory = work.bytes / (chip.hbm_bandwidth * HBM_EFFICIENCY)
         parts.append(Part(work.name, max(compute, memory), "matrix unit" if compute >= memory else "memory"))
-    messages: Sequence[Collective | Message] = counts.messages if compiled is None else compiled
+
+    def taken(message: Collective | Message) -> float:
+        place = links.span(mesh, topology, message.axes, sizes)
+        seconds = links.seconds(message.kind, message.sent_bytes, place, chip)
+        # What is sent is counted evenly; the busiest device receives more.
+        return seconds * (counts.busiest if message.kind == "ragged-all-to-all" else 1)
+
+    messages: Sequence[Collective | Message] = counts.messages
+    hidden = 0.0
+    if module is not None:
+        axes = tuple(sizes), tuple(sizes.values())
+        found = overlap(module, clock(config, sizes, topology, module), *axes, taken)
+        messages, hidden = collectives(module, *axes), found.hidden_seconds
+        parts.append(Part("copies and changes of layout", found.copy_seconds, "memory"))
     by_kind: dict[str, float] = {}
     for message in messages:
-        place = links.span(mesh, topology, message.axes, sizes)
         name = f"{message.kind} over {' x '.join(message.axes)}"
-        taken = message.times * links.seconds(message.kind, message.sent_bytes, place, chip)
-        if message.kind == "ragged-all-to-all":
-            taken *= counts.busiest  # what is sent is counted evenly; the busiest device receives more
-        by_kind[name] = by_kind.get(name, 0.0) + taken
-    parts.extend(Part(name, taken, "links") for name, taken in by_kind.items())
+        by_kind[name] = by_kind.get(name, 0.0) + message.times * taken(message)
+    parts.extend(Part(name, seconds, "links") for name, seconds in by_kind.items())
     model_flops = flops_per_token(config) * config.tokens_per_step / topology.num_devices
-    return Estimate(tuple(parts), counts, model_flops, chip.flops, config.tokens_per_step)
+    return Estimate(tuple(parts), counts, model_flops, chip.flops, config.tokens_per_step, hidden)
+
+
+def clock(config: Config, sizes: dict[str, int], topology: Topology, module: Module) -> Clock:
+    """Seconds of the instructions of a compiled step, by the model of this file."""
+    flops = topology.chip.flops * MATRIX_EFFICIENCY
+    bandwidth = topology.chip.hbm_bandwidth * HBM_EFFICIENCY
+    kernels = kernel_work(config, sizes, topology).items()
+    return Clock(
+        Traffic(module),
+        flops,
+        bandwidth,
+        {name: max(work.flops / flops, work.bytes / bandwidth) for name, work in kernels},
+    )

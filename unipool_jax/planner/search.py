@@ -25,6 +25,7 @@ from unipool_jax.planner.compilation import (
     MemoryExceededError,
     compile_evaluation,
     compile_step,
+    missing_compiler,
     prepare,
     topology_mesh,
 )
@@ -66,19 +67,21 @@ def candidates(config: Config) -> tuple[list[Candidate], Counter[str]]:
       The candidates, fastest first, and the number of mesh shapes excluded for each reason.
     """
     assert config.mesh.topology is not None
-    topology = parse_topology(config.mesh.topology)
+    topology, compiled = parse_topology(config.mesh.topology), missing_compiler(config) is None
     found: list[Candidate] = []
     left_out: Counter[str] = Counter()
     for shape in mesh_shapes(topology.num_devices):
-        modelled, reason = _of_shape(config, shape, topology)
+        modelled, reason = _of_shape(config, shape, topology, compiled)
         found.extend(modelled)
         if not modelled:
             left_out[reason] += 1
     return sorted(found, key=lambda candidate: candidate.estimate.seconds), left_out
 
 
-def _of_shape(config: Config, shape: tuple[int, ...], topology: Topology) -> tuple[list[Candidate], str]:
-    """The candidates with this mesh, and the last reason for which one was excluded."""
+def _of_shape(
+    config: Config, shape: tuple[int, ...], topology: Topology, compiled: bool
+) -> tuple[list[Candidate], str]:
+    """The candidates with this mesh, of devices if they can be compiled, and the last reason that excluded one."""
     sizes: dict[str, Any] = dict(zip(AXES, shape, strict=True))
     ways = shape[0] * shape[1] * shape[2]
     if config.train.batch_size % ways:
@@ -97,7 +100,7 @@ def _of_shape(config: Config, shape: tuple[int, ...], topology: Topology) -> tup
         if refused := problems(candidate):
             reason = f"{refused[0].partition('=')[0]} is refused"
             continue
-        if mesh is None and topology.chip.torus_axes:
+        if mesh is None and compiled:
             try:
                 mesh = topology_mesh(candidate)
             except ConfigError:
@@ -159,12 +162,12 @@ def search(config: Config) -> str:
         plan = from_programs(candidate.config, topology, candidate.mesh, program, evaluation)
         notes.append(
             f"  {_name(candidate)}: {plan.total_bytes / 1e9:.1f} GB ({plan.evaluation_total_bytes / 1e9:.1f} in "
-            f"evaluation), {1e3 * plan.estimate.seconds:.1f} ms, "
-            f"{plan.estimate.utilisation:.1%}{'' if plan.fits else ', does not fit'}"
+            f"evaluation), {1e3 * plan.estimate.compiled_seconds:.1f} ms as compiled, "
+            f"{plan.estimate.utilisation_as_compiled:.1%}{'' if plan.fits else ', does not fit'}"
         )
-        if plan.fits and (winner is None or plan.estimate.seconds < winner.estimate.seconds):
+        if plan.fits and (winner is None or plan.estimate.compiled_seconds < winner.estimate.compiled_seconds):
             winner, winning = plan, candidate
-    if topology.chip.torus_axes == 0:
+    if missing := missing_compiler(config):
         winning = next((c for c in found if c.gigabytes * 1e9 <= topology.chip.hbm_bytes), None)
     if winning is None:
         raise ConfigError(
@@ -184,7 +187,7 @@ def search(config: Config) -> str:
         *(f"excluded: {number} mesh shapes, {reason}" for reason, number in left_out.most_common()),
         "",
         f"compiled ({compiled} of the fastest):",
-        *notes,
+        *([f"  {missing}"] if missing else notes),
         "",
         f"figure: {config.plan.figure}",
         f"best: {line}",

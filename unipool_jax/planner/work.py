@@ -19,7 +19,23 @@ from unipool_jax.kernels.group_plan import block_shape
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
 from unipool_jax.parallel.head import CHUNK
-from unipool_jax.planner.attention import WIDE, AttentionCost, attention_cost, narrow, padding
+from unipool_jax.planner.attention import (
+    WIDE,
+    AttentionCost,
+    attention_cost,
+    fused,
+    narrow,
+    padding,
+    recomputes_product,
+)
+from unipool_jax.planner.kernel_work import (
+    BANK_GRADIENTS,
+    ExpertShapes,
+    KernelWork,
+    attention_kernels,
+    expert_backward,
+    expert_forward,
+)
 from unipool_jax.planner.windows import LayerLoad, layer_loads
 from unipool_jax.training.step import counts_before_gradient, shares_one_bank
 
@@ -204,6 +220,9 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     if model.norm != "pre":
         behind = Work("norms behind blocks", 0.0, 0.0, 2 * at.normed_rows * width * at.narrow)
         work.append(behind._replace(bytes=behind.bytes * (mixture + 2)))
+    if config.kernels.implementation == "xla" and not at.topology.is_tpu:
+        # The scan over layers copies what is kept into stacked arrays, and out of them again: read and written twice.
+        work.append(Work("stacks of layers", 0.0, 0.0, 4 * _kept(at)))
     if at.block_width:
         hidden, weights = at.block_width / tensor, at.block_weights / tensor
         flops = 2 * n * weights * (mixture + 2)
@@ -246,23 +265,44 @@ def _mean(layers: list[Work]) -> Work:
 
 
 def _expert_work_of(at: _Sizes, passes: int, load: LayerLoad) -> tuple[Work, Work]:
-    config, rows, tensor = at.config, at.rows * load.busiest, at.sizes["tensor"]
-    width, hidden = config.model.hidden_size, config.model.ffn_size / tensor
-    flops = 2 * rows * 3 * width * hidden
-    padded = _tile_padding(at, load)
-    # Experts without rows are not read.
-    weights = at.bank * load.share * load.busiest
-    bank = weights * at.narrow
-    # Rows of no group are also written, as zeros.
-    out = at.received * at.narrow
-    read = rows * at.narrow
-    forward = bank + read * (width + hidden) + out * (3 * hidden + width)
-    backward = bank + read * (width + 2 * hidden + 2 * hidden) + out * (3 * hidden + width)
-    backward += read * (3 * width + 3 * hidden) + 2 * WIDE * weights
+    shapes, padded = _expert_shapes(at, load), _tile_padding(at, load)
+    forward = [*expert_forward(shapes).values()]
+    *others, bank_gradient = expert_backward(shapes).values()
+    backward = [*others, *(bank_gradient,) * BANK_GRADIENTS]
+    first, second = (sum(kernel.flops for kernel in kernels) for kernels in (forward, backward))
+    moved = sum(kernel.bytes for kernel in forward)
     return (
-        Work("experts forward", flops * padded * passes, flops * passes, forward * passes),
-        Work("experts backward", 2 * flops * padded, 2 * flops, backward),
+        Work("experts forward", first * padded * passes, first * passes, moved * passes),
+        Work("experts backward", second * padded, second, sum(kernel.bytes for kernel in backward)),
     )
+
+
+def _expert_shapes(at: _Sizes, load: LayerLoad) -> ExpertShapes:
+    model, tensor = at.config.model, at.sizes["tensor"]
+    # Experts without rows are not read.
+    matrix = at.bank / 3 * load.share * load.busiest
+    rows = at.rows * load.busiest
+    return ExpertShapes(rows, at.received, model.hidden_size, model.ffn_size / tensor, matrix, at.narrow)
+
+
+def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> dict[str, KernelWork]:
+    """One call of each hand-written kernel on a TPU, by the beginning of its name, with padding; the mean of layers."""
+    at = _Sizes(config, sizes, topology)
+    found: dict[str, KernelWork] = {}
+    if config.moe.router != "none":
+        loads = layer_loads(config, sizes)
+        for load in loads:
+            shapes, padded = _expert_shapes(at, load), _tile_padding(at, load)
+            for name, work in (expert_forward(shapes) | expert_backward(shapes)).items():
+                total = found.get(name, KernelWork(0.0, 0.0))
+                found[name] = KernelWork(
+                    total.flops + work.flops * padded / len(loads), total.bytes + work.bytes / len(loads)
+                )
+    if fused(config, topology):
+        kernels = attention_kernels(at.attention(1), at.attention(2), int(recomputes_product(config)))
+        more = padding(config, topology)
+        found |= {name: work._replace(flops=work.flops * more) for name, work in kernels.items()}
+    return found
 
 
 def _tile_padding(at: _Sizes, load: LayerLoad) -> float:
@@ -422,6 +462,18 @@ def _other(sizes: dict[str, int], *axes: str) -> float:
     return (devices - 1) / devices
 
 
+def _kept(at: _Sizes) -> float:
+    """Bytes of a layer that the backward pass finds as the forward pass left them."""
+    model, tensor, hidden = at.config.model, at.sizes["tensor"], at.tokens * at.config.model.hidden_size * at.narrow
+    if model.remat == "full":
+        return hidden
+    scores = at.attention().kept_bytes
+    if model.remat == "moe":
+        return 8 * hidden + scores
+    products = at.received * (model.ffn_size / tensor + model.hidden_size) + at.tokens * at.block_width / tensor
+    return 10 * hidden + scores + 2 * products * at.narrow
+
+
 def _temporaries(at: _Sizes, parameters: float) -> float:
     config, sizes, model, n = at.config, at.sizes, at.config.model, at.tokens
     shared = shares_one_bank(config)
@@ -436,15 +488,12 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     hidden = n * model.hidden_size * at.narrow
     scores = at.attention()
     mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * at.narrow
-    products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * at.narrow
-    block = n * at.block_width / sizes["tensor"] * at.narrow
-    products, mixture = products + 2 * block, mixture + 8 * block
-    kept = {"full": hidden, "moe": 8 * hidden + scores.kept_bytes, "none": 10 * hidden + scores.kept_bytes + products}
+    mixture += 8 * n * at.block_width / sizes["tensor"] * at.narrow
     working = 10 * hidden + scores.working_bytes + mixture
     # One device makes them in chunks.
     rows = n if math.prod(sizes.values()) > 1 else min(n, CHUNK)
     logits = rows * model.vocab_size / sizes["tensor"] * (WIDE + at.narrow)
-    return gathered + gradient + dense + tables + model.num_layers * kept[config.model.remat] + max(working, logits)
+    return gathered + gradient + dense + tables + model.num_layers * _kept(at) + max(working, logits)
 
 
 def _evaluation(at: _Sizes) -> float:

@@ -52,7 +52,8 @@ def announce(
     if counts_before_gradient(config):
         progress.message(
             f"the exact pool loss over {config.num_microbatches} micro-batches needs a second forward pass per "
-            f"step; train.microbatch_size={config.train.batch_size} or loss.pool_statistics=previous avoids it"
+            f"step; train.microbatch_size={config.train.batch_size}, loss.balance_groups={config.num_microbatches} or "
+            "loss.pool_statistics=previous avoids it"
         )
     if num_devices(mesh) < jax.device_count():
         progress.message(f"{jax.device_count()} devices are available; mesh.data=-1 would use all of them")

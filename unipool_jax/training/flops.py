@@ -16,10 +16,10 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "tpu v5p": CHIPS["v5p"].flops,
     "tpu v6e": CHIPS["v6e"].flops,
     "a100": 312e12,
-    "h100": 989e12,
+    "h100": CHIPS["h100"].flops,
     "h100 pcie": 756e12,
     "h200": 989e12,
-    "b200": 2250e12,
+    "b200": CHIPS["b200"].flops,
 }
 """Dense bfloat16 FLOP/s of one JAX device, from vendors' data sheets."""
 

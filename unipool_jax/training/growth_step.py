@@ -10,6 +10,7 @@ when it is first drawn. With several micro-batches they are called one by one, a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
 from unipool_jax.model.transformer import Positions, apply
 from unipool_jax.moe.bank import Experts
-from unipool_jax.parallel.mesh import on_mesh
+from unipool_jax.parallel.mesh import compiler_options, on_mesh
 from unipool_jax.training.layer_trees import Index, folded, sum_layers, sum_places, unrolled, uses
 from unipool_jax.training.sharding import replicated, state_shardings
 from unipool_jax.training.state import TrainState, layer_inputs, state_shapes
@@ -35,6 +36,7 @@ from unipool_jax.training.step import (
     averaged,
     batch_gradients,
     counts_before_gradient,
+    load_before,
     load_shares,
     micro_batch_gradients,
     micro_batches,
@@ -104,8 +106,8 @@ def micro_step(
         config: Config, mesh: Mesh | None, state: TrainState, batch: Batch, params: Any, experts: Experts | None
     ) -> Gradients:
         zeros = None if experts is None else jax.tree.map(jnp.zeros_like, experts.accumulator)
-        load_GE = total.load_GE
-        if deep.groups == len(deep.sources):
+        load_GE = total.load_GE if counts_before_gradient(stage) else load_before(stage, total.load_GE)
+        if load_GE is not None and deep.groups == len(deep.sources):
             load_GE = load_GE[np.array(deep.sources)]
         micro = MicroBatch(batch, state.balance, state.step, load_GE, total_weight)
         return micro_batch_gradients(config, mesh, params, experts, zeros, micro)
@@ -153,10 +155,11 @@ def depth_programs(stage: Config, mesh: Mesh | None, deep: Unrolling) -> DepthPr
 
     if mesh is None:
         return DepthPrograms(jax.jit(whole, donate_argnums=0), jax.jit(micro, donate_argnums=1), jax.jit(count))
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(stage.mesh) or None)
     return DepthPrograms(
-        jax.jit(whole, donate_argnums=0, out_shardings=_step_places(stage, mesh)),
-        jax.jit(micro, donate_argnums=1, out_shardings=_gradient_places(stage, mesh)),
-        jax.jit(count, out_shardings=replicated(mesh)),
+        jit(whole, donate_argnums=0, out_shardings=_step_places(stage, mesh)),
+        jit(micro, donate_argnums=1, out_shardings=_gradient_places(stage, mesh)),
+        jit(count, out_shardings=replicated(mesh)),
     )
 
 

@@ -28,7 +28,7 @@ from unipool_jax.moe.capacity import overflow
 from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.moe.scope import pool_scope, scoped_load, scoped_pool_loss
-from unipool_jax.parallel.mesh import constrain, on_mesh
+from unipool_jax.parallel.mesh import compiler_options, constrain, on_mesh
 from unipool_jax.training.distillation import Teacher, taught_loss
 from unipool_jax.training.optimizer import next_learning_rate, run_optimizer
 from unipool_jax.training.sharding import replicated, state_shardings
@@ -98,10 +98,10 @@ def shares_one_bank(config: Config) -> bool:
 def counts_before_gradient(config: Config) -> bool:
     """Whether a step makes a forward pass over its micro-batches before their gradients, to count expert use.
 
-    The exact pool loss multiplies two averages over the whole batch, and the first must be known before the gradient
-    of the second is taken.
+    The exact pool loss multiplies two averages over the whole batch, or over a group of micro-batches, and the first
+    must be known before the gradient of the second is taken.
     """
-    return _pool_loss(config, "current") and config.num_microbatches > 1
+    return _pool_loss(config, "current") and config.num_microbatches > config.loss.balance_groups
 
 
 def _pool_loss(config: Config, statistics: str) -> bool:
@@ -116,15 +116,24 @@ def balance_loss(config: Config, stats: RoutingStats, micro: MicroBatch) -> jax.
         group_tokens = loss.switch_group_sequences * config.data.sequence_length
         return switch_loss(stats, group_tokens, config.moe.top_k, loss.switch_coefficient, config.widths)
     if loss.balance == "pool":
-        load = load_shares(config, stats.counts_AE) if load_GE is None else load_GE
         # In a locked layer each of f and P is L times what it is as a mean over the layers of the pool (method M6.7).
         coefficient: float | jax.Array = loss.pool_coefficient / (config.mixture_layers if config.locked else 1)
         if loss.pool_warmup_fraction:
             risen = micro.step.astype(jnp.float32) / (loss.pool_warmup_fraction * config.train.lengths[0])
             coefficient = coefficient * jnp.minimum(risen, 1.0)
-        if (scope := pool_scope(config)) is not None:
-            return scoped_pool_loss(scope, stats, load, tokens, coefficient)
-        return pool_loss(stats, load, tokens, coefficient)
+        scope, parts = pool_scope(config), loss.balance_groups // config.num_microbatches
+
+        def of_part(counts_GNAE: jax.Array, score_sum_GNAE: jax.Array) -> jax.Array:
+            part = stats._replace(counts_AE=counts_GNAE, score_sum_AE=score_sum_GNAE)
+            load = load_shares(config, counts_GNAE) if load_GE is None else load_GE
+            if scope is not None:
+                return scoped_pool_loss(scope, part, load, tokens // max(parts, 1), coefficient)
+            return pool_loss(part, load, tokens // max(parts, 1), coefficient)
+
+        if parts <= 1:
+            return of_part(stats.counts_AE, stats.score_sum_AE)
+        by_part = [values[:, :, :, None] for values in (stats.counts_AE, stats.score_sum_AE)]
+        return jnp.mean(jax.vmap(of_part, in_axes=2)(*by_part))
     return jnp.zeros((), jnp.float32)
 
 
@@ -198,15 +207,26 @@ def micro_batch_gradients(
     return Gradients(grads, gradient, metrics, jnp.sum(stats.counts_AE, axis=2), load_shares(config, stats.counts_AE))
 
 
-def batch_load(config: Config, params: Any, experts: Experts | None, inputs: LayerInputs, micros: Batch) -> jax.Array:
-    """Share of choices per expert over all micro-batches `[m, ...]` of a batch, by a forward pass over each."""
+def batch_loads(config: Config, params: Any, experts: Experts | None, inputs: LayerInputs, micros: Batch) -> jax.Array:
+    """Share of choices per expert, for each micro-batch `[m, ...]` that of its balance group, by a forward pass."""
 
     def count(carry: None, micro: Batch) -> tuple[None, jax.Array]:
         output = apply(config, params, micro.inputs, inputs, Positions(segments=micro.segments), experts)
         return carry, output.layers.stats.counts_AE
 
     counts_mGNAE = jax.lax.scan(count, None, micros)[1]
-    return load_shares(config, jnp.sum(counts_mGNAE, axis=0))
+    groups = config.loss.balance_groups
+    by_group = jnp.sum(counts_mGNAE.reshape(groups, -1, *counts_mGNAE.shape[1:]), axis=1)
+    loads = jax.vmap(functools.partial(load_shares, config))(by_group)
+    return jnp.repeat(loads, config.num_microbatches // groups, axis=0)
+
+
+def load_before(config: Config, last: jax.Array) -> jax.Array | None:
+    """The load fractions in the loss of a micro-batch, where those of the batch are not counted first.
+
+    Either `last`, those of the micro-batch before it, or None, its own.
+    """
+    return last if _pool_loss(config, "previous") else None
 
 
 def batch_gradients(
@@ -250,19 +270,20 @@ def accumulated_gradients(
     )
     gradients_of = functools.partial(micro_batch_gradients, config, mesh, params, experts)
     if config.num_microbatches == 1:
-        load = load_GE if _pool_loss(config, "previous") else None
-        return gradients_of(gradient, micro_batch(batch, load_GE=load))
+        return gradients_of(gradient, micro_batch(batch, load_GE=load_before(config, load_GE)))
 
-    micros = micro_batches(config, batch)
+    micros, load_mGE = micro_batches(config, batch), None
     if counts_before_gradient(config):
-        load_GE = batch_load(config, params, experts, layer_inputs(config, balance, state.step), micros)
+        load_mGE = batch_loads(config, params, experts, layer_inputs(config, balance, state.step), micros)
 
-    def accumulate(total: Gradients, micro: Batch) -> tuple[Gradients, None]:
-        found = gradients_of(total.accumulator, micro_batch(micro, load_GE=total.load_GE))
+    def accumulate(total: Gradients, part: tuple[Batch, jax.Array | None]) -> tuple[Gradients, None]:
+        micro, load = part
+        load = load_before(config, total.load_GE) if load is None else load
+        found = gradients_of(total.accumulator, micro_batch(micro, load_GE=load))
         return added(config, total, found), None
 
     start = no_gradients(config, params, balance, load_GE)._replace(accumulator=gradient)
-    total, _ = jax.lax.scan(accumulate, start, micros)
+    total, _ = jax.lax.scan(accumulate, start, (micros, load_mGE))
     return averaged(config, total)
 
 
@@ -404,7 +425,8 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     places = (state_shardings(config, mesh, state_shapes(config)), replicated(mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=places)
+    options = compiler_options(config.mesh) or None
+    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
 
 
 def make_eval_step(

@@ -1,0 +1,100 @@
+"""Communication beside computation: the tie of two gradients, which changes no number, and SparseCores on request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tiny import slow_among, tiny_config
+from unipool_jax.config.schema import ConfigError, MeshConfig
+from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.moe import mixture
+from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
+from unipool_jax.moe.routing import route, scores
+from unipool_jax.parallel.mesh import compiler_options, make_mesh, usable_mesh
+
+N, D, F, E = 16, 8, 12, 4
+
+
+def operands() -> tuple[jax.Array, Bank, jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = ((N, D), (E, D, F), (E, D, F), (E, F, D), (N, E))
+    hidden_ND, gate, up, down, logits_NE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    return hidden_ND, Bank(gate, up, down), logits_NE
+
+
+def loss(hidden_ND: jax.Array, bank: Bank, logits_NE: jax.Array) -> jax.Array:
+    """Two layers over one bank."""
+    experts = Experts(gathered_bank(bank, jnp.float32), gradient_accumulator(bank))
+    routing = route(
+        scores(logits_NE, "softmax", None, 1.0, 0.0), logits_NE, router="softmax", top_k=1, num_stat_groups=1
+    )
+    for _ in range(2):
+        hidden_ND, experts, _ = mixture.moe_ffn(hidden_ND, routing, experts)
+    return jnp.sum(jnp.sin(hidden_ND)) + passed(experts)
+
+
+def passed(experts: Experts) -> jax.Array:
+    """Zero; without it the accumulator would have no cotangent to add to."""
+    assert experts.accumulator is not None
+    return sum((0.0 * jnp.sum(sums) for sums in experts.accumulator), jnp.zeros(()))
+
+
+def barriers(jaxpr: Any) -> list[list[tuple[int, ...]]]:
+    """Shapes of the operands of every optimization barrier of a traced function, in order."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "optimization_barrier":
+            found.append([operand.aval.shape for operand in equation.invars])
+        for part in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(part, "jaxpr", part)
+            found += barriers(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def traced(function: Any, sizes: tuple[int, int, int, int] | None) -> Any:
+    if sizes is None:
+        return jax.make_jaxpr(function)(*operands())
+    with jax.set_mesh(make_mesh(MeshConfig(*sizes), jax.devices()[:4])):
+        return jax.make_jaxpr(function)(*operands())
+
+
+def test_a_layer_ties_its_tokens_gradient_to_the_gradient_of_the_bank() -> None:
+    """One barrier a layer over the hidden gradient and all three matrices, in the backward pass alone."""
+    found = barriers(traced(jax.grad(loss, argnums=(0, 1)), (2, 1, 2, 1)).jaxpr)
+    assert found == 2 * [[(N, D), (2, E, D, F), (2, E, D, F), (2, E, F, D)]]
+    assert barriers(traced(loss, (2, 1, 2, 1)).jaxpr) == []
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 1, 1), (2, 1, 1, 2)])
+def test_without_an_exchange_nothing_is_tied(sizes: tuple[int, int, int, int] | None) -> None:
+    assert barriers(traced(jax.grad(loss, argnums=(0, 1)), sizes).jaxpr) == []
+
+
+@pytest.mark.parametrize("sizes", slow_among([(2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 2, 2)], [(1, 2, 2, 1), (1, 1, 2, 2)]))
+def test_the_tie_changes_no_bit(sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for tie in (mixture.tied, lambda *both: both):
+        monkeypatch.setattr(mixture, "tied", tie)
+        with jax.set_mesh(make_mesh(MeshConfig(*sizes), jax.devices()[:4])):
+            # A new function, so that the trace of the other one is not found in the cache.
+            results.append(jax.jit(lambda *given: jax.value_and_grad(loss, argnums=(0, 1, 2))(*given))(*operands()))
+    for tied, apart in zip(*map(jax.tree.leaves, results), strict=True):
+        assert np.any(np.asarray(tied))
+        np.testing.assert_array_equal(tied, apart)
+
+
+def test_sparse_cores_are_asked_for_and_refused_where_there_are_none() -> None:
+    """Off, the step is compiled with no option at all; a CPU has no SparseCores."""
+    assert compiler_options(MeshConfig()) == {}
+    asked = MeshConfig(1, 1, 2, 1, sparse_core_collectives=True)
+    assert set(compiler_options(asked).values()) == {True}
+    kinds = {name.partition("offload_")[2] for name in compiler_options(asked)}
+    assert kinds == {"all_gather", "reduce_scatter", "all_reduce", "2d_all_gather", "3d_all_gather"}
+    config = tiny_config("unipool", "mesh.expert=2", "mesh.data=1", "mesh.sparse_core_collectives=true")
+    with pytest.raises(ConfigError, match=r"mesh.sparse_core_collectives=true: CPU devices have no SparseCores"):
+        usable_mesh(config)
