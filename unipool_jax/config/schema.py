@@ -443,7 +443,7 @@ class DataConfig:
     """`contiguous` splits are consecutive ranges of documents; `interleaved` ones repeat the split every
     sum(data.split) documents."""
     cache_dir: str = ".cache/tokens"
-    """Folder of the token stores built from data.files or from the demo corpus."""
+    """Folder of the tokens of data.files, or of the demo corpus."""
     num_threads: int = 2
     """Threads that read and prefetch batches."""
 
