@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.growth_study import ARMS, configuration, equal_steps, flops_to, table
+from benchmarks.growth_study import ARMS, configuration, equal_steps, flops_to, stored, table
+from unipool_jax.config.files import write_json
 from unipool_jax.config.rules import problems
 from unipool_jax.training.flops import flops_spent
 
@@ -37,3 +38,11 @@ def test_table_says_who_reached_the_loss() -> None:
     assert "| scratch | 2.0000 | 100.0%, 100.0% | 2 of 2 |" in found
     assert "| apollo | 2.0000 | 60.0%, - | 1 of 2 |" in found
     assert "| apollo | scratch | +0.0000 |" in found
+
+
+def test_what_is_kept_of_a_run_is_its_curve(tmp_path: Path) -> None:
+    kept = {"arm": "scratch", "seed": 2, "overrides": [], "steps": 5, "flops": [1.0, 2.0], "loss": [4.0, 3.0]}
+    write_json(tmp_path / "scratch-seed2.json", kept)
+    found = stored(tmp_path)
+    assert list(found) == ["scratch"]
+    np.testing.assert_array_equal(found["scratch"][2], [[1.0, 2.0], [4.0, 3.0]])
