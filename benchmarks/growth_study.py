@@ -48,7 +48,7 @@ EVALUATIONS = 40
 SETTINGS = (
     "method=unipool model.num_layers=8 model.hidden_size=64 model.num_heads=4 model.num_kv_heads=2 model.ffn_size=128 "
     "model.vocab_size=257 model.compute_dtype=float32 moe.experts_per_layer=4 data.tokenizer=bytes "
-    "data.sequence_length=128 train.steps=800 train.batch_size=8 train.microbatch_size=8 train.eval_batches=8 "
+    "data.sequence_length=128 train.steps=500 train.batch_size=8 train.microbatch_size=8 train.eval_batches=8 "
     "train.eval_batch_size=32 train.checkpoint_every=0 train.keep_checkpoints=1 optimizer.beta2=0.999"
 )
 

@@ -19,7 +19,7 @@ def test_arms_spend_the_flops_of_the_scratch_run(arm: str) -> None:
     config, scratch = (configuration(name, 1, Path("runs"), []) for name in (arm, "scratch"))
     assert not problems(config)
     steps, budget = config.train.steps, flops_spent(scratch, scratch.train.steps)
-    assert (steps == 800) == (arm in ("scratch", "final"))
+    assert (steps == 500) == (arm in ("scratch", "final"))
     assert flops_spent(config, steps) == pytest.approx(budget, rel=2e-3)
     shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps - 1))
     assert flops_spent(shorter, steps - 1) < budget <= flops_spent(config, steps)
