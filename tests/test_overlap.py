@@ -9,13 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from planned import needs_compiler
 from tiny import slow_among, tiny_config
+from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import ConfigError, MeshConfig
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.moe import mixture
 from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
 from unipool_jax.moe.routing import route, scores
 from unipool_jax.parallel.mesh import compiler_options, make_mesh, usable_mesh
+from unipool_jax.planner.collectives import Module, kernel_inside, parse
+from unipool_jax.planner.compilation import compile_step, topology_mesh
+from unipool_jax.planner.roofline import schedule
+from unipool_jax.planner.schedule import Window
 
 N, D, F, E = 16, 8, 12, 4
 
@@ -98,3 +105,29 @@ def test_sparse_cores_are_asked_for_and_refused_where_there_are_none() -> None:
     config = tiny_config("unipool", "mesh.expert=2", "mesh.data=1", "mesh.sparse_core_collectives=true")
     with pytest.raises(ConfigError, match=r"mesh.sparse_core_collectives=true: CPU devices have no SparseCores"):
         usable_mesh(config)
+
+
+def beside(module: Module, window: Window) -> list[str]:
+    """Kernels that stand between start and done."""
+    lines = module.computations[window.sequence][window.start + 1 : window.done]
+    return [kernel for line in lines if (kernel := kernel_inside(module, line)) is not None]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_bank_gradients_stand_beside_the_last_exchange_of_a_compiled_layer() -> None:
+    """And hide it whole. Exchanges of a small model are too short for the scheduler to care."""
+    config = compose_config(["mode=plan", "scale=978m", "mesh=v5p_64", "model.remat=none"])
+    mesh = topology_mesh(config)
+    module, topology = parse(compile_step(config, mesh).text), parse_topology("v5p:4x4x4")
+    sizes = {name: int(size) for name, size in mesh.shape.items()}
+    windows = schedule(config, sizes, topology, mesh, module).windows
+    exchanges = [window for window in windows if window.collective.kind == "ragged-all-to-all"]
+    assert len(exchanges) == 4
+    (last,) = (window for window in exchanges if "grouped_bank_gradient" in beside(module, window))
+    assert last.between > last.seconds
+    # The banks are gathered once a step, outside all loops.
+    banks = [
+        w.collective for w in windows if w.collective.kind == "all-gather" and "12,1536,6144" in w.collective.shapes[0]
+    ]
+    assert [bank.times for bank in banks] == [1, 1]

@@ -290,6 +290,32 @@ def test_temporaries_of_one_micro_batch_and_of_many_logits() -> None:
     assert large == small_one + grown - working + TOKENS * 65536 * (FULL + HALF)
 
 
+def test_recomputing_a_part_costs_its_passes_and_frees_what_it_kept() -> None:
+    """The gate and up products of experts, without another exchange; or attention, with its weights gathered again."""
+    none, experts, attention = (
+        work.count(small("unipool", f"model.remat={remat}"), SIZES, TOPOLOGY)
+        for remat in ("none", "experts", "attention")
+    )
+
+    def more(found: work.Counts) -> dict[str, tuple[float, float]]:
+        pairs = zip(found.work, none.work, strict=True)
+        return {a.name: (a.unpadded_flops - b.unpadded_flops, a.bytes - b.bytes) for a, b in pairs if a != b}
+
+    times, buffer, bank = LAYERS * MICRO, 2 * TOKENS, 3 * D * F * EXPERTS / 2
+    products = moved((bank * 2 / 3, HALF, 1), (TOKENS * D, HALF, 1), (buffer * F, HALF, 3))
+    assert more(experts) == {"experts backward": (times * 2 * 2 * TOKENS * D * F, pytest.approx(times * products))}
+    assert experts.messages == none.messages
+    assert none.temporary_bytes - experts.temporary_bytes == LAYERS * moved((buffer * F, HALF, 2))
+    forward = {item.name: item for item in none.work}["projections"]
+    # Two passes forward and two backward, of which one more is a quarter.
+    assert more(attention)["projections"] == (forward.flops / 4, forward.bytes / 4)
+    assert more(attention).keys() == {"projections", "attention scores"}
+    (message,) = set(attention.messages) - set(none.messages)
+    assert (message.name, message.times) == ("attention, gathered again", times)
+    kept = moved((TOKENS * (2 * D + 2 * 128), HALF, 1), (SCORES, 1, 6))
+    assert none.temporary_bytes - attention.temporary_bytes == LAYERS * kept
+
+
 def test_plain_xla_stacks_what_layers_keep() -> None:
     """In and out of the stack of a scan, read and written each time; kernels write and read where it lies."""
     gpus = parse_topology("h100:4")
@@ -396,6 +422,43 @@ def test_what_was_compiled_replaces_what_was_counted(monkeypatch: pytest.MonkeyP
     module = parse("ENTRY %main (a: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n}\n")
     found = roofline.estimate(small("unipool"), SIZES, TOPOLOGY, None, module)
     assert not any(part.bound == "links" for part in found.parts)
+    assert found.compiled_seconds == found.seconds
+
+
+def test_a_compiled_step_is_longer_by_its_copies_and_shorter_by_what_it_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy, and half of it beside a gather."""
+    monkeypatch.setattr(links, "span", lambda *_: None)
+    monkeypatch.setattr(links, "seconds", lambda kind, sent, *_: sent)
+    copied = TOPOLOGY.chip.hbm_bandwidth * roofline.HBM_EFFICIENCY * 3 / 8
+    size = int(copied)  # float32 numbers, read and written: three seconds
+    module = parse(
+        f"ENTRY %main (a: f32[{size}]) -> f32[] {{\n  %a = f32[{size}]{{0}} parameter(0)\n"
+        "  %s = (f32[1]{0}, u8[4]{0}) all-gather-start(%a), replica_groups={{0,1},{2,3}}\n"
+        f"  %c = f32[{size}]{{0}} copy(%a)\n  %d = u8[4]{{0}} all-gather-done(%s)\n}}\n"
+    )
+    config = small("unipool")
+    plain, found = (roofline.estimate(config, SIZES, TOPOLOGY, None, given) for given in (None, module))
+    computing = sum(part.seconds for part in plain.parts if part.bound != "links")
+    # Half of four bytes goes to the other device of a pair, at a byte a second.
+    assert found.seconds == pytest.approx(computing + 3 + 2)
+    assert found.hidden_seconds == pytest.approx(2)
+    assert found.compiled_seconds == pytest.approx(computing + 3)
+    assert found.utilisation_as_compiled == pytest.approx(found.utilisation * found.seconds / found.compiled_seconds)
+
+
+def test_kernels_of_a_layer_are_the_work_of_a_layer() -> None:
+    """The calls of one layer and pass add up to what is counted of it, in FLOPs with padding and in bytes."""
+    config = small("unipool", "model.remat=none", "kernels.attention=splash")
+    calls = work.kernel_work(config, SIZES, TOPOLOGY)
+    found, times = counted(config, SIZES), LAYERS * MICRO
+    passes = {"expert_ffn_in": 2, "grouped_matmul": 2, "splash_mha_fwd": 2, "grouped_bank_gradient": 3}
+    for field in ("flops", "bytes"):
+        sums = {name: times * passes.get(name, 1) * getattr(one, field) for name, one in calls.items()}
+        experts_ = sum(taken for name, taken in sums.items() if not name.startswith("splash"))
+        scores = sum(taken for name, taken in sums.items() if name.startswith("splash"))
+        counts = [found[name] for name in ("experts forward", "experts backward")]
+        assert experts_ == pytest.approx(sum(getattr(item, field) for item in counts))
+        assert scores == pytest.approx(getattr(found["attention scores"], field))
 
 
 def experts(config: Config, sizes: dict[str, int]) -> tuple[float, float, float]:

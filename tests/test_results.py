@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import switch_study
 from benchmarks.intervals import difference_cells, differences_table, main, stored_losses
+from benchmarks.overlap import table as overlap_table
 from benchmarks.sharing_study.report import finished_runs, tables
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -124,6 +125,11 @@ def test_intervals_of_a_folder(
     monkeypatch.setattr("sys.argv", ["intervals", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="give the folder of a study"):
         main()
+
+
+def test_overlap_table() -> None:
+    """The table of compiled schedules is that of the files."""
+    assert overlap_table(RESULTS / "overlap") in (RESULTS / "overlap" / "README.md").read_text()
 
 
 def test_sharing_study_tables() -> None:

@@ -7,6 +7,7 @@ hides of them stands beside it. `docs/planner.md` has the formulas and their lim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.planner import links
 from unipool_jax.planner.collectives import Collective, Module, collectives
 from unipool_jax.planner.instructions import Clock, Traffic
-from unipool_jax.planner.schedule import overlap
+from unipool_jax.planner.schedule import Overlap, overlap
 from unipool_jax.planner.work import Counts, Message, count, kernel_work
 from unipool_jax.training.flops import flops_per_token
 
@@ -106,27 +107,36 @@ def estimate(
         compute = work.flops / (chip.flops * MATRIX_EFFICIENCY)
         memory = work.bytes / (chip.hbm_bandwidth * HBM_EFFICIENCY)
         parts.append(Part(work.name, max(compute, memory), "matrix unit" if compute >= memory else "memory"))
-
-    def taken(message: Collective | Message) -> float:
-        place = links.span(mesh, topology, message.axes, sizes)
-        seconds = links.seconds(message.kind, message.sent_bytes, place, chip)
-        # What is sent is counted evenly; the busiest device receives more.
-        return seconds * (counts.busiest if message.kind == "ragged-all-to-all" else 1)
-
     messages: Sequence[Collective | Message] = counts.messages
     hidden = 0.0
     if module is not None:
-        axes = tuple(sizes), tuple(sizes.values())
-        found = overlap(module, clock(config, sizes, topology, module), *axes, taken)
-        messages, hidden = collectives(module, *axes), found.hidden_seconds
+        found = schedule(config, sizes, topology, mesh, module)
+        messages, hidden = collectives(module, tuple(sizes), tuple(sizes.values())), found.hidden_seconds
         parts.append(Part("copies and changes of layout", found.copy_seconds, "memory"))
     by_kind: dict[str, float] = {}
     for message in messages:
         name = f"{message.kind} over {' x '.join(message.axes)}"
-        by_kind[name] = by_kind.get(name, 0.0) + message.times * taken(message)
+        by_kind[name] = by_kind.get(name, 0.0) + message.times * _taken(message, counts, sizes, topology, mesh)
     parts.extend(Part(name, seconds, "links") for name, seconds in by_kind.items())
     model_flops = flops_per_token(config) * config.tokens_per_step / topology.num_devices
     return Estimate(tuple(parts), counts, model_flops, chip.flops, config.tokens_per_step, hidden)
+
+
+def _taken(
+    message: Collective | Message, counts: Counts, sizes: dict[str, int], topology: Topology, mesh: Mesh | None
+) -> float:
+    """Seconds of a collective alone on the links."""
+    place = links.span(mesh, topology, message.axes, sizes)
+    seconds = links.seconds(message.kind, message.sent_bytes, place, topology.chip)
+    # What is sent is counted evenly; the busiest device receives more.
+    return seconds * (counts.busiest if message.kind == "ragged-all-to-all" else 1)
+
+
+def schedule(config: Config, sizes: dict[str, int], topology: Topology, mesh: Mesh | None, module: Module) -> Overlap:
+    """The collectives of a compiled step, and what its schedule hides of them. Arguments: `estimate`."""
+    taken = functools.partial(_taken, counts=count(config, sizes, topology), sizes=sizes, topology=topology, mesh=mesh)
+    axes = tuple(sizes), tuple(sizes.values())
+    return overlap(module, clock(config, sizes, topology, module), *axes, taken)
 
 
 def clock(config: Config, sizes: dict[str, int], topology: Topology, module: Module) -> Clock:

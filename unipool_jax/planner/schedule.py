@@ -21,6 +21,8 @@ class Window(NamedTuple):
     collective: Collective
     seconds: float
     """Of one execution, alone on the links."""
+    sequence: str
+    """The computation in whose lines it starts and ends."""
     start: int
     """Where it starts: index of an instruction."""
     done: int
@@ -68,7 +70,7 @@ def overlap(
         lines = module.computations[name]
         seconds = [clock.seconds(name, line) for line in lines]
         windows = [
-            Window(one, taken(one), start, done, sum(seconds[start + 1 : done]))
+            Window(one, taken(one), name, start, done, sum(seconds[start + 1 : done]))
             for source, start, done in _spans(module, name)
             if (one := read(*source, times)) is not None
         ]

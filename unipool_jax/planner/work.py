@@ -161,7 +161,7 @@ class _Sizes:
 
 
 def _passes(at: _Sizes) -> tuple[int, int]:
-    """Forward passes per micro-batch of a layer without its mixture block, and of that block.
+    """Forward passes per micro-batch of a layer without its attention and mixture blocks, and of its mixture block.
 
     One for the forward pass, one for counting tokens before the gradient, one for rematerialization.
     """
@@ -203,15 +203,16 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     config, tensor, n = at.config, at.sizes["tensor"], at.tokens
     model, width, micro = config.model, config.model.hidden_size, config.num_microbatches
     forward, mixture = _passes(at)
+    attending = forward + (model.remat == "attention")
     work, mixtures = [], []
 
     weights = at.attention_weights / tensor
     heads = 2 * (model.num_heads + model.num_kv_heads) * config.head_size
     moved = at.narrow * (weights + n * (2 * width + heads) / tensor)
     flops = 2 * n * weights
-    work.append(Work("projections", flops * (forward + 2), flops * (forward + 2), moved * (forward + 2)))
+    work.append(Work("projections", flops * (attending + 2), flops * (attending + 2), moved * (attending + 2)))
 
-    scores = at.attention(forward)
+    scores = at.attention(attending)
     padded = scores.flops * padding(config, at.topology)
     work.append(Work("attention scores", padded, scores.flops, scores.bytes))
 
@@ -269,6 +270,8 @@ def _expert_work_of(at: _Sizes, passes: int, load: LayerLoad) -> tuple[Work, Wor
     forward = [*expert_forward(shapes).values()]
     *others, bank_gradient = expert_backward(shapes).values()
     backward = [*others, *(bank_gradient,) * BANK_GRADIENTS]
+    if at.config.model.remat == "experts":
+        backward.append(forward[0])
     first, second = (sum(kernel.flops for kernel in kernels) for kernels in (forward, backward))
     moved = sum(kernel.bytes for kernel in forward)
     return (
@@ -360,7 +363,8 @@ def _ends(at: _Sizes) -> tuple[Work, ...]:
 def _bank_traffic(at: _Sizes) -> float:
     _, mixture = _passes(at)
     read = sum(load.share * load.busiest for load in layer_loads(at.config, at.sizes))
-    return at.config.num_microbatches * read * at.bank * (at.narrow * (mixture + 1) + 2 * WIDE)
+    again = 2 / 3 if at.config.model.remat == "experts" else 0
+    return at.config.num_microbatches * read * at.bank * (at.narrow * (mixture + 1 + again) + 2 * WIDE)
 
 
 def _messages(at: _Sizes) -> list[Message]:
@@ -380,7 +384,7 @@ def _messages(at: _Sizes) -> list[Message]:
     blocks = at.block_weights / sizes["tensor"] * at.narrow
     head = model.vocab_size * model.hidden_size * at.narrow
     tables = head + head / sizes["tensor"]
-    again = 2 if model.remat == "full" or (model.remat == "moe" and config.pool.groups > 1) else 1
+    again = 2 if model.remat == "full" or (model.remat != "none" and config.pool.groups > 1) else 1
     found = [
         Message("experts, gathered", "all-gather", ("fsdp",), gathers, at.narrow * at.bank * fsdp),
         Message("experts, gradient scattered", "reduce-scatter", ("fsdp",), sums, WIDE * at.bank * fsdp),
@@ -400,7 +404,7 @@ def _messages(at: _Sizes) -> list[Message]:
             "blocks of every token, gathered",
             "all-gather",
             ("fsdp",),
-            layers * micro * (1 + (model.remat != "none") + counting),
+            layers * micro * (max(again, 1 + (model.remat == "moe")) + counting),
             blocks * fsdp,
         ),
         *_reduced("blocks of every token", layers * micro, layers * micro, blocks / at.narrow, sizes),
@@ -409,6 +413,8 @@ def _messages(at: _Sizes) -> list[Message]:
         # another loop lies in between.
         *_reduced("tables", micro, 1, tables / at.narrow, sizes),
     ]
+    if model.remat == "attention" and again == 1:
+        found.append(Message("attention, gathered again", "all-gather", ("fsdp",), layers * micro, dense * fsdp))
     if config.moe.router != "none" and at.transport == "ragged":
         sent = at.rows * model.hidden_size * at.narrow * _other(sizes, "expert")
         found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * mixtures * micro * (mixture + 1), sent))
@@ -467,11 +473,17 @@ def _kept(at: _Sizes) -> float:
     model, tensor, hidden = at.config.model, at.sizes["tensor"], at.tokens * at.config.model.hidden_size * at.narrow
     if model.remat == "full":
         return hidden
+    # Of attention the backward pass needs its input, queries, keys, values and result.
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * at.config.head_size / tensor
     scores = at.attention().kept_bytes
     if model.remat == "moe":
         return 8 * hidden + scores
-    products = at.received * (model.ffn_size / tensor + model.hidden_size) + at.tokens * at.block_width / tensor
-    return 10 * hidden + scores + 2 * products * at.narrow
+    # Rows as they came and as they went, and two products of each.
+    rows, products = 2 * at.received * model.hidden_size, 2 * at.received * model.ffn_size / tensor
+    kept = rows + (0 if model.remat == "experts" else products) + 2 * at.tokens * at.block_width / tensor
+    attention = 0 if model.remat == "attention" else scores
+    less = at.tokens * heads * at.narrow if model.remat == "attention" else 0
+    return 10 * hidden + attention - less + kept * at.narrow
 
 
 def _temporaries(at: _Sizes, parameters: float) -> float:
