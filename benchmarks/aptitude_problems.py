@@ -62,7 +62,7 @@ def draw(seed: int, count: int, without: Iterable[Candidate] = ()) -> list[Candi
       without: problems that are not drawn.
     """
     rng, known = random.Random(seed), {one.question for one in without}
-    found = []
+    found = list[Candidate]()
     for source, make in zip(SOURCES, (a_sum, an_order), strict=True):
         while len(found) < count * (1 + SOURCES.index(source)):
             question, text, code, answer = make(rng)

@@ -62,6 +62,15 @@ def steps_are_shared() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler for GPUs is not installed, so their plans are counted."""
+    from unipool_jax.planner import gpu_compiler
+
+    monkeypatch.setattr(gpu_compiler, "_there", lambda _: False)
+    monkeypatch.setattr(gpu_compiler, "_finds_cudnn", lambda: False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs() -> Iterator[None]:
     """JAX keeps every program it compiled, and tests compile thousands."""

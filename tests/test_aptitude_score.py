@@ -12,14 +12,17 @@ import pytest
 
 import oracles
 from alphabet import alphabet_model, config_of, log_likelihood, random_model
-from unipool_jax.aptitude import score_command
+from unipool_jax.aptitude import run_embedding, score_command
 from unipool_jax.aptitude.expert_use import UseObserver, correlations
 from unipool_jax.aptitude.generation import GenerationScorer
 from unipool_jax.aptitude.likelihood import LikelihoodScorer, model_fingerprint, one_shot
 from unipool_jax.aptitude.scores import Score, Shown, Use, read_scores
 from unipool_jax.cli.main import execute
 from unipool_jax.config.errors import UserError
+from unipool_jax.config.schema import ConfigError
 from unipool_jax.evaluation.scoring import LanguageModel
+from unipool_jax.model.transformer import apply
+from unipool_jax.training.state import layer_inputs
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,37 @@ def words(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     assert execute(["aptitude", "anchors", str(path), f"out={tmp_path / 'a.json'}", "count=2"]) == 0
     return ["aptitude", "score", "here", f"candidates={path}", f"anchors={tmp_path / 'a.json'}"]
+
+
+def test_anchors_by_the_hidden_states_of_a_run(
+    words: Sequence[str], model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by an array of the same vectors, made without padding."""
+    monkeypatch.setattr(run_embedding, "open_model", lambda request: (model, f"{request.run} {request.step}"))
+    rows = [f"{n * n * 37 + 500:05}+{n:02}" for n in range(30)]  # of one length, so that one pass makes all vectors
+    lines = [
+        json.dumps({"id": f"{n:02}", "source": "s", "question": text, "cot": ["a"], "tir": ["b"], "answer": "c"})
+        for n, text in enumerate(rows)
+    ]
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokens_NS = np.array([list(text.encode()) for text in rows], np.int32)
+    hidden_NSD = apply(model.config, model.params, tokens_NS, layer_inputs(model.config, model.balance)).head.hidden_BSD
+    np.save(tmp_path / "v.npy", np.asarray(hidden_NSD).mean(axis=1))
+    found = []
+    for source in ("run=here", f"embeddings={tmp_path / 'v.npy'}", "seed=0"):
+        assert execute(["aptitude", "anchors", str(path), f"out={tmp_path / 'b.json'}", "count=7", source]) == 0
+        found.append(json.loads((tmp_path / "b.json").read_text(encoding="utf-8")))
+    by_run, by_array, by_words = found
+    assert by_run["anchors"] == by_array["anchors"] != by_words["anchors"]
+    assert by_run["embedding"] == f"mean hidden state of {model_fingerprint(model)}"
+    for extra, message in (("embeddings=v.npy", "leave one of both out"), ("step=3", None)):
+        asked = ["aptitude", "anchors", str(path), f"out={tmp_path / 'b.json'}", "count=7", "run=here", extra]
+        if message is None:
+            assert execute(asked) == 0
+            asked.remove("run=here")
+        with pytest.raises(ConfigError, match=message or "without run= there are no checkpoints"):
+            execute(asked)
 
 
 def last(capsys: pytest.CaptureFixture[str]) -> Any:

@@ -23,7 +23,7 @@ from unipool_jax.cli.main import execute
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.rules import validate
 from unipool_jax.config.schema import Config, ConfigError
-from unipool_jax.data.conversation_store import ConversationStore, conversation_store, pack
+from unipool_jax.data.conversation_store import ConversationStore, conversation_store, pack, pack_conversations
 from unipool_jax.data.conversations import Example, Exchange, read_examples
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.pipeline import EvalWindows, WindowSource
@@ -68,7 +68,8 @@ def sums(count: int) -> list[dict[str, str]]:
 
 
 def store_of(path: Path, size: int, template: str = "prompt", split: tuple[int, ...] = (1, 0, 0)) -> ConversationStore:
-    return conversation_store([path], template, size, BYTES, split, "contiguous")
+    packed = pack_conversations([path], template, size, BYTES)
+    return conversation_store([path], packed, BYTES, split, "contiguous")
 
 
 def test_each_response_is_an_example_with_all_before_it(tmp_path: Path) -> None:

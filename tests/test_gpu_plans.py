@@ -108,13 +108,7 @@ def test_a_node_is_faster_than_the_network_by_their_bandwidths() -> None:
 # Without the compiler
 
 
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_compiler, "_there", lambda _: False)
-    monkeypatch.setattr(gpu_compiler, "_finds_cudnn", lambda: False)
-
-
-@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_a_plan_without_the_compiler_is_counted_and_says_what_to_install() -> None:
     plan = report.make_plan(compose_config(["scale=182m", "mesh=h100_64", "mode=plan"]))
     assert plan.collectives is None
@@ -196,13 +190,16 @@ def of_gpus(topology: str, *more: str) -> Config:
     return small("unipool", f"mesh.topology={topology}", *sizes, *rest, *more)
 
 
+OTHERS = ("h100:8", "b200:8", "b200:16")
+
+
 @functools.cache
 def compiled_plan(topology: str) -> report.Plan:
     return report.make_plan(of_gpus(topology))
 
 
 @needs_gpu_compiler
-@pytest.mark.parametrize("topology", ["h100:8", "h100:16", "b200:8", "b200:16"])
+@pytest.mark.parametrize("topology", ["h100:16", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_step_compiles_for_absent_gpus(topology: str) -> None:
     plan = compiled_plan(topology)
     assert plan.collectives is not None
@@ -239,6 +236,7 @@ def test_compiled_collectives_over_two_nodes_take_the_network() -> None:
 
 
 @needs_gpu_compiler
+@pytest.mark.slow
 def test_a_search_compiles_for_gpus(tmp_path_factory: pytest.TempPathFactory) -> None:
     figure = tmp_path_factory.mktemp("search") / "plan.png"
     config = of_gpus("h100:8", "plan.search=true", "plan.compiled=1", f"plan.figure={figure}", "model.num_layers=2")

@@ -31,7 +31,7 @@ ALLOWED = {
     "rewriting": _TRAINING | {"evaluation"},
     "verification": {"config"},
     "retrieval": _TRAINING | {"evaluation", "convert"},
-    "aptitude": _TRAINING | {"evaluation", "analysis"},
+    "aptitude": _TRAINING | {"evaluation", "analysis", "retrieval"},
     "chat": _TRAINING | {"evaluation"},
     "cli": _TRAINING
     | {"evaluation", "convert", "planner", "analysis"}

@@ -90,7 +90,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return install
 
 
-@pytest.mark.parametrize(("first", "second"), [(EIGHT, SINGLE), (SINGLE, EXPERTS_4)], ids=["8 to 1", "1 to 8"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(EIGHT, SINGLE), pytest.param(SINGLE, EXPERTS_4, marks=pytest.mark.slow)],
+    ids=["8 to 1", "1 to 8"],
+)
 def test_a_run_goes_on_on_another_mesh(
     single_device: Config,
     configure: Callable[..., Config],

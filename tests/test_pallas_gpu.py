@@ -1,7 +1,8 @@
 """The GPU kernels: interpreted against the float64 oracle, and lowered to Triton for shapes of real models.
 
 Nothing here runs on a GPU. Interpreting a kernel checks its indices, masks and sums; parsing the Triton modules checks
-that what Pallas makes of it is well formed, which lowering alone does not.
+that what Pallas makes of it is well formed, which lowering alone does not. Where the compiler for GPUs is installed, it
+makes machine code of them.
 """
 
 import re
@@ -15,16 +16,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton
 
 import grouped_oracle as oracle
 import test_grouped_ffn as ffn
 import test_grouped_matmul as matmul
+from planned import needs_gpu_compiler
+from unipool_jax.config.chips import parse_topology
 from unipool_jax.kernels import gpu_tiles, pallas_gpu
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn
 from unipool_jax.kernels.grouped_matmul import grouped_matmul
+from unipool_jax.planner import gpu_compiler
+from unipool_jax.planner.collectives import parse
 
 # The shapes of the oracle fit one tile of columns and one step of contraction; this one takes several of both.
 SHAPES = (*oracle.SHAPES, oracle.Shape(40, 3, 150, 70))
@@ -187,6 +193,27 @@ def test_ffn_lowers_to_triton_at_the_published_scales(scale: tuple[int, int, int
         # The interpreter forgives a tile that sticks out of its array; a GPU would read and write the next row.
         for operands in re.findall(r"tt\.(?:load|store) ([^:]*) : tensor", module):
             assert operands.count(",") == 2, f"no mask: {operands}"
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize("gpu", ["h100", "b200"])
+def test_ffn_compiles_for_absent_gpus_without_copies_of_a_bank(gpu: str) -> None:
+    experts, width, hidden = SCALES[0]
+    function, arguments = abstract_ffn(experts, width, hidden, "bfloat16")
+    mesh = Mesh(np.array(gpu_compiler.devices(parse_topology(f"{gpu}:1"))), ("one",))
+    arguments = jax.tree.map(lambda like: like.update(sharding=NamedSharding(mesh, PartitionSpec())), arguments)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function, donate_argnums=(3, 4)).lower(*arguments).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    # The accumulator, and the float32 gradients of gate, up and down, which the kernels add to in place; the rows' too.
+    assert memory.alias_size_in_bytes == 2 * 4 * 3 * experts * width * hidden + 2 * ROWS * width
+    # Both products, what the gate makes of them, and the gradients of the two, all `[R, F]`, and one `[R, D]`.
+    assert memory.temp_size_in_bytes < 2 * ROWS * (5 * hidden + width) + 2**20
+    assert text is not None
+    banks = [f"[{experts},{width},{hidden}]", f"[{experts},{hidden},{width}]"]
+    made = [line for line in parse(text).instructions() if any(bank in line[0].type for bank in banks)]
+    assert {line.opcode for line, *_ in made} <= {"parameter", "custom-call", "tuple", "get-tuple-element", "bitcast"}
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=str)

@@ -170,6 +170,7 @@ def test_state_bytes_are_those_of_the_parameter_tree(words: tuple[str, ...]) -> 
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_flops_are_those_of_a_compiled_layer() -> None:
     """A dense model of one layer has no loop and no kernel of ours, so the compiler's own count is complete."""
     config = small(
@@ -355,6 +356,7 @@ def test_no_device_holds_a_whole_bank() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
     """A 7x chip is two devices; how gradients are summed there is the compiler's choice, what moves forward is not."""
     plan = small_plan("unipool", "mesh.topology=tpu7x:2x2x1", "mesh.expert=4")[0]
@@ -372,8 +374,10 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         ("unipool", ()),
         ("vanilla", ("loss.switch_group_sequences=8",)),
         pytest.param("vanilla", ("loss.switch_group_sequences=8", "model.remat=none"), marks=pytest.mark.slow),
-        ("unipool", ("pool.groups=2", "model.remat=moe")),
+        pytest.param("unipool", ("pool.groups=2", "model.remat=moe"), marks=pytest.mark.slow),
         pytest.param("sliding", ("train.batch_size=8", "model.remat=none"), marks=pytest.mark.slow),
+        pytest.param("unipool", ("model.remat=experts",), marks=pytest.mark.slow),
+        pytest.param("unipool", ("model.remat=attention",), marks=pytest.mark.slow),
         pytest.param("unipool", (*AROUND, "model.remat=moe"), marks=pytest.mark.slow),
     ],
 )
@@ -428,13 +432,7 @@ def test_windows_fit(method: str) -> None:
     fits("182m", "v5p_64", method)
 
 
-def test_devices_without_their_compiler_are_counted() -> None:
-    plan = report.make_plan(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"]))
-    assert plan.collectives is None
-    assert plan.fits
-    assert "counted, not compiled" in report.text(plan)
-
-
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_a_plan_whose_evaluation_does_not_fit_says_so() -> None:
     """Half a million tokens on a device, all of which may go to one expert."""
     plan = report.make_plan(compose_config(["scale=978m", "mesh=gpu_8", "mode=plan", "train.eval_batch_size=4096"]))
@@ -456,6 +454,7 @@ def test_evaluation_that_the_compiler_refuses_is_named(monkeypatch: pytest.Monke
         report.make_plan(small("unipool"))
 
 
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_every_rematerialization_is_counted_on_a_mesh_with_several_pools() -> None:
     """Eight sequences a device of per-layer experts over fsdp 2."""
     seconds = {}
@@ -468,6 +467,7 @@ def test_every_rematerialization_is_counted_on_a_mesh_with_several_pools() -> No
     assert seconds["none"] < seconds["moe"] < seconds["full"]
 
 
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_mode_plan_prints_a_plan_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "scale=182m", "mesh=gpu_8", "mode=plan"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["topology"] == "h100:8"

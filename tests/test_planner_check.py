@@ -21,11 +21,15 @@ from benchmarks.planner_check.predict import counted, predicted_seconds, step_of
 from unipool_jax.planner.work import expected_block_rows
 
 
-def test_the_constants_of_a_machine_are_found_again() -> None:
-    """Operations bound by either resource, some by one on a wrong guess and by the other in truth."""
+@pytest.mark.parametrize("least", [0.0, 6e8])
+def test_the_constants_of_a_machine_are_found_again(least: float) -> None:
+    """Operations bound by either resource; none is bound by memory on a machine of one FLOP per byte in the second."""
     random, machine = np.random.default_rng(0), Machine(4e10, 8e9, 3e-6)
     steps = [
-        Step(tuple(zip(random.uniform(0, 1e9, 5), random.uniform(1e6, 3e8, 5), strict=True)), random.uniform(50, 2000))
+        Step(
+            tuple(zip(random.uniform(least, 1e9, 5), random.uniform(1e6, 3e8, 5), strict=True)),
+            random.uniform(50, 2000),
+        )
         for _ in range(8)
     ]
     bound = [flops / moved > 5 for step in steps for flops, moved in step.operations]

@@ -156,6 +156,7 @@ def test_the_last_line_has_the_same_numbers() -> None:
     assert found["tokens_per_second"] == 4096 / found["step_seconds"]
 
 
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_a_counted_plan_splits_the_state_into_weights_and_moments() -> None:
     plan = report.make_plan(small("unipool", "mesh.topology=h100:8", "mesh.data=2"))
     assert plan.optimizer_bytes == 2 * plan.parameter_bytes

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from planned import small
-from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.chips import Topology, parse_topology
 from unipool_jax.config.schema import Config
 from unipool_jax.planner import links, roofline, work
 from unipool_jax.planner.collectives import parse
@@ -288,6 +288,46 @@ def test_temporaries_of_one_micro_batch_and_of_many_logits() -> None:
     working = moved((TOKENS * D, HALF, 10), (SCORES, 1, 8), (BUFFER * (8 * F + 4 * D), HALF, 1))
     small_one = work.count(small("unipool"), SIZES, TOPOLOGY).temporary_bytes
     assert large == small_one + grown - working + TOKENS * 65536 * (FULL + HALF)
+
+
+def test_recomputing_a_part_costs_its_passes_and_frees_what_it_kept() -> None:
+    """The gate and up products of experts, without another exchange; or attention, with its weights gathered again."""
+    none, experts, attention = (
+        work.count(small("unipool", f"model.remat={remat}"), SIZES, TOPOLOGY)
+        for remat in ("none", "experts", "attention")
+    )
+
+    def more(found: work.Counts) -> dict[str, tuple[float, float]]:
+        pairs = zip(found.work, none.work, strict=True)
+        return {a.name: (a.unpadded_flops - b.unpadded_flops, a.bytes - b.bytes) for a, b in pairs if a != b}
+
+    times, buffer, bank = LAYERS * MICRO, 2 * TOKENS, 3 * D * F * EXPERTS / 2
+    products = moved((bank * 2 / 3, HALF, 1), (TOKENS * D, HALF, 1), (buffer * F, HALF, 3))
+    assert more(experts) == {"experts backward": (times * 2 * 2 * TOKENS * D * F, pytest.approx(times * products))}
+    assert experts.messages == none.messages
+    assert none.temporary_bytes - experts.temporary_bytes == LAYERS * moved((buffer * F, HALF, 2))
+    forward = {item.name: item for item in none.work}["projections"]
+    # Two passes forward and two backward, of which one more is a quarter.
+    assert more(attention)["projections"] == (forward.flops / 4, forward.bytes / 4)
+    assert more(attention).keys() == {"projections", "attention scores"}
+    (message,) = set(attention.messages) - set(none.messages)
+    assert (message.name, message.times) == ("attention, gathered again", times)
+    kept = moved((TOKENS * (2 * D + 2 * 128), HALF, 1), (SCORES, 1, 6))
+    assert none.temporary_bytes - attention.temporary_bytes == LAYERS * kept
+
+
+def test_plain_xla_stacks_what_layers_keep() -> None:
+    """In and out of the stack of a scan, read and written each time; kernels write and read where it lies."""
+    gpus = parse_topology("h100:4")
+
+    def stacked(implementation: str, topology: Topology, remat: str) -> float:
+        config = small("unipool", f"kernels.implementation={implementation}", f"model.remat={remat}")
+        found = {item.name: item.bytes for item in work.count(config, SIZES, topology).work}
+        return found.get("stacks of layers", 0.0)
+
+    assert stacked("xla", gpus, "full") == MICRO * LAYERS * moved((TOKENS * D, HALF, 4))
+    assert stacked("xla", gpus, "none") > stacked("xla", gpus, "moe") > 8 * stacked("xla", gpus, "full")
+    assert stacked("auto", gpus, "full") == stacked("xla", TOPOLOGY, "full") == 0
 
 
 @pytest.mark.parametrize(("remat", "held"), [("none", LAYERS), ("full", 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import jax
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from tiny import slow_among, tiny_batch, tiny_config
-from unipool_jax.config.schema import MeshConfig
+from unipool_jax.config.schema import MeshConfig, Remat
 from unipool_jax.model.remat import recompute
 from unipool_jax.parallel.mesh import make_mesh, spec
 from unipool_jax.training.state import state_shapes
 from unipool_jax.training.step import make_train_step
+
+POLICIES = typing.get_args(Remat)
 
 
 def _products(function: Any, *arguments: Any) -> int:
@@ -48,7 +51,7 @@ def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
     """Products of the traced step over fsdp 2, where pools are gathered again, and on one device."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
     products: dict[str, tuple[int, int]] = {}
-    for remat in ("none", "moe", "full"):
+    for remat in POLICIES:
         config = tiny_config(*more, "moe.experts_per_layer=8", f"model.remat={remat}")
         single: Any = make_train_step(config)
         alone = single.lower(state_shapes(config), tiny_batch(config))
@@ -60,7 +63,8 @@ def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
             step: Any = make_train_step(config, mesh)
             lowered = step.lower(state_shapes(config, mesh), batch)
         products[remat] = (lowered.as_text().count("dot_general"), alone.as_text().count("dot_general"))
-    assert products["none"][0] < products["moe"][0] < products["full"][0]
+    assert products["none"][0] < products["experts"][0] < products["moe"][0] < products["full"][0]
+    assert products["none"][0] < products["attention"][0] < products["full"][0]
     # The head is made in chunks on one device, so only differences compare.
-    for remat in ("moe", "full"):
+    for remat in POLICIES:
         assert products[remat][0] - products["none"][0] == products[remat][1] - products["none"][1]

@@ -83,7 +83,12 @@ def test_coir_ranks_as_this_package_does(encoder: RunEncoder, model: LanguageMod
 
 def test_titles_of_documents(encoder: RunEncoder, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     titled = RunEncoder("runs/finder", titles=True)
-    corpus = [{"title": "t", "text": "a"}, {"title": "", "text": "a"}, {"title": None, "text": "a"}, {"text": "a"}]
+    corpus: list[bridge.Document] = [
+        {"title": "t", "text": "a"},
+        {"title": "", "text": "a"},
+        {"title": None, "text": "a"},
+        {"text": "a"},
+    ]
     same, other = encoder.encode_corpus([*corpus, "a"]), titled.encode_corpus(corpus)
     assert (same == same[0]).all()
     assert (other[1:] == same[0]).all()

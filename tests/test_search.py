@@ -26,6 +26,7 @@ def test_mesh_shapes_by_brute_force() -> None:
     assert set(search.mesh_shapes(12)) == wanted
 
 
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_a_search_finds_the_fastest_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = compose_config(
         ["scale=182m", "mesh=gpu_8", "mode=plan", "plan.search=true", f"plan.figure={tmp_path}/deep/frontier.png"]
@@ -56,6 +57,7 @@ def test_the_command_of_a_search_trains_what_was_searched_for() -> None:
     assert compose_config(shlex.split(search.command(custom))[2:]).scale_name == "mine"
 
 
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_mesh_shapes_that_a_search_leaves_out_are_counted() -> None:
     """Six devices: evaluation takes the largest batch that divides; a batch of 16 leaves shapes with a three out."""
     more = ["mesh=gpu_8", "mesh.topology=h100:6", "scale=182m", "mode=plan", "model.num_layers=1"]
@@ -68,6 +70,7 @@ def test_mesh_shapes_that_a_search_leaves_out_are_counted() -> None:
     assert left_out["mesh.tensor is refused"] == 4
 
 
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_the_frontier_has_what_nothing_beats() -> None:
     found, _ = search.candidates(compose_config(["scale=182m", "mesh=gpu_8", "mode=plan"]))
     front = search.frontier(found)
@@ -87,6 +90,7 @@ def test_a_search_compiles_the_best(tmp_path: Path) -> None:
     assert json.loads(text.splitlines()[-1])["compiled"] is True
 
 
+@pytest.mark.usefixtures("gpus_are_counted")
 def test_a_search_without_room_says_so(tmp_path: Path) -> None:
     config = compose_config(
         ["scale=978m", "mesh=gpu_8", "mesh.topology=h100:1", "mesh.expert=1", "mode=plan", "plan.search=true",

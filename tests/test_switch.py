@@ -206,7 +206,10 @@ def reported(config: Config, forward: oracles.Forward) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("more", "sizes"), [((), (8, 4)), (("moe.dense_layers=1",), (8,))])
+@pytest.mark.parametrize(
+    ("more", "sizes"),
+    [((), (8, 4)), pytest.param(("moe.dense_layers=1",), (8,), marks=pytest.mark.slow)],
+)
 def test_a_step_pays_the_penalty_and_reports_the_gates(more: tuple[str, ...], sizes: tuple[int, ...]) -> None:
     """Against the model in NumPy, in one micro-batch and in two; every gate has a choice from position 3 on."""
     config = tiny_config("unipool", *SWITCH, "attention.switch_weight=0.5", "model.compute_dtype=float32", *more)

@@ -417,7 +417,7 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-@hypothesis_settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.fixed_dictionaries(SMALL).map(repaired))
 def test_what_is_accepted_can_be_built(values: dict[str, Any]) -> None:
     """Nothing that the validator accepts fails inside JAX; Hypothesis complains should it accept hardly anything."""

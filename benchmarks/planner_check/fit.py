@@ -47,25 +47,27 @@ class Quality(NamedTuple):
     """Spearman's."""
 
 
-def calibrate(steps: Sequence[Step], seconds: Sequence[float], rounds: int = 50) -> Machine:
-    """The machine whose model has the least squared relative errors, by alternation.
+def calibrate(steps: Sequence[Step], seconds: Sequence[float]) -> Machine:
+    """The machine whose model has the least squared relative errors.
 
-    Operations are assigned to the resource that bounds them on the machine found so far, then the three constants are
-    fitted with that assignment, none below zero; until nothing changes.
+    For every division of the operations into those bound by compute and those bound by memory that some machine can
+    have, the three constants are fitted, none below zero. The machine whose own model errs least is taken: going from
+    one division to the next that fits it would stop at the first that is its own answer, which need not be the best.
     """
-    flops_per_byte, found = 1.0, Machine(1.0, 1.0, 0.0)
-    for _ in range(rounds):
+    intensities = sorted({flops / moved for step in steps for flops, moved in step.operations})
+    best, least = Machine(1.0, 1.0, 0.0), np.inf
+    # Between two intensities the division is the same.
+    for flops_per_byte in (*intensities, 2 * intensities[-1] + 1):
         rows = [_terms(step, flops_per_byte) for step in steps]
         flop, byte, launch = nonnegative_least_squares(
             np.array(rows) / np.array(seconds)[:, None], np.ones(len(seconds))
         )
         # A resource that bounds nothing costs nothing; a tiny cost keeps its inverse finite.
-        flop, byte = max(flop, 1e-18), max(byte, 1e-18)
-        found = Machine(float(1 / flop), float(1 / byte), float(launch))
-        if np.isclose(byte / flop, flops_per_byte, rtol=1e-9):
-            break
-        flops_per_byte = float(byte / flop)
-    return found
+        found = Machine(float(1 / max(flop, 1e-18)), float(1 / max(byte, 1e-18)), float(launch))
+        missed = np.array([found.seconds(step) for step in steps]) / np.array(seconds) - 1
+        if (error := float(missed @ missed)) < least:
+            best, least = found, error
+    return best
 
 
 def _terms(step: Step, flops_per_byte: float) -> tuple[float, float, float]:

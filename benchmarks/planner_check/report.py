@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.planner_check.cases import CALIBRATION, HELD_OUT, config_of
+from benchmarks.planner_check.cases import CALIBRATION, config_of
 from benchmarks.planner_check.fit import Machine, Quality, calibrate, proportional, quality
 from benchmarks.planner_check.predict import predicted_bytes, predicted_seconds, step_of
 from unipool_jax.training.flops import flops_per_token
@@ -15,7 +15,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
 
     Each value is a `measure.Measured` as JSON has it. The constants come from the calibration's cases alone.
     """
-    held_out = [case for case in HELD_OUT if case in measured]
+    held_out = [case for case in measured if case not in CALIBRATION]
     truth = {case: min(found["seconds"]) for case, found in measured.items()}
     machine = calibrate(
         [step_of(config_of(case), measured[case]["launches"]) for case in CALIBRATION],

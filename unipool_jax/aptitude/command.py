@@ -19,8 +19,13 @@ from unipool_jax.data.store_format import file_sha256
 def anchors_command(request: AnchorsRequest) -> int:
     """Choose anchors, write them and print how many; raises UserError."""
     candidates = read_candidates(Path(request.candidates))
-    if request.embeddings is None:
-        vectors_ND, embedding = tf_idf([one.question for one in candidates]), "tf_idf"
+    questions = [one.question for one in candidates]
+    if request.run is not None:
+        from unipool_jax.aptitude.run_embedding import embed_questions  # JAX, which the rest does not need
+
+        vectors_ND, embedding = embed_questions(request.run, request.step, questions)
+    elif request.embeddings is None:
+        vectors_ND, embedding = tf_idf(questions), "tf_idf"
     else:
         path = Path(request.embeddings)
         vectors_ND = check_embeddings(read_array(path, "embed the candidates again"), len(candidates), str(path))

@@ -22,6 +22,7 @@ class AnchorsRequest:
 
         unipool aptitude anchors candidates.jsonl out=anchors.json
         unipool aptitude anchors candidates.jsonl out=anchors.json embeddings=vectors.npy count=200
+        unipool aptitude anchors candidates.jsonl out=anchors.json run=runs/a
     """
 
     candidates: Annotated[str, Positional()]
@@ -32,8 +33,19 @@ class AnchorsRequest:
     """Anchors of each source. The standard error of a score by generation is up to `0.5 / sqrt(count)`."""
     embeddings: str | None = None
     """Array (.npy) with a row for each candidate, in the order of the file; null makes them of words (TF-IDF)."""
+    run: str | None = None
+    """Run whose hidden states are the embeddings: after the final norm, as the mean over a question."""
+    step: Annotated[int | None, Range(0, 1_000_000_000)] = None
+    """Which checkpoint of the run; null is the newest."""
     seed: Annotated[int, _SEED] = 0
     """Of the clustering."""
+
+    def problems(self) -> Iterator[str]:
+        """What does not go together."""
+        if self.run is not None and self.embeddings is not None:
+            yield f"run={self.run}: embeddings={self.embeddings} has embeddings already; leave one of both out"
+        if self.step is not None and self.run is None:
+            yield f"step={self.step}: without run= there are no checkpoints; give run=FOLDER, or leave step= out"
 
 
 @dataclass(frozen=True, kw_only=True)

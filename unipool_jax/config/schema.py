@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "experts", "attention", "moe", "full"]
 Router = Literal["softmax", "sigmoid", "norm"]
 """Routers of a mixture; `norm` is NormRouter."""
 GrowthMap = Literal["extend", "stack"]
@@ -100,9 +101,10 @@ class ModelConfig:
     """Standard deviation of the initial embedding; null: model.init_std, with model.init=tiny 0.5."""
     compute_dtype: DType = "bfloat16"
     """Dtype of activations and matrix products. Parameters and optimizer state are always float32."""
-    remat: Literal["none", "moe", "full"] = "moe"
-    """What the backward pass recomputes: nothing, the mixture block of each layer, or each whole layer. With several
-    pools over mesh.fsdp, the last two also gather the weights of each pool again."""
+    remat: Remat = "moe"
+    """What the backward pass recomputes: nothing, the gate and up products of experts, the attention block, the mixture
+    block of each layer, or each whole layer. With several pools over mesh.fsdp, all but `none` also gather the weights
+    of each pool again."""
 
     @property
     def matrix_std(self) -> float:
@@ -441,7 +443,7 @@ class DataConfig:
     """`contiguous` splits are consecutive ranges of documents; `interleaved` ones repeat the split every
     sum(data.split) documents."""
     cache_dir: str = ".cache/tokens"
-    """Folder of the token stores built from data.files or from the demo corpus."""
+    """Folder of the tokens of data.files, or of the demo corpus."""
     num_threads: int = 2
     """Threads that read and prefetch batches."""
 

@@ -1,4 +1,4 @@
-"""Examples of conversations packed into sequences: a token store in memory that knows which tokens count.
+"""Examples of conversations packed into sequences: a token store that knows which tokens count.
 
 Every document of the store is one packed sequence of exactly S tokens. Windows begin every S tokens, so a window is
 one pack whatever the order of documents, and no example is cut.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from unipool_jax.data import store_format
-from unipool_jax.data.conversations import Example, read_examples
+from unipool_jax.data.conversations import read_examples
 from unipool_jax.data.errors import DataError
 from unipool_jax.data.splits import SplitOrder, check_split
 from unipool_jax.data.store_reader import TokenStore
@@ -48,41 +49,63 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
     return packs
 
 
+class Packed(NamedTuple):
+    """Packed examples."""
+
+    tokens_PS: np.ndarray
+    """int32; what is left of a sequence is filled with the end-of-document token."""
+    counted_PS: np.ndarray
+    """Whether a token belongs to a response, bool."""
+    examples: int
+    """Of the files."""
+    left_out: int
+    """Examples of them that are longer than a sequence."""
+
+
+def pack_conversations(files: Sequence[Path], template: str, size: int, tokenizer: Tokenizer) -> Packed:
+    """The examples in `files` that are not longer than `size` tokens, packed.
+
+    Raises:
+      DataError: as `read_examples`, or every example is longer.
+    """
+    examples = read_examples(files, template, tokenizer)
+    fitting = [example for example in examples if len(example.prompt) + len(example.response) <= size]
+    if not fitting:
+        raise DataError(
+            f"{_name(files)}: every response is longer, with its prompt, than data.sequence_length={size}; raise it"
+        )
+    packs = pack([len(example.prompt) + len(example.response) for example in fitting], size)
+    tokens_PS = np.full((len(packs), size), tokenizer.eod, np.int32)
+    counted_PS = np.zeros((len(packs), size), bool)
+    for row, members in enumerate(packs):
+        start = 0
+        for example in (fitting[index] for index in members):
+            middle = start + len(example.prompt)
+            end = middle + len(example.response)
+            tokens_PS[row, start:middle], tokens_PS[row, middle:end] = example.prompt, example.response
+            counted_PS[row, middle:end] = True
+            start = end
+    return Packed(tokens_PS, counted_PS, len(examples), len(examples) - len(fitting))
+
+
 class ConversationStore(TokenStore):
     """Packed examples; each is a document to `data.document_mask`, as it ends with the end-of-document token.
 
-    What is left of a sequence is filled with that token. Tokens count, as targets, where they belong to a response.
+    Tokens count, as targets, where they belong to a response.
 
     Args:
       path: what it was made of, for messages.
-      examples: none longer than `size`.
-      size: S, tokens of a sequence.
+      packed: the examples.
     """
 
     def __init__(
-        self,
-        path: Path,
-        examples: Sequence[Example],
-        size: int,
-        tokenizer: Tokenizer,
-        split: Sequence[float],
-        split_order: SplitOrder,
+        self, path: Path, packed: Packed, tokenizer: Tokenizer, split: Sequence[float], split_order: SplitOrder
     ):
-        packs = pack([len(example.prompt) + len(example.response) for example in examples], size)
-        tokens = np.full((len(packs), size), tokenizer.eod, np.int32)
-        counted = np.zeros((len(packs), size), bool)
-        for row, members in enumerate(packs):
-            start = 0
-            for example in (examples[index] for index in members):
-                middle = start + len(example.prompt)
-                end = middle + len(example.response)
-                tokens[row, start:middle], tokens[row, middle:end] = example.prompt, example.response
-                counted[row, middle:end] = True
-                start = end
+        (packs, size), tokens, counted = packed.tokens_PS.shape, packed.tokens_PS, packed.counted_PS
         self.path, self._tokens, self._counted = path, tokens.reshape(-1), counted.reshape(-1)
         self.all_count = False
-        self.num_tokens, self.num_documents = self._tokens.size, len(packs)
-        self.document_offsets = np.arange(len(packs) + 1, dtype=np.int64) * size
+        self.num_tokens, self.num_documents = self._tokens.size, packs
+        self.document_offsets = np.arange(packs + 1, dtype=np.int64) * size
         self.dtype = np.dtype(np.int32)
         self._tokenizer, self.tokenizer_name, self.tokenizer_sha256 = tokenizer, tokenizer.name, tokenizer.sha256
         self.vocab_size, self.eod = tokenizer.vocab_size, tokenizer.eod
@@ -104,33 +127,21 @@ class ConversationStore(TokenStore):
         return [*super()._block_hashes(), store_format.json_sha256(np.packbits(self._counted).tobytes().hex())]
 
     def verify(self) -> None:
-        """It is in memory, made from its files each time."""
+        """It is in memory, made from its files or read with check sums."""
 
 
 def conversation_store(
-    files: Sequence[Path],
-    template: str,
-    size: int,
-    tokenizer: Tokenizer,
-    split: Sequence[float],
-    split_order: SplitOrder,
+    files: Sequence[Path], packed: Packed, tokenizer: Tokenizer, split: Sequence[float], split_order: SplitOrder
 ) -> ConversationStore:
-    """The store of the conversations in `files`; says how many examples are too long and left out.
-
-    Raises:
-      DataError: as `read_examples`, or every example is longer than `size`.
-    """
-    examples = read_examples(files, template, tokenizer)
-    fitting = [example for example in examples if len(example.prompt) + len(example.response) <= size]
-    name = ", ".join(map(str, files))
-    if not fitting:
-        raise DataError(
-            f"{name}: every response is longer, with its prompt, than data.sequence_length={size}; raise it"
-        )
-    if left_out := len(examples) - len(fitting):
+    """The store of the conversations in `files`; says how many examples are too long and left out."""
+    if packed.left_out:
         print(
-            f"{name}: {left_out:,} of {len(examples):,} responses left out: with their prompt they are longer than "
-            f"data.sequence_length={size}",
+            f"{_name(files)}: {packed.left_out:,} of {packed.examples:,} responses left out: with their prompt they "
+            f"are longer than data.sequence_length={packed.tokens_PS.shape[1]}",
             file=sys.stderr,
         )
-    return ConversationStore(files[0], fitting, size, tokenizer, split, split_order)
+    return ConversationStore(files[0], packed, tokenizer, split, split_order)
+
+
+def _name(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))

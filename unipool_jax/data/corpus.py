@@ -82,15 +82,15 @@ def open_corpus(data: DataConfig, vocab_size: int) -> Corpus:
 
 
 def _conversations(data: DataConfig, tokenizer: Tokenizer) -> TokenStore:
-    """The store of the conversations in data.files, made anew in memory."""
+    """The store of the conversations in data.files, packed if they are not in the cache."""
+    from unipool_jax.data.conversation_cache import cached_conversations
     from unipool_jax.data.conversation_store import conversation_store
 
     inputs = find_inputs(data.files)
     if note := inputs.note():
         print(note, file=sys.stderr)
-    return conversation_store(
-        inputs.files, data.template, data.sequence_length, tokenizer, data.split, data.split_order
-    )
+    packed = cached_conversations(inputs.files, data.template, data.sequence_length, tokenizer, Path(data.cache_dir))
+    return conversation_store(inputs.files, packed, tokenizer, data.split, data.split_order)
 
 
 def _cached(data: DataConfig, tokenizer: Tokenizer) -> TokenStore:

@@ -31,6 +31,15 @@ TEMPLATES = {
 """Templates by name. Markers are text like any other: no text makes a tokenizer's special tokens."""
 
 
+def template_source(name: str) -> str:
+    """The Jinja text of template `name`: one of `TEMPLATES`, or a file's path; raises DataError."""
+    try:
+        return TEMPLATES[name] if name in TEMPLATES else read_text(Path(name))
+    except FileError as error:
+        known = ", ".join(TEMPLATES)
+        raise DataError(f"data.template={name}: none of {known}, and not a file of text ({error})") from error
+
+
 def load_template(name: str) -> Callable[[Sequence[Message]], str]:
     """The function from messages to a prompt that template `name` describes: one of `TEMPLATES`, or a file's path.
 
@@ -45,11 +54,7 @@ def load_template(name: str) -> Callable[[Sequence[Message]], str]:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise DataError('chat templates need the package jinja2: pip install ".[chat]" in the checkout') from error
-    try:
-        source = TEMPLATES[name] if name in TEMPLATES else read_text(Path(name))
-    except FileError as error:
-        known = ", ".join(TEMPLATES)
-        raise DataError(f"data.template={name}: none of {known}, and not a file of text ({error})") from error
+    source = template_source(name)
 
     def refuse(message: str) -> None:
         raise TemplateError(message)

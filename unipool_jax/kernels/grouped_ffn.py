@@ -1,5 +1,6 @@
 """Gated expert feed-forward network on a group plan: what the layers above import."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,19 +23,19 @@ class Bank(NamedTuple):
         return Bank(*(weights.astype(dtype) for weights in self))
 
 
-def grouped_ffn(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> jax.Array:
+def grouped_ffn(rows_RD: jax.Array, bank: Bank, plan: GroupPlan, keep_products: bool = True) -> jax.Array:
     """SwiGLU of each row with its own expert: `(silu(x Wg) * (x Wu)) Wd` (Shazeer 2020, arXiv:2002.05202).
 
     SiLU is computed in float32 and products accumulate in float32. Float32 weights are used in the rows' dtype and
     their gradients stay float32; gradients of narrower weights are summed in float32 and rounded once. Rows past the
     last group are zero in the output and in the row gradient and never reach a weight gradient, even where they hold
-    NaN. Reverse-mode derivatives only; the backward pass keeps the rows and the gate and up products, so wrap the
-    call in `jax.checkpoint` to save those two.
+    NaN. Reverse-mode derivatives only; the backward pass keeps the rows and the gate and up products.
 
     Args:
         rows_RD: `[R, D]` rows sorted by group.
         bank: experts, of the rows' dtype or float32.
         plan: from `make_group_plan(sizes, R)`; says which implementation computes the products.
+        keep_products: whether the backward pass finds the gate and up products, or computes them again.
 
     Returns:
         `[R, D]` in the rows' dtype.
@@ -48,10 +49,12 @@ def grouped_ffn(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> jax.Array:
     rows_RD, bank, plan = vary_alike((rows_RD, bank, plan))
     if plan.tiling.implementation == "reference":
         return reference.grouped_ffn(rows_RD, *bank.astype(rows_RD.dtype), plan)
-    return _ffn(rows_RD, bank, None, plan)[0]
+    return _ffn(rows_RD, bank, None, plan, keep_products)[0]
 
 
-def accumulating_ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
+def accumulating_ffn(
+    rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan, keep_products: bool = True
+) -> tuple[jax.Array, Bank]:
     """`grouped_ffn` for weights that several layers share: the backward pass adds to one gradient, in place.
 
     Pass the returned accumulator to the next layer that uses the same experts. Forward it is the one that came in.
@@ -64,6 +67,7 @@ def accumulating_ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: Gr
         bank: experts in the rows' dtype; they get no gradient.
         accumulator: float32, shaped as `bank`; its values are not used.
         plan: from `make_group_plan(sizes, R)`.
+        keep_products: see `grouped_ffn`.
 
     Returns:
         `[R, D]` in the rows' dtype, and the accumulator.
@@ -86,7 +90,7 @@ def accumulating_ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: Gr
         # The values of `bank` with the gradient of the accumulator.
         bank = jax.tree.map(lambda weights, sums: sums + jax.lax.stop_gradient(weights - sums), bank, accumulator)
         return reference.grouped_ffn(rows_RD, *bank.astype(rows_RD.dtype), plan), accumulator
-    out_RD, passed_on = _ffn(rows_RD, bank, accumulator, plan)
+    out_RD, passed_on = _ffn(rows_RD, bank, accumulator, plan, keep_products)
     assert passed_on is not None
     return out_RD, passed_on
 
@@ -104,26 +108,36 @@ def _check(rows_RD: jax.Array, bank: Bank, plan: GroupPlan) -> None:
             raise ValueError(f"{name} has shape {actual}; expected {wanted} to fit gate_EDF {bank.gate_EDF.shape}")
 
 
-@jax.custom_vjp
-def _ffn(rows_RD: jax.Array, bank: Bank, accumulator: Bank | None, plan: GroupPlan) -> tuple[jax.Array, Bank | None]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ffn(
+    rows_RD: jax.Array, bank: Bank, accumulator: Bank | None, plan: GroupPlan, keep_products: bool
+) -> tuple[jax.Array, Bank | None]:
     """The products of a back end; with an accumulator it takes the gradient of the bank."""
-    return _forward(rows_RD, bank, accumulator, plan, keep_products=False)[0]
+    return _products(rows_RD, bank, plan, keep=False)[0], accumulator
+
+
+def _products(
+    rows_RD: jax.Array, bank: Bank, plan: GroupPlan, *, keep: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    weights = bank.astype(rows_RD.dtype)
+    return BACK_ENDS[plan.tiling.implementation].ffn_forward(rows_RD, *weights, plan, keep_products=keep)
 
 
 def _forward(
-    rows_RD: jax.Array, bank: Bank, accumulator: Bank | None, plan: GroupPlan, *, keep_products: bool = True
+    rows_RD: jax.Array, bank: Bank, accumulator: Bank | None, plan: GroupPlan, keep_products: bool
 ) -> tuple[tuple[jax.Array, Bank | None], tuple[Any, ...]]:
-    back_end = BACK_ENDS[plan.tiling.implementation]
-    gate_EDF, up_EDF, down_EFD = bank.astype(rows_RD.dtype)
-    out_RD, products = back_end.ffn_forward(rows_RD, gate_EDF, up_EDF, down_EFD, plan, keep_products=keep_products)
-    return (out_RD, accumulator), (rows_RD, bank, plan, products)
+    out_RD, products = _products(rows_RD, bank, plan, keep=keep_products)
+    return (out_RD, accumulator), (rows_RD, bank, plan, products if keep_products else None)
 
 
 def _backward(
-    residuals: tuple[Any, ...], cotangents: tuple[jax.Array, Bank | None]
+    keep_products: bool, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, Bank | None]
 ) -> tuple[jax.Array, Bank | None, Bank | None, None]:
     grad_RD, gradient = cotangents
     rows_RD, bank, plan, products = residuals
+    if products is None:
+        # The output is not used, so the compiler leaves out the product with the third matrix.
+        products = _products(rows_RD, bank, plan, keep=True)[1]
     into = None if gradient is None else (gradient.gate_EDF, gradient.up_EDF, gradient.down_EFD)
     back_end = BACK_ENDS[plan.tiling.implementation]
     gate_EDF, up_EDF, down_EFD = bank.astype(rows_RD.dtype)

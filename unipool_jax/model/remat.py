@@ -3,11 +3,13 @@
 | model.remat | kept for the backward pass |
 |---|---|
 | `none` | every activation |
+| `experts` | all but the gate and up products of the experts: no exchange of rows is repeated |
+| `attention` | all but the activations inside the attention block of each layer |
 | `moe` | all but the activations inside the mixture block of each layer |
 | `full` | the input of each layer |
 
-With several pools over mesh.fsdp, `moe` and `full` do not keep gathered weights either: the backward pass gathers those
-of one pool at a time.
+`experts` is done where those products are made (`kernels.grouped_ffn`). With several pools over mesh.fsdp, all but
+`none` do not keep gathered weights either: the backward pass gathers those of one pool at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ def recompute(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def rematerialized(
-    config: Config, policy: Literal["moe", "full"], function: Callable[..., Result], *, in_pool: bool = True
+    config: Config,
+    policy: Literal["attention", "moe", "full"],
+    function: Callable[..., Result],
+    *,
+    in_pool: bool = True,
 ) -> Callable[..., Result]:
     """`function`, recomputed in the backward pass if model.remat is this policy and nothing around it is recomputed.
 

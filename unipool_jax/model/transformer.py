@@ -117,8 +117,8 @@ def layer(
     """
     model = config.model
     normed_BSD = rms_norm(hidden_BSD, weights.attention_norm_D, model.norm_epsilon)
-    attended_BSD, cache, gate = attention(
-        config,
+    attend = rematerialized(config, "attention", functools.partial(attention, config))
+    attended_BSD, cache, gate = attend(
         normed_BSD,
         weights.attention,
         cache,

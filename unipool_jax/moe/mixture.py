@@ -142,7 +142,14 @@ def mixture(
     # teach the router.
     each_D, sum_D = (None, post_norm_D) if config.model.post_norm_experts == "post" else (post_norm_D, None)
     output_ND, experts, received_X = moe_ffn(
-        hidden_ND, routing, experts, config.kernels.implementation, config.mesh, each_D, epsilon
+        hidden_ND,
+        routing,
+        experts,
+        config.kernels.implementation,
+        config.mesh,
+        each_D,
+        epsilon,
+        keep_products=config.model.remat != "experts",
     )
     if shared is not None:
         output_ND = output_ND + always_on(hidden_ND, shared, each_D, epsilon)
@@ -160,6 +167,7 @@ def moe_ffn(
     mesh_config: MeshConfig | None = None,
     post_norm_D: jax.Array | None = None,
     post_norm_epsilon: float = 1e-8,
+    keep_products: bool = True,
 ) -> tuple[jax.Array, Experts, jax.Array]:
     """Sum over each token's k experts of gate times expert output.
 
@@ -174,6 +182,7 @@ def moe_ffn(
       mesh_config: transport and capacity factor; None is the default.
       post_norm_D: gain of an RMSNorm of each expert's output, before its gate; None: there is none.
       post_norm_epsilon: of that norm.
+      keep_products: whether the backward pass finds the gate and up products of the experts: see `grouped_ffn`.
 
     Returns:
       `[N, D]` in the dtype of `hidden_ND`; the experts for the next layer; and the rows received by each device for its
@@ -184,7 +193,11 @@ def moe_ffn(
     """
     mesh = active_mesh()
     on_device = functools.partial(
-        _on_device, implementation=implementation, config=mesh_config or MeshConfig(), epsilon=post_norm_epsilon
+        _on_device,
+        implementation=implementation,
+        config=mesh_config or MeshConfig(),
+        epsilon=post_norm_epsilon,
+        keep_products=keep_products,
     )
     accumulator = experts.accumulator
     if mesh is not None:
@@ -217,6 +230,7 @@ def _on_device(
     implementation: Implementation,
     config: MeshConfig,
     epsilon: float,
+    keep_products: bool,
 ) -> tuple[jax.Array, Bank | None, jax.Array]:
     """`moe_ffn` on one device: its tokens, its experts, and its replica of the accumulator."""
     mesh = active_mesh()
@@ -229,12 +243,12 @@ def _on_device(
         dispatched.sizes_E, dispatched.rows_RD.shape[0], implementation=implementation, expected_rows=experts_NK.size
     )
     if accumulator is None:
-        expert_RD = grouped_ffn(dispatched.rows_RD, weights, plan)
+        expert_RD = grouped_ffn(dispatched.rows_RD, weights, plan, keep_products)
     elif mesh is None:
-        expert_RD, accumulator = accumulating_ffn(dispatched.rows_RD, weights, accumulator, plan)
+        expert_RD, accumulator = accumulating_ffn(dispatched.rows_RD, weights, accumulator, plan, keep_products)
     else:
         replica = Bank(*(array[0] for array in accumulator))
-        expert_RD, replica = accumulating_ffn(dispatched.rows_RD, weights, replica, plan)
+        expert_RD, replica = accumulating_ffn(dispatched.rows_RD, weights, replica, plan, keep_products)
         accumulator = Bank(*(array[None] for array in replica))
     if mesh is not None and post_norm_D is not None:
         # A norm needs outputs, not the parts of them that the devices of a tensor group have.

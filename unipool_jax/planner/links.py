@@ -32,7 +32,7 @@ class Span(NamedTuple):
 def span(mesh: Mesh | None, topology: Topology, axes: tuple[str, ...], sizes: dict[str, int]) -> Span:
     """The extent of one group of these mesh axes.
 
-    On GPUs, whose mesh is laid out node by node with its last axis fastest, `mesh` may be None.
+    On GPUs the mesh is laid out node by node with its last axis fastest. On TPUs without a mesh, as if behind a switch.
     """
     devices = 1
     for axis in axes:
@@ -41,7 +41,8 @@ def span(mesh: Mesh | None, topology: Topology, axes: tuple[str, ...], sizes: di
         places = np.arange(topology.num_devices).reshape(tuple(sizes.values()))
         group = places[tuple(slice(None) if axis in axes else 0 for axis in sizes)]
         return Span(devices, (), len(np.unique(group // topology.chip.node)))
-    assert mesh is not None
+    if mesh is None:
+        return Span(devices, ())
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     coordinates = [device.coords for device in mesh.devices[index].reshape(-1)]
     extents = []

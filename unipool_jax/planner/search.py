@@ -9,10 +9,11 @@ import dataclasses
 import itertools
 import json
 import shlex
+import typing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -20,7 +21,7 @@ from unipool_jax.config.chips import Topology, parse_topology
 from unipool_jax.config.compose import CONFIG_DIR, compose_config, overrides_from
 from unipool_jax.config.mesh_rules import AXES
 from unipool_jax.config.rules import problems
-from unipool_jax.config.schema import Config, ConfigError, PlanConfig
+from unipool_jax.config.schema import Config, ConfigError, PlanConfig, Remat
 from unipool_jax.planner.compilation import (
     MemoryExceededError,
     compile_evaluation,
@@ -35,7 +36,7 @@ from unipool_jax.planner.roofline import Estimate, estimate
 MARGIN = 1.3
 """Candidates whose estimated temporaries exceed memory by up to this factor are kept, because estimates are rough."""
 SHOWN = 12
-_REMAT: tuple[Literal["none", "moe", "full"], ...] = ("none", "moe", "full")
+_REMAT: tuple[Remat, ...] = typing.get_args(Remat)
 
 
 class Candidate(NamedTuple):
@@ -219,7 +220,7 @@ def draw(found: list[Candidate], winner: Candidate, topology: Topology, path: st
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for remat, marker in zip(_REMAT, "os^", strict=True):
+    for remat, marker in zip(_REMAT, "oPDs^", strict=True):
         group = [candidate for candidate in found if candidate.config.model.remat == remat]
         axes.scatter(
             [c.gigabytes for c in group],

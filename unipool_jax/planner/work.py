@@ -161,7 +161,7 @@ class _Sizes:
 
 
 def _passes(at: _Sizes) -> tuple[int, int]:
-    """Forward passes per micro-batch of a layer without its mixture block, and of that block.
+    """Forward passes per micro-batch of a layer without its attention and mixture blocks, and of its mixture block.
 
     One for the forward pass, one for counting tokens before the gradient, one for rematerialization.
     """
@@ -203,15 +203,16 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     config, tensor, n = at.config, at.sizes["tensor"], at.tokens
     model, width, micro = config.model, config.model.hidden_size, config.num_microbatches
     forward, mixture = _passes(at)
+    attending = forward + (model.remat == "attention")
     work, mixtures = [], []
 
     weights = at.attention_weights / tensor
     heads = 2 * (model.num_heads + model.num_kv_heads) * config.head_size
     moved = at.narrow * (weights + n * (2 * width + heads) / tensor)
     flops = 2 * n * weights
-    work.append(Work("projections", flops * (forward + 2), flops * (forward + 2), moved * (forward + 2)))
+    work.append(Work("projections", flops * (attending + 2), flops * (attending + 2), moved * (attending + 2)))
 
-    scores = at.attention(forward)
+    scores = at.attention(attending)
     padded = scores.flops * padding(config, at.topology)
     work.append(Work("attention scores", padded, scores.flops, scores.bytes))
 
@@ -220,6 +221,9 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
     if model.norm != "pre":
         behind = Work("norms behind blocks", 0.0, 0.0, 2 * at.normed_rows * width * at.narrow)
         work.append(behind._replace(bytes=behind.bytes * (mixture + 2)))
+    if config.kernels.implementation == "xla" and not at.topology.is_tpu:
+        # The scan over layers copies what is kept into stacked arrays, and out of them again: read and written twice.
+        work.append(Work("stacks of layers", 0.0, 0.0, 4 * _kept(at)))
     if at.block_width:
         hidden, weights = at.block_width / tensor, at.block_weights / tensor
         flops = 2 * n * weights * (mixture + 2)
@@ -266,6 +270,8 @@ def _expert_work_of(at: _Sizes, passes: int, load: LayerLoad) -> tuple[Work, Wor
     forward = [*expert_forward(shapes).values()]
     *others, bank_gradient = expert_backward(shapes).values()
     backward = [*others, *(bank_gradient,) * BANK_GRADIENTS]
+    if at.config.model.remat == "experts":
+        backward.append(forward[0])
     first, second = (sum(kernel.flops for kernel in kernels) for kernels in (forward, backward))
     moved = sum(kernel.bytes for kernel in forward)
     return (
@@ -357,7 +363,8 @@ def _ends(at: _Sizes) -> tuple[Work, ...]:
 def _bank_traffic(at: _Sizes) -> float:
     _, mixture = _passes(at)
     read = sum(load.share * load.busiest for load in layer_loads(at.config, at.sizes))
-    return at.config.num_microbatches * read * at.bank * (at.narrow * (mixture + 1) + 2 * WIDE)
+    again = 2 / 3 if at.config.model.remat == "experts" else 0
+    return at.config.num_microbatches * read * at.bank * (at.narrow * (mixture + 1 + again) + 2 * WIDE)
 
 
 def _messages(at: _Sizes) -> list[Message]:
@@ -377,7 +384,7 @@ def _messages(at: _Sizes) -> list[Message]:
     blocks = at.block_weights / sizes["tensor"] * at.narrow
     head = model.vocab_size * model.hidden_size * at.narrow
     tables = head + head / sizes["tensor"]
-    again = 2 if model.remat == "full" or (model.remat == "moe" and config.pool.groups > 1) else 1
+    again = 2 if model.remat == "full" or (model.remat != "none" and config.pool.groups > 1) else 1
     found = [
         Message("experts, gathered", "all-gather", ("fsdp",), gathers, at.narrow * at.bank * fsdp),
         Message("experts, gradient scattered", "reduce-scatter", ("fsdp",), sums, WIDE * at.bank * fsdp),
@@ -397,7 +404,7 @@ def _messages(at: _Sizes) -> list[Message]:
             "blocks of every token, gathered",
             "all-gather",
             ("fsdp",),
-            layers * micro * (1 + (model.remat != "none") + counting),
+            layers * micro * (max(again, 1 + (model.remat == "moe")) + counting),
             blocks * fsdp,
         ),
         *_reduced("blocks of every token", layers * micro, layers * micro, blocks / at.narrow, sizes),
@@ -406,6 +413,8 @@ def _messages(at: _Sizes) -> list[Message]:
         # another loop lies in between.
         *_reduced("tables", micro, 1, tables / at.narrow, sizes),
     ]
+    if model.remat == "attention" and again == 1:
+        found.append(Message("attention, gathered again", "all-gather", ("fsdp",), layers * micro, dense * fsdp))
     if config.moe.router != "none" and at.transport == "ragged":
         sent = at.rows * model.hidden_size * at.narrow * _other(sizes, "expert")
         found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * mixtures * micro * (mixture + 1), sent))
@@ -459,6 +468,24 @@ def _other(sizes: dict[str, int], *axes: str) -> float:
     return (devices - 1) / devices
 
 
+def _kept(at: _Sizes) -> float:
+    """Bytes of a layer that the backward pass finds as the forward pass left them."""
+    model, tensor, hidden = at.config.model, at.sizes["tensor"], at.tokens * at.config.model.hidden_size * at.narrow
+    if model.remat == "full":
+        return hidden
+    # Of attention the backward pass needs its input, queries, keys, values and result.
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * at.config.head_size / tensor
+    scores = at.attention().kept_bytes
+    if model.remat == "moe":
+        return 8 * hidden + scores
+    # Rows as they came and as they went, and two products of each.
+    rows, products = 2 * at.received * model.hidden_size, 2 * at.received * model.ffn_size / tensor
+    kept = rows + (0 if model.remat == "experts" else products) + 2 * at.tokens * at.block_width / tensor
+    attention = 0 if model.remat == "attention" else scores
+    less = at.tokens * heads * at.narrow if model.remat == "attention" else 0
+    return 10 * hidden + attention - less + kept * at.narrow
+
+
 def _temporaries(at: _Sizes, parameters: float) -> float:
     config, sizes, model, n = at.config, at.sizes, at.config.model, at.tokens
     shared = shares_one_bank(config)
@@ -473,15 +500,12 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     hidden = n * model.hidden_size * at.narrow
     scores = at.attention()
     mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * at.narrow
-    products = at.received * 2 * (model.ffn_size / sizes["tensor"] + model.hidden_size) * at.narrow
-    block = n * at.block_width / sizes["tensor"] * at.narrow
-    products, mixture = products + 2 * block, mixture + 8 * block
-    kept = {"full": hidden, "moe": 8 * hidden + scores.kept_bytes, "none": 10 * hidden + scores.kept_bytes + products}
+    mixture += 8 * n * at.block_width / sizes["tensor"] * at.narrow
     working = 10 * hidden + scores.working_bytes + mixture
     # One device makes them in chunks.
     rows = n if math.prod(sizes.values()) > 1 else min(n, CHUNK)
     logits = rows * model.vocab_size / sizes["tensor"] * (WIDE + at.narrow)
-    return gathered + gradient + dense + tables + model.num_layers * kept[config.model.remat] + max(working, logits)
+    return gathered + gradient + dense + tables + model.num_layers * _kept(at) + max(working, logits)
 
 
 def _evaluation(at: _Sizes) -> float:

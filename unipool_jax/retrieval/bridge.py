@@ -26,6 +26,8 @@ from unipool_jax.retrieval.search import unit
 
 Document = str | Mapping[str, Any]
 """Text, or what has a `text` and perhaps a `title`."""
+CoirTask = tuple[dict[str, dict[str, str]], dict[str, str], dict[str, dict[str, int]]]
+"""Documents, queries and grades by query, each by id."""
 
 
 class RunEncoder:
@@ -103,7 +105,7 @@ def _tensor(values: np.ndarray) -> Any:
     return torch.from_numpy(values)
 
 
-def coir_tasks(folders: Sequence[str], split: str = "test") -> dict[str, tuple[dict[str, Any], ...]]:
+def coir_tasks(folders: Sequence[str], split: str = "test") -> dict[str, CoirTask]:
     """Collections as coir's `COIR` takes tasks: documents, queries and judgments, by the name of the folder.
 
     coir leaves out a document that has the id of the query, as both have in the tasks of a library: ids of queries get
