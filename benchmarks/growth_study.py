@@ -7,7 +7,8 @@ Arms: `scratch` has 8 layers from the start; `apollo` grows 1, 2, 4, 8 with the 
 `final` draw other depths; `stacking` grows with whole stacks and without drawn depths. Every arm trains for the steps
 that spend the FLOPs of the scratch run, with a schedule over these steps. A seed fixes weights, order of text and
 depths, and differences are taken seed by seed. The table says the loss at equal FLOPs, and the share of the FLOPs after
-which an arm was as good as the scratch run at its end. Finished runs are not repeated.
+which an arm was as good as the scratch run at its end. Finished runs are not repeated;
+of each its curve is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ from benchmarks.intervals import Losses, differences_table
 from unipool_jax.analysis.history import read_history
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
-from unipool_jax.config.files import write_text
+from unipool_jax.config.files import read_json, write_json
 from unipool_jax.config.schema import Config
 from unipool_jax.training.entry import run
 from unipool_jax.training.flops import flops_spent
@@ -40,16 +40,17 @@ ARMS: dict[str, tuple[str, ...]] = {
     "stacking": (*GROWTH, "growth.depth_law=stage", "growth.map=stack"),
 }
 BASELINE = "scratch"
+Curves = dict[str, dict[int, np.ndarray]]
+"""FLOPs and validation losses of each evaluation, `[2, T]`, by arm and seed."""
 EVALUATIONS = 40
 """Of each run."""
 # Bytes, so that the output head is a small part of the FLOPs, and depth most of them.
 SETTINGS = (
     "method=unipool model.num_layers=8 model.hidden_size=64 model.num_heads=4 model.num_kv_heads=2 model.ffn_size=128 "
     "model.vocab_size=257 model.compute_dtype=float32 moe.experts_per_layer=4 data.tokenizer=bytes "
-    "data.sequence_length=128 train.steps=800 train.batch_size=8 train.microbatch_size=8 train.eval_batches=8 "
+    "data.sequence_length=128 train.steps=500 train.batch_size=8 train.microbatch_size=8 train.eval_batches=8 "
     "train.eval_batch_size=32 train.checkpoint_every=0 train.keep_checkpoints=1 optimizer.beta2=0.999"
 )
-KEPT = ("config.yaml", "metrics.jsonl", "summary.json")
 
 
 def configuration(arm: str, seed: int, folder: Path, overrides: Sequence[str]) -> Config:
@@ -78,6 +79,15 @@ def curve(folder: Path, config: Config) -> np.ndarray:
     return np.array([[flops_spent(config, line["step"]) for line in lines], [line["loss"] for line in lines]])
 
 
+def stored(out: Path) -> Curves:
+    """The curves that were kept, by arm and seed."""
+    found: Curves = {arm: {} for arm in ARMS}
+    for path in sorted(out.glob("*-seed*.json")):
+        one = read_json(path)
+        found[one["arm"]][one["seed"]] = np.array([one["flops"], one["loss"]])
+    return {arm: by_seed for arm, by_seed in found.items() if by_seed}
+
+
 def flops_to(curve_2T: np.ndarray, loss: float) -> float | None:
     """FLOPs after which a run first had this loss, linear between evaluations; None if it never had."""
     flops_T, losses_T = curve_2T
@@ -91,7 +101,7 @@ def flops_to(curve_2T: np.ndarray, loss: float) -> float | None:
     return float(flops_T[at - 1] + (flops_T[at] - flops_T[at - 1]) * (before - loss) / (before - after))
 
 
-def table(curves: dict[str, dict[int, np.ndarray]]) -> str:
+def table(curves: Curves) -> str:
     """Markdown: final losses and FLOPs to the final loss of the scratch run of the seed; then paired differences."""
     rows = [["arm", "valid loss", "FLOPs to the loss of scratch, of its FLOPs", "reached"], ["---"] * 4]
     for arm, by_seed in curves.items():
@@ -121,21 +131,17 @@ def main() -> int:
         "--overrides", nargs="*", default=[], help="settings for all runs, as `unipool train` takes them"
     )
     arguments = parser.parse_args()
-    curves: dict[str, dict[int, np.ndarray]] = {arm: {} for arm in arguments.arms}
     for seed in range(1, arguments.seeds + 1):
         # Seed by seed, so that an interrupted study has complete pairs.
         for arm in arguments.arms:
             config = configuration(arm, seed, arguments.runs, arguments.overrides)
             if code := guarded(functools.partial(run, config)):
                 return code
-            name = f"{arm}-seed{seed}"
-            (arguments.out / name).mkdir(parents=True, exist_ok=True)
-            for file in KEPT:
-                shutil.copy(arguments.runs / name / file, arguments.out / name / file)
-            curves[arm][seed] = curve(arguments.out / name, config)
-    text = table(curves)
-    write_text(arguments.out / "table.md", text)
-    print(text)
+            flops, loss = curve(arguments.runs / f"{arm}-seed{seed}", config).tolist()
+            kept = {"arm": arm, "seed": seed, "overrides": arguments.overrides, "steps": config.train.steps}
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            write_json(arguments.out / f"{arm}-seed{seed}.json", kept | {"flops": flops, "loss": loss}, indent=None)
+    print(table(stored(arguments.out)), end="")
     return 0
 
 

@@ -144,7 +144,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path(".cache/tokens"), help="folder of the tokenized corpus")
     parser.add_argument("--method", choices=["dense", "unipool"], default="dense")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     parser.add_argument("--report", action="store_true", help="train nothing")

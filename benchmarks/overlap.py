@@ -51,6 +51,7 @@ VARIANTS = {
     "pool_16_full_tied": Variant("1 x 4 x 16, `model.remat=full`", _FULL),
     "pool_64_apart": Variant("1 x 1 x 64, without the tie", (*_NONE, *_WIDE), tied=False),
     "pool_64_tied": Variant("1 x 1 x 64", (*_NONE, *_WIDE)),
+    "pool_64_experts": Variant("1 x 1 x 64, `model.remat=experts`", ("model.remat=experts", *_WIDE)),
     "pool_64_sparse": Variant("1 x 1 x 64, `mesh.sparse_core_collectives=true`", (*_NONE, *_WIDE, *_SPARSE)),
     "pool_64_fitted": Variant("1 x 1 x 64, `mesh.capacity_factor=1.5`", (*_NONE, *_WIDE, *_FITTED)),
     "pool_64_both": Variant(

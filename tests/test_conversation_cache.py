@@ -42,8 +42,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def same(first: Packed, second: Packed) -> bool:
-    pairs = zip(first, second, strict=True)
-    return all(np.array_equal(one, other) and np.asarray(one).dtype == np.asarray(other).dtype for one, other in pairs)
+    pairs = [(np.asarray(one), np.asarray(other)) for one, other in zip(first, second, strict=True)]
+    return all(np.array_equal(one, other) and one.dtype == other.dtype for one, other in pairs)
 
 
 def test_the_second_time_they_are_read(chats: Path, made: list[str], tmp_path: Path) -> None:

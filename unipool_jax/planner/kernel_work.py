@@ -79,4 +79,6 @@ def attention_kernels(one: AttentionCost, two: AttentionCost, repeated: int) -> 
         # Four products for keys and values, three for queries.
         "splash_mha_dkv": KernelWork(flops * 4 / 7, moved / 2),
         "splash_mha_dq": KernelWork(flops * 3 / 7, moved / 2),
+        "fmhaSoftmaxBackward": KernelWork(flops, moved),
+        "fmhaSoftmax": forward,
     }

@@ -26,6 +26,7 @@ from unipool_jax.planner.compilation import (
     MemoryExceededError,
     compile_evaluation,
     compile_step,
+    devices_of,
     missing_compiler,
     prepare,
     topology_mesh,
@@ -141,11 +142,14 @@ def search(config: Config) -> str:
     """Search, compile the best candidates and draw `plan.figure`; returns a report whose last line is JSON.
 
     Raises:
-      ConfigError: no candidate fits.
+      ConfigError: no candidate fits, or the devices cannot be compiled for.
     """
     prepare()
-    found, left_out = candidates(config)
     assert config.mesh.topology is not None
+    missing = missing_compiler(config)
+    if missing is None:
+        devices_of(config.mesh.topology)  # where it cannot, no mesh can be made, which would not say why
+    found, left_out = candidates(config)
     topology = parse_topology(config.mesh.topology)
     winner: Plan | None = None
     winning: Candidate | None = None
@@ -168,7 +172,7 @@ def search(config: Config) -> str:
         )
         if plan.fits and (winner is None or plan.estimate.compiled_seconds < winner.estimate.compiled_seconds):
             winner, winning = plan, candidate
-    if missing := missing_compiler(config):
+    if missing:
         winning = next((c for c in found if c.gigabytes * 1e9 <= topology.chip.hbm_bytes), None)
     if winning is None:
         raise ConfigError(

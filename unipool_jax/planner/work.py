@@ -289,7 +289,7 @@ def _expert_shapes(at: _Sizes, load: LayerLoad) -> ExpertShapes:
 
 
 def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> dict[str, KernelWork]:
-    """One call of each hand-written kernel on a TPU, by the beginning of its name, with padding; the mean of layers."""
+    """One call of each hand-written kernel, by the beginning of its name, with padding; the mean of layers."""
     at = _Sizes(config, sizes, topology)
     found: dict[str, KernelWork] = {}
     if config.moe.router != "none":

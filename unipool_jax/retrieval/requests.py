@@ -35,7 +35,7 @@ class RetrievalDataRequest:
     """Folder of Python files; null is the standard library."""
     human_eval: bool = False
     """Make human_eval instead: the 164 prompts of HumanEval find their solutions, all to test on. They are in the
-    package human-eval (the extra `human_eval`)."""
+    package human-eval (the extra `human-eval`)."""
     seed: Annotated[int, _SEED] = 0
     """Of the places where functions are cut, and of the files that are tested on."""
 
