@@ -54,6 +54,10 @@ VARIANTS = {
     "pool_64_experts": Variant("1 x 1 x 64, `model.remat=experts`", ("model.remat=experts", *_WIDE)),
     "pool_64_sparse": Variant("1 x 1 x 64, `mesh.sparse_core_collectives=true`", (*_NONE, *_WIDE, *_SPARSE)),
     "pool_64_fitted": Variant("1 x 1 x 64, `mesh.capacity_factor=1.5`", (*_NONE, *_WIDE, *_FITTED)),
+    "pool_64_both": Variant(
+        "1 x 1 x 64, `mesh.capacity_factor=1.5 mesh.sparse_core_collectives=true`",
+        (*_NONE, *_WIDE, *_FITTED, *_SPARSE),
+    ),
 }
 
 

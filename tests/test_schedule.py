@@ -143,6 +143,15 @@ def test_arrays_in_vector_memory_cost_nothing() -> None:
     assert [(array.shape, array.bytes) for array in found] == [((8, 4), 64), ((2,), 0), ((6,), 6), ((3,), 3), ((), 0)]
 
 
+def test_the_gpu_compiler_s_operands_and_memory() -> None:
+    """It names elements of tuples in place, and writes `S(1)` of memory like any other."""
+    given = "%pair = (f32[100]{0}, f32[8]{0:S(1)}) parameter(1)\n%x = f32[8]{0:S(1)} copy(%pair#1)"
+    module = module_of(given)
+    line = line_of(module, "x")
+    assert Traffic(module, vector_memory=False).bytes("main", line) == 2 * 32
+    assert Traffic(module).bytes("main", line) == 0
+
+
 FUSED = """
 %inner (p: f32[6,8], i: s32[]) -> f32[8] {
   %p = f32[6,8]{1,0} parameter(0)

@@ -22,6 +22,7 @@ from unipool_jax.planner.collectives import (
 )
 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 _FREE = (
     *("after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "partition-id", "tuple"),
     *("async-start", "async-update", "async-done", "copy-start", "copy-done", "slice-start", "slice-done"),
@@ -54,13 +55,13 @@ def arrays(type_text: str) -> list[Array]:
 
 
 def operands(instruction: Instruction) -> list[str]:
-    """Names of the operands of an instruction."""
+    """Names of the operands of an instruction; `name#2` is the third of a tuple, as the GPU compiler writes it."""
     depth = 1
     for end, character in enumerate(instruction.rest):
         depth += (character == "(") - (character == ")")
         if depth == 0:
-            return re.findall(r"%([\w.\-]+)", instruction.rest[:end])
-    return re.findall(r"%([\w.\-]+)", instruction.rest)
+            return _OPERAND.findall(instruction.rest[:end])
+    return _OPERAND.findall(instruction.rest)
 
 
 def called(instruction: Instruction) -> str | None:
@@ -70,10 +71,16 @@ def called(instruction: Instruction) -> str | None:
 
 
 class Traffic:
-    """FLOPs and bytes of the instructions of a module."""
+    """FLOPs and bytes of the instructions of a module.
 
-    def __init__(self, module: Module) -> None:
+    Args:
+      module: as parsed.
+      vector_memory: whether `S(1)` in a layout is a TPU's vector memory; on GPUs it is memory like any other.
+    """
+
+    def __init__(self, module: Module, *, vector_memory: bool = True) -> None:
         self.module = module
+        self._vector_memory = vector_memory
         self._types = {name: {line.name: line.type for line in lines} for name, lines in module.computations.items()}
 
     def flops(self, computation: str, instruction: Instruction) -> float:
@@ -92,7 +99,7 @@ class Traffic:
             return 0.0
         if opcode == "fusion":
             return self._fusion(instruction)
-        written = sum(array.bytes for array in arrays(instruction.type))
+        written = sum(array.bytes for array in self._arrays(instruction.type))
         names = operands(instruction)
         if opcode == "dynamic-update-slice":
             return 2 * self._bytes_of(computation, names[1])
@@ -110,27 +117,35 @@ class Traffic:
         return instruction.opcode in _MOVING
 
     def _moves_inside(self, computation: str, line: Instruction) -> bool:
-        scalar = all(array.shape == () for array in arrays(line.type))
+        scalar = all(array.shape == () for array in self._arrays(line.type))
         return scalar or line.opcode in _FREE or self.moves(computation, line)
 
-    def _bytes_of(self, computation: str, name: str) -> float:
-        return sum(array.bytes for array in arrays(self._types[computation].get(name, "")))
+    def _arrays(self, type_text: str) -> list[Array]:
+        return arrays(type_text if self._vector_memory else _without_layouts(type_text))
+
+    def _operand(self, computation: str, operand: str) -> list[Array]:
+        name, _, place = operand.partition("#")
+        found = self._arrays(self._types[computation].get(name, ""))
+        return found[int(place) :][:1] if place else found
+
+    def _bytes_of(self, computation: str, operand: str) -> float:
+        return sum(array.bytes for array in self._operand(computation, operand))
 
     def _shapes(self, computation: str, instruction: Instruction) -> Iterator[tuple[int, ...]]:
         for name in operands(instruction)[:2]:
-            yield arrays(self._types[computation][name])[0].shape
+            yield self._operand(computation, name)[0].shape
 
     def _dot(self, computation: str, instruction: Instruction) -> float:
         left, _ = self._shapes(computation, instruction)
         summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
         terms = math.prod(left[int(axis)] for axis in summed[1].split(",") if axis) if summed else 1
-        return 2.0 * arrays(instruction.type)[0].size * terms
+        return 2.0 * self._arrays(instruction.type)[0].size * terms
 
     def _convolution(self, computation: str, instruction: Instruction) -> float:
         """The TPU compiler writes matrix products as convolutions, with batch axes as spatial ones."""
         left, right = self._shapes(computation, instruction)
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
-        result = arrays(instruction.type)[0]
+        result = self._arrays(instruction.type)[0]
         if labels is None:
             return 0.0
         terms = right[labels[2].index("i")]
@@ -146,7 +161,7 @@ class Traffic:
         lines = self.module.computations[inner]
         total = sum(self._read(inner, line) for line in lines if line.opcode == "parameter")
         updates = list(self._updates(inner))
-        for array in arrays(instruction.type):
+        for array in self._arrays(instruction.type):
             update = next((item for item in updates if item[0] == array.size), None)
             if update is not None:
                 updates.remove(update)
@@ -155,7 +170,7 @@ class Traffic:
 
     def _read(self, computation: str, parameter: Instruction) -> float:
         """Bytes that a fused computation reads of a parameter: what its slices take if it is only sliced."""
-        whole = sum(array.bytes for array in arrays(parameter.type))
+        whole = sum(array.bytes for array in self._arrays(parameter.type))
         taken, names = 0.0, [parameter.name]
         while names:
             name = names.pop()
@@ -167,7 +182,7 @@ class Traffic:
                 if line.opcode == "bitcast":
                     names.append(line.name)
                 elif line.opcode in ("dynamic-slice", "slice", "gather") and first:
-                    taken += sum(array.bytes for array in arrays(line.type))
+                    taken += sum(array.bytes for array in self._arrays(line.type))
                 elif line.opcode == "fusion" and (inner := called(line)) is not None:
                     taken += self._read(inner, self._parameter(inner, used.index(name)))
                 elif line.opcode != "tuple" and not (line.opcode == "dynamic-update-slice" and first):
@@ -186,14 +201,14 @@ class Traffic:
         for line in self.module.computations[computation]:
             if line.opcode == "dynamic-update-slice":
                 update = self._types[computation].get(operands(line)[1], "")
-                yield arrays(line.type)[0].size, sum(_unplaced(update))
+                # A value inside a fusion has no place of its own, whatever its layout says.
+                yield self._arrays(line.type)[0].size, sum(array.bytes for array in arrays(_without_layouts(update)))
             elif line.opcode == "fusion" and (inner := called(line)) is not None:
                 yield from self._updates(inner)
 
 
-def _unplaced(type_text: str) -> Iterator[float]:
-    """Bytes of the arrays of a type, wherever they lie: values inside a fusion have no place of their own."""
-    return (array.bytes for array in arrays(re.sub(r"\{[^}]*\}", "", type_text)))
+def _without_layouts(type_text: str) -> str:
+    return re.sub(r"\{[^}]*\}", "", type_text)
 
 
 class Clock(NamedTuple):

@@ -145,7 +145,7 @@ def clock(config: Config, sizes: dict[str, int], topology: Topology, module: Mod
     bandwidth = topology.chip.hbm_bandwidth * HBM_EFFICIENCY
     kernels = kernel_work(config, sizes, topology).items()
     return Clock(
-        Traffic(module),
+        Traffic(module, vector_memory=topology.is_tpu),
         flops,
         bandwidth,
         {name: max(work.flops / flops, work.bytes / bandwidth) for name, work in kernels},
