@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import switch_study
+from benchmarks import growth_study, norm_study, switch_study, trig_study
 from benchmarks.intervals import difference_cells, differences_table, main, stored_losses
 from benchmarks.overlap import table as overlap_table
+from benchmarks.planner_check.report import table as planner_table
+from benchmarks.pruning_study import report as pruning
 from benchmarks.sharing_study.report import finished_runs, tables
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -147,3 +149,35 @@ def test_switch_study_tables() -> None:
     assert all(sorted(found) == list(switch_study.SEEDS) for found in seeds.values())
     for found in switch_study.tables(runs):
         assert found.strip() in text
+
+
+def test_norm_study_table() -> None:
+    folder = RESULTS / "norm_study"
+    assert norm_study.report(folder) in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_growth_study_table() -> None:
+    folder = RESULTS / "growth_study"
+    assert growth_study.table(growth_study.stored(folder)) in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_pruning_study_tables() -> None:
+    folder = RESULTS / "pruning_study"
+    text, start = (folder / "README.md").read_text(encoding="utf-8"), pruning.right_after(folder)
+    assert pruning.recovery_table(start, stored_losses(folder / "runs")).strip() in text
+    assert pruning.pool_table(start, pruning.right_after(folder, "source")).strip() in text
+
+
+def test_trig_study_tables() -> None:
+    folder = RESULTS / "trig_rewrite"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for found in trig_study.tables(trig_study.stored(folder)):
+        assert found in text
+
+
+@pytest.mark.slow
+def test_planner_check_table() -> None:
+    """What the planner of today says of the steps that were measured."""
+    folder = RESULTS / "planner_check"
+    measured = {found["case"]: found for found in json.loads((folder / "measured.json").read_text(encoding="utf-8"))}
+    assert planner_table(measured) in (folder / "README.md").read_text(encoding="utf-8")
