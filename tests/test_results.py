@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks import growth_study, norm_study, switch_study, trig_study
+from benchmarks import aptitude_study, growth_study, norm_study, retrieval_study, switch_study, trig_study
 from benchmarks.intervals import difference_cells, differences_table, main, stored_losses
 from benchmarks.overlap import table as overlap_table
 from benchmarks.planner_check.report import table as planner_table
 from benchmarks.pruning_study import report as pruning
 from benchmarks.sharing_study.report import finished_runs, tables
+from unipool_jax.config.files import read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LOCK, ABLATIONS, METHODS = (RESULTS / name for name in ("lock_demo", "ablations_demo", "demo_methods"))
 SHARING, SWITCH = RESULTS / "sharing_study", RESULTS / "switch_attention"
+RETRIEVAL, APTITUDE = RESULTS / "retrieval", RESULTS / "aptitude"
 
 
 def rows_of(folder: Path, first: str) -> dict[str, list[str]]:
@@ -181,3 +183,25 @@ def test_planner_check_table() -> None:
     folder = RESULTS / "planner_check"
     measured = {found["case"]: found for found in json.loads((folder / "measured.json").read_text(encoding="utf-8"))}
     assert planner_table(measured) in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_retrieval_study_tables() -> None:
+    """The page holds the tables of the runs that are there: every model with three seeds."""
+    text = (RETRIEVAL / "README.md").read_text(encoding="utf-8")
+    runs = retrieval_study.stored(RETRIEVAL)
+    assert {method: sorted(by_seed) for method, by_seed in runs.items()} == {
+        method: [1, 2, 3] for method in retrieval_study.METHODS
+    }
+    for found in retrieval_study.tables(runs, read_json(RETRIEVAL / retrieval_study.BASELINES)):
+        assert found.strip() in text
+
+
+def test_aptitude_study_tables() -> None:
+    """The page holds the tables of the arms that are there, each with three seeds."""
+    text = (APTITUDE / "README.md").read_text(encoding="utf-8")
+    runs = aptitude_study.stored(APTITUDE)
+    assert {arm: sorted(by_seed) for arm, by_seed in runs.items()} == {
+        arm: [1, 2, 3] for arm in ("base", *aptitude_study.ARMS)
+    }
+    for found in aptitude_study.tables(runs):
+        assert found.strip() in text
