@@ -37,8 +37,8 @@ ARGUMENTS = {
 }
 """Arguments of functions, and settings of lm-eval, that no command line reaches under another name."""
 
-MARKUP = {"analysis/page.py", "cli/completion.py"}
-"""HTML, CSS and shell scripts."""
+MARKUP = {"analysis/page.py", "cli/completion.py", "planner/collectives.py"}
+"""HTML, CSS, shell scripts and the text of compiled modules."""
 
 
 class Message(NamedTuple):
