@@ -1,6 +1,6 @@
 """Does sharing experts change how far a model composes rules? Dense, per-layer and pooled models prove equations.
 
-    python -m benchmarks.trig_study                       # trains what is missing; meant for two CPU hours at most
+    python -m benchmarks.trig_study                       # trains what is missing
     python -m benchmarks.trig_study --report              # the tables of what is there
     python -m benchmarks.trig_study --out /tmp/try --work /tmp/try/work --seeds 1 --limit 5 --train 50 \\
         --overrides train.steps=20
@@ -41,12 +41,12 @@ WORK = Path("runs/trig_study")
 METHODS = ("dense", "vanilla", "unipool")
 PAIRS = (("vanilla", "dense"), ("unipool", "dense"), ("unipool", "vanilla"))
 SEEDS = 3
-TRAIN_PROBLEMS, TEST_PROBLEMS = 10_000, 200
+TRAIN_PROBLEMS, TEST_PROBLEMS = 4_000, 40
 """Of each depth and of each test; the text is longer than what a run reads."""
 SETTINGS = (
     "scale=demo data=trig_rewrite model.num_layers=4 model.hidden_size=96 model.ffn_size=192 model.vocab_size=256 "
-    "data.sequence_length=192 train.batch_size=16 train.microbatch_size=16 train.steps=600 train.eval_every=0 "
-    "train.checkpoint_every=600 train.keep_checkpoints=1 loss.switch_group_sequences=16 run.tensorboard=false"
+    "data.sequence_length=192 train.batch_size=16 train.microbatch_size=16 train.steps=400 train.eval_every=0 "
+    "train.checkpoint_every=400 train.keep_checkpoints=1 loss.switch_group_sequences=16 run.tensorboard=false"
 )
 
 
