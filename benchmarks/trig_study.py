@@ -42,7 +42,7 @@ METHODS = ("dense", "vanilla", "unipool")
 PAIRS = (("vanilla", "dense"), ("unipool", "dense"), ("unipool", "vanilla"))
 SEEDS = 3
 TRAIN_PROBLEMS, TEST_PROBLEMS = 4_000, 40
-"""Of each depth and of each test; the text is longer than what a run reads."""
+"""Of each depth and of each test; a run reads the text one and a half times."""
 SETTINGS = (
     "scale=demo data=trig_rewrite model.num_layers=4 model.hidden_size=96 model.ffn_size=192 model.vocab_size=256 "
     "data.sequence_length=192 train.batch_size=16 train.microbatch_size=16 train.steps=400 train.eval_every=0 "
