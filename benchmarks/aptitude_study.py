@@ -28,7 +28,7 @@ from typing import Any, get_args
 import jax
 
 from benchmarks.aptitude_problems import SOURCES, draw, markup, shots
-from benchmarks.intervals import Losses, difference_cells
+from benchmarks.intervals import Losses, difference_cells, markdown_table
 from unipool_jax.analysis.paired import CELLS, paired
 from unipool_jax.aptitude.candidates import FORMATS, Candidate
 from unipool_jax.aptitude.command import anchors_command, select_command
@@ -188,10 +188,6 @@ def right(runs: Mapping[str, Mapping[int, dict[str, Any]]], source: str) -> Loss
     }
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
-
-
 def _mean(values: Iterable[float], interval: bool = False) -> str:
     """Mean over seeds, with its 95% t interval where asked for and known."""
     known = list(values)
@@ -226,9 +222,9 @@ def tables(runs: Mapping[str, Mapping[int, dict[str, Any]]]) -> list[str]:
     ]
     columns = ("mean d", "spread of d", "error of d", "use and d", "use and size of d", "length and d")
     return [
-        _table(head, rows),
-        _table(("source", "difference", *CELLS), differences),
-        _table(("source", "seed", *columns), scored),
+        markdown_table(head, rows),
+        markdown_table(("source", "difference", *CELLS), differences),
+        markdown_table(("source", "seed", *columns), scored),
     ]
 
 

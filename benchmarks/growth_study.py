@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.intervals import Losses, differences_table
+from benchmarks.intervals import Losses, differences_table, markdown_table
 from unipool_jax.analysis.history import read_history
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
@@ -103,7 +103,7 @@ def flops_to(curve_2T: np.ndarray, loss: float) -> float | None:
 
 def table(curves: Curves) -> str:
     """Markdown: final losses and FLOPs to the final loss of the scratch run of the seed; then paired differences."""
-    rows = [["arm", "valid loss", "FLOPs to the loss of scratch, of its FLOPs", "reached"], ["---"] * 4]
+    rows = []
     for arm, by_seed in curves.items():
         shares = []
         for seed, found in by_seed.items():
@@ -116,7 +116,7 @@ def table(curves: Curves) -> str:
         loss = np.mean([found[1, -1] for found in by_seed.values()])
         rows.append([arm, f"{loss:.4f}", each, f"{len(known)} of {len(shares)}"])
     losses: Losses = {a: {s: float(c[1, -1]) for s, c in by_seed.items()} for a, by_seed in curves.items()}
-    text = "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    text = markdown_table(["arm", "valid loss", "FLOPs to the loss of scratch, of its FLOPs", "reached"], rows)
     return text + "\n" + differences_table(losses, [BASELINE]) if BASELINE in losses and len(losses) > 1 else text
 
 

@@ -13,7 +13,7 @@ import argparse
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from unipool_jax.analysis.paired import CELLS, paired
@@ -57,12 +57,16 @@ def difference_cells(losses: Losses, name: str, minus: str) -> list[str]:
     return paired([losses[name][seed] - losses[minus][seed] for seed in seeds]).cells()
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lines of a Markdown table."""
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
+
+
 def differences_table(losses: Losses, minus: Sequence[str] | None = None) -> str:
     """Markdown: every name minus these, or minus each before it."""
     pairs = itertools.combinations(losses, 2) if minus is None else itertools.product(minus, losses)
-    head = ["run", "minus", *CELLS]
     rows = [[name, other, *difference_cells(losses, name, other)] for other, name in pairs if name != other]
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
+    return markdown_table(["run", "minus", *CELLS], rows)
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.intervals import Losses, difference_cells
+from benchmarks.intervals import Losses, difference_cells, markdown_table
 from unipool_jax.analysis.paired import CELLS, paired
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
@@ -169,10 +169,6 @@ def _score(results: Iterable[dict[str, Any]], task: str, retriever: str) -> dict
     return next(one for one in results if (one["collection"], one["retriever"]) == (task, retriever))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
-
-
 def tables(runs: Mapping[str, Mapping[int, dict[str, Any]]], baselines: dict[str, Any]) -> list[str]:
     """Markdown: the models, what they find, and the differences paired by seed."""
     models = []
@@ -197,9 +193,9 @@ def tables(runs: Mapping[str, Mapping[int, dict[str, Any]]], baselines: dict[str
             both = {"tuned": after[method], "frozen": before[method]}
             differences.append([task, "", f"{method}: tuned - frozen", *difference_cells(both, "tuned", "frozen")])
     return [
-        _table(["model", "seeds", "parameters", "active", "tokens", "valid loss", "tuning loss"], models),
-        _table(["task", "states", *runs, "BM25", "random"], found_rows),
-        _table(["task", "states", "difference", *CELLS], differences),
+        markdown_table(["model", "seeds", "parameters", "active", "tokens", "valid loss", "tuning loss"], models),
+        markdown_table(["task", "states", *runs, "BM25", "random"], found_rows),
+        markdown_table(["task", "states", "difference", *CELLS], differences),
     ]
 
 

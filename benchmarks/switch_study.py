@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.intervals import Losses, difference_cells
+from benchmarks.intervals import Losses, difference_cells, markdown_table
 from unipool_jax.analysis.paired import CELLS
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.files import RESTORE, read_json, write_json
@@ -239,10 +239,6 @@ def by_seed(found: Sequence[dict[str, Any]], measure: str) -> Losses:
     return {arm: {line["seed"]: line[measure] for line in found if line["arm"] == arm} for arm in arms}
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
-
-
 def tables(found: Sequence[dict[str, Any]]) -> list[str]:
     """What each arm reached, as means over seeds; differences of kinds, and of the two weightings, paired by seed."""
     columns = {measure: by_seed(found, measure) for measure in MEASURES}
@@ -252,7 +248,7 @@ def tables(found: Sequence[dict[str, Any]]) -> list[str]:
         rows.append(
             [arm, str(len(seeds)), f"{means[0]:.4f}", *(f"{mean:.3f}" for mean in means[1:5]), f"{means[5]:.1f}"]
         )
-    found_tables = [_table(HEAD, rows)]
+    found_tables = [markdown_table(HEAD, rows)]
     for pairs, second in ((PAIRS, "far_recall"), (WEIGHTINGS, "share")):
         differences = [
             [f"{arm} - {minus}", NAMES[measure], *difference_cells(columns[measure], arm, minus)]
@@ -260,7 +256,7 @@ def tables(found: Sequence[dict[str, Any]]) -> list[str]:
             for arm, minus in pairs
             if {arm, minus} <= columns[measure].keys()
         ]
-        found_tables.append(_table(["difference", "of", *CELLS], differences))
+        found_tables.append(markdown_table(["difference", "of", *CELLS], differences))
     return found_tables
 
 

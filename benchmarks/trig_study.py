@@ -17,11 +17,11 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.intervals import Losses, difference_cells
+from benchmarks.intervals import Losses, difference_cells, markdown_table
 from unipool_jax.analysis.paired import CELLS, paired
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
@@ -96,10 +96,6 @@ def rates(runs: dict[str, dict[int, dict[str, Any]]], test: str, policy: str = "
     }
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
-
-
 def tables(runs: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     """Markdown: the models, what they prove by test, and the differences paired by seed."""
     models = []
@@ -118,9 +114,9 @@ def tables(runs: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
             if name in found and minus in found:
                 differences.append([test, f"{name} - {minus}", *difference_cells(found, name, minus)])
     return [
-        _table(["model", "seeds", "parameters", "active", "tokens", "valid loss"], models),
-        _table(["test", *runs, "random"], proved),
-        _table(["test", "models", *CELLS], differences),
+        markdown_table(["model", "seeds", "parameters", "active", "tokens", "valid loss"], models),
+        markdown_table(["test", *runs, "random"], proved),
+        markdown_table(["test", "models", *CELLS], differences),
     ]
 
 

@@ -13,10 +13,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.intervals import Losses, difference_cells, stored_losses
+from benchmarks.intervals import Losses, difference_cells, markdown_table, stored_losses
 from benchmarks.pruning_study.__main__ import pools
 from benchmarks.pruning_study.cases import AXES, KEPT, PARENTS, POOL_ARMS, RESULTS
-from benchmarks.sharing_study.report import table
 from unipool_jax.analysis.paired import CELLS
 
 
@@ -45,7 +44,7 @@ def recovery_table(start: Losses, end: Losses) -> str:
                 row += difference_cells(end, name, minus) if known else ["-"] * len(CELLS)
             rows.append(row)
     beside = [f"minus {other}: {cell}" for other in ("random", "scratch") for cell in CELLS]
-    return table(["axis", "arm", "seeds", "after pruning", "after recovery", *beside], rows)
+    return markdown_table(["axis", "arm", "seeds", "after pruning", "after recovery", *beside], rows)
 
 
 def pool_table(losses: Losses, sources: Losses) -> str:
@@ -60,7 +59,7 @@ def pool_table(losses: Losses, sources: Losses) -> str:
                     mean = f"{statistics.fmean(losses[name].values()):.4f}"
                     row = [method, str(experts), arm, str(len(losses[name])), mean]
                     rows.append([*row, *difference_cells(both, name, "source")])
-    return table(["parent", "experts of 32", "importance", "seeds", "loss", *CELLS], rows)
+    return markdown_table(["parent", "experts of 32", "importance", "seeds", "loss", *CELLS], rows)
 
 
 def main() -> int:

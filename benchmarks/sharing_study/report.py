@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
-from benchmarks.intervals import Losses, difference_cells
+from benchmarks.intervals import Losses, difference_cells, markdown_table
 from benchmarks.sharing_study.cases import CASES, RESULTS
 from unipool_jax.analysis.history import read_history
 from unipool_jax.analysis.paired import CELLS, paired
@@ -84,11 +84,6 @@ def _result(run: Path, text: str) -> dict[str, Any]:
     return result
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
-
-
 def runs_table(runs: Runs) -> str:
     """What each case reached, as means over seeds."""
     rows = []
@@ -101,7 +96,7 @@ def runs_table(runs: Runs) -> str:
             used = statistics.fmean(result["experts/used"] for result in results)
             cells += [f"{zero:.2%}", f"{statistics.fmean(busiest):.1f}", f"{used:.1f}"]
         rows.append([*cells, *["-"] * (7 - len(cells))])
-    return table(["run", "seeds", "valid", "held out", "zero gates", "busiest/mean", "experts used"], rows)
+    return markdown_table(["run", "seeds", "valid", "held out", "zero gates", "busiest/mean", "experts used"], rows)
 
 
 def _mean(runs: Runs, name: str, text: str) -> float:
@@ -126,7 +121,7 @@ def differences_table(runs: Runs, pairs: Iterable[tuple[str, str]]) -> str:
     for name, minus in pairs:
         if name in runs and minus in runs:
             rows += [[f"{name} - {minus}", text, *difference_cells(losses(runs, text), name, minus)] for text in TEXTS]
-    return table(["difference", "text", *CELLS], rows)
+    return markdown_table(["difference", "text", *CELLS], rows)
 
 
 def tables(runs: Runs) -> list[str]:
