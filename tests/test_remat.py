@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiny import slow_among, tiny_batch, tiny_config
+from tiny import tiny_batch, tiny_config
 from unipool_jax.config.schema import MeshConfig, Remat
 from unipool_jax.model.remat import recompute
 from unipool_jax.parallel.mesh import make_mesh, spec
 from unipool_jax.training.state import state_shapes
 from unipool_jax.training.step import make_train_step
-
-POLICIES = typing.get_args(Remat)
 
 
 def _products(function: Any, *arguments: Any) -> int:
@@ -42,16 +40,19 @@ def test_a_policy_around_it_does_not_reach_into_a_recomputed_function() -> None:
 
 
 @pytest.mark.parametrize(
-    "more",
-    slow_among(
-        [("unipool",), ("vanilla",), ("unipool", "pool.groups=2")], [("vanilla",), ("unipool", "pool.groups=2")]
-    ),
+    ("policies", "more"),
+    [
+        (("none", "experts", "moe"), ("unipool",)),
+        pytest.param(typing.get_args(Remat), ("unipool",), marks=pytest.mark.slow),
+        pytest.param(typing.get_args(Remat), ("vanilla",), marks=pytest.mark.slow),
+        pytest.param(typing.get_args(Remat), ("unipool", "pool.groups=2"), marks=pytest.mark.slow),
+    ],
 )
-def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
+def test_a_mesh_recomputes_what_one_device_does(policies: tuple[Remat, ...], more: tuple[str, ...]) -> None:
     """Products of the traced step over fsdp 2, where pools are gathered again, and on one device."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
     products: dict[str, tuple[int, int]] = {}
-    for remat in POLICIES:
+    for remat in policies:
         config = tiny_config(*more, "moe.experts_per_layer=8", f"model.remat={remat}")
         single: Any = make_train_step(config)
         alone = single.lower(state_shapes(config), tiny_batch(config))
@@ -63,8 +64,9 @@ def test_a_mesh_recomputes_what_one_device_does(more: tuple[str, ...]) -> None:
             step: Any = make_train_step(config, mesh)
             lowered = step.lower(state_shapes(config, mesh), batch)
         products[remat] = (lowered.as_text().count("dot_general"), alone.as_text().count("dot_general"))
-    assert products["none"][0] < products["experts"][0] < products["moe"][0] < products["full"][0]
-    assert products["none"][0] < products["attention"][0] < products["full"][0]
+    rising = [products[remat][0] for remat in ("none", "experts", "moe", "full") if remat in products]
+    assert rising == sorted(set(rising))
+    assert "attention" not in products or products["none"][0] < products["attention"][0] < products["full"][0]
     # The head is made in chunks on one device, so only differences compare.
-    for remat in POLICIES:
+    for remat in policies:
         assert products[remat][0] - products["none"][0] == products[remat][1] - products["none"][1]

@@ -111,7 +111,7 @@ def test_the_pool_loss_of_balance_groups_is_the_mean_of_their_own(words: str) ->
             ]
         )
     assert expected[8] > 1.01 * expected[1]  # a few tokens are never as even as many
-    micro_batches = {2: (8, 2), 8: (4,)}
+    micro_batches = {2: (8, 2), 8: (4,)} if words else {2: (8, 2)}
     for groups, sizes in micro_batches.items():
         grouped = dataclasses.replace(config, loss=dataclasses.replace(config.loss, balance_groups=groups))
         moments = []
