@@ -92,6 +92,27 @@ def test_the_gradient_that_arrives_is_added_to_and_unused_experts_pass_it_on_unt
         assert share[0].any(), name
 
 
+def test_products_that_are_computed_again_give_the_same_gradients() -> None:
+    """What the backward pass keeps of a layer is then the rows alone."""
+    x, accumulator, grad = (
+        operand[0] if isinstance(operand, jax.Array) else operand for operand in _operands("float32", 1)
+    )
+    plan: GroupPlan = make_group_plan(jnp.array([60, 3, 0, 1]), SHAPE.rows, implementation="xla")
+
+    def run(keep_products: bool) -> tuple[list[np.ndarray], int]:
+        def layer(x: jax.Array, sums: Bank) -> tuple[jax.Array, Bank]:
+            return accumulating_ffn(x, accumulator, sums, plan, keep_products)
+
+        (output, _), pullback = jax.vjp(layer, x, accumulator)
+        kept = sum(leaf.size for leaf in jax.tree.leaves(pullback))
+        return [np.asarray(leaf) for leaf in jax.tree.leaves((output, pullback((grad, accumulator))))], kept
+
+    (kept, most), (again, least) = run(True), run(False)
+    for one, other in zip(kept, again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+    assert most - least >= 2 * SHAPE.rows * accumulator.gate_EDF.shape[2]
+
+
 def test_errors_name_the_weights_that_do_not_fit_their_accumulator() -> None:
     x, accumulator, _ = _operands("bfloat16", 1)
     plan = make_group_plan(jnp.array([16] * 4), SHAPE.rows)
@@ -115,8 +136,10 @@ def _loss(config: Config) -> Callable[[Any], jax.Array]:
     return loss
 
 
-def _plain_autodiff(rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan) -> tuple[jax.Array, Bank]:
-    return grouped_ffn(rows_RD, accumulator, plan), accumulator
+def _plain_autodiff(
+    rows_RD: jax.Array, bank: Bank, accumulator: Bank, plan: GroupPlan, keep_products: bool
+) -> tuple[jax.Array, Bank]:
+    return grouped_ffn(rows_RD, accumulator, plan, keep_products), accumulator
 
 
 @pytest.mark.parametrize(
