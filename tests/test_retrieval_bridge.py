@@ -90,9 +90,11 @@ def test_titles_of_documents(encoder: RunEncoder, model: LanguageModel, monkeypa
         {"text": "a"},
     ]
     same, other = encoder.encode_corpus([*corpus, "a"]), titled.encode_corpus(corpus)
-    assert (same == same[0]).all()
-    assert (other[1:] == same[0]).all()
-    np.testing.assert_array_equal(other[0], encoder.encode_queries(["t a"])[0])
+    np.testing.assert_allclose(same, same[:1].repeat(len(same), 0), rtol=1e-5)
+    # Beside a longer text the rows are padded, and sums may be in another order.
+    np.testing.assert_allclose(other[1:], same[:3], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(other[0], encoder.encode_queries(["t a"])[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(other[0] - other[1]).max() > 1e-3
 
 
 def test_batches_of_mteb_and_layers(encoder: RunEncoder) -> None:

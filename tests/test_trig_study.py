@@ -27,10 +27,10 @@ def test_models_have_the_same_active_parameters_and_text(work: Path) -> None:
     assert len({count_parameters(config)["active"] for config in configs}) == 1
     assert {config.train.steps for config in configs} == {7}
     assert len({dataclasses.replace(config.data) for config in configs}) == 1
-    # Every step of a run reads text that it has not read before: a document has 34 words and its end on average.
+    # A run reads the text one and a half times: a document has 34 words and its end on average.
     default = study.configuration("dense", 1, work, [])
     tokens = default.train.steps * default.train.batch_size * default.data.sequence_length
-    assert tokens < study.TRAIN_PROBLEMS * (1 + 2 + 3) * 35 * 0.98
+    assert 1.4 < tokens / (study.TRAIN_PROBLEMS * (1 + 2 + 3) * 35 * 0.98) < 1.6
 
 
 def kept(folder: Path, method: str, seed: int, rate: float) -> None:
