@@ -94,9 +94,8 @@ def test_the_gradient_that_arrives_is_added_to_and_unused_experts_pass_it_on_unt
 
 def test_products_that_are_computed_again_give_the_same_gradients() -> None:
     """What the backward pass keeps of a layer is then the rows alone."""
-    x, accumulator, grad = (
-        operand[0] if isinstance(operand, jax.Array) else operand for operand in _operands("float32", 1)
-    )
+    x_LRD, accumulator, grad_LRD = _operands("float32", 1)
+    x, grad = x_LRD[0], grad_LRD[0]
     plan: GroupPlan = make_group_plan(jnp.array([60, 3, 0, 1]), SHAPE.rows, implementation="xla")
 
     def run(keep_products: bool) -> tuple[list[np.ndarray], int]:
