@@ -1,4 +1,4 @@
-"""What pruning costs, and what importance, CLAP and SLNP are worth: less than an hour of one core.
+"""What pruning costs, and what importance, CLAP and SLNP are worth: hours on two CPU cores.
 
     python -m benchmarks.sharing_study.text --out ~/sharing_study        # the text, from packages
     python -m benchmarks.pruning_study --text ~/sharing_study            # everything

@@ -14,17 +14,17 @@ from unipool_jax.training.flops import flops_per_token
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "pruning_study"
 SEEDS = (1, 2, 3)
-PARENT_STEPS = 240
-RECOVERY_STEPS = 48
+PARENT_STEPS = 400
+RECOVERY_STEPS = 80
 TOKENS = 16_384
 """Of calibration."""
 
 SETTINGS = (
     *("scale=demo", "model.num_layers=8", "model.hidden_size=96", "model.ffn_size=192", "moe.experts_per_layer=4"),
     *(f"model.vocab_size={VOCAB_SIZE}", "data.source=stores", "data.sequence_length=128"),
-    *("train.batch_size=8", "train.microbatch_size=8", "train.eval_batches=8", "train.eval_batch_size=128"),
+    *("train.batch_size=16", "train.microbatch_size=16", "train.eval_batches=8", "train.eval_batch_size=128"),
     *("train.log_every=20", "train.eval_every=0", "train.keep_checkpoints=1", "run.tensorboard=false", "mesh=single"),
-    *("loss.switch_group_sequences=8", "loss.pool_coefficient=1e-3"),
+    *("loss.switch_group_sequences=16", "loss.pool_coefficient=1e-3"),
 )
 
 RATE, RECOVERY_RATE = 4e-3, 2e-3
