@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|[a-z]\w*\[[^\]]*\]\S*) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -156,12 +156,17 @@ def _trips(condition: list[Instruction]) -> int:
     return max(constants, default=1)
 
 
+def element_bits(dtype: str) -> int:
+    """Bits of an element; of `f8e4m3fn` the first number."""
+    number = re.search(r"\d+", dtype)
+    return _BITS.get(dtype) or (0 if number is None else int(number[0]))
+
+
 def array_bytes(type_text: str) -> list[int]:
     """Bytes of each array of an instruction's type, unpadded."""
     sizes = []
     for dtype, shape in _ARRAY.findall(type_text):
-        bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
-        sizes.append(math.prod(int(size) for size in shape.split(",") if size) * bits // 8)
+        sizes.append(math.prod(int(size) for size in shape.split(",") if size) * element_bits(dtype) // 8)
     return sizes
 
 

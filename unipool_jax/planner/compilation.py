@@ -138,9 +138,6 @@ def compile_step(config: Config, mesh: Mesh) -> Program:
         memory = _memory(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         text = texts[-1].read_text()
-    if mesh.devices.flat[0].platform == "gpu":
-        # The space of buffers for collectives, which is in the same memory; on a TPU 1 is the vector memory.
-        text = text.replace(":S(1)", "")
     return Program(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,

@@ -12,17 +12,17 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from unipool_jax.planner.collectives import (
-    BITS,
     COLLECTIVES,
     Instruction,
     Module,
     chain,
     collective_inside,
+    element_bits,
     kernel_inside,
 )
 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
-_OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)?)")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _FREE = (
     *("after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "partition-id", "tuple"),
     *("async-start", "async-update", "async-done", "copy-start", "copy-done", "slice-start", "slice-done"),
@@ -49,13 +49,13 @@ def arrays(type_text: str) -> list[Array]:
     found = []
     for dtype, sizes, layout in _ARRAY.findall(type_text):
         shape = tuple(int(size) for size in sizes.split(",") if size)
-        bits = BITS.get(dtype) or int(re.match(r"[a-z]+(\d*)", dtype)[1] or 0)  # type: ignore[index]
-        found.append(Array(shape, 0.0 if re.search(r"S\([1-9]", layout) else math.prod(shape) * bits / 8))
+        memory = math.prod(shape) * element_bits(dtype) / 8
+        found.append(Array(shape, 0.0 if re.search(r"S\([1-9]", layout) else memory))
     return found
 
 
 def operands(instruction: Instruction) -> list[str]:
-    """Names of the operands of an instruction; `name#2` is the third of a tuple, as the GPU compiler writes it."""
+    """Names of the operands of an instruction."""
     depth = 1
     for end, character in enumerate(instruction.rest):
         depth += (character == "(") - (character == ")")
@@ -64,18 +64,13 @@ def operands(instruction: Instruction) -> list[str]:
     return _OPERAND.findall(instruction.rest)
 
 
-def called(instruction: Instruction) -> str | None:
-    """The computation that a fusion or a call runs."""
-    found = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest)
-    return None if found is None else found[1]
-
-
 class Traffic:
     """FLOPs and bytes of the instructions of a module.
 
     Args:
       module: as parsed.
-      vector_memory: whether `S(1)` in a layout is a TPU's vector memory; on GPUs it is memory like any other.
+      vector_memory: whether `S(1)` in a layout is a TPU's vector memory; on GPUs, where it is that of buffers for
+        collectives, it is memory like any other.
     """
 
     def __init__(self, module: Module, *, vector_memory: bool = True) -> None:
@@ -89,7 +84,7 @@ class Traffic:
             return self._dot(computation, instruction)
         if instruction.opcode == "convolution":
             return self._convolution(computation, instruction)
-        inner = called(instruction) if instruction.opcode == "fusion" else None
+        inner = self._inside(instruction) if instruction.opcode == "fusion" else None
         return 0.0 if inner is None else sum(self.flops(inner, line) for line in self.module.computations[inner])
 
     def bytes(self, computation: str, instruction: Instruction) -> float:
@@ -110,11 +105,14 @@ class Traffic:
     def moves(self, computation: str, instruction: Instruction) -> bool:
         """Whether an instruction copies, slices or lays out arrays anew, and computes nothing but indices."""
         if instruction.opcode == "fusion":
-            inner = called(instruction)
-            assert inner is not None
+            inner = self._inside(instruction)
             lines = self.module.computations[inner]
             return all(self._moves_inside(inner, line) for line in lines)
         return instruction.opcode in _MOVING
+
+    def _inside(self, fusion: Instruction) -> str:
+        """The computation that a fusion runs."""
+        return next(name for name, _ in self.module.called(fusion))
 
     def _moves_inside(self, computation: str, line: Instruction) -> bool:
         scalar = all(array.shape == () for array in self._arrays(line.type))
@@ -123,10 +121,8 @@ class Traffic:
     def _arrays(self, type_text: str) -> list[Array]:
         return arrays(type_text if self._vector_memory else _without_layouts(type_text))
 
-    def _operand(self, computation: str, operand: str) -> list[Array]:
-        name, _, place = operand.partition("#")
-        found = self._arrays(self._types[computation].get(name, ""))
-        return found[int(place) :][:1] if place else found
+    def _operand(self, computation: str, name: str) -> list[Array]:
+        return self._arrays(self._types[computation].get(name, ""))
 
     def _bytes_of(self, computation: str, operand: str) -> float:
         return sum(array.bytes for array in self._operand(computation, operand))
@@ -156,8 +152,7 @@ class Traffic:
         return 2.0 * result.size * terms
 
     def _fusion(self, instruction: Instruction) -> float:
-        inner = called(instruction)
-        assert inner is not None
+        inner = self._inside(instruction)
         lines = self.module.computations[inner]
         total = sum(self._read(inner, line) for line in lines if line.opcode == "parameter")
         updates = list(self._updates(inner))
@@ -183,7 +178,8 @@ class Traffic:
                     names.append(line.name)
                 elif line.opcode in ("dynamic-slice", "slice", "gather") and first:
                     taken += sum(array.bytes for array in self._arrays(line.type))
-                elif line.opcode == "fusion" and (inner := called(line)) is not None:
+                elif line.opcode == "fusion":
+                    inner = self._inside(line)
                     taken += self._read(inner, self._parameter(inner, used.index(name)))
                 elif line.opcode != "tuple" and not (line.opcode == "dynamic-update-slice" and first):
                     return whole
@@ -203,8 +199,8 @@ class Traffic:
                 update = self._types[computation].get(operands(line)[1], "")
                 # A value inside a fusion has no place of its own, whatever its layout says.
                 yield self._arrays(line.type)[0].size, sum(array.bytes for array in arrays(_without_layouts(update)))
-            elif line.opcode == "fusion" and (inner := called(line)) is not None:
-                yield from self._updates(inner)
+            elif line.opcode == "fusion":
+                yield from self._updates(self._inside(line))
 
 
 def _without_layouts(type_text: str) -> str:
