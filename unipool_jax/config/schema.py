@@ -687,12 +687,21 @@ class Config:
         return self.train.batch_size // self.train.microbatch_size
 
     @property
+    def balance_parts(self) -> int:
+        """Balance groups of a micro-batch; 1 where it is in one."""
+        return max(self.loss.balance_groups // self.num_microbatches, 1)
+
+    @property
     def balance_sequences(self) -> int:
         """Sequences of a micro-batch over which one balance loss is computed, where it has several of them."""
-        parts = self.loss.balance_groups // self.num_microbatches
-        if self.loss.balance == "pool" and parts > 1:
-            return self.train.microbatch_size // parts
+        if self.loss.balance == "pool" and self.balance_parts > 1:
+            return self.train.microbatch_size // self.balance_parts
         return self.loss.switch_group_sequences
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether the backward pass computes the attention block of a layer again."""
+        return self.model.remat in ("attention", "full")
 
     @property
     def microbatch_loss(self) -> str | None:

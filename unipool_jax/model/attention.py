@@ -188,7 +188,7 @@ def _by_kind(
 
     # A differentiated conditional keeps the residuals of both branches, so a layer of the window would keep as much as
     # a full one: of a layer that is not recomputed itself, keep the operands.
-    function = either if config.model.remat in ("attention", "full") else recompute(either)
+    function = either if config.recomputes_attention else recompute(either)
     assert sees_all is not None
     return function(sees_all, *operands)
 

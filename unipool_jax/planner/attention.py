@@ -57,7 +57,7 @@ def fused(config: Config, topology: Topology) -> bool:
 
 def recomputes_product(config: Config) -> bool:
     """Whether a layer computes its attention product again although it is not recomputed itself."""
-    return config.attention.kind == "alternating" and config.model.remat not in ("attention", "full")
+    return config.attention.kind == "alternating" and not config.recomputes_attention
 
 
 def padding(config: Config, topology: Topology) -> float:
@@ -87,7 +87,7 @@ def _blocks(config: Config, rows: float, forward: int) -> AttentionCost:
         )
     # Forward, the compiler computes the scores twice, for their maximum and for their exponentials, which it keeps in
     # float32 for the product with the values. Backward, it computes them again, and four more products.
-    products = 3 * (forward + again) + 4 + (0 if config.model.remat in ("attention", "full") or again else 1)
+    products = 3 * (forward + again) + 4 + (0 if config.recomputes_attention or again else 1)
     # One of the blocks of queries at a time; those of a window are computed at once.
     block = rows * length * length / QUERY_BLOCKS
     return AttentionCost(

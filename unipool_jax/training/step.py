@@ -121,16 +121,16 @@ def balance_loss(config: Config, stats: RoutingStats, micro: MicroBatch) -> jax.
         if loss.pool_warmup_fraction:
             risen = micro.step.astype(jnp.float32) / (loss.pool_warmup_fraction * config.train.lengths[0])
             coefficient = coefficient * jnp.minimum(risen, 1.0)
-        scope, parts = pool_scope(config), loss.balance_groups // config.num_microbatches
+        scope, parts = pool_scope(config), config.balance_parts
 
         def of_part(counts_GNAE: jax.Array, score_sum_GNAE: jax.Array) -> jax.Array:
             part = stats._replace(counts_AE=counts_GNAE, score_sum_AE=score_sum_GNAE)
             load = load_shares(config, counts_GNAE) if load_GE is None else load_GE
             if scope is not None:
-                return scoped_pool_loss(scope, part, load, tokens // max(parts, 1), coefficient)
-            return pool_loss(part, load, tokens // max(parts, 1), coefficient)
+                return scoped_pool_loss(scope, part, load, tokens // parts, coefficient)
+            return pool_loss(part, load, tokens // parts, coefficient)
 
-        if parts <= 1:
+        if parts == 1:
             return of_part(stats.counts_AE, stats.score_sum_AE)
         by_part = [values[:, :, :, None] for values in (stats.counts_AE, stats.score_sum_AE)]
         return jnp.mean(jax.vmap(of_part, in_axes=2)(*by_part))
