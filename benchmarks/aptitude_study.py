@@ -21,15 +21,15 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 
 from benchmarks.aptitude_problems import SOURCES, draw, markup, shots
-from benchmarks.intervals import Losses, difference_cells, markdown_table
-from unipool_jax.analysis.paired import CELLS, paired
+from benchmarks.intervals import Losses, difference_cells, kept_runs, markdown_table, mean_cell
+from unipool_jax.analysis.paired import CELLS
 from unipool_jax.aptitude.candidates import FORMATS, Candidate
 from unipool_jax.aptitude.command import anchors_command, select_command
 from unipool_jax.aptitude.expert_use import correlations
@@ -172,11 +172,7 @@ def _counts(found: Sequence[tuple[Candidate, str]]) -> dict[str, float]:
 
 def stored(out: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """What was kept of each arm and the base model, by seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in ("base", *ARMS)}
-    for path in sorted(out.glob("*-seed*.json")):
-        one = read_json(path)
-        found[one["arm"]][one["seed"]] = one
-    return {arm: by_seed for arm, by_seed in found.items() if by_seed}
+    return kept_runs(out, ("base", *ARMS), "arm")
 
 
 def right(runs: Mapping[str, Mapping[int, dict[str, Any]]], source: str) -> Losses:
@@ -188,25 +184,24 @@ def right(runs: Mapping[str, Mapping[int, dict[str, Any]]], source: str) -> Loss
     }
 
 
-def _mean(values: Iterable[float], interval: bool = False) -> str:
-    """Mean over seeds, with its 95% t interval where asked for and known."""
-    known = list(values)
-    found = paired(known).interval if interval else None
-    return f"{statistics.fmean(known):.3f}" + ("" if found is None else " ({:.3f} to {:.3f})".format(*found))
-
-
 def tables(runs: Mapping[str, Mapping[int, dict[str, Any]]]) -> list[str]:
     """Markdown: what each arm answers, the differences paired by seed, and what the scores say."""
     rows = []
     for arm, by_seed in runs.items():
-        shares = [_mean(right(runs, source)[arm].values(), interval=True) for source in (*SOURCES, "all")]
+        shares = [mean_cell(list(right(runs, source)[arm].values())) for source in (*SOURCES, "all")]
         means = [
-            _mean(statistics.fmean(one["answers"][source][name] for source in SOURCES) for one in by_seed.values())
+            statistics.fmean(one["answers"][source][name] for one in by_seed.values() for source in SOURCES)
             for name in ("programs", "characters")
         ]
         solutions = [one["solutions"] for one in by_seed.values() if one["solutions"] is not None]
         rows.append(
-            [arm, str(len(by_seed)), f"{statistics.fmean(solutions):.0f}" if solutions else "-", *shares, *means]
+            [
+                arm,
+                str(len(by_seed)),
+                f"{statistics.fmean(solutions):.0f}" if solutions else "-",
+                *shares,
+                *(f"{mean:.3f}" for mean in means),
+            ]
         )
     differences = [
         [source, f"{arm} - {minus}", *difference_cells(right(runs, source), arm, minus)]

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.intervals import Losses, differences_table, markdown_table
+from benchmarks.intervals import Losses, differences_table, kept_runs, markdown_table
 from unipool_jax.analysis.history import read_history
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
-from unipool_jax.config.files import read_json, write_json
+from unipool_jax.config.files import write_json
 from unipool_jax.config.schema import Config
 from unipool_jax.training.entry import run
 from unipool_jax.training.flops import flops_spent
@@ -81,11 +81,10 @@ def curve(folder: Path, config: Config) -> np.ndarray:
 
 def stored(out: Path) -> Curves:
     """The curves that were kept, by arm and seed."""
-    found: Curves = {arm: {} for arm in ARMS}
-    for path in sorted(out.glob("*-seed*.json")):
-        one = read_json(path)
-        found[one["arm"]][one["seed"]] = np.array([one["flops"], one["loss"]])
-    return {arm: by_seed for arm, by_seed in found.items() if by_seed}
+    return {
+        arm: {seed: np.array([one["flops"], one["loss"]]) for seed, one in by_seed.items()}
+        for arm, by_seed in kept_runs(out, ARMS, "arm").items()
+    }
 
 
 def flops_to(curve_2T: np.ndarray, loss: float) -> float | None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from unipool_jax.analysis.paired import CELLS, paired
 from unipool_jax.config.files import RESTORE, read_json
@@ -42,6 +44,28 @@ def stored_losses(folder: Path) -> Losses:
     if not found:
         sys.exit(f"{folder}: no compare.json and no NAME-seedN/{SUMMARY} in it; give the folder of a study")
     return dict(found)
+
+
+def kept_runs(folder: Path, names: Iterable[str], key: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """What a study kept of each run, in files `NAME-seedN.json`, by name and seed; names without a run are left out.
+
+    Args:
+      folder: of the study.
+      names: in the order of its tables.
+      key: under which a file has its name.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    for path in sorted(folder.glob("*-seed*.json")):
+        one = read_json(path, RESTORE)
+        found[one[key]][one["seed"]] = one
+    return {name: by_seed for name, by_seed in found.items() if by_seed}
+
+
+def mean_cell(values: Sequence[float], digits: int = 3) -> str:
+    """Mean over seeds with its 95% t interval, where there are seeds enough for one."""
+    interval, shown = paired(values).interval, f".{digits}f"
+    mean = format(statistics.fmean(values), shown)
+    return mean if interval is None else f"{mean} ({interval[0]:{shown}} to {interval[1]:{shown}})"
 
 
 def name_of(run: Path) -> str:

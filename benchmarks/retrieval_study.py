@@ -26,8 +26,8 @@ from typing import Any
 
 import jax
 
-from benchmarks.intervals import Losses, difference_cells, markdown_table
-from unipool_jax.analysis.paired import CELLS, paired
+from benchmarks.intervals import Losses, difference_cells, kept_runs, markdown_table, mean_cell
+from unipool_jax.analysis.paired import CELLS
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.files import read_json, write_atomically, write_json, write_text
@@ -150,11 +150,7 @@ def examine(config: Config, tasks: Tasks, steps: int) -> dict[str, Any]:
 
 def stored(out: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """What was kept of each run, by method and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in METHODS}
-    for path in sorted(out.glob("*-seed*.json")):
-        one = read_json(path)
-        found[one["method"]][one["seed"]] = one
-    return {method: by_seed for method, by_seed in found.items() if by_seed}
+    return kept_runs(out, METHODS, "method")
 
 
 def scores(runs: Mapping[str, Mapping[int, dict[str, Any]]], task: str, state: str) -> Losses:
@@ -183,7 +179,8 @@ def tables(runs: Mapping[str, Mapping[int, dict[str, Any]]], baselines: dict[str
         beside = [f"{_score(baselines['results'], task, name)['ndcg_10']:.4f}" for name in ("bm25", "random")]
         for state in STATES:
             found = scores(runs, task, state)
-            found_rows.append([task, state, *(_cell(list(by_seed.values())) for by_seed in found.values()), *beside])
+            cells = [mean_cell(list(by_seed.values()), 4) for by_seed in found.values()]
+            found_rows.append([task, state, *cells, *beside])
             for name, minus in PAIRS:
                 if name in found and minus in found:
                     differences.append([task, state, f"{name} - {minus}", *difference_cells(found, name, minus)])
@@ -197,12 +194,6 @@ def tables(runs: Mapping[str, Mapping[int, dict[str, Any]]], baselines: dict[str
         markdown_table(["task", "states", *runs, "BM25", "random"], found_rows),
         markdown_table(["task", "states", "difference", *CELLS], differences),
     ]
-
-
-def _cell(found: Sequence[float]) -> str:
-    """Mean over seeds with its 95% t interval."""
-    interval = paired(found).interval
-    return f"{statistics.fmean(found):.4f}" + ("" if interval is None else " ({:.4f} to {:.4f})".format(*interval))
 
 
 def study(arguments: argparse.Namespace) -> int:

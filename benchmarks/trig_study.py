@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import time
@@ -21,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.intervals import Losses, difference_cells, markdown_table
-from unipool_jax.analysis.paired import CELLS, paired
+from benchmarks.intervals import Losses, difference_cells, kept_runs, markdown_table, mean_cell
+from unipool_jax.analysis.paired import CELLS
 from unipool_jax.cli.guard import guarded
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.files import write_json
@@ -78,11 +77,7 @@ def prove(config: Config, work: Path, limit: int | None) -> dict[str, Any]:
 
 def stored(out: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """What was kept of each run, by method and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in METHODS}
-    for path in sorted(out.glob("*-seed*.json")):
-        one = json.loads(path.read_text(encoding="utf-8"))
-        found[one["method"]][one["seed"]] = one
-    return {method: by_seed for method, by_seed in found.items() if by_seed}
+    return kept_runs(out, METHODS, "method")
 
 
 def rates(runs: dict[str, dict[int, dict[str, Any]]], test: str, policy: str = "model") -> Losses:
@@ -108,7 +103,7 @@ def tables(runs: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     for test in TESTS:
         found = rates(runs, test)
         chance = rates(runs, test, "random")
-        cells = [_cell(list(by_seed.values())) for by_seed in found.values()]
+        cells = [mean_cell(list(by_seed.values())) for by_seed in found.values()]
         proved.append([test, *cells, f"{statistics.fmean(next(iter(chance.values())).values()):.3f}"])
         for name, minus in PAIRS:
             if name in found and minus in found:
@@ -118,12 +113,6 @@ def tables(runs: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
         markdown_table(["test", *runs, "random"], proved),
         markdown_table(["test", "models", *CELLS], differences),
     ]
-
-
-def _cell(found: Sequence[float]) -> str:
-    """Mean over seeds with its 95% t interval."""
-    interval = paired(found).interval
-    return f"{statistics.fmean(found):.3f}" + ("" if interval is None else " ({:.3f} to {:.3f})".format(*interval))
 
 
 def main() -> int:
