@@ -27,7 +27,7 @@ SETTINGS = (
     *("loss.switch_group_sequences=16", "loss.pool_coefficient=1e-3"),
 )
 
-RATE, RECOVERY_RATE = 4e-3, 2e-3
+RATE, RECOVERY_RATE = 4e-3, 1e-3
 """Peak learning rates; the last of a run is a tenth of it."""
 
 RANDOM, MAGNITUDE = ("importance=random",), ("importance=magnitude",)
