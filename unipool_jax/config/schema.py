@@ -505,7 +505,7 @@ class DistributedConfig:
 class KernelsConfig:
     """Implementation of the experts' grouped matrix products, and of attention."""
 
-    implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
+    implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"] = "auto"
     """`auto` takes the one made for the platform (docs/kernels.md); the choice is printed at the start of a run."""
     attention: Literal["auto", "blocks", "splash", "cudnn"] = "auto"
     """Attention of whole sequences: `blocks` of queries, on any device; JAX's `splash` attention on TPU; `cudnn` on

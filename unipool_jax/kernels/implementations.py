@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import jax
 
-Implementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"]
 
 # The meaning of "auto" on each platform; other platforms use "xla".
 PLATFORM_IMPLEMENTATION: dict[str, Implementation] = {
