@@ -69,7 +69,7 @@ def choose_tiling(implementation: Implementation, num_rows: int, num_groups: int
     if implementation == "pallas_gpu":
         return Tiling(implementation, 0, gpu_tiles.tile_rows(expected), 1)
     if implementation == "mosaic_gpu":
-        return Tiling(implementation, 0, mosaic_tiles.tile_rows(expected), mosaic_tiles.ROWS)
+        return Tiling(implementation, 0, mosaic_tiles.tile_rows(num_rows, num_groups), mosaic_tiles.ROWS)
     block, tile = block_shape(num_rows, num_groups)
     return Tiling(implementation, block, tile, 1)
 

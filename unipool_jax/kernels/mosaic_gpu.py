@@ -16,7 +16,7 @@ from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 from unipool_jax.kernels.implementations import target_device_kind
 from unipool_jax.kernels.mosaic_tiles import COLUMNS, ROWS, bank_tile, row_tile
 
-# How kernels are interpreted without a GPU.
+# How kernels are interpreted without a GPU, if not as Pallas does by default; tests turn on the race detector here.
 INTERPRET: Any = None
 
 
@@ -111,8 +111,7 @@ def _row_pass(
 ) -> list[jax.Array]:
     """`mosaic_passes.row_pass` for any number of rows."""
     num_rows = rows[0].shape[0]
-    products = len(banks) if len(rows) == 1 else 1
-    tile = row_tile(plan.tiling.tile_rows, products, len(banks))
+    tile = row_tile(plan.tiling.tile_rows, len(rows), len(banks), len(beside))
     outputs = mosaic_passes.row_pass(
         epilogue,
         num_outputs,
@@ -141,4 +140,4 @@ def _of_xla(plan: GroupPlan) -> GroupPlan:
 
 def _interpret() -> Any:
     """None where a GPU is compiled for."""
-    return plgpu.InterpretGPUParams() if target_device_kind() == "cpu" else None
+    return INTERPRET or plgpu.InterpretGPUParams() if target_device_kind() == "cpu" else None

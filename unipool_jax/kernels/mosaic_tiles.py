@@ -7,18 +7,21 @@ ROWS = 8
 """Rows of a tile of memory as `wgmma` reads it: first rows and numbers of rows are multiples."""
 COLUMNS = 64
 """Columns of one in 16 bits, and the least M of `wgmma`: widths are multiples."""
-_MULTIPROCESSORS = 132
+_SHARED = 224 * 1024
+"""Bytes of shared memory of a multiprocessor that blocks can use; two of them share it."""
+MULTIPROCESSORS = 132
 """Of an H100 or H200. Others are served too, less evenly."""
 
 
-def tile_rows(expected_rows: float) -> int:
-    """Rows of a tile for groups with a mean of `expected_rows` rows, a multiple of 8 up to 128.
+def tile_rows(num_rows: int, num_groups: int) -> int:
+    """Rows of a tile for `num_rows` rows in `num_groups` groups, a multiple of 8 up to 128.
 
     A group of 2.5 standard deviations above the mean, which may start 7 rows into its first tile, is cut into equal
     tiles.
     """
-    most = expected_rows + 2.5 * math.sqrt(expected_rows) + ROWS - 1
-    return max(16, math.ceil(most / math.ceil(most / 128) / ROWS) * ROWS)
+    expected = num_rows / num_groups
+    most = min(num_rows, expected + 2.5 * math.sqrt(expected) + ROWS - 1)
+    return max(ROWS, math.ceil(most / math.ceil(most / 128) / ROWS) * ROWS)
 
 
 class RowTile(NamedTuple):
@@ -59,21 +62,25 @@ class BankTile(NamedTuple):
     blocks: int
 
 
-def row_tile(rows: int, num_products: int, num_operands: int) -> RowTile:
+def row_tile(rows: int, num_rows: int, num_banks: int, num_beside: int) -> RowTile:
     """Tile of a row pass with tiles of `rows` rows.
 
     Args:
         rows: of the plan's tiles.
-        num_products: sums of `[columns, rows]` float32 in registers: 255 a thread, of which the epilogue needs some.
-        num_operands: pairs of rows and matrices that each step loads.
+        num_rows: arrays of rows that are multiplied. With one of them each bank has its product.
+        num_banks: banks.
+        num_beside: further inputs of the epilogue.
     """
-    columns = 128 if num_products * rows <= 128 else 64
-    step = 2 * COLUMNS * (rows + columns) * num_operands
-    # Two blocks share the 227 KiB of a multiprocessor.
-    stages = max(2, min(4, 104 * 1024 // step))
-    return RowTile(rows, columns, COLUMNS, stages, min(rows, 32), 2 * _MULTIPROCESSORS)
+    num_products = num_banks if num_rows == 1 else 1
+    for columns in (128, 64):
+        held = 2 * rows * columns * num_beside
+        step = 2 * COLUMNS * (rows * num_rows + columns * num_banks)
+        stages = min(4, (_SHARED // 2 - held) // step)
+        if stages > 1 and num_products * rows * columns <= 128 * 128:
+            break
+    return RowTile(rows, columns, COLUMNS, max(2, stages), min(rows, 32), 2 * MULTIPROCESSORS)
 
 
 def bank_tile() -> BankTile:
     """Tile of the gradient: 32 KiB of sums, and as many steps as leave room for a second block."""
-    return BankTile(64, 128, 64, 2, 2 * _MULTIPROCESSORS)
+    return BankTile(64, 128, 64, 2, 2 * MULTIPROCESSORS)
