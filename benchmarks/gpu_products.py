@@ -55,10 +55,9 @@ ROW_TILES: tuple[dict[str, int], ...] = (
 )
 BANK_TILES: tuple[dict[str, int], ...] = (
     {"blocks": 132},
-    {"blocks": 396, "rows": 32},
-    {"rows": 32},
-    {"rows": 128, "stages": 2},
+    {"rows": 128},
     {"columns": 64, "blocks": 396},
+    {"columns": 64, "blocks": 528},
     {"depth": 128, "columns": 64},
     {"stages": 3},
 )
@@ -180,7 +179,8 @@ def _plain(kernels: str, product: str) -> Callable[..., Any]:
             operands = tuple(a[0] if a.ndim == 3 else a for a in operands)
         else:
             operands = tuple(
-                a[: len(a) // experts * experts].reshape(experts, -1, a.shape[1]) if a.ndim == 2 else a for a in operands
+                a[: len(a) // experts * experts].reshape(experts, -1, a.shape[1]) if a.ndim == 2 else a
+                for a in operands
             )
         results = _EXACT[product](*operands)
         if not sums:
@@ -203,7 +203,7 @@ def lowered(case: Case, problem: Problem) -> tuple[Any, GroupPlan]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(mosaic_gpu, name, lambda *a: plain(*a)._replace(**sizes)))
         if rows is not None:
-            stack.enter_context(mock.patch.object(mosaic_tiles, "tile_rows", lambda *_: rows))
+            stack.enter_context(mock.patch.object(mosaic_tiles, "tile_rows", return_value=rows))
         implementation: Any = case.kernels if case.kernels in KERNELS else "pallas_gpu"
         plan = make_group_plan(problem.sizes, problem.rows, implementation=implementation)
         ours = case.kernels in KERNELS
@@ -268,7 +268,7 @@ def cases(arguments: argparse.Namespace, rows: int) -> Iterator[Case]:
 
 
 def run_cases(arguments: argparse.Namespace) -> None:
-    """Run and print what is not to be left out; a line before each says what is begun."""
+    """Run and print what is not to be left out. Before each a line says what begins; dots are signs of life."""
     end = time.monotonic() + arguments.seconds
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for rows in arguments.rows:
@@ -276,6 +276,7 @@ def run_cases(arguments: argparse.Namespace) -> None:
             left = [case for case in cases(arguments, rows) if case.name() not in arguments.leave_out]
             programs: dict[Case, tuple[Future[Any], GroupPlan]] = {}
             for case in left:
+                print(f"... {case.name()}", flush=True)
                 try:
                     program, plan = lowered(case, problem)
                     programs[case] = pool.submit(program.compile), plan
@@ -319,9 +320,21 @@ def supervise(arguments: list[str], seconds: float) -> None:
         # What the next process needs again is compiled.
         settings = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         while (left := end - time.monotonic()) > 0:
-            command = [sys.executable, "-m", "benchmarks.gpu_products", *arguments, "--seconds", str(int(left)), "--alone"]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.gpu_products",
+                *arguments,
+                "--seconds",
+                str(int(left)),
+                "--alone",
+            ]
             process = subprocess.Popen(
-                [*command, "--leave-out", *done], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings
+                [*command, "--leave-out", *done],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=settings,
             )
             lines: queue.Queue[str | None] = queue.Queue()
             threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
@@ -331,7 +344,7 @@ def supervise(arguments: list[str], seconds: float) -> None:
                     if line.startswith("begin "):
                         begun = line.removeprefix("begin ").rstrip("\n")
                         done.append(begun)
-                    else:
+                    elif not line.startswith("..."):
                         print(line, end="", flush=True)
             except queue.Empty:
                 print(f"{begun}  hangs", flush=True)

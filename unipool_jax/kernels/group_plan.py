@@ -132,8 +132,8 @@ def make_group_plan(
     block, tile, alignment = tiling.block_rows, tiling.tile_rows, tiling.alignment
     first_E = starts_E // alignment * alignment + block
     tiles_E = jnp.where(ends_E > starts_E, -(-jnp.maximum(ends_E - first_E, 0) // tile), 0)
-    # The rows of no group form one more group. With blocks it needs no tiles: `_from_blocks` zeros these rows. On TPU the
-    # last group zeros those that share its last block.
+    # The rows of no group form one more group. With blocks it needs no tiles: `_from_blocks` zeros these rows. On TPU
+    # the last group zeros those that share its last block.
     shared = tiling.implementation == "pallas_tpu"
     tail = (ends_E[-1:] + (alignment - 1) * shared) // alignment * alignment
     tail_tiles = -(-(num_rows - tail) // tile) if block == 0 else jnp.zeros_like(tail)

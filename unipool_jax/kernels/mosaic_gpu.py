@@ -1,7 +1,7 @@
 """Grouped products for NVIDIA GPUs of compute capability 9.0 (Hopper), in Pallas with its Mosaic GPU back end.
 
-The kernels, in `mosaic_passes`, take operands of 16 bits and widths that are multiples of 64; other products are
-`xla`'s, which `falls_back` says. Where no GPU is compiled for they are interpreted, slowly, for tests: from JAX 0.12 on.
+The kernels, in `mosaic_passes`, take operands of 16 bits and widths that are multiples of 64; other products are those
+of `xla`. Where no GPU is compiled for they are interpreted, slowly, which is for tests and needs JAX 0.12.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from unipool_jax.kernels import mosaic_passes, xla
 from unipool_jax.kernels.epilogues import Three, gated, gated_and_products, gated_backward, unchanged
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
-from unipool_jax.kernels.implementations import target_device_kind
+from unipool_jax.kernels.implementations import hopper_problem, target_device_kind
 from unipool_jax.kernels.mosaic_tiles import COLUMNS, ROWS, bank_tile, row_tile
 
 # How kernels are interpreted without a GPU, if not as Pallas does by default; tests turn on the race detector here.
@@ -23,6 +23,16 @@ INTERPRET: Any = None
 def takes(dtype: jax.typing.DTypeLike, *widths: int) -> bool:
     """Whether the kernels multiply matrices of these widths in this dtype."""
     return jnp.dtype(dtype).itemsize == 2 and not any(width % COLUMNS for width in widths)
+
+
+def notice(dtype: jax.typing.DTypeLike, width: int, hidden: int) -> str | None:
+    """What a run says at its start if its experts' products are XLA's, else None."""
+    if takes(dtype, width, hidden):
+        return None
+    return (
+        f"kernels.implementation=mosaic_gpu: its kernels take 16 bits and widths that are multiples of {COLUMNS}; "
+        f"products of {width} x {hidden} in {jnp.dtype(dtype).name} are those of kernels.implementation=xla"
+    )
 
 
 def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:
@@ -139,5 +149,13 @@ def _of_xla(plan: GroupPlan) -> GroupPlan:
 
 
 def _interpret() -> Any:
-    """None where a GPU is compiled for."""
-    return INTERPRET or plgpu.InterpretGPUParams() if target_device_kind() == "cpu" else None
+    """None where a Hopper is compiled for, parameters of Pallas's interpreter on a CPU.
+
+    Raises:
+      NotImplementedError: another device, or too old a JAX.
+    """
+    if (kind := target_device_kind()) == "cpu":
+        return INTERPRET or plgpu.InterpretGPUParams()
+    if problem := hopper_problem(kind):
+        raise NotImplementedError(problem)
+    return None

@@ -195,7 +195,10 @@ def bank_pass(
 
     def kernel(offsets_ref: Any, rows_ref: Any, grad_ref: Any, into_ref: Any) -> None:
         def visit(index: jax.Array) -> None:
-            group, place = lax.div(index, jnp.int32(depth_tiles * column_tiles)), lax.div(index, jnp.int32(column_tiles))
+            group, place = (
+                lax.div(index, jnp.int32(depth_tiles * column_tiles)),
+                lax.div(index, jnp.int32(column_tiles)),
+            )
             k, n = lax.rem(place, jnp.int32(depth_tiles)), lax.rem(index, jnp.int32(column_tiles))
             start, end = offsets_ref[group], offsets_ref[group + 1]
             at = pl.multiple_of(lax.div(start, jnp.int32(ROWS)) * ROWS, ROWS)
@@ -219,8 +222,12 @@ def bank_pass(
                     plgpu.wgmma_wait(0)
 
                 specs = [
-                    _loaded((pl.Element(tile.rows), tile.depth), rows_RK.dtype, lambda i: (at + i * tile.rows, k), delay=0),
-                    _loaded((pl.Element(tile.rows), tile.columns), grad_RN.dtype, lambda i: (at + i * tile.rows, n), delay=0),
+                    _loaded(
+                        (pl.Element(tile.rows), tile.depth), rows_RK.dtype, lambda i: (at + i * tile.rows, k), delay=0
+                    ),
+                    _loaded(
+                        (pl.Element(tile.rows), tile.columns), grad_RN.dtype, lambda i: (at + i * tile.rows, n), delay=0
+                    ),
                 ]
                 steps = lax.div(end - at + (tile.rows - 1), jnp.int32(tile.rows))
                 plgpu.emit_pipeline(step, grid=(steps,), in_specs=specs, max_concurrent_steps=tile.stages)(

@@ -50,7 +50,7 @@ class BankTile(NamedTuple):
     Attributes:
         depth: rows of the tile of the matrix, the M of `wgmma`: 64 or 128.
         columns: columns of the tile of the matrix, a multiple of 64.
-        rows: contracted rows that each step loads, a multiple of 8.
+        rows: contracted rows that each step loads, a multiple of 64.
         stages: steps whose loads are in flight at once.
         blocks: of the persistent grid.
     """
