@@ -39,6 +39,8 @@ from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 KERNELS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "pallas_gpu": pallas_gpu}
 TAIL = 40
 QUEUED, ROUNDS = 10, 5
+CUBLAS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+"""How XLA compiles a product to cuBLAS, and searches for nothing else."""
 SILENCE = 60
 """Seconds without a line after which the process counts as hanging."""
 
@@ -120,7 +122,15 @@ class Problem:
         """The same products in float32: arrays of rows as `[E, M, C]`, banks as they are."""
         with jax.default_matmul_precision("highest"):
             operands = [self.by_expert(a) if a.ndim == 2 else a.astype(jnp.float32) for a in self.operands(product)[0]]
-            return list(jax.jit(_EXACT[product])(*operands))
+            exact = jax.jit(_EXACT[product], compiler_options=CUBLAS | {"xla_gpu_autotune_level": 0})
+            return list(exact(*operands))
+
+    def plan(self, implementation: Any) -> GroupPlan:
+        """The plan of the rows."""
+        # A new function each time: the size of the tiles is not among its arguments.
+        make = jax.jit(lambda sizes: make_group_plan(sizes, self.rows, implementation=implementation))
+        found: GroupPlan = make(self.sizes)
+        return found
 
 
 def _gated(x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -204,13 +214,13 @@ def lowered(case: Case, problem: Problem) -> tuple[Any, GroupPlan]:
         stack.enter_context(mock.patch.object(mosaic_gpu, name, lambda *a: plain(*a)._replace(**sizes)))
         if rows is not None:
             stack.enter_context(mock.patch.object(mosaic_tiles, "tile_rows", return_value=rows))
-        implementation: Any = case.kernels if case.kernels in KERNELS else "pallas_gpu"
-        plan = make_group_plan(problem.sizes, problem.rows, implementation=implementation)
         ours = case.kernels in KERNELS
+        plan = problem.plan(case.kernels if ours else "pallas_gpu")
         run = _grouped(KERNELS[case.kernels], case.product) if ours else _plain(case.kernels, case.product)
         operands, into = problem.operands(case.product)
         sums = tuple(jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in into)
-        return jax.jit(run, donate_argnums=2).lower(plan, operands, sums), plan
+        options = None if ours else CUBLAS
+        return jax.jit(run, donate_argnums=2, compiler_options=options).lower(plan, operands, sums), plan
 
 
 def error(found: jax.Array, exact: jax.Array) -> float:
@@ -255,57 +265,64 @@ def work(problem: Problem, product: str) -> tuple[float, float]:
     return 2.0 * products * problem.rows * width * hidden, moved + narrow * problem.rows * out.get(product, 0)
 
 
-def cases(arguments: argparse.Namespace, rows: int) -> Iterator[Case]:
-    """All of one number of rows, those that may crash last."""
-    for product in PRODUCTS:
-        for kernels in ("dense", "cublas", "pallas_gpu", "mosaic_gpu"):
-            if kernels in arguments.kernels:
-                yield Case(rows, product, kernels)
-    if arguments.tiles:
-        for product in ("forward", "gate, up and SiLU"):
-            yield from (Case(rows, product, "mosaic_gpu", tuple(tile.items())) for tile in ROW_TILES)
-        yield from (Case(rows, "bank gradient", "mosaic_gpu", tuple(tile.items())) for tile in BANK_TILES)
+def groups(arguments: argparse.Namespace) -> Iterator[tuple[int, list[Case]]]:
+    """What is run for each number of rows, those that may crash behind the others; other tiles behind all."""
+    for rows in arguments.rows:
+        every = [
+            (product, kernels) for product in PRODUCTS for kernels in ("dense", "cublas", "pallas_gpu", "mosaic_gpu")
+        ]
+        yield rows, [Case(rows, *one) for one in every if one[1] in arguments.kernels]
+    for rows in arguments.rows if arguments.tiles else ():
+        of_rows = [(product, tile) for product in ("forward", "gate, up and SiLU") for tile in ROW_TILES]
+        every_tile = of_rows + [("bank gradient", tile) for tile in BANK_TILES]
+        yield rows, [Case(rows, product, "mosaic_gpu", tuple(tile.items())) for product, tile in every_tile]
 
 
 def run_cases(arguments: argparse.Namespace) -> None:
     """Run and print what is not to be left out. Before each a line says what begins; dots are signs of life."""
     end = time.monotonic() + arguments.seconds
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for rows in arguments.rows:
+        for rows, of_rows in groups(arguments):
             problem = Problem(rows, arguments.experts, arguments.width, arguments.hidden)
-            left = [case for case in cases(arguments, rows) if case.name() not in arguments.leave_out]
             programs: dict[Case, tuple[Future[Any], GroupPlan]] = {}
-            for case in left:
+            for case in of_rows:
+                if case.name() in arguments.leave_out:
+                    continue
                 print(f"... {case.name()}", flush=True)
                 try:
                     program, plan = lowered(case, problem)
                     programs[case] = pool.submit(program.compile), plan
-                except Exception as found:  # whatever a compiler finds wrong with one kernel, the others go on
+                except Exception as found:  # whatever is wrong with one kernel, the others go on
                     print(f"{case.name()}  does not lower: {first_line(found)}", flush=True)
-            if arguments.compile_only:
-                for case, (future, _) in programs.items():
-                    print(case.name(), "compiles" if future.exception() is None else first_line(future.exception()))
-                continue
+            for case, (future, _) in programs.items():
+                # What compiles beside it would disturb what is timed.
+                future.exception()
+                print(f"... {case.name()}", flush=True)
             exact: dict[str, list[jax.Array]] = {}
             for case, (future, plan) in programs.items():
                 if time.monotonic() > end:
-                    print(f"{arguments.seconds} seconds are over", flush=True)
+                    print(f"{arguments.seconds:g} seconds are over", flush=True)
                     os._exit(0)
                 print(f"begin {case.name()}", flush=True)
-                try:
-                    run = future.result()
-                    if case.product not in exact:
-                        exact = {case.product: problem.exact(case.product)}
-                    ours = case.kernels in KERNELS
-                    checked = check(run, plan, problem, case.product, exact[case.product]) if ours else ""
-                    took = seconds(run, plan, problem, case.product)
-                    flops, moved = work(problem, case.product)
-                    rates = f"{flops / took / 1e12:6.0f} TFLOP/s {moved / took / 1e12:6.2f} TB/s"
-                    print(f"{case.name():75}{1e3 * took:9.3f} ms {rates}  {checked}", flush=True)
-                except jax.errors.JaxRuntimeError as found:
-                    print(f"{case.name()}  fails: {first_line(found)}", flush=True)
-                    if "CUDA_ERROR" in str(found) or "illegal" in str(found):
-                        os._exit(1)  # the context is lost, and every later call would fail
+                if case.product not in exact:
+                    exact = {case.product: problem.exact(case.product)}
+                run_case(case, problem, future, plan, exact[case.product])
+
+
+def run_case(case: Case, problem: Problem, program: Future[Any], plan: GroupPlan, exact: list[jax.Array]) -> None:
+    """Check one, time it, and print its line."""
+    try:
+        run = program.result()
+        checked = check(run, plan, problem, case.product, exact) if case.kernels in KERNELS else ""
+        took = seconds(run, plan, problem, case.product)
+    except Exception as found:  # as above
+        print(f"{case.name()}  fails: {first_line(found)}", flush=True)
+        if "CUDA_ERROR" in str(found) or "illegal" in str(found):
+            os._exit(1)  # the context is lost, and every later call would fail
+        return
+    flops, moved = work(problem, case.product)
+    rates = f"{flops / took / 1e12:6.0f} TFLOP/s {moved / took / 1e12:6.2f} TB/s"
+    print(f"{case.name():75}{1e3 * took:9.3f} ms {rates}  {checked}", flush=True)
 
 
 def first_line(found: BaseException | None) -> str:
@@ -373,7 +390,6 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", choices=everything, default=everything)
     parser.add_argument("--tiles", action="store_true", help="try other tile sizes too")
     parser.add_argument("--seconds", type=float, default=110, help="after which nothing is begun")
-    parser.add_argument("--compile-only", action="store_true", help="run nothing")
     parser.add_argument("--alone", action="store_true", help="in this process")
     parser.add_argument("--leave-out", nargs="*", default=[], help="cases, by the first columns of their lines")
     arguments = parser.parse_args()
