@@ -332,7 +332,7 @@ def first_line(found: BaseException | None) -> str:
 
 def supervise(arguments: list[str], seconds: float) -> None:
     """Run the cases in another process, and in one more without the case in which it died or hung."""
-    end, done = time.monotonic() + seconds, []
+    end, done = time.monotonic() + seconds, list[str]()
     with tempfile.TemporaryDirectory() as cache:
         # What the next process needs again is compiled.
         settings = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

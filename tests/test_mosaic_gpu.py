@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packaging.version import Version
 
@@ -24,9 +23,10 @@ import test_grouped_matmul as matmul
 from planned import needs_gpu_compiler
 from test_pallas_gpu import abstract_ffn
 from unipool_jax.config.chips import parse_topology
-from unipool_jax.kernels import mosaic_gpu, mosaic_tiles
+from unipool_jax.kernels import mosaic_gpu, mosaic_passes, mosaic_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn
+from unipool_jax.kernels.implementations import hopper_problem, platform_problem
 from unipool_jax.planner import gpu_compiler
 from unipool_jax.planner.collectives import parse
 
@@ -42,7 +42,9 @@ def race_detector(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail on two unordered accesses to the same memory; two blocks, so that there are such."""
     monkeypatch.setattr(mosaic_tiles, "MULTIPROCESSORS", 1)
     if Version("0.12") <= _JAX:
-        monkeypatch.setattr(mosaic_gpu, "INTERPRET", plgpu.InterpretGPUParams(detect_races=True, on_race="raise"))
+        monkeypatch.setattr(
+            mosaic_gpu, "INTERPRET", mosaic_passes.plgpu.InterpretGPUParams(detect_races=True, on_race="raise")
+        )
 
 
 @needs_interpreter
@@ -139,12 +141,32 @@ def test_other_products_are_those_of_xla(dtype: str, width: int) -> None:
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 
+def test_where_they_do_not_run_is_said() -> None:
+    assert "made for gpu; on cpu these kernels are interpreted" in str(platform_problem("mosaic_gpu"))
+    assert platform_problem("auto") is None
+    for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA B200", "NVIDIA A100-SXM4-40GB"):
+        said = hopper_problem(kind)
+        if Version("0.11") > _JAX:
+            assert "needs JAX 0.11" in str(said)
+        elif "H" in kind:
+            assert said is None
+        else:
+            assert f"made for Hopper (H100, H200), not {kind}; set kernels.implementation=auto" in str(said)
+
+
+def test_products_that_go_to_xla_are_said() -> None:
+    assert mosaic_gpu.notice("bfloat16", 768, 3072) is None
+    for dtype, width in (("float32", 768), ("bfloat16", 800)):
+        said = mosaic_gpu.notice(dtype, width, 3072)
+        assert f"products of {width} x 3072 in {dtype} are those of kernels.implementation=xla" in str(said)
+
+
 # The compiler for GPUs, where it is installed: `pip install "unipool_jax[gpu-plan]"`
 
 
 @needs_gpu_compiler
 @pytest.mark.skipif(Version("0.11") > _JAX, reason="these kernels need JAX 0.11")
-@pytest.mark.parametrize("rows", [4096, 16384, 65536])
+@pytest.mark.parametrize("rows", [4096, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (16384, 65536))])
 def test_ffn_compiles_for_an_absent_h100(
     rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from unipool_jax.kernels import mosaic_passes, xla
 from unipool_jax.kernels.epilogues import Three, gated, gated_and_products, gated_backward, unchanged
@@ -155,7 +154,7 @@ def _interpret() -> Any:
       NotImplementedError: another device, or too old a JAX.
     """
     if (kind := target_device_kind()) == "cpu":
-        return INTERPRET or plgpu.InterpretGPUParams()
+        return INTERPRET or mosaic_passes.plgpu.InterpretGPUParams()
     if problem := hopper_problem(kind):
         raise NotImplementedError(problem)
     return None

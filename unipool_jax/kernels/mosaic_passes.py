@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from unipool_jax.kernels.group_plan import GroupPlan
 from unipool_jax.kernels.mosaic_tiles import ROWS, BankTile, RowTile
 
+# Its signatures changed from JAX 0.10 to 0.11, and mypy checks with both.
+plgpu: Any = mosaic_gpu
 _SWAPPED = (1, 0)
 
 
@@ -89,8 +91,9 @@ def row_pass(
                         in_specs=[of_rows] * len(rows) + [of_bank] * len(banks),
                         max_concurrent_steps=tile.stages,
                     )(*rows_refs, *(ref.at[jnp.minimum(group, num_groups - 1)] for ref in bank_refs))
+                    # Behind this branch sums may be moved between registers: not while `wgmma` writes them.
+                    plgpu.wgmma_wait(0)
 
-                # Reading a sum waits for all of `wgmma`.
                 return [ref[...] for ref in sum_refs]
 
             def finish(held: Sequence[Any], barrier: Any = None) -> None:
@@ -132,11 +135,10 @@ def row_pass(
 
 def _multiply(sums: Sequence[Any], num_rows: int, transpose_bank: bool, _: Any, *refs: Any) -> None:
     """Add the products of one step's tiles, and return while they are computed."""
-    rows, banks = refs[:num_rows], refs[num_rows:]
-    for bank, left, total in zip(
-        banks, rows if len(rows) > 1 else rows * len(banks), sums * (len(banks) // len(sums)), strict=True
-    ):
-        plgpu.wgmma(total, bank if transpose_bank else bank.transpose(_SWAPPED), left.transpose(_SWAPPED))
+    banks = refs[num_rows:]
+    for index, bank in enumerate(banks):
+        rows, total = refs[min(index, num_rows - 1)], sums[min(index, len(sums) - 1)]
+        plgpu.wgmma(total, bank if transpose_bank else bank.transpose(_SWAPPED), rows.transpose(_SWAPPED))
     # `delay_release=1` gives the tiles of the step before to the next load: its products must be done by now.
     plgpu.wgmma_wait(len(banks))
 
