@@ -137,7 +137,8 @@ def make_group_plan(
     shared = tiling.implementation == "pallas_tpu"
     tail = (ends_E[-1:] + (alignment - 1) * shared) // alignment * alignment
     tail_tiles = -(-(num_rows - tail) // tile) if block == 0 else jnp.zeros_like(tail)
-    if not shared:
+    if alignment > 1 and not shared:
+        # Rounded down, it may start before the last row without having any.
         tail_tiles = jnp.where(ends_E[-1:] < num_rows, tail_tiles, 0)
     tile_ends = jnp.cumsum(jnp.concatenate([tiles_E, tail_tiles]))
     if block:
