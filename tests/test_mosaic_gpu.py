@@ -190,6 +190,7 @@ def test_ffn_compiles_for_an_absent_h100(
     banks = [f"[{experts},{width},{hidden}]", f"[{experts},{hidden},{width}]"]
     made = [line for line in parse(text).instructions() if any(bank in line[0].type for bank in banks)]
     assert {line.opcode for line, *_ in made} <= {"parameter", "custom-call", "tuple", "get-tuple-element", "bitcast"}
-    said = [Path(folder, name).read_text() for name in os.listdir(folder) if name.endswith(".ptxas")]
-    assert len(said) == 7
-    assert {spilled for one in said for spilled in re.findall(r"(\d+) bytes spill", one)} == {"0"}
+    files = [Path(folder, name) for name in os.listdir(folder) if name.endswith(".ptxas")]
+    # Equal kernels are compiled once: JAX 0.12 makes one of the gradients of gate and up.
+    assert len({file.name.rpartition("_")[0] for file in files}) == 5
+    assert {spilled for file in files for spilled in re.findall(r"(\d+) bytes spill", file.read_text())} == {"0"}
