@@ -66,7 +66,7 @@ def test_ffn(shape: oracle.Shape, sizes: list[int]) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("sizes", [[11, 0, 13], [0, 0, 24]], ids=str)
+@pytest.mark.parametrize("sizes", [[11, 0, 9], [0, 0, 24]], ids=str)
 def test_product(sizes: list[int]) -> None:
     """Both orientations of a bank, and a gradient that starts from zero."""
     matmul.check(oracle.Shape(24, 3, 64, 128), sizes, "bfloat16", "mosaic_gpu")
