@@ -49,14 +49,16 @@ WHY = (
     ("two_pools", "unipool_0.004"),
     ("ring_16_of_32", "unipool_0.004"),
     ("tied_inner_32", "unipool_0.004"),
+    ("tied_inner_32", "vanilla_0.004"),
+    ("tied_inner_32", "shared_pool_aux"),
     ("unipool_top2", "vanilla_top2"),
     ("cs_moe", "vanilla_top2"),
-    ("vanilla_8_layers", "dense_8_layers"),
     ("unipool_8_layers", "vanilla_8_layers"),
-    ("vanilla_20m", "dense_20m"),
     ("unipool_20m", "vanilla_20m"),
     ("vanilla_again", "vanilla_0.004"),
     ("unipool_again", "unipool_0.004"),
+    ("shared_pool_aux_0.008", "vanilla_0.008"),
+    ("shared_pool_aux_0.016", "unipool_published"),
     # Beside the best of vanilla.
     *((f"{name}{rate}", "vanilla_0.016") for name in ("unipool_published", "shared_pool_aux") for rate in HIGHER),
 )
