@@ -354,6 +354,10 @@ def supervise(arguments: list[str], seconds: float) -> None:
                     elif not line.startswith("..."):
                         print(line, end="", flush=True)
             except queue.Empty:
+                process.kill()
+                if time.monotonic() > end:
+                    print(f"{seconds:g} seconds are over", flush=True)
+                    return
                 print(f"{begun}  hangs", flush=True)
             process.kill()
             if process.wait() == 0:
