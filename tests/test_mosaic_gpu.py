@@ -5,6 +5,7 @@ What the interpreter cannot see is listed in docs/kernels.md; the compiler answe
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -22,7 +23,9 @@ import test_grouped_ffn as ffn
 import test_grouped_matmul as matmul
 from planned import needs_gpu_compiler
 from test_pallas_gpu import abstract_ffn
+from unipool_jax.config import mesh_rules
 from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.compose import compose_config
 from unipool_jax.kernels import mosaic_gpu, mosaic_passes, mosaic_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn
@@ -142,6 +145,12 @@ def test_other_products_are_those_of_xla(dtype: str, width: int) -> None:
 
 
 def test_where_they_do_not_run_is_said() -> None:
+    config = compose_config(["scale=demo", "mesh=single", "kernels.implementation=mosaic_gpu"])
+    assert list(mesh_rules.problems(config)) == []
+    over = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, expert=2))
+    assert list(mesh_rules.problems(over)) == [
+        "kernels.implementation=mosaic_gpu: runs on one device, not with mesh.expert=2; set it to auto"
+    ]
     assert "made for gpu; on cpu these kernels are interpreted" in str(platform_problem("mosaic_gpu"))
     assert platform_problem("auto") is None
     for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA B200", "NVIDIA A100-SXM4-40GB"):

@@ -38,6 +38,9 @@ def problems(config: Config) -> Iterator[str]:
             yield f"mesh.{axis}=0: must be at least 1, or -1 for the remaining devices"
     if len(free) > 1:
         yield f"{' and '.join(f'mesh.{axis}=-1' for axis in free)}: only one axis can take the remaining devices"
+    if config.kernels.implementation == "mosaic_gpu" and (several := [shown[axis] for axis in AXES if sizes[axis] > 1]):
+        # Its gradient is updated through a Ref, and `shard_map` of JAX 0.12 passes none that varies over a mesh.
+        yield f"kernels.implementation=mosaic_gpu: runs on one device, not with {' '.join(several)}; set it to auto"
     model, ways = config.model, sizes["data"] * sizes["fsdp"] * sizes["expert"]
     over = " x ".join(shown[axis] for axis in ("data", "fsdp", "expert") if sizes[axis] > 1)
     for name in ("microbatch_size", "eval_batch_size"):
