@@ -63,3 +63,18 @@ def problems(config: Config) -> Iterator[str]:
             f"{shown['expert']}: must divide the {config.experts_per_pool} experts of a pool; choose another size, or "
             "another pool.experts"
         )
+    yield from _nodes(config.mesh)
+
+
+def _nodes(mesh: MeshConfig) -> Iterator[str]:
+    """Whether the devices of an expert group can be in so many nodes."""
+    if mesh.expert_nodes == 1 or mesh.expert == -1:
+        return
+    shown = f"mesh.expert_nodes={mesh.expert_nodes}"
+    if mesh.expert == 1:
+        yield f"{shown}: with mesh.expert=1 no token leaves its device; set it to 1"
+    elif mesh.expert % mesh.expert_nodes or mesh.expert == mesh.expert_nodes:
+        yield (
+            f"{shown}: must divide mesh.expert={mesh.expert} into nodes of at least two devices; choose another "
+            "number, or 1"
+        )

@@ -438,7 +438,7 @@ def _cache(config: Config) -> Iterator[str]:
 
 _rule(
     *(f"mesh.{axis}" for axis in mesh_rules.AXES),
-    *("train.microbatch_size", "train.eval_batch_size", "pool.groups", *_TOTAL_EXPERTS),
+    *("mesh.expert_nodes", "train.microbatch_size", "train.eval_batch_size", "pool.groups", *_TOTAL_EXPERTS),
     *("model.hidden_size", "model.num_kv_heads", "model.ffn_size", "moe.dense_ffn_size", "model.vocab_size"),
 )(mesh_rules.problems)
 

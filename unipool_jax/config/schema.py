@@ -465,6 +465,10 @@ class MeshConfig:
     transport: Literal["auto", "all_gather", "ragged"] = "auto"
     """How tokens reach experts on other devices. `all_gather`: each device gathers all tokens of its expert group (any
     platform). `ragged`: a ragged all-to-all (TPU and GPU). `auto`: `ragged` where it exists."""
+    expert_nodes: int = 1
+    """Nodes that the devices of an expert group are in, as many in each. 1: rows go straight to the devices of their
+    experts. More: a token crosses to each other node once, goes to its experts inside, and one sum of outputs returns,
+    which pays over slow links where moe.top_k is above this number; see docs/sharding.md."""
     capacity_factor: float | None = None
     """Capacity factor: rows a device can receive in one layer, relative to the mean; mesh.expert always suffices. null:
     3 at first, then, from each checkpoint on, 1.25 times what the steps before it needed."""

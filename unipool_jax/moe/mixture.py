@@ -236,8 +236,8 @@ def _on_device(
     mesh = active_mesh()
     devices = 1 if mesh is None else mesh.shape["expert"]
     transport = transport_for(config, devices)
-    rows = capacity(experts_NK.size, devices, config.capacity_factor)
-    dispatched = DISPATCH[transport](hidden_ND, experts_NK, weights.gate_EDF.shape[0] * devices, rows)
+    nodes, rows = config.expert_nodes, capacity(experts_NK.size, devices, config.capacity_factor)
+    dispatched = DISPATCH[transport](hidden_ND, experts_NK, weights.gate_EDF.shape[0] * devices, rows, nodes)
     # A receive buffer is larger than what is received on average, which is what this device sends.
     plan = make_group_plan(
         dispatched.sizes_E, dispatched.rows_RD.shape[0], implementation=implementation, expected_rows=experts_NK.size
@@ -254,7 +254,7 @@ def _on_device(
         # A norm needs outputs, not the parts of them that the devices of a tensor group have.
         expert_RD = jax.lax.psum(expert_RD, "tensor")
     expert_RD = post_norm(expert_RD, post_norm_D, epsilon)
-    output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, hidden_ND.dtype)
+    output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, hidden_ND.dtype, nodes)
     if mesh is not None and post_norm_D is None:
         output_ND = jax.lax.psum(output_ND, "tensor")
     return output_ND, accumulator, dispatched.received[None]
