@@ -93,9 +93,9 @@ def mixed(
     name: Transport, hidden: Any, experts: Any, gates: Any, bank: Bank, rows: int, implementation: Implementation
 ) -> tuple[jax.Array, jax.Array]:
     """Dispatch, products and combine on one device: its output and the rows it received."""
-    sent = DISPATCH[name](hidden, experts, EXPERTS, rows)
+    sent = DISPATCH[name](hidden, experts, EXPERTS, rows, 1)
     plan = make_group_plan(sent.sizes_E, sent.rows_RD.shape[0], implementation=implementation)
-    output = COMBINE[name](grouped_ffn(sent.rows_RD, bank, plan), sent, gates, hidden.dtype)
+    output = COMBINE[name](grouped_ffn(sent.rows_RD, bank, plan), sent, gates, hidden.dtype, 1)
     return output, sent.received[None]
 
 

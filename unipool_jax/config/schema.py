@@ -521,8 +521,8 @@ class PlanConfig:
     """What mode=plan does besides compiling the configured step."""
 
     search: bool = False
-    """Search micro-batch size, rematerialization and mesh shape for the highest modelled throughput that fits in
-    memory."""
+    """Search micro-batch size, rematerialization, mesh shape and, between nodes, mesh.expert_nodes for the highest
+    modelled throughput that fits in memory."""
     compiled: int = 2
     """Number of the search's best candidates to compile."""
     figure: str = "plan.png"

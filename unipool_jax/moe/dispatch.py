@@ -68,9 +68,7 @@ class _RaggedWay(NamedTuple):
     back: _Slices
 
 
-def dispatch_local(
-    hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int, nodes: int = 1
-) -> Dispatched:
+def dispatch_local(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int, nodes: int) -> Dispatched:
     """Sort rows by expert; every expert is on this device, and all N k rows are kept whatever `rows` says.
 
     Args:
@@ -87,7 +85,7 @@ def dispatch_local(
 
 
 def combine_local(
-    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int = 1
+    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int
 ) -> jax.Array:
     """Sum over each token's k experts of gate times output, `[N, D]` in `dtype`.
 
@@ -103,7 +101,7 @@ def combine_local(
 
 
 def dispatch_all_gather(
-    hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int, nodes: int = 1
+    hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int, nodes: int
 ) -> Dispatched:
     """Gather the tokens of all devices and keep the rows of this device's experts. Arguments: `dispatch_local`."""
     per_device = num_experts // jax.lax.axis_size("expert")
@@ -122,7 +120,7 @@ def dispatch_all_gather(
 
 
 def combine_all_gather(
-    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int = 1
+    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int
 ) -> jax.Array:
     """Sum the outputs of all devices where their tokens came from. Arguments: `combine_local`."""
     gates_MK = _gathered_inside(gathered(gates_NK, nodes), nodes)
@@ -132,9 +130,7 @@ def combine_all_gather(
     return summed(_scattered_inside(partial_MD, nodes).astype(dtype), nodes)
 
 
-def dispatch_ragged(
-    hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int, nodes: int = 1
-) -> Dispatched:
+def dispatch_ragged(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int, nodes: int) -> Dispatched:
     """Send each row to its expert's device with a ragged all-to-all. Arguments: `dispatch_local`.
 
     A slice is what one device has of one node's tokens for one expert, so rows are received grouped by expert, ready
@@ -152,7 +148,7 @@ def dispatch_ragged(
 
 
 def combine_ragged(
-    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int = 1
+    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int
 ) -> jax.Array:
     """Send outputs back with a second ragged all-to-all and sum them per token. Arguments: `combine_local`."""
     way: _RaggedWay = dispatched.way

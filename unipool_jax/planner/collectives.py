@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unipool_jax.planner.nodes import whole
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -207,7 +209,7 @@ def collective(
     if len(group) == 1:
         return None
     places = np.array(np.unravel_index(group, axis_sizes))
-    axes = tuple(name for name, row in zip(axis_names, places, strict=True) if len(set(row.tolist())) > 1)
+    axes = whole(tuple(name for name, row in zip(axis_names, places, strict=True) if len(set(row.tolist())) > 1))
     arrays = array_bytes(instruction.type)
     if instruction.opcode.endswith("-start") and instruction.type.startswith("(") and kind != "all-reduce":
         arrays = [max(arrays)]
