@@ -155,6 +155,7 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # Counting
 
 
+TWO_STAGES = ("mesh.fsdp=1", "mesh.expert=4", "mesh.expert_nodes=2", "moe.top_k=4")
 AROUND = ("moe.shared_experts=1", "moe.shared_expert_gate=true", "moe.dense_layers=2")
 
 
@@ -377,6 +378,8 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         pytest.param("unipool", ("pool.groups=2", "model.remat=moe"), marks=pytest.mark.slow),
         pytest.param("sliding", ("train.batch_size=8", "model.remat=none"), marks=pytest.mark.slow),
         pytest.param("unipool", ("model.remat=experts",), marks=pytest.mark.slow),
+        pytest.param("unipool", TWO_STAGES, marks=pytest.mark.slow),
+        pytest.param("unipool", (*TWO_STAGES, "mesh.transport=all_gather"), marks=pytest.mark.slow),
         pytest.param("unipool", ("model.remat=attention",), marks=pytest.mark.slow),
         pytest.param("unipool", (*AROUND, "model.remat=moe"), marks=pytest.mark.slow),
     ],
