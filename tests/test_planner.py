@@ -58,6 +58,14 @@ def test_a_collective_behind_several_fusions_is_counted_once() -> None:
     assert [(one.kind, one.times, one.sent_bytes) for one in found] == 2 * [("all-gather", 1, 2 * 8 * 8 * 3 / 4)]
 
 
+def test_gathers_that_the_compiler_combined_are_counted_together() -> None:
+    """Two operands of one start, then their results and what the compiler keeps."""
+    start = "(s32[8,2]{1,0}, bf16[8,4]{1,0}, s32[16,2]{1,0}, bf16[16,4]{1,0}, u32[], u32[]) all-gather-start(%a, %b)"
+    text = f"ENTRY %main (a: s32[8,2], b: bf16[8,4]) -> bf16[16,4] {{\n  %g = {start}, replica_groups={{{{0,1}}}}\n}}\n"
+    (found,) = collectives(parse(text), ("expert",), (2,))
+    assert (found.kind, found.sent_bytes) == ("all-gather", 8 * 2 * 4 + 8 * 4 * 2)
+
+
 def test_tokens_travel_as_the_compiler_can_carry_them() -> None:
     """Slices of more than 16 v5e chips have no ragged all-to-all."""
     counted = {
