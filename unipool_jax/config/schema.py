@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "experts", "attention", "moe", "full"]
+Remat = Literal["none", "router", "experts", "attention", "moe", "full"]
 Router = Literal["softmax", "sigmoid", "norm"]
 """Routers of a mixture; `norm` is NormRouter."""
 GrowthMap = Literal["extend", "stack"]
@@ -102,9 +102,9 @@ class ModelConfig:
     compute_dtype: DType = "bfloat16"
     """Dtype of activations and matrix products. Parameters and optimizer state are always float32."""
     remat: Remat = "moe"
-    """What the backward pass recomputes: nothing, the gate and up products of experts, the attention block, the mixture
-    block of each layer, or each whole layer. With several pools over mesh.fsdp, all but `none` also gather the weights
-    of each pool again."""
+    """What the backward pass recomputes: nothing, scores and choices of routers, the gate and up products of experts,
+    the attention block, the mixture block of each layer, or each whole layer. With several pools over mesh.fsdp, all
+    but `none` also gather the weights of each pool again."""
 
     @property
     def matrix_std(self) -> float:

@@ -234,7 +234,7 @@ def draw(found: list[Candidate], winner: Candidate, topology: Topology, path: st
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for remat, marker in zip(_REMAT, "oPDs^", strict=True):
+    for remat, marker in zip(_REMAT, "oxPDs^", strict=True):
         group = [candidate for candidate in found if candidate.config.model.remat == remat]
         axes.scatter(
             [c.gigabytes for c in group],

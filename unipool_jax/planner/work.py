@@ -224,7 +224,8 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
         experts = config.experts_per_pool
         flops = 2 * n * width * experts
         moved = n * (width * at.narrow + 4 * experts * WIDE)
-        mixtures.append(Work("router", flops * (mixture + 2), flops * (mixture + 2), moved * (mixture + 2)))
+        routed = mixture + 2 + (model.remat == "router")
+        mixtures.append(Work("router", flops * routed, flops * routed, moved * routed))
         # Rows are sorted, sent, received and combined; receive buffers are cleared first.
         buffer = at.received if at.sizes["expert"] > 1 else 0
         moved = at.narrow * width * (8 * at.sent + 2 * buffer)
@@ -403,6 +404,8 @@ def _messages(at: _Sizes) -> list[Message]:
         # another loop lies in between.
         *_reduced("tables", micro, 1, tables / at.narrow, sizes),
     ]
+    if model.remat == "router" and again == 1:
+        found.append(Message("routers, gathered again", "all-gather", ("fsdp",), layers * micro, routers * fsdp))
     if model.remat == "attention" and again == 1:
         found.append(Message("attention, gathered again", "all-gather", ("fsdp",), layers * micro, dense * fsdp))
     if config.moe.router != "none":
@@ -479,6 +482,9 @@ def _kept(at: _Sizes) -> float:
     kept = rows + (0 if model.remat == "experts" else products) + 2 * at.tokens * at.block_width / tensor
     attention = 0 if model.remat == "attention" else scores
     less = at.tokens * heads * at.narrow if model.remat == "attention" else 0
+    if model.remat == "router" and at.config.moe.router != "none":
+        # Five arrays of logits and scores, and masks: of what is positive, visible and chosen in each slot.
+        less = at.tokens * at.config.experts_per_pool * (5 * WIDE + 2 + at.config.moe.top_k)
     return 10 * hidden + attention - less + kept * at.narrow
 
 
