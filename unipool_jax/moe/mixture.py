@@ -117,9 +117,8 @@ def mixture(
         stats = _dense_stats(batch, length, counted_BS)
         return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, None)
     routed = functools.partial(_routed, config, batch)
-    if config.model.remat == "router":
-        routed = recompute(routed)
-    routing = routed(hidden_ND, weights, selection, counted_BS)
+    taken = recompute(routed) if config.model.remat == "router" else routed
+    routing = taken(hidden_ND, weights, selection, counted_BS)
     # Behind the gates the norm would take their magnitude away: of a token with one expert, all that the loss could
     # teach the router.
     each_D, sum_D = (None, post_norm_D) if config.model.post_norm_experts == "post" else (post_norm_D, None)
