@@ -268,7 +268,7 @@ def test_two_stages_compile_for_gpus() -> None:
         for kind in kinds:
             counted = sum(m.total_bytes for m in plan.estimate.counts.messages if (m.kind, *m.axes) == (kind, items))
             compiled = sum(c.total_bytes for c in plan.collectives if (c.kind, *c.axes) == (kind, items))
-            assert compiled == pytest.approx(counted, rel=1e-3), f"{kind} over {items}"
+            assert compiled == pytest.approx(counted, rel=0.01), f"{kind} over {items}"
     exchanges = [item for item in plan.collectives if item.kind == "ragged-all-to-all"]
     assert {item.axes for item in exchanges} == {(INSIDE,)}
 

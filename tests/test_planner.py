@@ -387,7 +387,6 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         pytest.param("sliding", ("train.batch_size=8", "model.remat=none"), marks=pytest.mark.slow),
         pytest.param("unipool", ("model.remat=experts",), marks=pytest.mark.slow),
         pytest.param("unipool", TWO_STAGES, marks=pytest.mark.slow),
-        pytest.param("unipool", (*TWO_STAGES, "mesh.transport=all_gather"), marks=pytest.mark.slow),
         pytest.param("unipool", ("model.remat=router",), marks=pytest.mark.slow),
         pytest.param("unipool", ("model.remat=attention",), marks=pytest.mark.slow),
         pytest.param("unipool", (*AROUND, "model.remat=moe"), marks=pytest.mark.slow),
