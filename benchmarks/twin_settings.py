@@ -14,7 +14,7 @@ def twin_settings(config: Config, end_of_document: int | None = None) -> Setting
     attention = config.attention
     if attention.kind == "switch" and (attention.gate, attention.disagreement) != ("learned", "mean"):
         raise ValueError("attention.kind=switch: the twin has attention.gate=learned and attention.disagreement=mean")
-    if model.remat == "experts" or model.remat == "attention":
+    if model.remat == "router" or model.remat == "experts" or model.remat == "attention":
         raise ValueError(f"model.remat={model.remat}: the twin has none, moe and full")
     if loss.balance_groups != 1:
         raise ValueError(

@@ -159,6 +159,23 @@ def expert(x: np.ndarray, bank: dict[str, np.ndarray], index: int) -> np.ndarray
     return (gate / (1 + np.exp(-gate)) * (x @ bank["up"][index])) @ bank["down"][index]
 
 
+def exchange(
+    hidden: np.ndarray, experts: np.ndarray, gates: np.ndarray, factors: np.ndarray, devices: int, room: int
+) -> tuple[list[list[int]], np.ndarray]:
+    """Tokens to experts that multiply by their factor, pair by pair: (tokens received by each device, outputs).
+
+    A device receives, expert by expert, the tokens that chose it in their order, and drops what is beyond its room.
+    """
+    per_device, outputs, arrived = len(factors) // devices, np.zeros(hidden.shape), []
+    for device in range(devices):
+        own = range(device * per_device, (device + 1) * per_device)
+        pairs = [(t, k) for e in own for t, chosen in enumerate(experts) for k, one in enumerate(chosen) if one == e]
+        arrived.append([token for token, _ in pairs])
+        for token, slot in pairs[:room]:
+            outputs[token] += gates[token, slot] * factors[experts[token, slot]] * hidden[token]
+    return arrived, outputs
+
+
 def always_on(x: np.ndarray, weights: Any) -> np.ndarray:
     """S(h), or sigmoid(w . h) S(h) where there is a gate, of tokens `[N, D]`."""
     block = {name: matrix[None] for name, matrix in weights["block"].items()}

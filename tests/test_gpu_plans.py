@@ -18,6 +18,7 @@ from unipool_jax.config.schema import Config
 from unipool_jax.planner import compilation, gpu_compiler, links, report, search
 from unipool_jax.planner.collectives import collectives, kernels, parse
 from unipool_jax.planner.instructions import Traffic, operands
+from unipool_jax.planner.nodes import BETWEEN, INSIDE
 from unipool_jax.training.flops import peak_flops
 
 FREE = links.NETWORK_SECONDS
@@ -254,6 +255,23 @@ def test_compiled_collectives_over_two_nodes_take_the_network() -> None:
     assert places["expert",].nodes == 1
     assert places["fsdp",] == links.Span(2, (), 2)
     assert all(np.prod([sizes[axis] for axis in axes]) == place.devices for axes, place in places.items())
+
+
+@needs_gpu_compiler
+@pytest.mark.slow
+def test_two_stages_compile_for_gpus() -> None:
+    """Each token crosses once, there and back, forward and backward; what goes to experts stays in its node."""
+    more = ("mesh.fsdp=1", "mesh.expert=16", "mesh.expert_nodes=2", "moe.top_k=8", "kernels.attention=blocks")
+    plan = report.make_plan(of_gpus("h100:16", "model.num_layers=2", *more))
+    assert plan.collectives is not None
+    for items in (BETWEEN, INSIDE):
+        kinds = {item.kind for item in plan.estimate.counts.messages if item.axes == (items,)}
+        for kind in kinds:
+            counted = sum(m.total_bytes for m in plan.estimate.counts.messages if (m.kind, *m.axes) == (kind, items))
+            compiled = sum(c.total_bytes for c in plan.collectives if (c.kind, *c.axes) == (kind, items))
+            assert compiled == pytest.approx(counted, rel=0.01), f"{kind} over {items}"
+    exchanges = [item for item in plan.collectives if item.kind == "ragged-all-to-all"]
+    assert {item.axes for item in exchanges} == {(INSIDE,)}
 
 
 @needs_gpu_compiler

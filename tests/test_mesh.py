@@ -117,6 +117,19 @@ def test_the_pool_trains_as_on_one_device(mesh: str) -> None:
         assert metrics["received_L"].tolist() == received.tolist() or "fsdp" in mesh
 
 
+def test_tokens_that_cross_nodes_once_train_as_on_one_device() -> None:
+    """Two nodes of two devices share the pool."""
+    assert_equal(trained(configure("unipool", "mesh.expert_nodes=2"), MESHES["data 2, expert 4"]), alone("unipool"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "nodes"), [("expert 8", 4), ("expert 4, tensor 2", 2)])
+def test_exchanges_in_two_stages_train_as_on_one_device(mesh: str, nodes: int) -> None:
+    words = ("moe.top_k=3", "train.batch_size=16")
+    ours = trained(configure("unipool", *words, f"mesh.expert_nodes={nodes}", "model.remat=moe"), MESHES[mesh])
+    assert_equal(ours, alone("unipool", *words))
+
+
 def test_devices_divide_the_rows_of_a_batch_and_need_not_divide_a_sequence() -> None:
     config = configure("unipool", "moe.experts_per_layer=3", "train.batch_size=6", "train.microbatch_size=6")
     mesh = make_mesh(MeshConfig(1, 1, 3, 1), jax.devices()[:3])

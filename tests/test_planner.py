@@ -58,6 +58,14 @@ def test_a_collective_behind_several_fusions_is_counted_once() -> None:
     assert [(one.kind, one.times, one.sent_bytes) for one in found] == 2 * [("all-gather", 1, 2 * 8 * 8 * 3 / 4)]
 
 
+def test_gathers_that_the_compiler_combined_are_counted_together() -> None:
+    """Two operands of one start, then their results and what the compiler keeps."""
+    start = "(s32[8,2]{1,0}, bf16[8,4]{1,0}, s32[16,2]{1,0}, bf16[16,4]{1,0}, u32[], u32[]) all-gather-start(%a, %b)"
+    text = f"ENTRY %main (a: s32[8,2], b: bf16[8,4]) -> bf16[16,4] {{\n  %g = {start}, replica_groups={{{{0,1}}}}\n}}\n"
+    (found,) = collectives(parse(text), ("expert",), (2,))
+    assert (found.kind, found.sent_bytes) == ("all-gather", 8 * 2 * 4 + 8 * 4 * 2)
+
+
 def test_tokens_travel_as_the_compiler_can_carry_them() -> None:
     """Slices of more than 16 v5e chips have no ragged all-to-all."""
     counted = {
@@ -155,6 +163,7 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # Counting
 
 
+TWO_STAGES = ("mesh.fsdp=1", "mesh.expert=4", "mesh.expert_nodes=2", "moe.top_k=4")
 AROUND = ("moe.shared_experts=1", "moe.shared_expert_gate=true", "moe.dense_layers=2")
 
 
@@ -377,6 +386,8 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         pytest.param("unipool", ("pool.groups=2", "model.remat=moe"), marks=pytest.mark.slow),
         pytest.param("sliding", ("train.batch_size=8", "model.remat=none"), marks=pytest.mark.slow),
         pytest.param("unipool", ("model.remat=experts",), marks=pytest.mark.slow),
+        pytest.param("unipool", TWO_STAGES, marks=pytest.mark.slow),
+        pytest.param("unipool", ("model.remat=router",), marks=pytest.mark.slow),
         pytest.param("unipool", ("model.remat=attention",), marks=pytest.mark.slow),
         pytest.param("unipool", (*AROUND, "model.remat=moe"), marks=pytest.mark.slow),
     ],

@@ -291,10 +291,10 @@ def test_temporaries_of_one_micro_batch_and_of_many_logits() -> None:
 
 
 def test_recomputing_a_part_costs_its_passes_and_frees_what_it_kept() -> None:
-    """The gate and up products of experts, without another exchange; or attention, with its weights gathered again."""
-    none, experts, attention = (
+    """Products of experts, without another exchange; attention or routers, whose weights are gathered again."""
+    none, router, experts, attention = (
         work.count(small("unipool", f"model.remat={remat}"), SIZES, TOPOLOGY)
-        for remat in ("none", "experts", "attention")
+        for remat in ("none", "router", "experts", "attention")
     )
 
     def more(found: work.Counts) -> dict[str, tuple[float, float]]:
@@ -312,6 +312,11 @@ def test_recomputing_a_part_costs_its_passes_and_frees_what_it_kept() -> None:
     assert more(attention).keys() == {"projections", "attention scores"}
     (message,) = set(attention.messages) - set(none.messages)
     assert (message.name, message.times) == ("attention, gathered again", times)
+    scores = {item.name: item for item in none.work}["router"]
+    assert more(router) == {"router": (scores.flops / 4, scores.bytes / 4)}
+    (message,) = set(router.messages) - set(none.messages)
+    assert (message.name, message.times) == ("routers, gathered again", times)
+    assert none.temporary_bytes - router.temporary_bytes == LAYERS * TOKENS * EXPERTS * (5 * FULL + 3)
     kept = moved((TOKENS * (2 * D + 2 * 128), HALF, 1), (SCORES, 1, 6))
     assert none.temporary_bytes - attention.temporary_bytes == LAYERS * kept
 

@@ -176,7 +176,8 @@ def test_gradient_of_a_shared_expert_is_the_sum_over_its_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "policies"), [("unipool", ("experts", "attention", "moe", "full")), ("vanilla", ("moe", "full"))]
+    ("method", "policies"),
+    [("unipool", ("router", "experts", "attention", "moe", "full")), ("vanilla", ("moe", "full"))],
 )
 def test_rematerialization_changes_no_value(method: str, policies: tuple[str, ...]) -> None:
     config = tiny_config(method)

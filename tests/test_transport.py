@@ -33,16 +33,20 @@ def all_to_all_by_definition(
     recv_sizes: jax.Array,
     *,
     axis_name: str,
+    axis_index_groups: list[list[int]] | None = None,
 ) -> jax.Array:
     """`jax.lax.ragged_all_to_all`, which does not exist on CPU, from the words of its documentation.
 
     Slice i of a device goes to device `i // slices_per_device`, to the place `output_offsets[i]` there; what a device
     expects (`recv_sizes`) must be what it is sent, or nothing arrives at all.
     """
-    devices, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    devices = jax.lax.axis_size(axis_name) // len(axis_index_groups or [0])
+    # Groups are of consecutive devices.
+    me = jax.lax.axis_index(axis_name) % devices
     per_device = send_sizes.shape[0] // devices
     operands, starts, sizes, places = (
-        jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)
+        jax.lax.all_gather(x, axis_name, axis_index_groups=axis_index_groups)
+        for x in (operand, input_offsets, send_sizes, output_offsets)
     )
     row = jnp.arange(output.shape[0])
     agreed = jnp.all(jax.lax.dynamic_slice_in_dim(sizes, me * per_device, per_device, 1).reshape(-1) == recv_sizes)
@@ -89,9 +93,9 @@ def mixed(
     name: Transport, hidden: Any, experts: Any, gates: Any, bank: Bank, rows: int, implementation: Implementation
 ) -> tuple[jax.Array, jax.Array]:
     """Dispatch, products and combine on one device: its output and the rows it received."""
-    sent = DISPATCH[name](hidden, experts, EXPERTS, rows)
+    sent = DISPATCH[name](hidden, experts, EXPERTS, rows, 1)
     plan = make_group_plan(sent.sizes_E, sent.rows_RD.shape[0], implementation=implementation)
-    output = COMBINE[name](grouped_ffn(sent.rows_RD, bank, plan), sent, gates, hidden.dtype)
+    output = COMBINE[name](grouped_ffn(sent.rows_RD, bank, plan), sent, gates, hidden.dtype, 1)
     return output, sent.received[None]
 
 
@@ -171,7 +175,7 @@ def test_slices_agree_on_both_sides() -> None:
     sizes_PE = random.integers(0, 9, (DEVICES, EXPERTS))
 
     def on_device(sizes: jax.Array) -> tuple[Any, Any, jax.Array, jax.Array]:
-        there, back, own, received = dispatch._slices(jax.lax.all_gather(sizes[0], "expert"), 40)
+        there, back, own, received = dispatch._slices(jax.lax.all_gather(sizes, "expert"), 40)
         return jax.tree.map(lambda x: x[None], (there, back, own, received))
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("expert",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -26,6 +27,30 @@ def resolve_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     if free:
         sizes[free[0]] = num_devices // known
     return tuple(sizes.values())
+
+
+def nodes_of_experts(expert: int, tensor: int, node: int) -> int:
+    """Nodes that an expert group is in, if as many of its devices, at least two, are in each; otherwise 1.
+
+    Args:
+      expert, tensor: sizes of these axes, the innermost two of the mesh.
+      node: devices of a node, in which the mesh is laid out one after another.
+    """
+    inside, rest = divmod(node, tensor)
+    return 1 if rest or inside < 2 or expert % inside else expert // inside
+
+
+def node_problems(config: MeshConfig, topology: Topology) -> Iterator[str]:
+    """Whether the devices of an expert group are in as many nodes of a topology as `config` says; more is for GPUs."""
+    sizes = dict(zip(AXES, resolve_sizes(config, topology.num_devices), strict=True))
+    nodes = nodes_of_experts(sizes["expert"], sizes["tensor"], topology.chip.node)
+    if config.expert_nodes not in (1, nodes) and not any(_nodes(config)):
+        remedy = "1" if nodes == 1 else f"{nodes}, or to 1 for the flat exchange"
+        yield (
+            f"mesh.expert_nodes={config.expert_nodes}: with mesh.expert={sizes['expert']} and mesh.tensor="
+            f"{sizes['tensor']} the devices that share experts are not in so many nodes of mesh.topology="
+            f"{config.topology}; set it to {remedy}"
+        )
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -65,4 +90,19 @@ def problems(config: Config) -> Iterator[str]:
         yield (
             f"{shown['expert']}: must divide the {config.experts_per_pool} experts of a pool; choose another size, or "
             "another pool.experts"
+        )
+    yield from _nodes(config.mesh)
+
+
+def _nodes(mesh: MeshConfig) -> Iterator[str]:
+    """Whether the devices of an expert group can be in so many nodes."""
+    if mesh.expert_nodes == 1 or mesh.expert == -1:
+        return
+    shown = f"mesh.expert_nodes={mesh.expert_nodes}"
+    if mesh.expert == 1:
+        yield f"{shown}: with mesh.expert=1 no token leaves its device; set it to 1"
+    elif mesh.expert % mesh.expert_nodes or mesh.expert == mesh.expert_nodes:
+        yield (
+            f"{shown}: must divide mesh.expert={mesh.expert} into nodes of at least two devices; choose another "
+            "number, or 1"
         )

@@ -119,6 +119,7 @@ RANGES = {
     "mesh.fsdp": _AXIS,
     "mesh.expert": _AXIS,
     "mesh.tensor": _AXIS,
+    "mesh.expert_nodes": Range(1, 65_536),
     "mesh.capacity_factor": Range(1, 1_048_576),
     "plan.compiled": Range(1, 64),
     "distributed.num_processes": Range(1, 1_048_576),

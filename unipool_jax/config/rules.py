@@ -293,12 +293,12 @@ _rule(about_data=True)(data_rules.sources)
 _rule(about_data=True)(data_rules.cache)
 _rule(
     *(f"mesh.{axis}" for axis in mesh_rules.AXES),
-    *("train.microbatch_size", "train.eval_batch_size", "pool.groups", *_TOTAL_EXPERTS),
+    *("mesh.expert_nodes", "train.microbatch_size", "train.eval_batch_size", "pool.groups", *_TOTAL_EXPERTS),
     *("model.hidden_size", "model.num_kv_heads", "model.ffn_size", "moe.dense_ffn_size", "model.vocab_size"),
 )(mesh_rules.problems)
 
 
-@_rule(*(f"mesh.{axis}" for axis in mesh_rules.AXES))
+@_rule(*(f"mesh.{axis}" for axis in mesh_rules.AXES), "mesh.expert_nodes")
 def _topology(config: Config) -> Iterator[str]:
     name = config.mesh.topology
     if name is None:
@@ -321,6 +321,8 @@ def _topology(config: Config) -> Iterator[str]:
     if config.mode == "plan" and (devices % max(known, 1) if -1 in sizes else devices != known):
         shown = " ".join(f"mesh.{axis}={size}" for axis, size in zip(mesh_rules.AXES, sizes, strict=True))
         yield f"mesh.topology={name}: {shown} must multiply to its {devices} devices; change a size, or set one to -1"
+    elif config.mode == "plan":
+        yield from mesh_rules.node_problems(config.mesh, topology)
 
 
 @_rule("distributed.num_processes", "distributed.process_id")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "experts", "attention", "moe", "full"]
+Remat = Literal["none", "router", "experts", "attention", "moe", "full"]
 Router = Literal["softmax", "sigmoid", "norm"]
 """Routers of a mixture; `norm` is NormRouter."""
 GrowthMap = Literal["extend", "stack"]
@@ -102,9 +102,9 @@ class ModelConfig:
     compute_dtype: DType = "bfloat16"
     """Dtype of activations and matrix products. Parameters and optimizer state are always float32."""
     remat: Remat = "moe"
-    """What the backward pass recomputes: nothing, the gate and up products of experts, the attention block, the mixture
-    block of each layer, or each whole layer. With several pools over mesh.fsdp, all but `none` also gather the weights
-    of each pool again."""
+    """What the backward pass recomputes: nothing, scores and choices of routers, the gate and up products of experts,
+    the attention block, the mixture block of each layer, or each whole layer. With several pools over mesh.fsdp, all
+    but `none` also gather the weights of each pool again."""
 
     @property
     def matrix_std(self) -> float:
@@ -465,6 +465,10 @@ class MeshConfig:
     transport: Literal["auto", "all_gather", "ragged"] = "auto"
     """How tokens reach experts on other devices. `all_gather`: each device gathers all tokens of its expert group (any
     platform). `ragged`: a ragged all-to-all (TPU and GPU). `auto`: `ragged` where it exists."""
+    expert_nodes: int = 1
+    """Nodes that the devices of an expert group are in, as many in each. 1: rows go straight to the devices of their
+    experts. More: a token crosses to each other node once, goes to its experts inside, and one sum of outputs returns,
+    which pays over slow links where moe.top_k is above this number; see docs/sharding.md."""
     capacity_factor: float | None = None
     """Capacity factor: rows a device can receive in one layer, relative to the mean; mesh.expert always suffices. null:
     3 at first, then, from each checkpoint on, 1.25 times what the steps before it needed."""
@@ -518,8 +522,8 @@ class PlanConfig:
     """What mode=plan does besides compiling the configured step."""
 
     search: bool = False
-    """Search micro-batch size, rematerialization and mesh shape for the highest modelled throughput that fits in
-    memory."""
+    """Search micro-batch size, rematerialization, mesh shape and, between nodes, mesh.expert_nodes for the highest
+    modelled throughput that fits in memory."""
     compiled: int = 2
     """Number of the search's best candidates to compile."""
     figure: str = "plan.png"

@@ -138,7 +138,7 @@ TABLE: dict[str, Effect] = {
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.expert_placement"), _MESH),
     **dict.fromkeys(
         (
-            *("mesh.tensor", "mesh.transport", "mesh.sparse_core_collectives"),
+            *("mesh.tensor", "mesh.transport", "mesh.expert_nodes", "mesh.sparse_core_collectives"),
             *("kernels.implementation", "kernels.attention"),
         ),
         Effect(rounding=True),

@@ -15,8 +15,8 @@ from unipool_jax.config.schema import Config, ModelConfig
 from unipool_jax.kernels.attention import PRODUCTS
 from unipool_jax.kernels.causal import cached_attention
 from unipool_jax.kernels.implementations import resolve_attention
+from unipool_jax.kernels.recompute import recompute
 from unipool_jax.model.documents import document_positions
-from unipool_jax.model.remat import recompute
 from unipool_jax.model.rope import rotate
 from unipool_jax.model.switch import Switched, router_logits, switched, switched_cached
 from unipool_jax.parallel.linear import linear

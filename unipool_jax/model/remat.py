@@ -3,13 +3,15 @@
 | model.remat | kept for the backward pass |
 |---|---|
 | `none` | every activation |
+| `router` | all but the scores of the router and what is computed of them: choices, gates and statistics |
 | `experts` | all but the gate and up products of the experts: no exchange of rows is repeated |
 | `attention` | all but the activations inside the attention block of each layer |
 | `moe` | all but the activations inside the mixture block of each layer |
 | `full` | the input of each layer |
 
-`experts` is done where those products are made (`kernels.grouped_ffn`). With several pools over mesh.fsdp, all but
-`none` do not keep gathered weights either: the backward pass gathers those of one pool at a time.
+`experts` is done where those products are made (`kernels.grouped_ffn`), `router` in `moe.mixture`. With several pools
+over mesh.fsdp, all but `none` do not keep gathered weights either: the backward pass gathers those of one pool at a
+time.
 """
 
 from __future__ import annotations
@@ -17,35 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
-import jax
 import jax.extend
 from flax import linen as nn
 
 from unipool_jax.config.schema import Config
+from unipool_jax.kernels.recompute import recompute
 
 Result = TypeVar("Result")
-
-
-def recompute(function: Callable[..., Result]) -> Callable[..., Result]:
-    """`function` of positional arguments, of which the backward pass keeps nothing but those arguments.
-
-    For the body of a scan: elsewhere the compiler may merge the recomputation with the forward pass.
-    """
-
-    # `jax.checkpoint` alone would not do: the policy of a surrounding `jax.checkpoint` overrides those inside it. It
-    # does not reach into a custom derivative.
-    @jax.custom_vjp
-    def opaque(*arguments: Any) -> Result:
-        return function(*arguments)
-
-    def forward(*arguments: Any) -> tuple[Result, Any]:
-        return jax.vjp(jax.checkpoint(function, prevent_cse=False), *arguments)
-
-    def backward(pullback: Any, cotangent: Any) -> Any:
-        return pullback(cotangent)
-
-    opaque.defvjp(forward, backward)
-    return opaque
 
 
 def rematerialized(

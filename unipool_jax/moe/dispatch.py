@@ -3,12 +3,15 @@
 Three transports, each a pair of functions with one signature. They run on one device of a group that shares the experts
 of a pool, inside `shard_map` (or without a mesh, for `local`):
 
-    dispatched = DISPATCH[transport](hidden_ND, experts_NK, num_experts, rows)
+    dispatched = DISPATCH[transport](hidden_ND, experts_NK, num_experts, rows, nodes)
     expert_RD = products of dispatched.rows_RD with the experts of this device
-    output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, dtype)
+    output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, dtype, nodes)
 
-Experts never move. Suffixes besides those of the model: M tokens of all devices, R rows of a buffer, S (token, slot)
-pairs, P and Q devices as senders and receivers, e experts of one device.
+Experts never move. With several nodes tokens cross between them first (`moe.nodes`), and the transport works inside
+each; with one it is the whole exchange. A device receives the same rows in the same order either way.
+
+Suffixes besides those of the model: M tokens of several devices, R rows of a buffer, S (token, slot) pairs, P and Q
+devices as senders and receivers, e experts of one device, J nodes whose tokens a sender has.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import jax.numpy as jnp
 from unipool_jax.config.chips import has_ragged
 from unipool_jax.config.schema import MeshConfig
 from unipool_jax.kernels.group_plan import sort_by_group
+from unipool_jax.moe.nodes import devices_inside, gathered, gathered_numbers, inside, summed
 
 Transport = Literal["local", "all_gather", "ragged"]
 
@@ -64,7 +68,7 @@ class _RaggedWay(NamedTuple):
     back: _Slices
 
 
-def dispatch_local(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int) -> Dispatched:
+def dispatch_local(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int, nodes: int) -> Dispatched:
     """Sort rows by expert; every expert is on this device, and all N k rows are kept whatever `rows` says.
 
     Args:
@@ -72,15 +76,16 @@ def dispatch_local(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int
       experts_NK: chosen experts among all `num_experts`, int32.
       num_experts: E, over all devices of the group.
       rows: R, the rows that this device can receive: see `capacity`.
+      nodes: of the group.
     """
-    del rows
+    del rows, nodes
     order_R, sizes_E = sort_by_group(experts_NK.reshape(-1), num_experts)
     order = _Order(order_R, _inverse(order_R, order_R.shape[0]))
     return Dispatched(_pick(hidden_ND, *order, experts_NK.shape[1]), sizes_E, jnp.sum(sizes_E), order)
 
 
 def combine_local(
-    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike
+    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int
 ) -> jax.Array:
     """Sum over each token's k experts of gate times output, `[N, D]` in `dtype`.
 
@@ -89,14 +94,19 @@ def combine_local(
       dispatched: what `dispatch_local` returned.
       gates_NK: factors, float32.
       dtype: of the result.
+      nodes: of the group.
     """
+    del nodes
     return _weighted_sum(expert_RD, dispatched.way, gates_NK, dtype)
 
 
-def dispatch_all_gather(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int) -> Dispatched:
+def dispatch_all_gather(
+    hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int, nodes: int
+) -> Dispatched:
     """Gather the tokens of all devices and keep the rows of this device's experts. Arguments: `dispatch_local`."""
     per_device = num_experts // jax.lax.axis_size("expert")
-    hidden_MD, experts_MK = (jax.lax.all_gather(x, "expert", tiled=True) for x in (hidden_ND, experts_NK))
+    hidden_MD = _gathered_inside(gathered(hidden_ND, nodes), nodes)
+    experts_MK = _gathered_inside(gathered_numbers(experts_NK, nodes), nodes)
     expert_S = experts_MK.reshape(-1) - jax.lax.axis_index("expert") * per_device
     # Slots of other devices' experts are sorted last, past the last group: their outputs are zeros.
     order_S, sizes_E = sort_by_group(
@@ -110,44 +120,48 @@ def dispatch_all_gather(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts
 
 
 def combine_all_gather(
-    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike
+    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int
 ) -> jax.Array:
     """Sum the outputs of all devices where their tokens came from. Arguments: `combine_local`."""
-    gates_MK = jax.lax.all_gather(gates_NK, "expert", tiled=True)
+    gates_MK = _gathered_inside(gathered(gates_NK, nodes), nodes)
     # With one expert a token all parts but one are zero, and their sum is exact in any dtype.
     wide = dtype if gates_NK.shape[1] == 1 else jnp.float32
     partial_MD = _weighted_sum(expert_RD, dispatched.way, gates_MK, wide)
-    return jax.lax.psum_scatter(partial_MD, "expert", scatter_dimension=0, tiled=True).astype(dtype)
+    return summed(_scattered_inside(partial_MD, nodes).astype(dtype), nodes)
 
 
-def dispatch_ragged(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int) -> Dispatched:
+def dispatch_ragged(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, rows: int, nodes: int) -> Dispatched:
     """Send each row to its expert's device with a ragged all-to-all. Arguments: `dispatch_local`.
 
-    A slice is what one device sends to one expert, so rows are received grouped by expert, ready for the products.
+    A slice is what one device has of one node's tokens for one expert, so rows are received grouped by expert, ready
+    for the products.
     """
-    order_R, sizes_E = sort_by_group(experts_NK.reshape(-1), num_experts)
+    per_node = num_experts // nodes
+    hidden_MD, experts_MK = gathered(hidden_ND, nodes), gathered_numbers(experts_NK, nodes)
+    order_R, sizes_JE = _sorted_inside(experts_MK, per_node, nodes)
     order = _Order(order_R, _inverse(order_R, order_R.shape[0]))
-    sorted_RD = _pick(hidden_ND, *order, experts_NK.shape[1])
-    there, back, own_sizes_E, received = _slices(jax.lax.all_gather(sizes_E, "expert"), rows)
-    received_RD = _exchange(sorted_RD, there, back, rows)
+    sorted_RD = _pick(hidden_MD, *order, experts_NK.shape[1])
+    sizes_PJE = jax.lax.all_gather(sizes_JE, "expert", axis_index_groups=inside(nodes))
+    there, back, own_sizes_E, received = _slices(sizes_PJE, rows)
+    received_RD = _exchange(sorted_RD, there, back, rows, nodes)
     return Dispatched(received_RD, own_sizes_E, received, _RaggedWay(order, there, back))
 
 
 def combine_ragged(
-    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike
+    expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int
 ) -> jax.Array:
     """Send outputs back with a second ragged all-to-all and sum them per token. Arguments: `combine_local`."""
     way: _RaggedWay = dispatched.way
-    returned_RD = _exchange(expert_RD, way.back, way.there, way.order.order_R.shape[0])
-    return _weighted_sum(returned_RD, way.order, gates_NK, dtype)
+    returned_RD = _exchange(expert_RD, way.back, way.there, way.order.order_R.shape[0], nodes)
+    return summed(_weighted_sum(returned_RD, way.order, gathered(gates_NK, nodes), dtype), nodes)
 
 
-DISPATCH: dict[Transport, Callable[[jax.Array, jax.Array, int, int], Dispatched]] = {
+DISPATCH: dict[Transport, Callable[[jax.Array, jax.Array, int, int, int], Dispatched]] = {
     "local": dispatch_local,
     "all_gather": dispatch_all_gather,
     "ragged": dispatch_ragged,
 }
-COMBINE: dict[Transport, Callable[[jax.Array, Dispatched, jax.Array, jax.typing.DTypeLike], jax.Array]] = {
+COMBINE: dict[Transport, Callable[[jax.Array, Dispatched, jax.Array, jax.typing.DTypeLike, int], jax.Array]] = {
     "local": combine_local,
     "all_gather": combine_all_gather,
     "ragged": combine_ragged,
@@ -174,54 +188,88 @@ def chosen_transport(
     return "ragged" if platform != "cpu" and has_ragged(device_kind, devices) else "all_gather"
 
 
-def _slices(sizes_PE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Array, jax.Array]:
-    """From what each of P devices has for each of E experts: slices there and back, own group sizes, rows for them.
+def _gathered_inside(x_MD: jax.Array, nodes: int) -> jax.Array:
+    """What all devices of the group have, in their order, from what one place of each node has."""
+    if nodes == 1:
+        return jax.lax.all_gather(x_MD, "expert", tiled=True)
+    parts = x_MD.reshape(nodes, -1, *x_MD.shape[1:])
+    everything = jax.lax.all_gather(parts, "expert", axis=1, axis_index_groups=inside(nodes), tiled=True)
+    return everything.reshape(-1, *x_MD.shape[1:])
 
-    Rows are received expert by expert, and for each expert device by device. What lies beyond `rows` is not sent, but
-    counted in the last value returned.
+
+def _scattered_inside(x_MD: jax.Array, nodes: int) -> jax.Array:
+    """The transpose of `_gathered_inside`."""
+    if nodes == 1:
+        return jax.lax.psum_scatter(x_MD, "expert", scatter_dimension=0, tiled=True)
+    parts = x_MD.reshape(nodes, -1, *x_MD.shape[1:])
+    own = jax.lax.psum_scatter(parts, "expert", scatter_dimension=1, axis_index_groups=inside(nodes), tiled=True)
+    return own.reshape(-1, *x_MD.shape[1:])
+
+
+def _sorted_inside(experts_MK: jax.Array, per_node: int, nodes: int) -> tuple[jax.Array, jax.Array]:
+    """The order of (token, slot) pairs by the node of their token, then by expert, and sizes `[J, per_node]`, int32.
+
+    Pairs whose expert is in another node come last.
     """
-    devices, num_experts = sizes_PE.shape
-    per_device, me = num_experts // devices, jax.lax.axis_index("expert")
-    # [receiver, expert of the receiver, sender]
-    wanted_QeP = sizes_PE.T.reshape(devices, per_device, devices)
-    ends_QeP = jnp.cumsum(wanted_QeP.reshape(devices, -1), axis=1).reshape(wanted_QeP.shape)
-    starts_QeP = ends_QeP - wanted_QeP
-    taken_QeP = jnp.minimum(ends_QeP, rows) - jnp.minimum(starts_QeP, rows)
-    place_QeP = jnp.minimum(starts_QeP, rows)
-    # Where each sender keeps its rows for each expert.
-    sender_start_PE = jnp.cumsum(sizes_PE, axis=1) - sizes_PE
-
-    mine_PeQ = jnp.swapaxes(taken_QeP, 0, 2)  # [sender, expert, receiver]
-    sent_E = mine_PeQ[me].T.reshape(-1)
-    arrive_E = jnp.swapaxes(place_QeP, 0, 2)[me].T.reshape(-1)
-    received_E = taken_QeP[me].T.reshape(-1)
-    received_at_E = place_QeP[me].T.reshape(-1)
-    kept_at_sender_E = jax.lax.dynamic_slice_in_dim(sender_start_PE, me * per_device, per_device, axis=1).reshape(-1)
-    there = _Slices(sender_start_PE[me], sent_E, arrive_E, received_E)
-    back = _Slices(received_at_E, received_E, kept_at_sender_E, sent_E)
-    return there, back, jnp.sum(taken_QeP[me], axis=1), jnp.sum(wanted_QeP[me])
+    if nodes == 1:
+        order_R, sizes_E = sort_by_group(experts_MK.reshape(-1), per_node)
+        return order_R, sizes_E[None]
+    expert_JS = experts_MK.reshape(nodes, -1) - jax.lax.axis_index("expert") // devices_inside(nodes) * per_node
+    group_JS = expert_JS + per_node * jnp.arange(nodes, dtype=expert_JS.dtype)[:, None]
+    ours = (expert_JS >= 0) & (expert_JS < per_node)
+    order_R, sizes_E = sort_by_group(jnp.where(ours, group_JS, nodes * per_node).reshape(-1), nodes * per_node)
+    return order_R, sizes_E.reshape(nodes, per_node)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _exchange(rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int) -> jax.Array:
+def _slices(sizes_PJE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Array, jax.Array]:
+    """From what P devices have of J nodes for each of E experts: slices there and back, own group sizes, rows for them.
+
+    Rows are received expert by expert, and for each expert node by node and device by device. What lies beyond `rows`
+    is not sent, but counted in the last value returned. A sender keeps rows node by node, those of a node by expert.
+    """
+    devices, nodes, num_experts = sizes_PJE.shape
+    per_device, me = num_experts // devices, jax.lax.axis_index("expert") % devices
+    # [receiver, expert of the receiver, node of the token, sender]
+    wanted_QeJP = sizes_PJE.T.reshape(devices, per_device, nodes, devices)
+    ends_QeJP = jnp.cumsum(wanted_QeJP.reshape(devices, -1), axis=1).reshape(wanted_QeJP.shape)
+    starts_QeJP = ends_QeJP - wanted_QeJP
+    taken_QeJP = jnp.minimum(ends_QeJP, rows) - jnp.minimum(starts_QeJP, rows)
+    place_QeJP = jnp.minimum(starts_QeJP, rows)
+    # Where each sender keeps its rows: [sender, node of the token, receiver, expert of the receiver].
+    sizes_PS = sizes_PJE.reshape(devices, -1)
+    kept_PJQe = (jnp.cumsum(sizes_PS, axis=1) - sizes_PS).reshape(devices, nodes, devices, per_device)
+
+    # Slices are in the order of the other device, then of the node, then of the expert.
+    kept_at = kept_PJQe[me].swapaxes(0, 1).reshape(-1)
+    sent, arrive_at = (x_QeJP[..., me].swapaxes(1, 2).reshape(-1) for x_QeJP in (taken_QeJP, place_QeJP))
+    received, received_at = (x_QeJP[me].T.reshape(-1) for x_QeJP in (taken_QeJP, place_QeJP))
+    kept_at_sender = kept_PJQe[:, :, me].reshape(-1)
+    there = _Slices(kept_at, sent, arrive_at, received)
+    back = _Slices(received_at, received, kept_at_sender, sent)
+    return there, back, jnp.sum(taken_QeJP[me], axis=(1, 2)), jnp.sum(wanted_QeJP[me])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _exchange(rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int, nodes: int) -> jax.Array:
     """`[num_rows, D]` with the slices received, zero elsewhere; its gradient is the exchange in reverse."""
     # Made from the rows, so that inside `shard_map` it varies over the mesh as they do.
     empty_RD = jnp.broadcast_to(jnp.zeros_like(rows_RD[:1]), (num_rows, rows_RD.shape[1]))
-    return jax.lax.ragged_all_to_all(rows_RD, empty_RD, *there, axis_name="expert")
+    groups = inside(nodes)
+    return jax.lax.ragged_all_to_all(rows_RD, empty_RD, *there, axis_name="expert", axis_index_groups=groups)
 
 
 def _exchange_forward(
-    rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int
+    rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int, nodes: int
 ) -> tuple[jax.Array, tuple[_Slices, _Slices, jax.Array]]:
     # An array without elements remembers how many rows there were.
-    return _exchange(rows_RD, there, back, num_rows), (there, back, rows_RD[:, :0])
+    return _exchange(rows_RD, there, back, num_rows, nodes), (there, back, rows_RD[:, :0])
 
 
 def _exchange_backward(
-    num_rows: int, saved: tuple[_Slices, _Slices, jax.Array], grad_RD: jax.Array
+    num_rows: int, nodes: int, saved: tuple[_Slices, _Slices, jax.Array], grad_RD: jax.Array
 ) -> tuple[jax.Array, None, None]:
     there, back, sent = saved
-    return _exchange(grad_RD, back, there, sent.shape[0]), None, None
+    return _exchange(grad_RD, back, there, sent.shape[0], nodes), None, None
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)

@@ -15,6 +15,7 @@ from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.kernels.norms import post_norm
+from unipool_jax.kernels.recompute import recompute
 from unipool_jax.moe.bank import BANK_AXES, Experts
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import COMBINE, DISPATCH, transport_for
@@ -108,13 +109,47 @@ def mixture(
       counted_BS: which positions the statistics are about, bool; None is all of them.
       post_norm_D: gain of the layer's norm behind this block, of what model.post_norm_experts says; None without one.
     """
-    moe, epsilon, window = config.moe, config.model.post_norm_epsilon, selection.window
+    epsilon = config.model.post_norm_epsilon
     batch, length, width = hidden_BSD.shape
     hidden_ND = constrain(hidden_BSD.reshape(-1, width), "batch", None)
     if weights is None:
         output_ND = post_norm(dense_ffn(hidden_ND, experts.weights), post_norm_D, epsilon)
         stats = _dense_stats(batch, length, counted_BS)
         return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, None)
+    routed = functools.partial(_routed, config, batch)
+    taken = recompute(routed) if config.model.remat == "router" else routed
+    routing = taken(hidden_ND, weights, selection, counted_BS)
+    # Behind the gates the norm would take their magnitude away: of a token with one expert, all that the loss could
+    # teach the router.
+    each_D, sum_D = (None, post_norm_D) if config.model.post_norm_experts == "post" else (post_norm_D, None)
+    output_ND, experts, received_X = moe_ffn(
+        hidden_ND,
+        routing,
+        experts,
+        config.kernels.implementation,
+        config.mesh,
+        each_D,
+        epsilon,
+        keep_products=config.model.remat != "experts",
+    )
+    if shared is not None:
+        output_ND = output_ND + always_on(hidden_ND, shared, each_D, epsilon)
+    output_ND = post_norm(output_ND, sum_D, epsilon)
+    stats = routing.stats._replace(received_X=received_X)
+    visits = Visits(routing.experts_NK, routing.gates_NK, hidden_ND)
+    return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, visits)
+
+
+def _routed(
+    config: Config,
+    batch: int,
+    hidden_ND: jax.Array,
+    weights: RouterWeights,
+    selection: Selection,
+    counted_BS: jax.Array | None,
+) -> Routing:
+    """Experts and gates of every token of `batch` sequences. Other arguments: `mixture`."""
+    moe, window = config.moe, selection.window
     assert moe.router != "none"
     if window is None:
         router_ED, visible_E = weights.router_ED, None
@@ -136,27 +171,7 @@ def mixture(
         counted_N=None if counted_BS is None else constrain(counted_BS.reshape(-1), "batch"),
         normalized=config.loss.pool_scores == "normalized",
     )
-    if selection.forced is not None:
-        routing = replaced(routing, scores_NE, selection.forced, moe.router)
-    # Behind the gates the norm would take their magnitude away: of a token with one expert, all that the loss could
-    # teach the router.
-    each_D, sum_D = (None, post_norm_D) if config.model.post_norm_experts == "post" else (post_norm_D, None)
-    output_ND, experts, received_X = moe_ffn(
-        hidden_ND,
-        routing,
-        experts,
-        config.kernels.implementation,
-        config.mesh,
-        each_D,
-        epsilon,
-        keep_products=config.model.remat != "experts",
-    )
-    if shared is not None:
-        output_ND = output_ND + always_on(hidden_ND, shared, each_D, epsilon)
-    output_ND = post_norm(output_ND, sum_D, epsilon)
-    stats = routing.stats._replace(received_X=received_X)
-    visits = Visits(routing.experts_NK, routing.gates_NK, hidden_ND)
-    return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, visits)
+    return routing if selection.forced is None else replaced(routing, scores_NE, selection.forced, moe.router)
 
 
 def moe_ffn(
@@ -236,8 +251,8 @@ def _on_device(
     mesh = active_mesh()
     devices = 1 if mesh is None else mesh.shape["expert"]
     transport = transport_for(config, devices)
-    rows = capacity(experts_NK.size, devices, config.capacity_factor)
-    dispatched = DISPATCH[transport](hidden_ND, experts_NK, weights.gate_EDF.shape[0] * devices, rows)
+    nodes, rows = config.expert_nodes, capacity(experts_NK.size, devices, config.capacity_factor)
+    dispatched = DISPATCH[transport](hidden_ND, experts_NK, weights.gate_EDF.shape[0] * devices, rows, nodes)
     # A receive buffer is larger than what is received on average, which is what this device sends.
     plan = make_group_plan(
         dispatched.sizes_E, dispatched.rows_RD.shape[0], implementation=implementation, expected_rows=experts_NK.size
@@ -254,7 +269,7 @@ def _on_device(
         # A norm needs outputs, not the parts of them that the devices of a tensor group have.
         expert_RD = jax.lax.psum(expert_RD, "tensor")
     expert_RD = post_norm(expert_RD, post_norm_D, epsilon)
-    output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, hidden_ND.dtype)
+    output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, hidden_ND.dtype, nodes)
     if mesh is not None and post_norm_D is None:
         output_ND = jax.lax.psum(output_ND, "tensor")
     return output_ND, accumulator, dispatched.received[None]

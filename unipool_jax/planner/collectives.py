@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unipool_jax.planner.nodes import whole
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "s4": 4, "u4": 4}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -207,10 +209,10 @@ def collective(
     if len(group) == 1:
         return None
     places = np.array(np.unravel_index(group, axis_sizes))
-    axes = tuple(name for name, row in zip(axis_names, places, strict=True) if len(set(row.tolist())) > 1)
+    axes = whole(tuple(name for name, row in zip(axis_names, places, strict=True) if len(set(row.tolist())) > 1))
     arrays = array_bytes(instruction.type)
     if instruction.opcode.endswith("-start") and instruction.type.startswith("(") and kind != "all-reduce":
-        arrays = [max(arrays)]
+        arrays = _results_of_start(instruction.type)
     size, others = float(sum(arrays)), (len(group) - 1) / len(group)
     if kind == "all-reduce":
         # The TPU compiler fuses an all-reduce and the slice of its result into this computation, a reduce-scatter.
@@ -228,6 +230,15 @@ def collective(
     shapes = tuple(f"{dtype}[{shape}]" for dtype, shape in _ARRAY.findall(instruction.type))
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Collective(kind, shapes, axes, len(group), times, sent, source[1] if source else "")
+
+
+def _results_of_start(type_text: str) -> list[int]:
+    """Bytes of each result in the type of a start: operands, as many results, and scalars of the compiler's own.
+
+    The GPU compiler combines gathers over the same devices into one with several operands.
+    """
+    arrays = [found[0] for found in _ARRAY.finditer(type_text) if found[2]]
+    return [size for array in arrays[len(arrays) // 2 :] for size in array_bytes(array)]
 
 
 def collective_inside(module: Module, computation: str, line: Instruction) -> tuple[str, Instruction] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.chips import Topology, parse_topology
 from unipool_jax.config.growth_schedule import grows
-from unipool_jax.config.mesh_rules import AXES, resolve_sizes
+from unipool_jax.config.mesh_rules import AXES, nodes_of_experts, resolve_sizes
 from unipool_jax.config.schema import Config, ConfigError
 from unipool_jax.moe.capacity import UNMEASURED_FACTOR
 from unipool_jax.planner import collectives as collectives_of
@@ -26,6 +27,8 @@ from unipool_jax.planner.compilation import (
     prepare,
     topology_mesh,
 )
+from unipool_jax.planner.messages import balanced
+from unipool_jax.planner.nodes import split
 from unipool_jax.planner.roofline import Estimate, estimate
 from unipool_jax.planner.windows import layer_loads
 from unipool_jax.planner.work import Counts, count
@@ -126,7 +129,9 @@ def from_programs(config: Config, topology: Topology, mesh: Mesh, program: Progr
     """The plan of compiled steps."""
     sizes = {name: int(size) for name, size in mesh.shape.items()}
     module = collectives_of.parse(program.text)
-    found = tuple(collectives_of.collectives(module, tuple(mesh.axis_names), mesh.devices.shape))
+    axes = split(sizes, config.mesh)
+    modelled = estimate(config, sizes, topology, mesh, module)
+    found = collectives_of.collectives(module, tuple(axes), tuple(axes.values()))
     parameters, optimizer = state_bytes(config, mesh)
     return Plan(
         config,
@@ -136,9 +141,9 @@ def from_programs(config: Config, topology: Topology, mesh: Mesh, program: Progr
         optimizer,
         program.temporary_bytes,
         evaluation.temporary_bytes,
-        found,
+        tuple(balanced(one, modelled.counts.messages) for one in found),
         collectives_of.kernels(module),
-        estimate(config, sizes, topology, mesh, module),
+        modelled,
         (program.seconds, evaluation.seconds),
     )
 
@@ -180,6 +185,7 @@ def text(plan: Plan) -> str:
         f"  evaluation, with the state   {plan.evaluation_total_bytes / _GIB:8.2f} GiB "
         f"{_room(plan, plan.evaluation_total_bytes)}; train.eval_batch_size={config.train.eval_batch_size}",
         *_compile_seconds(plan),
+        *_exchange(plan),
         *_windows(plan),
         *_growth(plan),
         "",
@@ -205,6 +211,21 @@ def text(plan: Plan) -> str:
 def _room(plan: Plan, needed: int) -> str:
     room = plan.topology.chip.hbm_bytes
     return f"of {room / _GIB:.2f}{'' if needed <= room else ', DOES NOT FIT'}"
+
+
+def _exchange(plan: Plan) -> list[str]:
+    """How tokens reach the experts of other nodes, with the modelled time of either way."""
+    config, sizes, topology = plan.config, plan.sizes, plan.topology
+    nodes = nodes_of_experts(sizes["expert"], sizes["tensor"], topology.chip.node)
+    if topology.is_tpu or config.moe.router == "none" or nodes == 1:
+        return []
+    ways = (dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, expert_nodes=n)) for n in (1, nodes))
+    flat, staged = (f"{1e3 * estimate(way, sizes, topology, None).seconds:.1f} ms" for way in ways)
+    if config.mesh.expert_nodes == 1:
+        way = f"flat, counted {flat}; in two stages, with mesh.expert_nodes={nodes}, {staged}"
+    else:
+        way = f"in two stages, counted {staged}; flat, with mesh.expert_nodes=1, {flat}"
+    return ["", f"exchange of tokens over {nodes} nodes: {way}"]
 
 
 def _windows(plan: Plan) -> list[str]:

@@ -18,8 +18,10 @@ from unipool_jax.config.schema import Config
 from unipool_jax.planner import links
 from unipool_jax.planner.collectives import Collective, Module, collectives
 from unipool_jax.planner.instructions import Clock, Traffic
+from unipool_jax.planner.messages import Message, balanced
+from unipool_jax.planner.nodes import parts_of, split, split_mesh
 from unipool_jax.planner.schedule import Overlap, overlap
-from unipool_jax.planner.work import Counts, Message, count, kernel_work
+from unipool_jax.planner.work import Counts, count, kernel_work
 from unipool_jax.training.flops import flops_per_token
 
 MATRIX_EFFICIENCY = 0.9
@@ -102,6 +104,8 @@ def estimate(
         `work.count` expects.
     """
     counts, chip = count(config, sizes, topology), topology.chip
+    axes = split(sizes, config.mesh)
+    links_of = functools.partial(_taken, counts=counts, axes=axes, topology=topology, mesh=split_mesh(mesh, axes))
     parts = []
     for work in counts.work:
         compute = work.flops / (chip.flops * MATRIX_EFFICIENCY)
@@ -111,22 +115,24 @@ def estimate(
     hidden = 0.0
     if module is not None:
         found = schedule(config, sizes, topology, mesh, module)
-        messages, hidden = collectives(module, tuple(sizes), tuple(sizes.values())), found.hidden_seconds
+        messages, hidden = collectives(module, tuple(axes), tuple(axes.values())), found.hidden_seconds
         parts.append(Part("copies and changes of layout", found.copy_seconds, "memory"))
     by_kind: dict[str, float] = {}
     for message in messages:
         name = f"{message.kind} over {' x '.join(message.axes)}"
-        by_kind[name] = by_kind.get(name, 0.0) + message.times * _taken(message, counts, sizes, topology, mesh)
+        by_kind[name] = by_kind.get(name, 0.0) + message.times * links_of(message)
     parts.extend(Part(name, seconds, "links") for name, seconds in by_kind.items())
     model_flops = flops_per_token(config) * config.tokens_per_step / topology.num_devices
     return Estimate(tuple(parts), counts, model_flops, chip.flops, config.tokens_per_step, hidden)
 
 
 def _taken(
-    message: Collective | Message, counts: Counts, sizes: dict[str, int], topology: Topology, mesh: Mesh | None
+    message: Collective | Message, counts: Counts, axes: dict[str, int], topology: Topology, mesh: Mesh | None
 ) -> float:
-    """Seconds of a collective alone on the links."""
-    place = links.span(mesh, topology, message.axes, sizes)
+    """Seconds of a collective alone on the links, on a mesh of these axes."""
+    if isinstance(message, Collective):
+        message = balanced(message, counts.messages)
+    place = links.span(mesh, topology, parts_of(message.axes, axes), axes)
     seconds = links.seconds(message.kind, message.sent_bytes, place, topology.chip)
     # What is sent is counted evenly; the busiest device receives more.
     return seconds * (counts.busiest if message.kind == "ragged-all-to-all" else 1)
@@ -134,9 +140,9 @@ def _taken(
 
 def schedule(config: Config, sizes: dict[str, int], topology: Topology, mesh: Mesh | None, module: Module) -> Overlap:
     """The collectives of a compiled step, and what its schedule hides of them. Arguments: `estimate`."""
-    taken = functools.partial(_taken, counts=count(config, sizes, topology), sizes=sizes, topology=topology, mesh=mesh)
-    axes = tuple(sizes), tuple(sizes.values())
-    return overlap(module, clock(config, sizes, topology, module), *axes, taken)
+    counts, axes = count(config, sizes, topology), split(sizes, config.mesh)
+    taken = functools.partial(_taken, counts=counts, axes=axes, topology=topology, mesh=split_mesh(mesh, axes))
+    return overlap(module, clock(config, sizes, topology, module), tuple(axes), tuple(axes.values()), taken)
 
 
 def clock(config: Config, sizes: dict[str, int], topology: Topology, module: Module) -> Clock:

@@ -1,4 +1,4 @@
-"""Searches micro-batch size, rematerialization and mesh shape for the highest modelled throughput that fits in memory.
+"""Searches micro-batch size, rematerialization, mesh shape and exchange for the highest modelled throughput that fits.
 
 The model of `roofline` ranks all candidates within seconds; only the best are compiled, which decides whether they fit.
 """
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.chips import Topology, parse_topology
 from unipool_jax.config.compose import CONFIG_DIR, compose_config, overrides_from
-from unipool_jax.config.mesh_rules import AXES
+from unipool_jax.config.mesh_rules import AXES, nodes_of_experts
 from unipool_jax.config.rules import problems
 from unipool_jax.config.schema import Config, ConfigError, PlanConfig, Remat
 from unipool_jax.planner.compilation import (
@@ -92,12 +92,13 @@ def _of_shape(
     evaluated = max(config.train.eval_batch_size // ways, 1) * ways
     per_way = config.train.batch_size // ways
     found, reason, mesh = [], "", None
-    for sequences, remat in itertools.product((n for n in range(1, per_way + 1) if per_way % n == 0), _REMAT):
+    whole = [n for n in range(1, per_way + 1) if per_way % n == 0]
+    for sequences, remat, nodes in itertools.product(whole, _REMAT, _exchanges(config, sizes, topology)):
         candidate = dataclasses.replace(
             config,
             train=dataclasses.replace(config.train, microbatch_size=sequences * ways, eval_batch_size=evaluated),
             model=dataclasses.replace(config.model, remat=remat),
-            mesh=dataclasses.replace(config.mesh, **sizes),
+            mesh=dataclasses.replace(config.mesh, expert_nodes=nodes, **sizes),
         )
         if refused := problems(candidate):
             reason = f"{refused[0].partition('=')[0]} is refused"
@@ -113,6 +114,14 @@ def _of_shape(
         else:
             reason = "memory does not suffice, by estimate"
     return found, reason
+
+
+def _exchanges(config: Config, sizes: dict[str, int], topology: Topology) -> tuple[int, ...]:
+    """Values of `mesh.expert_nodes`: flat and, where devices that share experts are in several nodes, two stages."""
+    if topology.is_tpu or config.moe.router == "none":
+        return (1,)
+    nodes = nodes_of_experts(sizes["expert"], sizes["tensor"], topology.chip.node)
+    return (1,) if nodes == 1 else (1, nodes)
 
 
 def _perhaps_fits(candidate: Candidate, topology: Topology) -> bool:
@@ -204,7 +213,8 @@ def search(config: Config) -> str:
 def _name(candidate: Candidate) -> str:
     config = candidate.config
     axes = " ".join(f"{axis[0]}{getattr(config.mesh, axis)}" for axis in AXES)
-    return f"{axes}  micro-batch {config.train.microbatch_size:5}  remat {config.model.remat}"
+    stages = "" if config.mesh.expert_nodes == 1 else "  two stages"
+    return f"{axes}  micro-batch {config.train.microbatch_size:5}  remat {config.model.remat}{stages}"
 
 
 def _row(candidate: Candidate) -> str:
@@ -224,7 +234,7 @@ def draw(found: list[Candidate], winner: Candidate, topology: Topology, path: st
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for remat, marker in zip(_REMAT, "oPDs^", strict=True):
+    for remat, marker in zip(_REMAT, "oxPDs^", strict=True):
         group = [candidate for candidate in found if candidate.config.model.remat == remat]
         axes.scatter(
             [c.gigabytes for c in group],

@@ -36,6 +36,7 @@ from unipool_jax.planner.kernel_work import (
     expert_backward,
     expert_forward,
 )
+from unipool_jax.planner.messages import Message, Tokens, exchanged
 from unipool_jax.planner.windows import LayerLoad, layer_loads
 from unipool_jax.training.step import counts_before_gradient, shares_one_bank
 
@@ -49,22 +50,6 @@ class Work(NamedTuple):
     unpadded_flops: float
     bytes: float
     """Traffic to and from high-bandwidth memory."""
-
-
-class Message(NamedTuple):
-    """All collectives of one kind in a step."""
-
-    name: str
-    kind: str
-    axes: tuple[str, ...]
-    times: int
-    sent_bytes: float
-    """Bytes a device sends per execution, as in `collectives.Collective`."""
-
-    @property
-    def total_bytes(self) -> float:
-        """Bytes that a device sends in a step."""
-        return self.sent_bytes * self.times
 
 
 class Counts(NamedTuple):
@@ -112,6 +97,11 @@ class _Sizes:
         if self.sizes["expert"] == 1 or self.config.moe.router == "none":
             return self.rows
         return capacity(int(self.rows), self.sizes["expert"], self.config.mesh.capacity_factor)
+
+    @property
+    def sent(self) -> float:
+        """Rows of the buffer that a device sends to experts from: with several nodes it holds those of all of them."""
+        return self.rows * (self.config.mesh.expert_nodes if self.transport == "ragged" else 1)
 
     @property
     def transport(self) -> Transport:
@@ -234,10 +224,11 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
         experts = config.experts_per_pool
         flops = 2 * n * width * experts
         moved = n * (width * at.narrow + 4 * experts * WIDE)
-        mixtures.append(Work("router", flops * (mixture + 2), flops * (mixture + 2), moved * (mixture + 2)))
+        routed = mixture + 2 + (model.remat == "router")
+        mixtures.append(Work("router", flops * routed, flops * routed, moved * routed))
         # Rows are sorted, sent, received and combined; receive buffers are cleared first.
         buffer = at.received if at.sizes["expert"] > 1 else 0
-        moved = at.narrow * width * (8 * at.rows + 2 * buffer)
+        moved = at.narrow * width * (8 * at.sent + 2 * buffer)
         mixtures.append(Work("dispatch", 0.0, 0.0, moved * (mixture + 1)))
     mixtures.extend(_expert_work(at, mixture))
     return (*_times(work, model.num_layers * micro), *_times(mixtures, config.mixture_layers * micro))
@@ -413,21 +404,26 @@ def _messages(at: _Sizes) -> list[Message]:
         # another loop lies in between.
         *_reduced("tables", micro, 1, tables / at.narrow, sizes),
     ]
+    if model.remat == "router" and again == 1:
+        found.append(Message("routers, gathered again", "all-gather", ("fsdp",), layers * micro, routers * fsdp))
     if model.remat == "attention" and again == 1:
         found.append(Message("attention, gathered again", "all-gather", ("fsdp",), layers * micro, dense * fsdp))
-    if config.moe.router != "none" and at.transport == "ragged":
-        sent = at.rows * model.hidden_size * at.narrow * _other(sizes, "expert")
-        found.append(Message("tokens", "ragged-all-to-all", ("expert",), 2 * mixtures * micro * (mixture + 1), sent))
-    elif config.moe.router != "none" and at.transport == "all_gather":
-        # Every device gets all tokens, and the outputs of their experts are summed. The sum is not recomputed.
-        tokens = at.tokens * model.hidden_size * (sizes["expert"] - 1)
-        outputs = tokens * (at.narrow if config.moe.top_k == 1 else WIDE)
-        found += [
-            Message("tokens, gathered", "all-gather", ("expert",), mixtures * micro * mixture, tokens * at.narrow),
-            Message("outputs, summed", "reduce-scatter", ("expert",), mixtures * micro * (1 + counting), outputs),
-            Message("outputs, gradient gathered", "all-gather", ("expert",), mixtures * micro, outputs),
-            Message("tokens, gradient summed", "reduce-scatter", ("expert",), mixtures * micro, tokens * at.narrow),
-        ]
+    if config.moe.router != "none":
+        outputs = at.narrow if config.moe.top_k == 1 else WIDE
+        found += exchanged(
+            Tokens(
+                at.transport,
+                sizes["expert"],
+                config.mesh.expert_nodes,
+                at.tokens,
+                config.moe.top_k,
+                model.hidden_size * at.narrow,
+                model.hidden_size * outputs,
+                mixtures * micro,
+                mixture,
+                counting,
+            )
+        )
     if sizes["tensor"] > 1:
         found += _tensor_sums(at, forward, mixture)
     return found
@@ -478,11 +474,17 @@ def _kept(at: _Sizes) -> float:
     scores = at.attention().kept_bytes
     if model.remat == "moe":
         return 8 * hidden + scores
-    # Rows as they came and as they went, and two products of each.
-    rows, products = 2 * at.received * model.hidden_size, 2 * at.received * model.ffn_size / tensor
+    # Rows as they came and as they went, and two products of each; with several nodes the rows of all of them.
+    rows, products = (
+        (2 * at.received + at.sent - at.rows) * model.hidden_size,
+        2 * at.received * model.ffn_size / tensor,
+    )
     kept = rows + (0 if model.remat == "experts" else products) + 2 * at.tokens * at.block_width / tensor
     attention = 0 if model.remat == "attention" else scores
     less = at.tokens * heads * at.narrow if model.remat == "attention" else 0
+    if model.remat == "router" and at.config.moe.router != "none":
+        # Five arrays of logits and scores, and masks: of what is positive, visible and chosen in each slot.
+        less = at.tokens * at.config.experts_per_pool * (5 * WIDE + 2 + at.config.moe.top_k)
     return 10 * hidden + attention - less + kept * at.narrow
 
 
@@ -500,6 +502,7 @@ def _temporaries(at: _Sizes, parameters: float) -> float:
     hidden = n * model.hidden_size * at.narrow
     scores = at.attention()
     mixture = at.received * (model.ffn_size / sizes["tensor"] * 8 + model.hidden_size * 4) * at.narrow
+    mixture += 2 * (at.sent - at.rows) * model.hidden_size * at.narrow
     mixture += 8 * n * at.block_width / sizes["tensor"] * at.narrow
     working = 10 * hidden + scores.working_bytes + mixture
     # One device makes them in chunks.
@@ -516,7 +519,7 @@ def _evaluation(at: _Sizes) -> float:
     at = dataclasses.replace(at, config=dataclasses.replace(config, train=batches, mesh=mesh))
     hidden = at.tokens * model.hidden_size * at.narrow
     rows = at.received * (model.ffn_size / sizes["tensor"] + 2 * model.hidden_size) * at.narrow
-    rows += at.tokens * at.block_width / sizes["tensor"] * at.narrow
+    rows += (2 * (at.sent - at.rows) * model.hidden_size + at.tokens * at.block_width / sizes["tensor"]) * at.narrow
     tables = 2 * at.narrow * model.vocab_size * model.hidden_size
     gathered = at.narrow * at.bank * (config.pool.groups if sizes["fsdp"] == 1 else 1)
     return gathered + tables + 6 * hidden + max(rows, at.attention().evaluation_bytes)

@@ -66,9 +66,11 @@ def announce(
     if mesh is not None:
         sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         transport = transport_for(config.mesh, mesh.shape["expert"])
+        nodes = config.mesh.expert_nodes
+        stages = "" if nodes == 1 else f" in two stages, over {nodes} nodes"
         capacity = "" if transport == "local" else f" with capacity factor {buffers.factor:g}"
         progress.message(
-            f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport{capacity}\n{report(state)}"
+            f"mesh {sizes}, {jax.process_count()} process(es), {transport} transport{stages}{capacity}\n{report(state)}"
         )
         if misplaced := misplaced_banks(config, mesh, state):
             raise RunError(
