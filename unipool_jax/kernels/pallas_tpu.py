@@ -4,6 +4,8 @@ On a single device that is not a TPU, Pallas's TPU interpreter runs them, slowly
 trace under `jax.set_mesh` with a mesh of its devices.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -42,10 +44,18 @@ def ffn_forward(
     plan: GroupPlan,
     *,
     keep_products: bool,
+    stacks: Sequence[jax.Array] = (),
+    place: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Gated expert FFN. Returns `[R, D]` and, with `keep_products`, the gate and up products for `ffn_backward`."""
+    """Gated expert FFN. Returns `[R, D]` and, with `keep_products`, the gate and up products for `ffn_backward`.
+
+    Given `stacks` of products of several layers, the products are written into them at `place`.
+    """
     epilogue, outputs = (gated_and_products, 3) if keep_products else (gated, 1)
-    hidden_RF, *products = row_pass(epilogue, outputs, [rows_RD], [gate_EDF, up_EDF], plan, name="expert_ffn_in")
+    hidden_RF, *products = row_pass(
+        epilogue, outputs, [rows_RD], [gate_EDF, up_EDF], plan, stacks=stacks, place=place, clear=False,
+        name="expert_ffn_in",
+    )  # fmt: skip
     return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), tuple(products)
 
 
@@ -58,10 +68,14 @@ def ffn_backward(
     plan: GroupPlan,
     residuals: tuple[jax.Array, jax.Array],
     into: Three | None = None,
+    place: jax.Array | None = None,
 ) -> tuple[jax.Array, Three]:
-    """Gradients of `ffn_forward`: of the rows in their dtype, of the three banks in float32, added to `into`."""
+    """Gradients of `ffn_forward`: of the rows in their dtype, of the three banks in float32, added to `into`.
+
+    `residuals` may be stacks of several layers, of which `place` says which one.
+    """
     hidden_RF, gate_grad_RF, up_grad_RF = row_pass(
-        gated_backward, 3, [grad_RD], [down_EFD], plan, beside=residuals, transpose_bank=True,
+        gated_backward, 3, [grad_RD], [down_EFD], plan, beside=residuals, place=place, clear=False, transpose_bank=True,
         name="expert_ffn_gate_gradient",
     )  # fmt: skip
     (rows_grad_RD,) = row_pass(

@@ -48,9 +48,11 @@ class _Visits(NamedTuple):
     """`[E + 1]`, the plan's offsets."""
     tiles: jax.Array
     """`[2]`: the number of tiles with rows of a group, and of all tiles."""
+    place: jax.Array
+    """`[1]`: which of the arrays of a stack is meant."""
 
 
-def _visits(plan: GroupPlan) -> _Visits:
+def _visits(plan: GroupPlan, place: jax.Array | None = None) -> _Visits:
     num_groups, num_rows = plan.group_sizes.shape[0], _round_up_to_block(plan.row_group.shape[0])
     tile_rows, offsets = plan.tiling.tile_rows, plan.offsets
     of_group = plan.tile_group < num_groups
@@ -67,6 +69,7 @@ def _visits(plan: GroupPlan) -> _Visits:
         write=jnp.clip(complete - plan.tile_start, 0, tile_rows),
         offsets=offsets,
         tiles=jnp.stack([plan.num_tiles, plan.num_tiles + plan.num_tail_tiles]),
+        place=jnp.zeros_like(offsets[:1]) if place is None else place.reshape(1),
     )
 
 
@@ -109,22 +112,32 @@ def row_pass(
     plan: GroupPlan,
     *,
     beside: Sequence[jax.Array] = (),
+    stacks: Sequence[jax.Array] = (),
+    place: jax.Array | None = None,
+    clear: bool = True,
     transpose_bank: bool = False,
     name: str,
 ) -> list[jax.Array]:
-    """`epilogue(products..., beside...)` for every row of a group, zero for the others.
+    """`epilogue(products..., beside...)` for every row of a group; with `clear`, zero for the others.
 
     Args:
         epilogue: elementwise function of float32 tiles.
         num_outputs: number of arrays `[R, N]` it returns, in the dtype of the rows.
         rows: `[R, K]`; one array for each bank, or one for all of them.
         banks: `[E, K, N]` each (transposed: `[E, N, K]`). A product is `rows[r] @ bank[group of r]`.
-        beside: further inputs of the epilogue, `[R, N]` each.
+        beside: further inputs of the epilogue, `[R, N]` each, or stacks `[L, R, N]`, of which `place` is read.
+        stacks: the last outputs are written to these, `[L, R, N]` each, at `place`, and the stacks returned: the
+            kernel writes where the arrays are to stay. R and N are as `stack_shape` says.
+        place: int32 scalar.
+        clear: whether rows of no group are written. Without, they hold what the memory held, NaN perhaps, and no
+            kernel of this module reads them.
         name: of the kernel, in profiles and in the table of tile sizes.
     """
     num_rows, num_groups, tile_rows = rows[0].shape[0], plan.group_sizes.shape[0], plan.tiling.tile_rows
     dtype, num_columns, num_row_arrays = rows[0].dtype, banks[0].shape[1 if transpose_bank else 2], len(rows)
-    rows, banks = [_padded(array) for array in (*rows, *beside)], [_padded(bank) for bank in banks]
+    rows = [array if array.ndim == 3 else _padded(array) for array in (*rows, *beside)]
+    banks = [_padded(bank) for bank in banks]
+    num_whole = num_outputs - len(stacks)
     padded_rows, width = rows[0].shape[0], banks[0].shape[1 if transpose_bank else 2]
     contracted = sum(array.shape[1] for array in rows[:num_row_arrays])
     columns = _columns(
@@ -140,9 +153,11 @@ def row_pass(
         visits = _Visits(*refs[: len(_Visits._fields)])
         inputs, others = _split(refs[len(_Visits._fields) :], len(rows))
         matrices, others = _split(others, len(banks))
+        _, others = _split(others, len(stacks))
         outputs, (buffer, carry, semaphore, *row_buffers, row_semaphore) = _split(others, num_outputs)
-        column, num_visits = pl.program_id(0), visits.tiles[1]
+        column, num_visits = pl.program_id(0), visits.tiles[1 if clear else 0]
         column_slice = pl.ds(pl.multiple_of(column * columns, LANES), columns)
+        inputs, outputs = ([_at(ref, visits.place) for ref in refs] for refs in (inputs, outputs))
         sources = [*inputs[:num_row_arrays], *(source.at[:, column_slice] for source in inputs[num_row_arrays:])]
 
         def copy_out(visit: jax.Array, action: Literal["start", "wait"]) -> None:
@@ -212,7 +227,10 @@ def row_pass(
             # With lookahead the next group's matrix is prefetched during all tiles of this group, not only the last.
             return pl.BlockSpec(block, index, pipeline_mode=pl.Buffered(2, use_lookahead=True))
 
-        _copy_rows(visits, 0, sources, row_buffers, row_semaphore, "start")
+        @pl.when(num_visits > 0)
+        def first_rows() -> None:
+            _copy_rows(visits, 0, sources, row_buffers, row_semaphore, "start")
+
         pltpu.emit_pipeline(compute, grid=(num_visits,), in_specs=list(map(bank_block, banks)))(*matrices)
         for back in (2, 1):
 
@@ -222,9 +240,9 @@ def row_pass(
 
     outputs = _call(
         kernel,
-        _visits(plan),
-        [*rows, *banks],
-        [_like(rows[0], (padded_rows, width))] * num_outputs,
+        _visits(plan, place),
+        [*rows, *banks, *stacks],
+        [*[_like(rows[0], (padded_rows, width))] * num_whole, *(_like(stack, stack.shape) for stack in stacks)],
         column_tiles=width // columns,
         scratch=[
             pltpu.VMEM((2, num_outputs, tile_rows, columns), dtype),
@@ -234,10 +252,21 @@ def row_pass(
                 [array.shape[1] for array in rows[:num_row_arrays]] + [columns] * len(beside), tile_rows, dtype
             ),
         ],
+        aliases={len(_Visits._fields) + len(rows) + len(banks) + i: num_whole + i for i in range(len(stacks))},
         name=name,
         flops=2 * num_rows * width * contracted * len(banks) // num_row_arrays,
     )
-    return [output[:num_rows, :num_columns] for output in outputs]
+    return [*(output[:num_rows, :num_columns] for output in outputs[:num_whole]), *outputs[num_whole:]]
+
+
+def stack_shape(rows: int, columns: int) -> tuple[int, int]:
+    """R and N of the stacks that a kernel reads from and writes to."""
+    return -(-rows // ALIGNMENT) * ALIGNMENT, -(-columns // LANES) * LANES
+
+
+def _at(ref: Any, place: jax.Array) -> Any:
+    """Rows `[R, C]`: all of them, or of a stack those at `place`."""
+    return ref.at[place[0]] if len(ref.shape) == 3 else ref
 
 
 def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
