@@ -25,7 +25,7 @@ class Bank(NamedTuple):
 
 
 class Products(NamedTuple):
-    """The gate and up products of the L layers over a bank, for the backward pass: `[L, R, F]` in the rows' dtype.
+    """What the L layers over a bank keep for the backward pass, in the rows' dtype: gate and up products, and rows.
 
     A scan over layers that keeps the products of each layer copies them into such arrays, and out of them again. Here
     the kernels write and read one layer of them where it stays.
@@ -33,6 +33,8 @@ class Products(NamedTuple):
 
     gate_LRF: jax.Array
     up_LRF: jax.Array
+    rows_LR2H: jax.Array | None = None
+    """`[L, R, 2, D / 2]`: the rows, halved, where an exchange between devices has put them; None: a scan keeps them."""
 
 
 class Carried(NamedTuple):
@@ -118,7 +120,8 @@ def stacking_ffn(
     derivative.
 
     Args:
-        rows_RD: `[R, D]` rows sorted by group.
+        rows_RD: `[R, D]` rows sorted by group. If `products` has rows, those of `place` in `[R, 2, D / 2]`; the values
+            are then read in `products`, and only the gradient is that of this argument.
         bank: experts in the rows' dtype; they get no gradient.
         accumulator: float32, shaped as `bank`; its values are not used.
         products: of all layers, R and F as `tpu_passes.stack_shape` pads them; values of other layers are not used.
@@ -126,16 +129,17 @@ def stacking_ffn(
         plan: from `make_group_plan(sizes, R)`, for `pallas_tpu`.
 
     Returns:
-        `[R, D]` in the rows' dtype, the accumulator, and the products.
+        The outputs in shape and dtype of the rows, the accumulator, and the products. Halved outputs of rows of no
+        group are arbitrary.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit together, or a plan for another implementation.
     """
-    _check(rows_RD, bank, plan, accumulator)
+    _check(rows_RD.reshape(rows_RD.shape[0], -1), bank, plan, accumulator)
     if plan.tiling.implementation != "pallas_tpu":
         raise ValueError(f"the plan is for {plan.tiling.implementation}; only pallas_tpu writes products into stacks")
     wanted = stack_shape(rows_RD.shape[0], bank.gate_EDF.shape[2])
-    for name, array in products._asdict().items():
+    for name, array in zip(Products._fields[:2], products[:2], strict=True):
         if array.shape[1:] != wanted or array.dtype != rows_RD.dtype:
             raise ValueError(
                 f"products.{name} is {array.dtype}{list(array.shape)}; "
@@ -186,10 +190,14 @@ def _forward(
     rows_RD: jax.Array, bank: Bank, carried: Carried, place: jax.Array | None, plan: GroupPlan, keep_products: bool
 ) -> tuple[tuple[jax.Array, Carried], tuple[Any, ...]]:
     if carried.products is not None:
-        out_RD, stacks = pallas_tpu.ffn_forward(
-            rows_RD, *bank.astype(rows_RD.dtype), plan, keep_products=True, stacks=carried.products, place=place
+        stacks, dtype = carried.products, rows_RD.dtype
+        if stacks.rows_LR2H is not None:
+            rows_RD = stacks.rows_LR2H
+        out_RD, (gate_LRF, up_LRF) = pallas_tpu.ffn_forward(
+            rows_RD, *bank.astype(dtype), plan, keep_products=True, stacks=stacks[:2], place=place
         )
-        return (out_RD, carried._replace(products=Products(*stacks))), (rows_RD, bank, place, plan, None)
+        kept = carried._replace(products=Products(gate_LRF, up_LRF, stacks.rows_LR2H))
+        return (out_RD, kept), (None if rows_RD.ndim == 4 else rows_RD, bank, place, plan, None)
     out_RD, products = _products(rows_RD, bank, plan, keep=keep_products)
     return (out_RD, carried), (rows_RD, bank, place, plan, products if keep_products else None)
 
@@ -199,11 +207,19 @@ def _backward(
 ) -> tuple[jax.Array, Bank | None, Carried, None, None]:
     grad_RD, (gradient, stacks) = cotangents
     rows_RD, bank, place, plan, products = residuals
-    gate_EDF, up_EDF, down_EFD = bank.astype(rows_RD.dtype)
+    gate_EDF, up_EDF, down_EFD = bank.astype(grad_RD.dtype)
     into = None if gradient is None else (gradient.gate_EDF, gradient.up_EDF, gradient.down_EFD)
     if stacks is not None:
         rows_grad_RD, sums = pallas_tpu.ffn_backward(
-            grad_RD, rows_RD, gate_EDF, up_EDF, down_EFD, plan, stacks, into, place
+            grad_RD,
+            rows_RD if stacks.rows_LR2H is None else stacks.rows_LR2H,
+            gate_EDF,
+            up_EDF,
+            down_EFD,
+            plan,
+            stacks[:2],
+            into,
+            place,
         )
         return rows_grad_RD, None, Carried(Bank(*sums), stacks), None, None
     if products is None:

@@ -11,8 +11,9 @@ from flax import linen as nn
 from unipool_jax.config.schema import Config, ModelConfig
 from unipool_jax.kernels.grouped_ffn import Bank, Products
 from unipool_jax.kernels.implementations import resolve
-from unipool_jax.kernels.tpu_passes import stack_shape
+from unipool_jax.kernels.tpu_passes import can_be_halved, stack_shape
 from unipool_jax.moe.capacity import capacity, rows_per_device
+from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, gathered_axes, num_shards, spec
 
 BANK_AXES = {
@@ -22,8 +23,8 @@ BANK_AXES = {
 }
 """Logical axes (see `mesh.RULES`) of the parameters of a bank, in the order of the fields of `Bank`."""
 
-PRODUCT_AXES = ("batch", None, None, "ffn")
-"""Logical axes of `Experts.products`."""
+PRODUCT_AXES = (("batch", None, None, "ffn"), ("batch", None, None, "ffn"), ("batch", None, None, None, "ffn"))
+"""Logical axes of `Experts.products`, in the order of its fields."""
 
 
 class ExpertPool(nn.Module):
@@ -64,7 +65,7 @@ class Experts(NamedTuple):
     accumulator: Bank | None
     """Float32 `[E, ...]`; over a mesh `[C, E, ...]` with one replica for each of the C devices that share an expert."""
     products: Products | None = None
-    """`[X, L, R, F]`, one for each of the X devices that have tokens of their own: see `kept_products`."""
+    """`[X, L, ...]`, for each of the X devices that have tokens of their own: see `kept_products`."""
     place: jax.Array | None = None
     """Which of the L layers the products are to be of, int32 scalar; the scan over layers fills it in."""
 
@@ -86,16 +87,20 @@ def kept_products(config: Config) -> Products | None:
     """
     if resolve(config.kernels.implementation) != "pallas_tpu" or config.model.remat not in ("none", "attention"):
         return None
-    mesh = active_mesh()
+    mesh, model = active_mesh(), config.model
     parts, devices, tensor = (1, 1, 1)
     if mesh is not None:
         parts, devices, tensor = num_shards(mesh, "batch"), mesh.shape["expert"], mesh.shape["tensor"]
     sent = rows_per_device(config, mesh)
     received = sent if devices == 1 else capacity(sent, devices, config.mesh.capacity_factor)
-    rows, columns = stack_shape(received, config.model.ffn_size // tensor)
-    shape = (parts, config.layers_per_pool, rows, columns * tensor)
-    empty = (jax.lax.empty(shape, config.model.compute_dtype) for _ in Products._fields)
-    return Products(*(constrain(array, *PRODUCT_AXES) for array in empty))
+    rows, columns = stack_shape(received, model.ffn_size // tensor)
+    shapes: list[tuple[int, ...]] = [(parts, config.layers_per_pool, rows, columns * tensor)] * 2
+    # A norm behind the experts would have to lay out halved rows anew.
+    plain = transport_for(config.mesh, devices) != "ragged" or tensor > 1 or config.norms_experts
+    if not plain and can_be_halved(received, model.hidden_size, model.ffn_size, model.compute_dtype):
+        shapes.append((parts, config.layers_per_pool, received, 2, model.hidden_size // 2))
+    empty = [jax.lax.empty(shape, model.compute_dtype) for shape in shapes]
+    return Products(*(constrain(array, *axes) for array, axes in zip(empty, PRODUCT_AXES, strict=False)))
 
 
 def gathered_bank(bank: Bank, dtype: jax.typing.DTypeLike) -> Bank:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.kernels.norms import post_norm
 from unipool_jax.moe.bank import BANK_AXES, PRODUCT_AXES, Experts
 from unipool_jax.moe.capacity import capacity
-from unipool_jax.moe.dispatch import COMBINE, DISPATCH, transport_for
+from unipool_jax.moe.dispatch import COMBINE, DISPATCH, dispatch_ragged_into, transport_for
 from unipool_jax.moe.overlap import tied
 from unipool_jax.moe.routing import Forced, Routing, RoutingStats, replaced, route, score_constant, scores
 from unipool_jax.moe.shared_experts import SharedWeights, always_on
@@ -208,7 +208,7 @@ def moe_ffn(
         tokens = spec("batch")
         weights = Bank._make(spec(*gathered_axes(axes)) for axes in BANK_AXES.values())
         replicas = Bank._make(spec("replica", *gathered_axes(axes)) for axes in BANK_AXES.values())
-        stacks = spec(*PRODUCT_AXES)
+        stacks: Any = spec() if products is None else Products._make(spec(*axes) for axes in PRODUCT_AXES)
         on_device = jax.shard_map(
             on_device,
             mesh=mesh,
@@ -242,7 +242,14 @@ def _on_device(
     devices = 1 if mesh is None else mesh.shape["expert"]
     transport = transport_for(config, devices)
     rows = capacity(experts_NK.size, devices, config.capacity_factor)
-    dispatched = DISPATCH[transport](hidden_ND, experts_NK, weights.gate_EDF.shape[0] * devices, rows)
+    own = None if products is None else jax.tree.map(lambda array: array[0], products)
+    num_experts = weights.gate_EDF.shape[0] * devices
+    if own is None or own.rows_LR2H is None:
+        dispatched = DISPATCH[transport](hidden_ND, experts_NK, num_experts, rows)
+    else:
+        assert place is not None
+        dispatched, stack_LR2H = dispatch_ragged_into(hidden_ND, experts_NK, num_experts, own.rows_LR2H, place)
+        own = own._replace(rows_LR2H=stack_LR2H)
     # A receive buffer is larger than what is received on average, which is what this device sends.
     plan = make_group_plan(
         dispatched.sizes_E, dispatched.rows_RD.shape[0], implementation=implementation, expected_rows=experts_NK.size
@@ -252,13 +259,12 @@ def _on_device(
         replica = Bank(*(array[0] for array in accumulator))
     if replica is None:
         expert_RD = grouped_ffn(dispatched.rows_RD, weights, plan, keep_products)
-    elif products is None:
+    elif own is None:
         expert_RD, replica = accumulating_ffn(dispatched.rows_RD, weights, replica, plan, keep_products)
     else:
         assert place is not None
-        own = Products(*(array[0] for array in products))
         expert_RD, replica, own = stacking_ffn(dispatched.rows_RD, weights, replica, own, place, plan)
-        products = Products(*(array[None] for array in own))
+        products = jax.tree.map(lambda array: array[None], own)
     accumulator = replica
     if replica is not None and mesh is not None:
         accumulator = Bank(*(array[None] for array in replica))
