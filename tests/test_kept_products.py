@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import grouped_oracle as oracle
 from planned import needs_compiler, small
-from test_pallas_tpu import REPLICATED, mesh_of
+from test_pallas_tpu import REPLICATED, TOPOLOGIES, mesh_of
 from unipool_jax.config.compose import compose_config
 from unipool_jax.kernels import pallas_tpu, tpu_passes
 from unipool_jax.kernels.group_plan import make_group_plan
@@ -230,6 +230,42 @@ def test_a_scan_on_tpu_copies_no_kept_products(topology: str) -> None:
     assert moved_arrays(compiled_layers(topology, stacked=True), r"bf16\[(3,)?512,640\]") == []
     # What the test would see if the scan kept them: into the stacked arrays, and out of them.
     assert len(moved_arrays(compiled_layers(topology, stacked=False), r"bf16\[(3,|1,)?512,640\]")) >= 3
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "width"), [("v5e:2x2", 768), *((each, 1536) for each in TOPOLOGIES)])
+def test_kernels_on_halved_rows_compile_for_tpu(topology: str, width: int) -> None:
+    """Forward and backward at published widths, 192 rows an expert, in stacks of two layers that are not copied."""
+    experts, rows, hidden = 24, 8192, 4 * width
+    place = jax.sharding.NamedSharding(mesh_of(topology), REPLICATED)
+
+    def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    def step(sizes: Any, grad: Any, rows_LR2H: Any, gate_LRF: Any, up_LRF: Any, banks: Any, sums: Any, at: Any) -> Any:
+        plan, (gate, up, down) = make_group_plan(sizes, rows, implementation="pallas_tpu"), banks
+        out, (first, second) = pallas_tpu.ffn_forward(
+            rows_LR2H, gate, up, down, plan, keep_products=True, stacks=(gate_LRF, up_LRF), place=at
+        )
+        grads = pallas_tpu.ffn_backward(grad, rows_LR2H, gate, up, down, plan, (first, second), tuple(sums), at)
+        return out, grads, first, second
+
+    banks = [(experts, width, hidden), (experts, width, hidden), (experts, hidden, width)]
+    with jax.set_mesh(mesh_of(topology)):
+        assert can_be_halved(rows, width, hidden, "bfloat16")
+        lowered = jax.jit(step, donate_argnums=(3, 4, 6)).lower(
+            shape(experts, dtype=jnp.int32),
+            shape(rows, 2, width // 2),
+            shape(2, rows, 2, width // 2),
+            *[shape(2, rows, hidden)] * 2,
+            [shape(*bank) for bank in banks],
+            [shape(*bank, dtype=jnp.float32) for bank in banks],
+            shape(dtype=jnp.int32),
+        )
+        text = lowered.compile().as_text()
+    assert text is not None
+    assert moved_arrays(parse(text), rf"bf16\[(2,)?{rows},") == []
 
 
 @needs_compiler

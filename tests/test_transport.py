@@ -165,13 +165,15 @@ def test_rows_received_into_a_stack_are_those_received_apart(factor: float) -> N
     weights = jnp.cos(jnp.arange(rows * WIDTH, dtype=jnp.float32)).reshape(rows, WIDTH)
     stack = jnp.asarray(np.random.default_rng(1).normal(size=(3, rows, 2, WIDTH // 2)), jnp.float32)
 
+    nothing = Bank(*(jnp.zeros(()) for _ in Bank._fields))
+
     def on_device(hidden: jax.Array, experts: jax.Array, place: jax.Array, stack: jax.Array) -> Any:
         def apart(hidden: jax.Array) -> tuple[jax.Array, Any]:
             sent = dispatch.dispatch_ragged(hidden, experts, EXPERTS, rows)
             return jnp.sum(sent.rows_RD * weights), (sent.rows_RD, sent.sizes_E, sent.received)
 
         def into(hidden: jax.Array) -> tuple[jax.Array, Any]:
-            sent, filled = dispatch.dispatch_ragged_into(hidden, experts, EXPERTS, stack, place)
+            sent, filled, _ = dispatch.dispatch_ragged_into(hidden, experts, EXPERTS, stack, place, nothing)
             loss = jnp.sum(sent.rows_RD.reshape(rows, WIDTH) * weights)
             return loss, (filled, sent.sizes_E, sent.received)
 

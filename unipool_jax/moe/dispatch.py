@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from unipool_jax.config.chips import has_ragged
 from unipool_jax.config.schema import MeshConfig
 from unipool_jax.kernels.group_plan import sort_by_group
+from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.kernels.grouped_matmul import vary_alike
+from unipool_jax.moe.overlap import tied
 
 Transport = Literal["local", "all_gather", "ragged"]
 
@@ -135,21 +137,29 @@ def dispatch_ragged(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: in
 
 
 def dispatch_ragged_into(
-    hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: int, stack_LR2H: jax.Array, place: jax.Array
-) -> tuple[Dispatched, jax.Array]:
+    hidden_ND: jax.Array,
+    experts_NK: jax.Array,
+    num_experts: int,
+    stack_LR2H: jax.Array,
+    place: jax.Array,
+    accumulator: Bank,
+) -> tuple[Dispatched, jax.Array, Bank]:
     """`dispatch_ragged` of bfloat16 rows into a stack of what each layer received, at `place`; and that stack.
 
     Rows are exchanged as `[R, 2, D / 2]`, the layout in which XLA does so on a TPU, and the exchange writes them where
     they are to stay for the backward pass. The values of `rows_RD`, of that shape, are for nobody to read: who reads
     the stack in their place saves a copy. Their gradient is that of `hidden_ND`; the stack's cotangent is passed on.
+
+    The accumulator is returned `tied` to the rows that are sent: a gather brings their gradients back to the tokens
+    behind the last exchange, and the gradient of the bank would be computed beside that instead.
     """
     order_R, sizes_E = sort_by_group(experts_NK.reshape(-1), num_experts)
     order = _Order(order_R, _inverse(order_R, order_R.shape[0]))
     sorted_RD = _pick(hidden_ND, *order, experts_NK.shape[1])
     there, back, own_sizes_E, received = _slices(jax.lax.all_gather(sizes_E, "expert"), stack_LR2H.shape[1])
-    halved = sorted_RD.reshape(-1, *stack_LR2H.shape[2:])
+    halved, accumulator = tied(*vary_alike((sorted_RD.reshape(-1, *stack_LR2H.shape[2:]), accumulator)))
     stack_LR2H, received_RD = _exchange_into(*vary_alike((halved, stack_LR2H, place, there, back)))
-    return Dispatched(received_RD, own_sizes_E, received, _RaggedWay(order, there, back)), stack_LR2H
+    return Dispatched(received_RD, own_sizes_E, received, _RaggedWay(order, there, back)), stack_LR2H, accumulator
 
 
 def combine_ragged(

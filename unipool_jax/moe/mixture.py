@@ -203,7 +203,7 @@ def moe_ffn(
     if mesh is not None:
         if accumulator is None:
             raise ValueError("over a mesh the experts need an accumulator: see bank.pool_experts")
-        if mesh.shape["expert"] > 1:
+        if mesh.shape["expert"] > 1 and (products is None or products.rows_LR2H is None):
             hidden_ND, accumulator = tied(hidden_ND, accumulator)
         tokens = spec("batch")
         weights = Bank._make(spec(*gathered_axes(axes)) for axes in BANK_AXES.values())
@@ -242,21 +242,24 @@ def _on_device(
     devices = 1 if mesh is None else mesh.shape["expert"]
     transport = transport_for(config, devices)
     rows = capacity(experts_NK.size, devices, config.capacity_factor)
+    replica = accumulator
+    if accumulator is not None and mesh is not None:
+        replica = Bank(*(array[0] for array in accumulator))
     own = None if products is None else jax.tree.map(lambda array: array[0], products)
     num_experts = weights.gate_EDF.shape[0] * devices
     if own is None or own.rows_LR2H is None:
         dispatched = DISPATCH[transport](hidden_ND, experts_NK, num_experts, rows)
     else:
         assert place is not None
-        dispatched, stack_LR2H = dispatch_ragged_into(hidden_ND, experts_NK, num_experts, own.rows_LR2H, place)
+        assert replica is not None
+        dispatched, stack_LR2H, replica = dispatch_ragged_into(
+            hidden_ND, experts_NK, num_experts, own.rows_LR2H, place, replica
+        )
         own = own._replace(rows_LR2H=stack_LR2H)
     # A receive buffer is larger than what is received on average, which is what this device sends.
     plan = make_group_plan(
         dispatched.sizes_E, dispatched.rows_RD.shape[0], implementation=implementation, expected_rows=experts_NK.size
     )
-    replica = accumulator
-    if accumulator is not None and mesh is not None:
-        replica = Bank(*(array[0] for array in accumulator))
     if replica is None:
         expert_RD = grouped_ffn(dispatched.rows_RD, weights, plan, keep_products)
     elif own is None:
