@@ -163,6 +163,7 @@ MODULE = """
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %ffn = bf16[8]{0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", backend_config={name = "expert_ffn_in"}
+  %mpmd_map.4 = bf16[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={op_name="x/grouped_matmul/m"}
   %scores = (bf16[8]{0}, u8[0]{0}) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax", backend_config={}
   %gemm = bf16[8]{0} custom-call(%a), custom_call_target="__cublas$gemm", backend_config={}
   ROOT %g = bf16[1,16]{1,0} all-gather(%w), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, dimensions={1}
@@ -176,7 +177,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_a_module_for_gpus_is_read_with_loops_and_kernels() -> None:
     module = parse(MODULE)
-    assert kernels(module) == {"expert_ffn_in": 24, "fmhaSoftmax": 24}
+    assert kernels(module) == {"expert_ffn_in": 24, "grouped_matmul": 24, "fmhaSoftmax": 24}
     (gather,) = collectives(module, ("data", "fsdp", "expert", "tensor"), (1, 2, 4, 1))
     assert (gather.kind, gather.axes, gather.devices, gather.times) == ("all-gather", ("fsdp",), 2, 24)
 

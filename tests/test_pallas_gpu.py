@@ -29,6 +29,7 @@ from unipool_jax.kernels import gpu_tiles, pallas_gpu
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn
 from unipool_jax.kernels.grouped_matmul import grouped_matmul
+from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.planner import gpu_compiler
 from unipool_jax.planner.collectives import parse
 
@@ -161,24 +162,26 @@ def triton_modules(function: Callable[..., Any], *arguments: Any) -> list[str]:
     return modules
 
 
-def abstract_ffn(experts: int, width: int, hidden: int, dtype: str) -> tuple[Callable[..., Any], list[Any]]:
+def abstract_ffn(
+    experts: int, width: int, hidden: int, dtype: str, implementation: Implementation = "pallas_gpu", rows: int = ROWS
+) -> tuple[Callable[..., Any], list[Any]]:
     """Forward and backward pass of `accumulating_ffn`, and its arguments."""
 
     def both_passes(
         sizes: jax.Array, rows: jax.Array, bank: Bank, accumulator: Bank, cotangents: tuple[jax.Array, Bank]
     ) -> Any:
-        plan = make_group_plan(sizes, ROWS, implementation="pallas_gpu")
+        plan = make_group_plan(sizes, len(rows), implementation=implementation)
         out, pullback = jax.vjp(
             lambda rows, accumulator: accumulating_ffn(rows, bank, accumulator, plan), rows, accumulator
         )
         return out, pullback(cotangents)
 
-    rows = jax.ShapeDtypeStruct((ROWS, width), dtype)
+    like = jax.ShapeDtypeStruct((rows, width), dtype)
     shapes = ((experts, width, hidden), (experts, width, hidden), (experts, hidden, width))
     bank, accumulator = (
         Bank._make(jax.ShapeDtypeStruct(shape, kind) for shape in shapes) for kind in (dtype, jnp.float32)
     )
-    return both_passes, [jax.ShapeDtypeStruct((experts,), jnp.int32), rows, bank, accumulator, (rows, accumulator)]
+    return both_passes, [jax.ShapeDtypeStruct((experts,), jnp.int32), like, bank, accumulator, (like, accumulator)]
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=str)

@@ -95,11 +95,9 @@ CASES = (
     Case("unipool_top2", (UNIPOOL, "moe.top_k=2")),
     Case("cs_moe", ("method=cs_moe",)),
     # Twice the layers, with a pool of 64.
-    Case("dense_8_layers", ("method=dense", *DEEP)),
     Case("vanilla_8_layers", ("method=vanilla", *DEEP)),
     Case("unipool_8_layers", (UNIPOOL, *DEEP)),
     # Twice the tokens.
-    Case("dense_20m", ("method=dense", *TWICE)),
     Case("vanilla_20m", ("method=vanilla", *TWICE)),
     Case("unipool_20m", (UNIPOOL, *TWICE)),
     # The noise of a run.

@@ -1,6 +1,6 @@
-"""Tables and figure of the sharing study, from the runs that are there.
+"""Tables and figures of the sharing study, from the runs that are there.
 
-    python -m benchmarks.sharing_study.report            # prints the tables, writes curves.png
+    python -m benchmarks.sharing_study.report            # prints the tables, draws the figures
 
 Differences are paired by seed, with their 95% t interval; fewer than three seeds show nothing.
 """
@@ -16,6 +16,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from benchmarks.intervals import Losses, difference_cells, markdown_table
 from benchmarks.sharing_study.cases import CASES, RESULTS
@@ -35,6 +37,13 @@ AT_ONE_RATE = (
     ("unipool_centered_0.008", "vanilla_0.008"),
     ("unipool_centered_0.008", "unipool_0.008"),
 )
+DRAWN = ("unipool_0.004", "unipool_centered_0.004", "unipool_published", "shared_pool_aux")
+"""Cases of the figures beside the dense model and the per-layer mixture, all at one rate."""
+ROUTING = {
+    "load/busiest_over_mean": "busiest expert over the mean",
+    "routing/zero_gates": "share of tokens without an expert",
+}
+"""Metrics that are drawn over time."""
 HIGHER = ("", "_0.008", "_0.016")
 WHY = (
     ("unipool_published", "vanilla_0.004"),
@@ -45,18 +54,21 @@ WHY = (
     ("vanilla_normrouter", "vanilla_0.004"),
     ("unipool_published", "vanilla_normrouter"),
     ("half_pool", "unipool_0.004"),
+    ("half_pool", "vanilla_0.004"),
     ("double_pool", "unipool_0.004"),
     ("two_pools", "unipool_0.004"),
     ("ring_16_of_32", "unipool_0.004"),
     ("tied_inner_32", "unipool_0.004"),
+    ("tied_inner_32", "vanilla_0.004"),
+    ("tied_inner_32", "shared_pool_aux"),
     ("unipool_top2", "vanilla_top2"),
     ("cs_moe", "vanilla_top2"),
-    ("vanilla_8_layers", "dense_8_layers"),
     ("unipool_8_layers", "vanilla_8_layers"),
-    ("vanilla_20m", "dense_20m"),
     ("unipool_20m", "vanilla_20m"),
     ("vanilla_again", "vanilla_0.004"),
     ("unipool_again", "unipool_0.004"),
+    ("shared_pool_aux_0.008", "vanilla_0.008"),
+    ("shared_pool_aux_0.016", "unipool_published"),
     # Beside the best of vanilla.
     *((f"{name}{rate}", "vanilla_0.016") for name in ("unipool_published", "shared_pool_aux") for rate in HIGHER),
 )
@@ -155,14 +167,11 @@ def _seen(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def draw(runs: Runs, path: Path, minus: str = "vanilla_0.004") -> None:
-    """The differences to one case over the tokens, with their intervals."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+def draw_losses(runs: Runs, path: Path, minus: str = "vanilla_0.004") -> None:
+    """The differences to one case over its tokens and FLOPs, with their intervals."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     base = valid_curves(runs, minus)
-    for place, name in enumerate(("dense_0.004", "unipool_0.004", "unipool_centered_0.004")):
+    for place, name in enumerate(("dense_0.004", *DRAWN)):
         curves = valid_curves(runs, name)
         seeds = sorted(curves.keys() & base.keys())
         tokens = sorted(curves[seeds[0]])
@@ -170,22 +179,49 @@ def draw(runs: Runs, path: Path, minus: str = "vanilla_0.004") -> None:
         mean = np.array([span.mean for span in spans])
         low, high = np.array([span.interval for span in spans]).T
         millions = np.array(tokens) / 1e6 + 0.05 * place  # beside each other, not over each other
-        axes.errorbar(millions, mean, [mean - low, high - mean], marker="o", capsize=3, label=name.rpartition("_")[0])
+        axes.errorbar(millions, mean, [mean - low, high - mean], marker="o", capsize=3, label=name)
     axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set(xlabel="million tokens", ylabel="valid loss minus vanilla, nats per token")
+    axes.set(xlabel="million tokens", ylabel=f"valid loss minus {minus}, nats per token")
+    _flops_axis(axes, runs, minus)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
+def draw_routing(runs: Runs, path: Path) -> None:
+    """Load and tokens without an expert over tokens and FLOPs, as means over seeds."""
+    figure, panels = plt.subplots(1, len(ROUTING), figsize=(9, 3.6), layout="constrained")
+    for name in ("vanilla_0.004", *DRAWN):
+        lines = [[one for one in read_history(run) if one["kind"] == "train"] for run in runs[name].values()]
+        millions = [line["tokens"] / 1e6 for line in lines[0]]
+        for axes, (key, label) in zip(panels, ROUTING.items(), strict=True):
+            axes.plot(millions, np.mean([[np.mean(line[key]) for line in run] for run in lines], axis=0), label=name)
+            axes.set(xlabel="million tokens", ylabel=label)
+    for axes in panels:
+        _flops_axis(axes, runs, "vanilla_0.004")
+    panels[-1].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _flops_axis(axes: Axes, runs: Runs, name: str) -> None:
+    """A second axis above; routers alone differ between methods, by less than the width of a line."""
+    last = read_summary(next(iter(runs[name].values())))
+    teraflops = last["flops"] / last["tokens"] / 1e6  # of a million tokens
+    above = axes.secondary_xaxis("top", functions=(lambda x: x * teraflops, lambda x: x / teraflops))
+    above.set_xlabel(f"training TFLOPs of {name}")
+
+
 def main() -> int:
-    """Print the tables and draw the figure."""
+    """Print the tables and draw the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="of the study")
     folder: Path = parser.parse_args().folder
     runs = finished_runs(folder / "runs")
     print("\n".join(tables(runs)), end="")
-    draw(runs, folder / "curves.png")
+    matplotlib.use("agg")
+    draw_losses(runs, folder / "curves.png")
+    draw_routing(runs, folder / "routing.png")
     return 0
 
 

@@ -1,9 +1,13 @@
-"""Which files a word on a command line means: a file, the files of a folder, or those that a pattern matches."""
+"""Which files a word on a command line means, and whether they are there.
+
+A word means a file, the files of a folder, or those that a pattern matches.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -49,3 +53,31 @@ def _below(folder: Path) -> list[Path]:
         paths = (Path(parent, name) for name in names if not name.startswith("."))
         found += [path for path in paths if path.is_file()]
     return found
+
+
+def is_path(text: str) -> bool:
+    """Whether `text` can be a path: the operating system rejects NUL with a ValueError."""
+    return bool(text.strip()) and "\0" not in text
+
+
+def is_file(path: str) -> bool:
+    """Whether there is such a file that can be seen."""
+    return is_path(path) and _safe(Path(path).is_file)
+
+
+def is_dir(path: str) -> bool:
+    """Whether there is such a folder that can be seen."""
+    return is_path(path) and _safe(Path(path).is_dir)
+
+
+def names_files(word: str) -> bool:
+    """Whether `named_files` finds any."""
+    return is_path(word) and _safe(lambda: bool(named_files(word)))
+
+
+def _safe(ask: Callable[[], bool]) -> bool:
+    """`ask()`; False for a path that is too long or not permitted, which counts as absent."""
+    try:
+        return ask()
+    except (OSError, ValueError):
+        return False

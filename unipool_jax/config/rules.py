@@ -13,14 +13,15 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from unipool_jax.config import (
     attention_rules,
     block_rules,
+    data_rules,
     growth_rules,
     lock_schedule,
+    loss_rules,
     mesh_rules,
     norm_rules,
     rope_rules,
@@ -28,13 +29,11 @@ from unipool_jax.config import (
 )
 from unipool_jax.config.addresses import split_address
 from unipool_jax.config.chips import parse_topology
+from unipool_jax.config.divisors import next_multiple, shown_divisors
 from unipool_jax.config.parsing import as_written, from_mapping
-from unipool_jax.config.paths import named_files
+from unipool_jax.config.paths import is_file, is_path
 from unipool_jax.config.ranges import MAX_EXPERTS, RANGES, Range
 from unipool_jax.config.schema import Config, ConfigError, DistillConfig, settings, to_mapping
-
-TOKENIZER_SIZES = {"bytes": 257, "demo": 8192, "gpt2": 50257}
-"""Vocabulary sizes of the built-in tokenizers; that of a tokenizer.json is checked when it is loaded."""
 
 MAX_ROWS = 2**31 - 1
 """Rows of one batch of expert inputs, because they are indexed with int32."""
@@ -119,7 +118,7 @@ def _head_size(config: Config) -> Iterator[str]:
     elif model.hidden_size % model.num_heads:
         yield (
             f"model.hidden_size={model.hidden_size}: must be a multiple of model.num_heads={model.num_heads}; "
-            f"the next one is {_next_multiple(model.hidden_size, model.num_heads)}; or set model.head_size"
+            f"the next one is {next_multiple(model.hidden_size, model.num_heads)}; or set model.head_size"
         )
     elif config.head_size % 2:
         yield (
@@ -134,7 +133,7 @@ def _kv_heads(config: Config) -> Iterator[str]:
     if model.num_heads % model.num_kv_heads:
         yield (
             f"model.num_kv_heads={model.num_kv_heads}: must divide model.num_heads={model.num_heads}; "
-            f"choose one of {_divisors(model.num_heads)}"
+            f"choose one of {shown_divisors(model.num_heads)}"
         )
 
 
@@ -143,7 +142,7 @@ def _groups(config: Config) -> Iterator[str]:
     groups, layers = config.pool.groups, config.mixture_layers
     if config.moe.router != "none" and layers % groups:
         shown = block_rules.layers_with_experts(config)
-        yield f"pool.groups={groups}: must divide {shown}; choose one of {_divisors(layers)}"
+        yield f"pool.groups={groups}: must divide {shown}; choose one of {shown_divisors(layers)}"
 
 
 @_rule("pool.groups", "moe.top_k", *_TOTAL_EXPERTS)
@@ -204,79 +203,10 @@ def _dense(config: Config) -> Iterator[str]:
         yield f"loss.z_coefficient={config.loss.z_coefficient}: {why}, without router logits; set it to 0"
 
 
-@_rule("loss.expert_bias_rate")
-def _expert_bias(config: Config) -> Iterator[str]:
-    loss, router = config.loss, config.moe.router
-    if loss.balance != "expert_bias":
-        return
-    if router not in ("sigmoid", "none"):
-        yield (
-            f"loss.balance=expert_bias: needs moe.router=sigmoid, not {router}; "
-            "set moe.router=sigmoid, or loss.balance=switch or pool"
-        )
-    if not loss.expert_bias_rate:
-        yield "loss.expert_bias_rate=0.0: balances nothing; set a positive rate or loss.balance=none"
-
-
-@_rule("loss.switch_coefficient", "loss.switch_group_sequences", "train.microbatch_size")
-def _switch(config: Config) -> Iterator[str]:
-    loss, microbatch = config.loss, config.train.microbatch_size
-    if loss.balance != "switch":
-        return
-    if not loss.switch_coefficient:
-        yield "loss.switch_coefficient=0.0: balances nothing; set a positive weight or loss.balance=none"
-    if microbatch % loss.switch_group_sequences:
-        group, batch = loss.switch_group_sequences, config.train.batch_size
-        whole = [n for n in _divisors_of(batch) if n % group == 0]
-        near = min(whole, key=lambda n: abs(n - microbatch), default=None)
-        first = "" if near is None else f"set train.microbatch_size={near}, or, for another loss, "
-        yield (
-            f"loss.switch_group_sequences={group}: must divide train.microbatch_size={microbatch}, as a Switch loss "
-            f"is computed over that many sequences of one micro-batch; {first}choose one of {_divisors(microbatch)}"
-        )
-
-
-@_rule("loss.pool_coefficient", "loss.pool_warmup_fraction", "loss.balance_groups")
-def _pool_loss(config: Config) -> Iterator[str]:
-    loss = config.loss
-    if loss.balance == "pool" and not loss.pool_coefficient:
-        yield "loss.pool_coefficient=0.0: balances nothing; set a positive weight or loss.balance=none"
-    of_maps = {"pool_scores": "raw", "scope": "component", "pressure": "scope", "balance_groups": 1}
-    for name, default in {"pool_statistics": "current", **of_maps, "pool_warmup_fraction": 0.0}.items():
-        value = getattr(loss, name)
-        if loss.balance != "pool" and value != default:
-            yield f"loss.{name}={value}: needs loss.balance=pool, not {loss.balance}; set loss.{name}={default}"
-        elif config.lock.ownership != "none" and name in of_maps and value != default:
-            yield (
-                f"loss.{name}={value}: lock.ownership={config.lock.ownership} changes which layers share experts, for "
-                f"the published loss only; set loss.{name}={default}"
-            )
-
-
-@_rule("loss.balance_groups", "train.batch_size", "train.microbatch_size")
-def _balance_groups(config: Config) -> Iterator[str]:
-    groups, batch, micros = config.loss.balance_groups, config.train.batch_size, config.num_microbatches
-    if config.loss.balance != "pool" or groups == 1:
-        return
-    shown = f"loss.balance_groups={groups}"
-    # A group is several whole micro-batches, or a micro-batch several whole groups.
-    fitting = [n for n in _divisors_of(batch) if n % micros == 0 or micros % n == 0]
-    if groups not in fitting:
-        near = min(fitting, key=lambda n: abs(n - groups))
-        yield (
-            f"{shown}: must divide train.batch_size={batch}, and divide or be a multiple of its {micros} "
-            f"micro-batches; set {near}"
-        )
-    elif config.loss.pool_statistics == "previous":
-        yield (
-            f"{shown}: loss.pool_statistics=previous takes the fractions of the previous micro-batch; "
-            "set loss.pool_statistics=current, or loss.balance_groups=1"
-        )
-    elif config.growth.layers and groups < micros:
-        yield (
-            f"{shown}: with growth.layers each of the {micros} micro-batches has its own depth; "
-            f"set loss.balance_groups={micros} or 1"
-        )
+_rule("loss.expert_bias_rate")(loss_rules.expert_bias)
+_rule("loss.switch_coefficient", "loss.switch_group_sequences", "train.microbatch_size")(loss_rules.switch)
+_rule("loss.pool_coefficient", "loss.pool_warmup_fraction", "loss.balance_groups")(loss_rules.pool)
+_rule("loss.balance_groups", "train.batch_size", "train.microbatch_size")(loss_rules.balance_groups)
 
 
 @_rule()
@@ -341,17 +271,7 @@ def _extension(config: Config) -> Iterator[str]:
         )
 
 
-@_rule("train.batch_size", "train.microbatch_size", "loss.switch_group_sequences")
-def _microbatches(config: Config) -> Iterator[str]:
-    batch, microbatch, group = config.train.batch_size, config.train.microbatch_size, config.loss.switch_group_sequences
-    if batch % microbatch:
-        fitting = [n for n in _divisors_of(batch) if n <= microbatch]
-        whole = [n for n in fitting if config.loss.balance != "switch" or n % group == 0]
-        with_group = "" if whole else f", with loss.switch_group_sequences={math.gcd(group, fitting[-1])}"
-        yield (
-            f"train.microbatch_size={microbatch}: must divide train.batch_size={batch}; "
-            f"the largest that fits is {(whole or fitting)[-1]}{with_group}"
-        )
+_rule("train.batch_size", "train.microbatch_size", "loss.switch_group_sequences")(loss_rules.microbatches)
 
 
 @_rule("train.microbatch_size", "train.eval_batch_size", "data.sequence_length", "moe.top_k")
@@ -366,76 +286,11 @@ def _rows(config: Config) -> Iterator[str]:
             )
 
 
-@_rule("model.vocab_size", about_data=True)
-def _vocabulary(config: Config) -> Iterator[str]:
-    tokenizer, rows = config.data.tokenizer, config.model.vocab_size
-    size = TOKENIZER_SIZES.get(tokenizer)
-    if size is not None and rows < size:
-        yield (
-            f"model.vocab_size={rows}: data.tokenizer={tokenizer} has {size} tokens; "
-            f"set model.vocab_size={_next_multiple(size, 1024)} or choose another tokenizer"
-        )
-
-
-@_rule(about_data=True)
-def _tokenizer(config: Config) -> Iterator[str]:
-    tokenizer = config.data.tokenizer
-    if tokenizer not in TOKENIZER_SIZES and not _is_file(tokenizer):
-        yield (
-            f"data.tokenizer={tokenizer!r}: must be one of {', '.join(TOKENIZER_SIZES)} or the path of an existing "
-            "tokenizer.json file"
-        )
-
-
-@_rule(about_data=True)
-def _split(config: Config) -> Iterator[str]:
-    split = config.data.split
-    if len(split) != 3 or any(not 0 <= weight <= 1_000_000 for weight in split) or not split[0]:
-        yield (
-            f"data.split={list(split)}: must be three weights from 0 to 1000000 for train, valid and test, "
-            "the first positive; for example data.split=[969,30,1]"
-        )
-
-
-@_rule(about_data=True)
-def _sources(config: Config) -> Iterator[str]:
-    data = config.data
-    # Conversations are read from data.files too.
-    kind = "files" if data.source == "conversations" else data.source
-    for name, source, choice in (("files", "files", "text"), ("stores", "stores", "pile")):
-        paths: tuple[str, ...] = getattr(data, name)
-        if paths and kind != source:
-            yield (
-                f"data.{name}={list(paths)}: unused with data.source={data.source}; "
-                f"choose data={choice} (data.source={source}) or remove them"
-            )
-        if not paths and kind == source:
-            yield f"data.{name}=[]: data.source={data.source} needs at least one; set data.{name}=[PATH,...]"
-    if kind == "files":
-        for path in data.files:
-            if not _names_files(path):
-                yield (
-                    f"data.files: {path!r} is not an existing file, a folder of files or a pattern that matches one; "
-                    "correct the path or remove it"
-                )
-    if data.source == "stores":
-        for path in data.stores:
-            if not (_is_dir(path) or (_is_file(f"{path}.bin") and _is_file(f"{path}.idx"))):
-                yield (
-                    f"data.stores: {path!r} is neither a folder nor the prefix of {path}.bin and {path}.idx; "
-                    "correct the path, or build a store with `unipool data`"
-                )
-
-
-@_rule(about_data=True)
-def _cache(config: Config) -> Iterator[str]:
-    cache = config.data.cache_dir
-    if not _is_path(cache):
-        yield f"data.cache_dir={cache!r}: must be the path of a folder; for example data.cache_dir=.cache/tokens"
-    elif _is_file(cache):
-        yield f"data.cache_dir={cache!r}: is a file; give the path of a folder"
-
-
+_rule("model.vocab_size", about_data=True)(data_rules.vocabulary)
+_rule(about_data=True)(data_rules.tokenizer)
+_rule(about_data=True)(data_rules.split)
+_rule(about_data=True)(data_rules.sources)
+_rule(about_data=True)(data_rules.cache)
 _rule(
     *(f"mesh.{axis}" for axis in mesh_rules.AXES),
     *("train.microbatch_size", "train.eval_batch_size", "pool.groups", *_TOTAL_EXPERTS),
@@ -490,9 +345,9 @@ def _processes(config: Config) -> Iterator[str]:
 
 @_rule()
 def _run_folder(config: Config) -> Iterator[str]:
-    if not _is_path(config.run.dir):
+    if not is_path(config.run.dir):
         yield f"run.dir={config.run.dir!r}: must be the path of a folder; for example run.dir=runs"
-    elif _is_file(config.run.dir):
+    elif is_file(config.run.dir):
         yield f"run.dir={config.run.dir!r}: is a file; give the path of a folder"
     if config.run.allow_new and config.run.init_from is None:
         yield (
@@ -521,46 +376,5 @@ def _experts_source(config: Config) -> str:
     return parts if config.pool.fraction == 1 else f"pool.fraction={config.pool.fraction} of {parts}"
 
 
-def _divisors_of(number: int) -> list[int]:
-    """The divisors of `number`, ascending."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
-
-
-def _divisors(number: int) -> str:
-    """The divisors of `number` as text; the smallest and the largest of a number with many."""
-    shown = [str(n) for n in _divisors_of(number)]
-    return ", ".join(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-5:]])
-
-
-def _next_multiple(number: int, step: int) -> int:
-    return -(-number // step) * step
-
-
 def _is_name(text: str) -> bool:
     return len(text) <= MAX_NAME and re.fullmatch(r"[A-Za-z0-9_+=,-][A-Za-z0-9._+=,-]*", text) is not None
-
-
-def _is_path(text: str) -> bool:
-    """Whether `text` can be a path: the operating system rejects NUL with a ValueError."""
-    return bool(text.strip()) and "\0" not in text
-
-
-def _is_file(path: str) -> bool:
-    return _is_path(path) and _safe(Path(path).is_file)
-
-
-def _is_dir(path: str) -> bool:
-    return _is_path(path) and _safe(Path(path).is_dir)
-
-
-def _names_files(word: str) -> bool:
-    return _is_path(word) and _safe(lambda: bool(named_files(word)))
-
-
-def _safe(ask: Callable[[], bool]) -> bool:
-    """`ask()`; False for a path that is too long or not permitted, which counts as absent."""
-    try:
-        return ask()
-    except (OSError, ValueError):
-        return False

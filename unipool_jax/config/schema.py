@@ -505,8 +505,9 @@ class DistributedConfig:
 class KernelsConfig:
     """Implementation of the experts' grouped matrix products, and of attention."""
 
-    implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
-    """`auto` takes the one made for the platform (docs/kernels.md); the choice is printed at the start of a run."""
+    implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"] = "auto"
+    """`auto` takes the one made for the platform (docs/kernels.md); the choice is printed at the start of a run.
+    `mosaic_gpu` is for H100 and H200, with JAX 0.11."""
     attention: Literal["auto", "blocks", "splash", "cudnn"] = "auto"
     """Attention of whole sequences: `blocks` of queries, on any device; JAX's `splash` attention on TPU; `cudnn` on
     NVIDIA GPUs, with model.compute_dtype=bfloat16. `auto` takes that of the platform, and is printed too."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unipool_jax.kernels import gpu_tiles, tpu_tiles
+from unipool_jax.kernels import gpu_tiles, mosaic_tiles, tpu_tiles
 from unipool_jax.kernels.implementations import Implementation, resolve, target_device_kind
 
 
@@ -68,6 +68,8 @@ def choose_tiling(implementation: Implementation, num_rows: int, num_groups: int
         return Tiling(implementation, 0, tile_rows, tpu_tiles.ROW_ALIGNMENT)
     if implementation == "pallas_gpu":
         return Tiling(implementation, 0, gpu_tiles.tile_rows(expected), 1)
+    if implementation == "mosaic_gpu":
+        return Tiling(implementation, 0, mosaic_tiles.tile_rows(num_rows, num_groups), mosaic_tiles.ROWS)
     block, tile = block_shape(num_rows, num_groups)
     return Tiling(implementation, block, tile, 1)
 
@@ -130,15 +132,21 @@ def make_group_plan(
     block, tile, alignment = tiling.block_rows, tiling.tile_rows, tiling.alignment
     first_E = starts_E // alignment * alignment + block
     tiles_E = jnp.where(ends_E > starts_E, -(-jnp.maximum(ends_E - first_E, 0) // tile), 0)
-    # The rows of no group form one more group. With blocks it needs no tiles: `_from_blocks` zeros these rows.
-    tail = -(-ends_E[-1:] // alignment) * alignment
+    # The rows of no group form one more group. With blocks it needs no tiles: `_from_blocks` zeros these rows. On TPU
+    # the last group zeros those that share its last block.
+    shared = tiling.implementation == "pallas_tpu"
+    tail = (ends_E[-1:] + (alignment - 1) * shared) // alignment * alignment
     tail_tiles = -(-(num_rows - tail) // tile) if block == 0 else jnp.zeros_like(tail)
+    if alignment > 1 and not shared:
+        # Rounded down, it may start before the last row without having any.
+        tail_tiles = jnp.where(ends_E[-1:] < num_rows, tail_tiles, 0)
     tile_ends = jnp.cumsum(jnp.concatenate([tiles_E, tail_tiles]))
     if block:
         # A tile is at most as large as a block, so a group of n rows overflows into at most n // tile tiles.
         most_tiles = num_rows // tile
     else:
-        most_tiles = min(num_groups, num_rows) + 1 + (num_rows + min(num_groups, num_rows) * (alignment - 1)) // tile
+        unaligned = min(num_groups + (not shared), num_rows)
+        most_tiles = min(num_groups, num_rows) + 1 + (num_rows + unaligned * (alignment - 1)) // tile
     index_B = jnp.arange(most_tiles, dtype=jnp.int32)
     tile_group = jnp.minimum(_count_up_to(tile_ends, index_B), num_groups)
     first_tile = jnp.concatenate([jnp.zeros_like(tile_ends[:1]), tile_ends[:-1]])[tile_group]

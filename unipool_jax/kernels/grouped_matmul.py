@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unipool_jax.kernels import pallas_gpu, pallas_tpu, reference, xla
+from unipool_jax.kernels import mosaic_gpu, pallas_gpu, pallas_tpu, reference, xla
 from unipool_jax.kernels.group_plan import GroupPlan
 from unipool_jax.kernels.implementations import Implementation
 
@@ -55,6 +55,7 @@ BACK_ENDS: dict[Implementation, BackEnd] = {
     "xla": xla,
     "pallas_tpu": pallas_tpu,
     "pallas_gpu": pallas_gpu,
+    "mosaic_gpu": mosaic_gpu,
 }
 
 

@@ -1,10 +1,11 @@
 """Choice of the implementation of the grouped products, and of attention, by platform."""
 
+import re
 from typing import Literal, get_args
 
 import jax
 
-Implementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"]
 
 # The meaning of "auto" on each platform; other platforms use "xla".
 PLATFORM_IMPLEMENTATION: dict[str, Implementation] = {
@@ -69,15 +70,31 @@ def attention_problem(implementation: Attention) -> str | None:
 
 
 def platform_problem(implementation: Implementation) -> str | None:
-    """A message if `implementation` would only be interpreted on this platform, else None."""
+    """A message if `implementation` would only be interpreted on this platform, or does not run on it; else None."""
     platform = jax.default_backend()
     homes = {name: home for home, name in PLATFORM_IMPLEMENTATION.items() if name.startswith("pallas")}
-    if homes.get(implementation, platform) == platform:
-        return None
-    return (
-        f"kernels.implementation={implementation}: made for {homes[implementation]}; on {platform} these kernels are "
-        "interpreted, which is only for tests; set kernels.implementation=auto"
-    )
+    homes["mosaic_gpu"] = "gpu"
+    if homes.get(implementation, platform) != platform:
+        return (
+            f"kernels.implementation={implementation}: made for {homes[implementation]}; on {platform} these kernels "
+            "are interpreted, which is only for tests; set kernels.implementation=auto"
+        )
+    return hopper_problem(jax.devices()[0].device_kind) if implementation == "mosaic_gpu" else None
+
+
+def hopper_problem(device_kind: str) -> str | None:
+    """A message if kernels made for NVIDIA's Hopper cannot be compiled for this kind of device, else None."""
+    if jax.__version_info__ < (0, 11):
+        return (
+            f"kernels.implementation=mosaic_gpu: needs JAX 0.11, and this is {jax.__version__}; install it with "
+            "Python 3.12 or newer, or set kernels.implementation=auto"
+        )
+    if not re.search(r"\bG?H(100|200|800|20)\b", device_kind):
+        return (
+            f"kernels.implementation=mosaic_gpu: made for Hopper (H100, H200), not {device_kind}; "
+            "set kernels.implementation=auto"
+        )
+    return None
 
 
 def target_device_kind() -> str:

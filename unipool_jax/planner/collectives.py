@@ -250,6 +250,9 @@ def kernel_inside(module: Module, line: Instruction) -> str | None:
             return line.name.partition(".")[0]
         if "triton" in called and (name := re.search(r'[ {]name = "([^"]*)"', line.rest)):
             return name[1]
+        # Behind Mosaic's kernels in the path of names is that of the function that calls them.
+        if called.startswith("mosaic_gpu") and (name := re.search(r'op_name="(?:[^"]*/)?([^"/]+)/[^"/]+"', line.rest)):
+            return name[1]
         return called.removeprefix("__cudnn$") if called.startswith("__cudnn$") else None
     if line.opcode != "fusion":
         return None

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from unipool_jax.config.schema import Config
+from unipool_jax.kernels import mosaic_gpu
 from unipool_jax.kernels.implementations import resolve, resolve_attention
 from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.training.console import Progress
@@ -49,6 +50,11 @@ def announce(
         f"{config.tokens_per_step:,} tokens per step, {resolve(config.kernels.implementation)} kernels, "
         f"{resolve_attention(config.kernels.attention, config.model.compute_dtype, config.head_size)} attention"
     )
+    if config.kernels.implementation == "mosaic_gpu":
+        tensor = 1 if mesh is None else mesh.shape["tensor"]
+        model = config.model
+        if said := mosaic_gpu.notice(model.compute_dtype, model.hidden_size, model.ffn_size // tensor):
+            progress.message(said)
     if counts_before_gradient(config):
         progress.message(
             f"the exact pool loss over {config.num_microbatches} micro-batches needs a second forward pass per "

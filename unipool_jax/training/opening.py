@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from unipool_jax.config.data_rules import TOKENIZER_SIZES
 from unipool_jax.config.parsing import from_mapping
 from unipool_jax.config.paths import expanded, named_files
-from unipool_jax.config.rules import TOKENIZER_SIZES
 from unipool_jax.config.schema import Config
 
 TOKENIZER = "tokenizer.json"
