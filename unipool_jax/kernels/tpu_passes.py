@@ -31,6 +31,10 @@ BANK_PASS = "grouped_bank_gradient"
 INTERPRET = pltpu.InterpretParams()
 
 
+HALVED_ON = ("TPU v5 lite", "TPU v5")
+"""Devices for which kernels on halved rows have been compiled."""
+
+
 class _Visits(NamedTuple):
     """Per-tile metadata, prefetched into scalar memory: int32 vectors."""
 
@@ -304,7 +308,9 @@ def can_be_halved(rows: int, width: int, hidden: int, dtype: jax.typing.DTypeLik
     gradient, the wider one is divided into tiles.
     """
     with _device():
-        cores = pltpu.get_tpu_info().num_cores
+        kind, cores = target_device_kind(), pltpu.get_tpu_info().num_cores
+    if kind not in HALVED_ON:
+        return False
     return (
         jnp.dtype(dtype) == jnp.bfloat16
         and rows % ALIGNMENT == 0
