@@ -23,7 +23,7 @@ from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.files import write_text
 from unipool_jax.config.schema import Config
-from unipool_jax.moe import mixture
+from unipool_jax.moe import dispatch, mixture
 from unipool_jax.planner.collectives import Module, parse
 from unipool_jax.planner.compilation import compile_step, prepare, topology_mesh
 from unipool_jax.planner.roofline import estimate, schedule
@@ -102,7 +102,7 @@ def compiled(variant: Variant) -> dict[str, Any]:
     """Compile a variant and read its schedule."""
     config = compose_config([*_COMMON, *variant.overrides])
     tied = mixture.tied if variant.tied else lambda *gradients: gradients
-    with mock.patch.object(mixture, "tied", tied):
+    with mock.patch.object(mixture, "tied", tied), mock.patch.object(dispatch, "tied", tied):
         program = compile_step(config, topology_mesh(config))
     memory = {"temporary_gb": program.temporary_bytes / 1e9, "compile_seconds": program.seconds}
     return memory | measured(config, parse(program.text))

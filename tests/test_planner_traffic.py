@@ -109,14 +109,14 @@ def test_a_layer_moves_what_the_ledger_says(remat: str, mixture: int, layer: int
         (bank, HALF, 1),
         (rows * D, HALF, 1),  # into gate and up
         (rows * F, HALF, 1),  # into down
-        (buffer * F, HALF, 3),  # gate, up and their product, written for rows of no expert too
-        (buffer * D, HALF, 1),
+        (rows * F, HALF, 3),  # gate, up and their product
+        (buffer * D, HALF, 1),  # written for rows of no expert too
     )
     backward = moved(
         (bank, HALF, 1),
         (rows * D, HALF, 1),  # gradient of the output
         (rows * F, HALF, 4),  # gate and up, and their gradients
-        (buffer * F, HALF, 3),
+        (rows * F, HALF, 3),
         (buffer * D, HALF, 1),
         (rows * D, HALF, 3),  # operands of the bank's three gradients
         (rows * F, HALF, 3),
@@ -302,7 +302,7 @@ def test_recomputing_a_part_costs_its_passes_and_frees_what_it_kept() -> None:
         return {a.name: (a.unpadded_flops - b.unpadded_flops, a.bytes - b.bytes) for a, b in pairs if a != b}
 
     times, buffer, bank = LAYERS * MICRO, 2 * TOKENS, 3 * D * F * EXPERTS / 2
-    products = moved((bank * 2 / 3, HALF, 1), (TOKENS * D, HALF, 1), (buffer * F, HALF, 3))
+    products = moved((bank * 2 / 3, HALF, 1), (TOKENS * D, HALF, 1), (TOKENS * F, HALF, 3))
     assert more(experts) == {"experts backward": (times * 2 * 2 * TOKENS * D * F, pytest.approx(times * products))}
     assert experts.messages == none.messages
     assert none.temporary_bytes - experts.temporary_bytes == LAYERS * moved((buffer * F, HALF, 2))

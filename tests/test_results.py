@@ -132,7 +132,9 @@ def test_intervals_of_a_folder(
 
 def test_overlap_table() -> None:
     """The table of compiled schedules is that of the files."""
-    assert overlap_table(RESULTS / "overlap") in (RESULTS / "overlap" / "README.md").read_text()
+    text = (RESULTS / "overlap" / "README.md").read_text()
+    assert overlap_table(RESULTS / "overlap") in text
+    assert overlap_table(RESULTS / "overlap" / "before") in text
 
 
 def test_sharing_study_tables() -> None:

@@ -56,7 +56,7 @@ def all_to_all_by_definition(
             at = row - places[source, i]
             arrives = agreed & (at >= 0) & (at < sizes[source, i])
             rows = jnp.take(operands[source], starts[source, i] + at, axis=0, mode="clip")
-            output = jnp.where(arrives[:, None], rows, output)
+            output = jnp.where(arrives.reshape(-1, *(1,) * (rows.ndim - 1)), rows, output)
     return output
 
 
@@ -159,6 +159,45 @@ def test_rows_beyond_the_buffer_are_counted_and_lost_whole(
     lost = np.all(np.asarray(output) == 0, axis=1)
     assert np.flatnonzero(~lost).tolist() == list(kept)
     np.testing.assert_allclose(output[~lost], expected[~lost], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("factor", [4.0, 1.0])
+def test_rows_received_into_a_stack_are_those_received_apart(factor: float) -> None:
+    """Bit for bit, forward and backward, also where rows are lost; other layers of the stack stay as they are."""
+    hidden, experts, _, _ = operands(1, ROUTINGS["one device"])
+    rows = capacity(TOKENS, DEVICES, factor)
+    weights = jnp.cos(jnp.arange(rows * WIDTH, dtype=jnp.float32)).reshape(rows, WIDTH)
+    stack = jnp.asarray(np.random.default_rng(1).normal(size=(3, rows, 2, WIDTH // 2)), jnp.float32)
+
+    nothing = Bank(*(jnp.zeros(()) for _ in Bank._fields))
+
+    def on_device(hidden: jax.Array, experts: jax.Array, place: jax.Array, stack: jax.Array) -> Any:
+        def apart(hidden: jax.Array) -> tuple[jax.Array, Any]:
+            sent = dispatch.dispatch_ragged(hidden, experts, EXPERTS, rows, 1)
+            return jnp.sum(sent.rows_RD * weights), (sent.rows_RD, sent.sizes_E, sent.received)
+
+        def into(hidden: jax.Array) -> tuple[jax.Array, Any]:
+            sent, filled, _ = dispatch.dispatch_ragged_into(hidden, experts, EXPERTS, stack, place, nothing)
+            loss = jnp.sum(sent.rows_RD.reshape(rows, WIDTH) * weights)
+            return loss, (filled, sent.sizes_E, sent.received)
+
+        (_, one), one_grad = jax.value_and_grad(apart, has_aux=True)(hidden)
+        (_, other), other_grad = jax.value_and_grad(into, has_aux=True)(hidden)
+        return jax.tree.map(lambda x: x[None], (one, one_grad, other, other_grad))
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("expert",))
+    specs = (OVER_EXPERTS, OVER_EXPERTS, PartitionSpec(), PartitionSpec())
+    run = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=OVER_EXPERTS))
+    (received, *counts), grad, (filled, *other_counts), other_grad = run(hidden, experts, jnp.int32(1), stack)
+    np.testing.assert_array_equal(filled[:, [0, 2]], jnp.broadcast_to(stack[jnp.array([0, 2])], filled[:, :2].shape))
+    for device, size in enumerate(np.sum(counts[0], axis=1)):
+        kept = filled[device, 1].reshape(rows, WIDTH)
+        np.testing.assert_array_equal(kept[:size], received[device, :size])
+        np.testing.assert_array_equal(filled[device, 1, size:], stack[1, size:])
+    assert np.sum(counts[0]) == min(rows, DEVICES * TOKENS)
+    for mine, theirs in zip((*other_counts, other_grad), (*counts, grad), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert np.any(np.asarray(grad))
 
 
 def test_capacity_is_the_mean_times_the_factor_but_never_more_than_all() -> None:

@@ -4,6 +4,8 @@ On a single device that is not a TPU, Pallas's TPU interpreter runs them, slowly
 trace under `jax.set_mesh` with a mesh of its devices.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +24,11 @@ def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_ba
 
 
 def bank_gradient(
-    rows_RK: jax.Array, grad_RN: jax.Array, plan: GroupPlan, into_EKN: jax.Array | None = None
+    rows_RK: jax.Array,
+    grad_RN: jax.Array,
+    plan: GroupPlan,
+    into_EKN: jax.Array | None = None,
+    place: jax.Array | None = None,
 ) -> jax.Array:
     """`[E, K, N]` float32: `into` (default zero) plus each group's sum of outer products `rows[r] grad[r]^T`.
 
@@ -31,7 +37,7 @@ def bank_gradient(
     if into_EKN is None:
         shape = (plan.group_sizes.shape[0], rows_RK.shape[1], grad_RN.shape[1])
         into_EKN = jnp.zeros_like(rows_RK, jnp.float32, shape=shape)
-    return bank_pass(rows_RK, grad_RN, into_EKN, plan)
+    return bank_pass(rows_RK, grad_RN, into_EKN, plan, place)
 
 
 def ffn_forward(
@@ -42,11 +48,24 @@ def ffn_forward(
     plan: GroupPlan,
     *,
     keep_products: bool,
+    stacks: Sequence[jax.Array] = (),
+    place: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Gated expert FFN. Returns `[R, D]` and, with `keep_products`, the gate and up products for `ffn_backward`."""
+    """Gated expert FFN. Returns `[R, D]` and, with `keep_products`, the gate and up products for `ffn_backward`.
+
+    Given `stacks` of products of several layers, the products are written into them at `place`. Of halved rows
+    `[R, 2, D / 2]`, or a stack of such, the outputs are halved too, and arbitrary for rows of no group.
+    """
     epilogue, outputs = (gated_and_products, 3) if keep_products else (gated, 1)
-    hidden_RF, *products = row_pass(epilogue, outputs, [rows_RD], [gate_EDF, up_EDF], plan, name="expert_ffn_in")
-    return matmul(hidden_RF, down_EFD, plan, transpose_bank=False), tuple(products)
+    halved = rows_RD.ndim > 2
+    hidden_RF, *products = row_pass(
+        epilogue, outputs, [rows_RD], [gate_EDF, up_EDF], plan, stacks=stacks, place=place, clear=False,
+        name="expert_ffn_in",
+    )  # fmt: skip
+    (out_RD,) = row_pass(
+        unchanged, 1, [hidden_RF], [down_EFD], plan, clear=not halved, halved=halved, name="grouped_matmul"
+    )
+    return out_RD, tuple(products)
 
 
 def ffn_backward(
@@ -58,19 +77,25 @@ def ffn_backward(
     plan: GroupPlan,
     residuals: tuple[jax.Array, jax.Array],
     into: Three | None = None,
+    place: jax.Array | None = None,
 ) -> tuple[jax.Array, Three]:
-    """Gradients of `ffn_forward`: of the rows in their dtype, of the three banks in float32, added to `into`."""
+    """Gradients of `ffn_forward`: of the rows in their dtype, of the three banks in float32, added to `into`.
+
+    `residuals` may be stacks of several layers, of which `place` says which one. The gradient of the output is halved
+    as `rows_RD` is, or both are not.
+    """
+    halved = grad_RD.ndim > 2
     hidden_RF, gate_grad_RF, up_grad_RF = row_pass(
-        gated_backward, 3, [grad_RD], [down_EFD], plan, beside=residuals, transpose_bank=True,
+        gated_backward, 3, [grad_RD], [down_EFD], plan, beside=residuals, place=place, clear=False, transpose_bank=True,
         name="expert_ffn_gate_gradient",
     )  # fmt: skip
     (rows_grad_RD,) = row_pass(
-        summed, 1, [gate_grad_RF, up_grad_RF], [gate_EDF, up_EDF], plan, transpose_bank=True,
-        name="expert_ffn_rows_gradient",
+        summed, 1, [gate_grad_RF, up_grad_RF], [gate_EDF, up_EDF], plan, clear=not halved, halved=halved,
+        transpose_bank=True, name="expert_ffn_rows_gradient",
     )  # fmt: skip
     gate_into, up_into, down_into = into or (None, None, None)
     return rows_grad_RD, (
-        bank_gradient(rows_RD, gate_grad_RF, plan, gate_into),
-        bank_gradient(rows_RD, up_grad_RF, plan, up_into),
+        bank_gradient(rows_RD, gate_grad_RF, plan, gate_into, place),
+        bank_gradient(rows_RD, up_grad_RF, plan, up_into, place),
         bank_gradient(hidden_RF, grad_RD, plan, down_into),
     )

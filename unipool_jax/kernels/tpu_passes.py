@@ -31,6 +31,10 @@ BANK_PASS = "grouped_bank_gradient"
 INTERPRET = pltpu.InterpretParams()
 
 
+HALVED_ON = ("TPU v5 lite", "TPU v5")
+"""Devices for which kernels on halved rows have been compiled."""
+
+
 class _Visits(NamedTuple):
     """Per-tile metadata, prefetched into scalar memory: int32 vectors."""
 
@@ -48,9 +52,11 @@ class _Visits(NamedTuple):
     """`[E + 1]`, the plan's offsets."""
     tiles: jax.Array
     """`[2]`: the number of tiles with rows of a group, and of all tiles."""
+    place: jax.Array
+    """`[1]`: which of the arrays of a stack is meant."""
 
 
-def _visits(plan: GroupPlan) -> _Visits:
+def _visits(plan: GroupPlan, place: jax.Array | None = None) -> _Visits:
     num_groups, num_rows = plan.group_sizes.shape[0], _round_up_to_block(plan.row_group.shape[0])
     tile_rows, offsets = plan.tiling.tile_rows, plan.offsets
     of_group = plan.tile_group < num_groups
@@ -67,6 +73,7 @@ def _visits(plan: GroupPlan) -> _Visits:
         write=jnp.clip(complete - plan.tile_start, 0, tile_rows),
         offsets=offsets,
         tiles=jnp.stack([plan.num_tiles, plan.num_tiles + plan.num_tail_tiles]),
+        place=jnp.zeros_like(offsets[:1]) if place is None else place.reshape(1),
     )
 
 
@@ -109,41 +116,62 @@ def row_pass(
     plan: GroupPlan,
     *,
     beside: Sequence[jax.Array] = (),
+    stacks: Sequence[jax.Array] = (),
+    place: jax.Array | None = None,
+    clear: bool = True,
+    halved: bool = False,
     transpose_bank: bool = False,
     name: str,
 ) -> list[jax.Array]:
-    """`epilogue(products..., beside...)` for every row of a group, zero for the others.
+    """`epilogue(products..., beside...)` for every row of a group; with `clear`, zero for the others.
 
     Args:
         epilogue: elementwise function of float32 tiles.
         num_outputs: number of arrays `[R, N]` it returns, in the dtype of the rows.
-        rows: `[R, K]`; one array for each bank, or one for all of them.
+        rows: `[R, K]`, halved `[R, 2, K / 2]`, or a stack of such, `[L, R, 2, K / 2]`; one array for each bank, or one
+            for all of them.
         banks: `[E, K, N]` each (transposed: `[E, N, K]`). A product is `rows[r] @ bank[group of r]`.
-        beside: further inputs of the epilogue, `[R, N]` each.
+        beside: further inputs of the epilogue, `[R, N]` each, or stacks `[L, R, N]`, of which `place` is read.
+        stacks: the last outputs are written to these, `[L, R, N]` each, at `place`, and the stacks returned: the
+            kernel writes where the arrays are to stay. R and N are as `stack_shape` says.
+        place: int32 scalar.
+        clear: whether rows of no group are written. Without, they hold what the memory held, NaN perhaps, and no
+            kernel of this module reads them.
+        halved: whether the output, which is then the only one, is `[R, 2, N / 2]`: see `can_be_halved`.
         name: of the kernel, in profiles and in the table of tile sizes.
     """
-    num_rows, num_groups, tile_rows = rows[0].shape[0], plan.group_sizes.shape[0], plan.tiling.tile_rows
+    num_rows, num_groups, tile_rows = plan.row_group.shape[0], plan.group_sizes.shape[0], plan.tiling.tile_rows
     dtype, num_columns, num_row_arrays = rows[0].dtype, banks[0].shape[1 if transpose_bank else 2], len(rows)
-    rows, banks = [_padded(array) for array in (*rows, *beside)], [_padded(bank) for bank in banks]
-    padded_rows, width = rows[0].shape[0], banks[0].shape[1 if transpose_bank else 2]
-    contracted = sum(array.shape[1] for array in rows[:num_row_arrays])
+    rows, beside = ([array if array.ndim > 2 else _padded(array) for array in arrays] for arrays in (rows, beside))
+    banks, num_whole = [_padded(bank) for bank in banks], num_outputs - len(stacks)
+    padded_rows, width = stack_shape(num_rows, num_columns)
+    contracted = sum(math.prod(_row(array)) for array in rows)
     columns = _columns(
         tpu_tiles.columns_key(name, contracted, width, dtype.name, tile_rows),
         width,
         fixed_bytes=2 * tile_rows * contracted * dtype.itemsize,
         # All buffers are double-buffered; the accumulators are float32.
         bytes_per_column=2 * dtype.itemsize * sum(bank.shape[2 if transpose_bank else 1] for bank in banks)
-        + tile_rows * (2 * dtype.itemsize * (len(beside) + num_outputs) + 4 * max(len(banks), num_outputs)),
+        + tile_rows * (2 * dtype.itemsize * (len(beside) + num_outputs + halved) + 4 * max(len(banks), num_outputs)),
     )
+    if halved and columns % (2 * LANES):
+        columns = 2 * LANES
+    parts, part = (2, columns // 2) if halved else (1, columns)
 
     def kernel(*refs: Any) -> None:
         visits = _Visits(*refs[: len(_Visits._fields)])
         inputs, others = _split(refs[len(_Visits._fields) :], len(rows))
+        inputs_beside, others = _split(others, len(beside))
         matrices, others = _split(others, len(banks))
-        outputs, (buffer, carry, semaphore, *row_buffers, row_semaphore) = _split(others, num_outputs)
-        column, num_visits = pl.program_id(0), visits.tiles[1]
+        _, others = _split(others, len(stacks))
+        outputs, (buffer, *halves, carry, semaphore) = _split(others[: num_outputs + 3 + halved], num_outputs)
+        *row_buffers, row_semaphore = others[num_outputs + 3 + halved :]
+        column, num_visits = pl.program_id(0), visits.tiles[1 if clear else 0]
         column_slice = pl.ds(pl.multiple_of(column * columns, LANES), columns)
-        sources = [*inputs[:num_row_arrays], *(source.at[:, column_slice] for source in inputs[num_row_arrays:])]
+        layer = visits.place[0]
+        sources = [ref.at[layer] if len(ref.shape) == 4 else ref for ref in inputs]
+        sources += [(ref.at[layer] if len(ref.shape) == 3 else ref).at[:, column_slice] for ref in inputs_beside]
+        targets = [*outputs[:num_whole], *(ref.at[layer] for ref in outputs[num_whole:])]
 
         def copy_out(visit: jax.Array, action: Literal["start", "wait"]) -> None:
             """Start or await the copies of a tile's final rows to HBM."""
@@ -152,9 +180,13 @@ def row_pass(
 
             @pl.when(size > 0)
             def _() -> None:
-                for index, output in enumerate(outputs):
-                    source = buffer.at[slot, index, pl.ds(0, size)]
-                    target = output.at[pl.ds(start, size), column_slice]
+                for index, output in enumerate(targets):
+                    if halved:
+                        source = halves[0].at[slot, pl.ds(0, size)]
+                        target = output.at[pl.ds(start, size), :, pl.ds(pl.multiple_of(column * part, LANES), part)]
+                    else:
+                        source = buffer.at[slot, index, pl.ds(0, size)]
+                        target = output.at[pl.ds(start, size), column_slice]
                     getattr(pltpu.make_async_copy(source, target, semaphore.at[slot, index]), action)()
 
         def compute(*matrices: jax.Ref) -> None:
@@ -176,10 +208,16 @@ def row_pass(
 
             @pl.when(group < num_groups)
             def _() -> None:
-                tiles = [row_buffer[slot] for row_buffer in row_buffers]
+                tiles = [_tile(row_buffer, slot) for row_buffer in row_buffers]
                 products = [
-                    _dot(tiles[index % num_row_arrays], matrix[...], 1, 1 if transpose_bank else 0)
-                    for index, matrix in enumerate(matrices)
+                    jnp.concatenate(
+                        [
+                            _dot(tiles[index % num_row_arrays], matrix[...], 1, 1 if transpose_bank else 0)
+                            for matrix in matrices[parts * index : parts * (index + 1)]
+                        ],
+                        axis=1,
+                    )
+                    for index in range(len(banks))
                 ]
                 values = epilogue(*products, *(tile.astype(jnp.float32) for tile in tiles[num_row_arrays:]))
                 first, end = visits.offsets[group], visits.offsets[group + 1]
@@ -201,49 +239,106 @@ def row_pass(
                     for index in range(num_outputs):
                         carry[index] = buffer[slot, index, pl.ds(unfinished, ALIGNMENT)]
 
+            if halved:
+                halves[0][slot] = buffer[slot, 0].reshape(tile_rows, 2, part)
             copy_out(visit, "start")
 
-        def bank_block(bank: jax.Array) -> pl.BlockSpec:
+        def bank_block(bank: jax.Array, half: int) -> pl.BlockSpec:
             def index(visit: jax.Array) -> tuple[jax.Array, jax.Array | int, jax.Array | int]:
-                group = jnp.minimum(visits.group[visit], num_groups - 1)
-                return (group, column, 0) if transpose_bank else (group, 0, column)
+                group, place = jnp.minimum(visits.group[visit], num_groups - 1), column + half * (width // columns)
+                return (group, place, 0) if transpose_bank else (group, 0, place)
 
-            block = (None, columns, bank.shape[2]) if transpose_bank else (None, bank.shape[1], columns)
+            block = (None, part, bank.shape[2]) if transpose_bank else (None, bank.shape[1], part)
             # With lookahead the next group's matrix is prefetched during all tiles of this group, not only the last.
             return pl.BlockSpec(block, index, pipeline_mode=pl.Buffered(2, use_lookahead=True))
 
-        _copy_rows(visits, 0, sources, row_buffers, row_semaphore, "start")
-        pltpu.emit_pipeline(compute, grid=(num_visits,), in_specs=list(map(bank_block, banks)))(*matrices)
+        @pl.when(num_visits > 0)
+        def first_rows() -> None:
+            _copy_rows(visits, 0, sources, row_buffers, row_semaphore, "start")
+
+        # Of a halved output, a tile has the same columns of both halves.
+        blocks = [
+            (matrix, bank_block(bank, half))
+            for matrix, bank in zip(matrices, banks, strict=True)
+            for half in range(parts)
+        ]
+        pltpu.emit_pipeline(compute, grid=(num_visits,), in_specs=[spec for _, spec in blocks])(*(m for m, _ in blocks))
         for back in (2, 1):
 
             @pl.when(num_visits >= back)
             def _(back: int = back) -> None:
                 copy_out(num_visits - back, "wait")
 
+    whole = (num_rows, 2, width // 2) if halved else (padded_rows, width)
+    first_stack = len(_Visits._fields) + len(rows) + len(beside) + len(banks)
     outputs = _call(
         kernel,
-        _visits(plan),
-        [*rows, *banks],
-        [_like(rows[0], (padded_rows, width))] * num_outputs,
+        _visits(plan, place),
+        [*rows, *beside, *banks, *stacks],
+        [*[_like(rows[0], whole)] * num_whole, *(_like(stack, stack.shape) for stack in stacks)],
         column_tiles=width // columns,
         scratch=[
             pltpu.VMEM((2, num_outputs, tile_rows, columns), dtype),
+            *[pltpu.VMEM((2, tile_rows, 2, part), dtype)] * halved,
             pltpu.VMEM((num_outputs, ALIGNMENT, columns), dtype),
             pltpu.SemaphoreType.DMA((2, num_outputs)),
-            *_row_buffers(
-                [array.shape[1] for array in rows[:num_row_arrays]] + [columns] * len(beside), tile_rows, dtype
-            ),
+            *_row_buffers([*map(_row, rows), *[(columns,)] * len(beside)], tile_rows, dtype),
         ],
+        aliases={first_stack + index: num_whole + index for index in range(len(stacks))},
+        other_layers=[*(array for array in rows if array.ndim == 4), *(array for array in beside if array.ndim == 3)]
+        + 2 * [*stacks],
         name=name,
         flops=2 * num_rows * width * contracted * len(banks) // num_row_arrays,
     )
-    return [output[:num_rows, :num_columns] for output in outputs]
+    if halved:
+        return outputs
+    return [*(output[:num_rows, :num_columns] for output in outputs[:num_whole]), *outputs[num_whole:]]
 
 
-def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan: GroupPlan) -> jax.Array:
-    """`bank_gradient` with `into`. Tiles divide the wider axis of the gradient: narrower rows are read repeatedly."""
+def stack_shape(rows: int, columns: int) -> tuple[int, int]:
+    """R and N of the stacks that a kernel reads from and writes to."""
+    return -(-rows // ALIGNMENT) * ALIGNMENT, -(-columns // LANES) * LANES
+
+
+def can_be_halved(rows: int, width: int, hidden: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether the kernels take and give rows of experts as `[R, 2, D / 2]`, with the halves of a row on an own axis.
+
+    That is how XLA lays out what a ragged all-to-all sends and receives: a row of 16-bit numbers is then in one piece
+    of memory. Tiles of columns of each half are shared by the cores of a device, and of the two axes of a bank's
+    gradient, the wider one is divided into tiles.
+    """
+    with _device():
+        kind, cores = target_device_kind(), pltpu.get_tpu_info().num_cores
+    if kind not in HALVED_ON:
+        return False
+    return (
+        jnp.dtype(dtype) == jnp.bfloat16
+        and rows % ALIGNMENT == 0
+        and width % (2 * LANES * cores) == 0
+        and hidden > width
+    )
+
+
+def _row(rows: jax.Array) -> tuple[int, ...]:
+    """Shape of one row: `[K]`, or halved `[2, K / 2]`."""
+    return rows.shape[1:] if rows.ndim == 2 else rows.shape[-2:]
+
+
+def _tile(buffer: Any, slot: jax.Array) -> jax.Array:
+    """`[T, K]` of a double buffer of rows."""
+    return buffer[slot].reshape(buffer.shape[1], -1)
+
+
+def bank_pass(
+    rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan: GroupPlan, place: jax.Array | None = None
+) -> jax.Array:
+    """`bank_gradient` with `into`. Tiles divide the wider axis of the gradient: narrower rows are read repeatedly.
+
+    The narrower of the two may be halved, `[R, 2, K / 2]`, or a stack of such, `[L, R, 2, K / 2]`, read at `place`.
+    """
     tile_rows, shape = plan.tiling.tile_rows, into_EKN.shape
-    rows_RK, grad_RN, into_EKN = _padded(rows_RK), _padded(grad_RN), _padded(into_EKN)
+    rows_RK, grad_RN = (array if array.ndim > 2 else _padded(array) for array in (rows_RK, grad_RN))
+    into_EKN = _padded(into_EKN)
     _, rows_width, grad_width = into_EKN.shape
     tile_rows_axis = rows_width > grad_width
     width = max(rows_width, grad_width)
@@ -259,6 +354,7 @@ def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan:
     def kernel(*refs: Any) -> None:
         visits = _Visits(*refs[: len(_Visits._fields)])
         rows, grad, into, out, *row_buffers, row_semaphore = refs[len(_Visits._fields) :]
+        rows, grad = (ref.at[visits.place[0]] if len(ref.shape) == 4 else ref for ref in (rows, grad))
         column, num_visits = pl.program_id(0), visits.tiles[0]
         column_slice = pl.ds(pl.multiple_of(column * columns, LANES), columns)
         sources = [rows.at[:, column_slice], grad] if tile_rows_axis else [rows, grad.at[:, column_slice]]
@@ -275,7 +371,7 @@ def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan:
             first, end = visits.offsets[group], visits.offsets[group + 1]
             row_T1 = visits.start[visit] + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
             in_group_T1 = (first <= row_T1) & (row_T1 < end)
-            rows_TK, grad_TN = (jnp.where(in_group_T1, row_buffer[slot], 0) for row_buffer in row_buffers)
+            rows_TK, grad_TN = (jnp.where(in_group_T1, _tile(buffer, slot), 0) for buffer in row_buffers)
             product = _dot(rows_TK, grad_TN, 0, 0)
             is_first = visits.start[visit] <= first
 
@@ -301,16 +397,17 @@ def bank_pass(rows_RK: jax.Array, grad_RN: jax.Array, into_EKN: jax.Array, plan:
 
     (out_EKN,) = _call(
         kernel,
-        _visits(plan),
+        _visits(plan, place),
         [rows_RK, grad_RN, into_EKN],
         [_like(into_EKN, into_EKN.shape)],
         column_tiles=width // columns,
         scratch=_row_buffers(
-            [columns, grad_width] if tile_rows_axis else [rows_width, columns], tile_rows, rows_RK.dtype
+            [(columns,), _row(grad_RN)] if tile_rows_axis else [_row(rows_RK), (columns,)], tile_rows, rows_RK.dtype
         ),
         aliases={len(_Visits._fields) + 2: 0},
+        other_layers=[array for array in (rows_RK, grad_RN) if array.ndim == 4],
         name=BANK_PASS,
-        flops=2 * rows_RK.shape[0] * rows_width * grad_width,
+        flops=2 * plan.row_group.shape[0] * rows_width * grad_width,
     )
     return out_EKN[:, : shape[1], : shape[2]]
 
@@ -324,6 +421,7 @@ def _call(
     column_tiles: int,
     scratch: Sequence[Any] = (),
     aliases: dict[int, int] | None = None,
+    other_layers: Sequence[jax.Array] = (),
     name: str,
     flops: int,
 ) -> list[jax.Array]:
@@ -331,6 +429,8 @@ def _call(
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     arrays: list[Any] = [*operands, *outputs]
     bytes_accessed = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    # Of a stack, one layer.
+    bytes_accessed -= sum((len(stack) - 1) * stack.size // len(stack) * stack.dtype.itemsize for stack in other_layers)
     interpret = False if _on_tpu() else INTERPRET
     with _device():
         return pl.pallas_call(
@@ -381,10 +481,10 @@ def _device() -> contextlib.AbstractContextManager[None]:
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def _row_buffers(widths: Sequence[int], tile_rows: int, dtype: jnp.dtype) -> list[Any]:
-    """Double buffers for a tile of each array of rows, and the semaphores of their copies."""
-    buffers = [pltpu.VMEM((2, tile_rows, width), dtype) for width in widths]
-    return [*buffers, pltpu.SemaphoreType.DMA((2, 2, len(widths)))]
+def _row_buffers(rows: Sequence[tuple[int, ...]], tile_rows: int, dtype: jnp.dtype) -> list[Any]:
+    """Double buffers for a tile of each array of rows, of which the shape of one is given, and their semaphores."""
+    buffers = [pltpu.VMEM((2, tile_rows, *row), dtype) for row in rows]
+    return [*buffers, pltpu.SemaphoreType.DMA((2, 2, len(rows)))]
 
 
 def _split(refs: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from unipool_jax.config.schema import Config
-from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.kernels.grouped_ffn import Bank, Carried
 from unipool_jax.kernels.norms import post_norm, rms_norm
 from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
 from unipool_jax.model.remat import rematerialized, without_gathered_weights
@@ -60,7 +60,7 @@ class LayerInputs(NamedTuple):
 
     selection: Selection
     place: ArrayLike | None = None
-    """Where in the cache the layer is, int32; None without one."""
+    """Where the layer is in the cache, or in `Experts.products`, int32; None without either."""
     sees_all: ArrayLike | None = None
     """With attention.kind=alternating, whether the layer attends to all positions before, bool."""
 
@@ -183,11 +183,11 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[_Stream, Bank | None],
+        carry: tuple[_Stream, Carried],
         bank: Bank,
         positions: Positions,
         inputs: LayerInputs,
-    ) -> tuple[tuple[_Stream, Bank | None], LayerOutputs]:
+    ) -> tuple[tuple[_Stream, Carried], LayerOutputs]:
         config, zeros, width = self.config, nn.initializers.zeros, (self.config.model.hidden_size,)
         weights = _without_experts(self)
         if config.moe.router != "none":
@@ -196,14 +196,15 @@ class Layer(nn.Module):
             weights = weights._replace(shared=SharedExperts(config, name="shared")())
         if config.moe.depth_vectors:
             weights = weights._replace(depth_D=self.param("depth", zeros, width, jnp.float32))
-        (hidden_BSD, cache), accumulator = carry
+        (hidden_BSD, cache), (accumulator, products) = carry
+        place = None if products is None else jnp.asarray(inputs.place)
         function = rematerialized(config, "full", functools.partial(layer, config))
         hidden_BSD, cache, experts, outputs = function(
-            hidden_BSD, weights, inputs, positions, Experts(bank, accumulator), cache
+            hidden_BSD, weights, inputs, positions, Experts(bank, accumulator, products, place), cache
         )
         if not self.keep_routing:
             outputs = outputs._replace(visits=None)
-        return ((hidden_BSD, cache), experts.accumulator), outputs
+        return ((hidden_BSD, cache), Carried(experts.accumulator, experts.products)), outputs
 
 
 class DenseLayer(nn.Module):
@@ -250,11 +251,14 @@ class PoolStage(nn.Module):
         )
         if (windows := layer_windows(config)) is not None:
             inputs = inputs._replace(selection=inputs.selection._replace(window=windows))
-        # The two halves of `experts` enter the scan apart: weights in its carry would be kept once for each layer.
-        (stream, accumulator), outputs = layers(config, self.keep_routing, name="layers")(
-            (stream, experts.accumulator), experts.weights, positions, inputs
+        if experts.products is not None:
+            inputs = inputs._replace(place=np.arange(config.layers_per_pool, dtype=np.int32))
+        # The parts of `experts` enter the scan apart: weights in its carry would be kept once for each layer.
+        (stream, (accumulator, products)), outputs = layers(config, self.keep_routing, name="layers")(
+            (stream, Carried(experts.accumulator, experts.products)), experts.weights, positions, inputs
         )
-        return stream, (outputs, experts._replace(accumulator=accumulator) if given else None)
+        passed_on = experts._replace(accumulator=accumulator, products=products)
+        return stream, (outputs, passed_on if given else None)
 
 
 class ModelOutput(NamedTuple):

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipool_jax.config.schema import Config, ModelConfig
-from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.kernels.grouped_ffn import Bank, Products
+from unipool_jax.kernels.implementations import resolve
+from unipool_jax.kernels.tpu_passes import can_be_halved, stack_shape
+from unipool_jax.moe.capacity import capacity, rows_per_device
+from unipool_jax.moe.dispatch import transport_for
 from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, gathered_axes, num_shards, spec
 
 BANK_AXES = {
@@ -18,6 +22,9 @@ BANK_AXES = {
     "down": ("experts", "ffn", "embed"),
 }
 """Logical axes (see `mesh.RULES`) of the parameters of a bank, in the order of the fields of `Bank`."""
+
+PRODUCT_AXES = (("batch", None, None, "ffn"), ("batch", None, None, "ffn"), ("batch", None, None, None, "ffn"))
+"""Logical axes of `Experts.products`, in the order of its fields."""
 
 
 class ExpertPool(nn.Module):
@@ -57,6 +64,10 @@ class Experts(NamedTuple):
     """`[E, ...]` in the compute dtype, without a gradient. Without an accumulator: the float32 parameters, with one."""
     accumulator: Bank | None
     """Float32 `[E, ...]`; over a mesh `[C, E, ...]` with one replica for each of the C devices that share an expert."""
+    products: Products | None = None
+    """`[X, L, ...]`, for each of the X devices that have tokens of their own: see `kept_products`."""
+    place: jax.Array | None = None
+    """Which of the L layers the products are to be of, int32 scalar; the scan over layers fills it in."""
 
 
 def pool_experts(config: Config, bank: Bank) -> Experts:
@@ -66,6 +77,31 @@ def pool_experts(config: Config, bank: Bank) -> Experts:
     if plain or config.moe.router == "none":
         return Experts(bank, None)
     return Experts(gathered_bank(bank, config.model.compute_dtype), gradient_accumulator(bank))
+
+
+def kept_products(config: Config) -> Products | None:
+    """The products of `Experts` for a micro-batch of a training step; None where the kernels do not keep them so.
+
+    That is on TPUs, where what a scan over layers keeps is copied into arrays of all layers and out of them again, and
+    for the values of model.remat that keep products.
+    """
+    if resolve(config.kernels.implementation) != "pallas_tpu" or config.model.remat not in ("none", "attention"):
+        return None
+    mesh, model = active_mesh(), config.model
+    parts, devices, tensor = (1, 1, 1)
+    if mesh is not None:
+        parts, devices, tensor = num_shards(mesh, "batch"), mesh.shape["expert"], mesh.shape["tensor"]
+    sent = rows_per_device(config, mesh)
+    received = sent if devices == 1 else capacity(sent, devices, config.mesh.capacity_factor)
+    rows, columns = stack_shape(received, model.ffn_size // tensor)
+    shapes: list[tuple[int, ...]] = [(parts, config.layers_per_pool, rows, columns * tensor)] * 2
+    # A norm behind the experts would have to lay out halved rows anew.
+    plain = transport_for(config.mesh, devices) != "ragged" or tensor > 1 or config.norms_experts
+    plain |= config.mesh.expert_nodes > 1
+    if not plain and can_be_halved(received, model.hidden_size, model.ffn_size, model.compute_dtype):
+        shapes.append((parts, config.layers_per_pool, received, 2, model.hidden_size // 2))
+    empty = [jax.lax.empty(shape, model.compute_dtype) for shape in shapes]
+    return Products(*(constrain(array, *axes) for array, axes in zip(empty, PRODUCT_AXES, strict=False)))
 
 
 def gathered_bank(bank: Bank, dtype: jax.typing.DTypeLike) -> Bank:

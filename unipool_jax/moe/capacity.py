@@ -6,7 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from unipool_jax.config.schema import Config
 from unipool_jax.parallel.mesh import num_shards
@@ -26,7 +26,7 @@ def capacity(rows: int, devices: int, capacity_factor: float | None) -> int:
     return min(math.ceil(rows * min(factor, devices) / 16) * 16, rows * devices)
 
 
-def rows_per_device(config: Config, mesh: Mesh | None) -> int:
+def rows_per_device(config: Config, mesh: AbstractMesh | Mesh | None) -> int:
     """(token, slot) pairs of a device in one layer of a micro-batch: what it sends, and receives on average."""
     tokens = config.train.microbatch_size * config.data.sequence_length
     return tokens * config.moe.top_k // (1 if mesh is None else num_shards(mesh, "batch"))

@@ -26,7 +26,10 @@ import jax.numpy as jnp
 from unipool_jax.config.chips import has_ragged
 from unipool_jax.config.schema import MeshConfig
 from unipool_jax.kernels.group_plan import sort_by_group
+from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.kernels.grouped_matmul import vary_alike
 from unipool_jax.moe.nodes import devices_inside, gathered, gathered_numbers, inside, summed
+from unipool_jax.moe.overlap import tied
 
 Transport = Literal["local", "all_gather", "ragged"]
 
@@ -147,12 +150,39 @@ def dispatch_ragged(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: in
     return Dispatched(received_RD, own_sizes_E, received, _RaggedWay(order, there, back))
 
 
+def dispatch_ragged_into(
+    hidden_ND: jax.Array,
+    experts_NK: jax.Array,
+    num_experts: int,
+    stack_LR2H: jax.Array,
+    place: jax.Array,
+    accumulator: Bank,
+) -> tuple[Dispatched, jax.Array, Bank]:
+    """`dispatch_ragged` of bfloat16 rows into a stack of what each layer received, at `place`; and that stack.
+
+    Rows are exchanged as `[R, 2, D / 2]`, the layout in which XLA does so on a TPU, and the exchange writes them where
+    they are to stay for the backward pass. The values of `rows_RD`, of that shape, are for nobody to read: who reads
+    the stack in their place saves a copy. Their gradient is that of `hidden_ND`; the stack's cotangent is passed on.
+
+    The accumulator is returned `tied` to the rows that are sent: a gather brings their gradients back to the tokens
+    behind the last exchange, and the gradient of the bank would be computed beside that instead.
+    """
+    order_R, sizes_E = sort_by_group(experts_NK.reshape(-1), num_experts)
+    order = _Order(order_R, _inverse(order_R, order_R.shape[0]))
+    sorted_RD = _pick(hidden_ND, *order, experts_NK.shape[1])
+    there, back, own_sizes_E, received = _slices(jax.lax.all_gather(sizes_E[None], "expert"), stack_LR2H.shape[1])
+    halved, accumulator = tied(*vary_alike((sorted_RD.reshape(-1, *stack_LR2H.shape[2:]), accumulator)))
+    stack_LR2H, received_RD = _exchange_into(*vary_alike((halved, stack_LR2H, place, there, back)))
+    return Dispatched(received_RD, own_sizes_E, received, _RaggedWay(order, there, back)), stack_LR2H, accumulator
+
+
 def combine_ragged(
     expert_RD: jax.Array, dispatched: Dispatched, gates_NK: jax.Array, dtype: jax.typing.DTypeLike, nodes: int
 ) -> jax.Array:
     """Send outputs back with a second ragged all-to-all and sum them per token. Arguments: `combine_local`."""
     way: _RaggedWay = dispatched.way
     returned_RD = _exchange(expert_RD, way.back, way.there, way.order.order_R.shape[0], nodes)
+    returned_RD = returned_RD.reshape(returned_RD.shape[0], -1)
     return summed(_weighted_sum(returned_RD, way.order, gathered(gates_NK, nodes), dtype), nodes)
 
 
@@ -253,7 +283,7 @@ def _slices(sizes_PJE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Arra
 def _exchange(rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int, nodes: int) -> jax.Array:
     """`[num_rows, D]` with the slices received, zero elsewhere; its gradient is the exchange in reverse."""
     # Made from the rows, so that inside `shard_map` it varies over the mesh as they do.
-    empty_RD = jnp.broadcast_to(jnp.zeros_like(rows_RD[:1]), (num_rows, rows_RD.shape[1]))
+    empty_RD = jnp.broadcast_to(jnp.zeros_like(rows_RD[:1]), (num_rows, *rows_RD.shape[1:]))
     groups = inside(nodes)
     return jax.lax.ragged_all_to_all(rows_RD, empty_RD, *there, axis_name="expert", axis_index_groups=groups)
 
@@ -273,6 +303,35 @@ def _exchange_backward(
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+@jax.custom_vjp
+def _exchange_into(
+    rows_R2H: jax.Array, stack_LR2H: jax.Array, place: jax.Array, there: _Slices, back: _Slices
+) -> tuple[jax.Array, jax.Array]:
+    """The stack with the slices received at `place`, other rows as they were; and what is there of `[R, 2, H]`."""
+    layers, rows, *row = stack_LR2H.shape
+    there = there._replace(output_offsets=there.output_offsets + place * rows)
+    stack_SD = jax.lax.ragged_all_to_all(rows_R2H, stack_LR2H.reshape(layers * rows, *row), *there, axis_name="expert")
+    stack_LR2H = stack_SD.reshape(stack_LR2H.shape)
+    return stack_LR2H, stack_LR2H[place]
+
+
+def _into_forward(
+    rows_R2H: jax.Array, stack_LR2H: jax.Array, place: jax.Array, there: _Slices, back: _Slices
+) -> tuple[tuple[jax.Array, jax.Array], tuple[_Slices, _Slices, jax.Array]]:
+    return _exchange_into(rows_R2H, stack_LR2H, place, there, back), (there, back, rows_R2H[:, :, :0])
+
+
+def _into_backward(
+    saved: tuple[_Slices, _Slices, jax.Array], grads: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None, None]:
+    there, back, sent = saved
+    passed_on, grad_R2H = grads
+    return _exchange(grad_R2H, back, there, sent.shape[0], 1), passed_on, None, None, None
+
+
+_exchange_into.defvjp(_into_forward, _into_backward)
 
 
 def _inverse(order_R: jax.Array, num_slots: int) -> jax.Array:

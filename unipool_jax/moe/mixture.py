@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,13 @@ from jax.typing import ArrayLike
 
 from unipool_jax.config.schema import Config, MeshConfig
 from unipool_jax.kernels.group_plan import make_group_plan
-from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
+from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, grouped_ffn, stacking_ffn
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.kernels.norms import post_norm
 from unipool_jax.kernels.recompute import recompute
-from unipool_jax.moe.bank import BANK_AXES, Experts
+from unipool_jax.moe.bank import BANK_AXES, PRODUCT_AXES, Experts
 from unipool_jax.moe.capacity import capacity
-from unipool_jax.moe.dispatch import COMBINE, DISPATCH, transport_for
+from unipool_jax.moe.dispatch import COMBINE, DISPATCH, dispatch_ragged_into, transport_for
 from unipool_jax.moe.overlap import tied
 from unipool_jax.moe.routing import Forced, Routing, RoutingStats, replaced, route, score_constant, scores
 from unipool_jax.moe.shared_experts import SharedWeights, always_on
@@ -214,24 +214,27 @@ def moe_ffn(
         epsilon=post_norm_epsilon,
         keep_products=keep_products,
     )
-    accumulator = experts.accumulator
+    accumulator, products = experts.accumulator, experts.products
     if mesh is not None:
         if accumulator is None:
             raise ValueError("over a mesh the experts need an accumulator: see bank.pool_experts")
-        if mesh.shape["expert"] > 1:
+        if mesh.shape["expert"] > 1 and (products is None or products.rows_LR2H is None):
             hidden_ND, accumulator = tied(hidden_ND, accumulator)
         tokens = spec("batch")
         weights = Bank._make(spec(*gathered_axes(axes)) for axes in BANK_AXES.values())
         replicas = Bank._make(spec("replica", *gathered_axes(axes)) for axes in BANK_AXES.values())
+        stacks: Any = spec() if products is None else Products._make(spec(*axes) for axes in PRODUCT_AXES)
         on_device = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(tokens, tokens, tokens, weights, replicas, spec(None)),
-            out_specs=(tokens, replicas, tokens),
+            in_specs=(tokens, tokens, tokens, weights, replicas, stacks, spec(), spec(None)),
+            out_specs=(tokens, replicas, stacks, tokens),
         )
-    operands = (hidden_ND, routing.experts_NK, routing.gates_NK, experts.weights, accumulator, post_norm_D)
-    output_ND, accumulator, received_X = on_device(*operands)
-    return output_ND, experts._replace(accumulator=accumulator), received_X
+    operands = (hidden_ND, routing.experts_NK, routing.gates_NK, experts.weights)
+    output_ND, accumulator, products, received_X = on_device(
+        *operands, accumulator, products, experts.place, post_norm_D
+    )
+    return output_ND, experts._replace(accumulator=accumulator, products=products), received_X
 
 
 def _on_device(
@@ -240,30 +243,48 @@ def _on_device(
     gates_NK: jax.Array,
     weights: Bank,
     accumulator: Bank | None,
+    products: Products | None,
+    place: jax.Array | None,
     post_norm_D: jax.Array | None,
     *,
     implementation: Implementation,
     config: MeshConfig,
     epsilon: float,
     keep_products: bool,
-) -> tuple[jax.Array, Bank | None, jax.Array]:
-    """`moe_ffn` on one device: its tokens, its experts, and its replica of the accumulator."""
+) -> tuple[jax.Array, Bank | None, Products | None, jax.Array]:
+    """`moe_ffn` on one device: its tokens, its experts, its replica of the accumulator, and its products."""
     mesh = active_mesh()
     devices = 1 if mesh is None else mesh.shape["expert"]
     transport = transport_for(config, devices)
     nodes, rows = config.expert_nodes, capacity(experts_NK.size, devices, config.capacity_factor)
-    dispatched = DISPATCH[transport](hidden_ND, experts_NK, weights.gate_EDF.shape[0] * devices, rows, nodes)
+    replica = accumulator
+    if accumulator is not None and mesh is not None:
+        replica = Bank(*(array[0] for array in accumulator))
+    own = None if products is None else jax.tree.map(lambda array: array[0], products)
+    num_experts = weights.gate_EDF.shape[0] * devices
+    if own is None or own.rows_LR2H is None:
+        dispatched = DISPATCH[transport](hidden_ND, experts_NK, num_experts, rows, nodes)
+    else:
+        assert place is not None
+        assert replica is not None
+        dispatched, stack_LR2H, replica = dispatch_ragged_into(
+            hidden_ND, experts_NK, num_experts, own.rows_LR2H, place, replica
+        )
+        own = own._replace(rows_LR2H=stack_LR2H)
     # A receive buffer is larger than what is received on average, which is what this device sends.
     plan = make_group_plan(
         dispatched.sizes_E, dispatched.rows_RD.shape[0], implementation=implementation, expected_rows=experts_NK.size
     )
-    if accumulator is None:
+    if replica is None:
         expert_RD = grouped_ffn(dispatched.rows_RD, weights, plan, keep_products)
-    elif mesh is None:
-        expert_RD, accumulator = accumulating_ffn(dispatched.rows_RD, weights, accumulator, plan, keep_products)
-    else:
-        replica = Bank(*(array[0] for array in accumulator))
+    elif own is None:
         expert_RD, replica = accumulating_ffn(dispatched.rows_RD, weights, replica, plan, keep_products)
+    else:
+        assert place is not None
+        expert_RD, replica, own = stacking_ffn(dispatched.rows_RD, weights, replica, own, place, plan)
+        products = jax.tree.map(lambda array: array[None], own)
+    accumulator = replica
+    if replica is not None and mesh is not None:
         accumulator = Bank(*(array[None] for array in replica))
     if mesh is not None and post_norm_D is not None:
         # A norm needs outputs, not the parts of them that the devices of a tensor group have.
@@ -272,7 +293,7 @@ def _on_device(
     output_ND = COMBINE[transport](expert_RD, dispatched, gates_NK, hidden_ND.dtype, nodes)
     if mesh is not None and post_norm_D is None:
         output_ND = jax.lax.psum(output_ND, "tensor")
-    return output_ND, accumulator, dispatched.received[None]
+    return output_ND, accumulator, products, dispatched.received[None]
 
 
 def _dense_stats(batch: int, length: int, counted_BS: jax.Array | None) -> RoutingStats:

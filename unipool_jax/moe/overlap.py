@@ -16,7 +16,7 @@ def tied(hidden_ND: jax.Array, accumulator: Bank) -> tuple[jax.Array, Bank]:
     would run alone. Tied, it has to be there before attention goes on, and the place left is beside the exchange.
 
     Args:
-      hidden_ND: the tokens of a mixture, `[N, D]`.
+      hidden_ND: the tokens of a mixture, `[N, D]`, or what it sends to other devices, of any shape.
       accumulator: of the bank's gradient: see `moe.bank.Experts`.
     """
     return hidden_ND, accumulator

@@ -23,6 +23,8 @@ class ExpertShapes(NamedTuple):
     """Rows that are read."""
     written: float
     """Rows that are written: those of no expert too, as zeros."""
+    inner: float
+    """The same in arrays that only kernels of the experts read. On TPUs those have nothing for rows of no expert."""
     width: int
     hidden: float
     matrix: float
@@ -34,8 +36,8 @@ class ExpertShapes(NamedTuple):
 def expert_forward(shapes: ExpertShapes) -> dict[str, KernelWork]:
     """The kernels of a forward pass, by name: gate, up and their product in one, then down."""
     return {
-        "expert_ffn_in": _row_pass(shapes, 2, shapes.width, 3 * shapes.hidden),
-        "grouped_matmul": _row_pass(shapes, 1, shapes.hidden, shapes.width),
+        "expert_ffn_in": _row_pass(shapes, 2, shapes.width, shapes.inner * 3 * shapes.hidden),
+        "grouped_matmul": _row_pass(shapes, 1, shapes.hidden, shapes.written * shapes.width),
     }
 
 
@@ -44,8 +46,8 @@ def expert_backward(shapes: ExpertShapes) -> dict[str, KernelWork]:
     rows, width, hidden, matrix, narrow = shapes.rows, shapes.width, shapes.hidden, shapes.matrix, shapes.narrow
     return {
         # Beside the gradient of the output it reads the gate and up products.
-        "expert_ffn_gate_gradient": _row_pass(shapes, 1, width + 2 * hidden, 3 * hidden),
-        "expert_ffn_rows_gradient": _row_pass(shapes, 2, 2 * hidden, width),
+        "expert_ffn_gate_gradient": _row_pass(shapes, 1, width + 2 * hidden, shapes.inner * 3 * hidden),
+        "expert_ffn_rows_gradient": _row_pass(shapes, 2, 2 * hidden, shapes.written * width),
         # The running gradient is read and written in float32.
         "grouped_bank_gradient": KernelWork(
             2 * rows * width * hidden, narrow * rows * (width + hidden) + 2 * WIDE * matrix
@@ -58,9 +60,9 @@ BANK_GRADIENTS = 3
 
 
 def _row_pass(shapes: ExpertShapes, matrices: int, read: float, written: float) -> KernelWork:
-    """Rows times so many matrices; `read` and `written` are numbers a row."""
+    """Rows times so many matrices; `read` is numbers a row, `written` of all rows."""
     flops = matrices * 2 * shapes.rows * shapes.width * shapes.hidden
-    moved = matrices * shapes.matrix + shapes.rows * read + shapes.written * written
+    moved = matrices * shapes.matrix + shapes.rows * read + written
     return KernelWork(flops, shapes.narrow * moved)
 
 

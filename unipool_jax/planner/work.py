@@ -276,7 +276,8 @@ def _expert_shapes(at: _Sizes, load: LayerLoad) -> ExpertShapes:
     # Experts without rows are not read.
     matrix = at.bank / 3 * load.share * load.busiest
     rows = at.rows * load.busiest
-    return ExpertShapes(rows, at.received, model.hidden_size, model.ffn_size / tensor, matrix, at.narrow)
+    inner = rows if at.topology.is_tpu and at.config.kernels.implementation != "xla" else at.received
+    return ExpertShapes(rows, at.received, inner, model.hidden_size, model.ffn_size / tensor, matrix, at.narrow)
 
 
 def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> dict[str, KernelWork]:

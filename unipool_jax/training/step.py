@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.schema import Config
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.kernels.grouped_ffn import Bank, Carried
 from unipool_jax.model.transformer import LayerInputs, Positions, apply
 from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
-from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
+from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator, kept_products
 from unipool_jax.moe.capacity import overflow
 from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
@@ -144,22 +144,25 @@ def load_shares(config: Config, counts_GNAE: jax.Array) -> jax.Array:
 
 
 def micro_batch_loss(
-    params: Any, accumulator: Bank | None, config: Config, mesh: Mesh | None, weights: Bank | None, micro: MicroBatch
-) -> tuple[tuple[jax.Array, Bank | None], tuple[Metrics, RoutingStats]]:
+    params: Any, carried: Carried | None, config: Config, mesh: Mesh | None, weights: Bank | None, micro: MicroBatch
+) -> tuple[tuple[jax.Array, Carried | None], tuple[Metrics, RoutingStats]]:
     """The loss of one micro-batch, scaled so that its mean over micro-batches is the loss of the whole batch.
 
     Args:
       params: of the model, without the bank where `weights` are given.
-      accumulator: with `weights`, the other half of `Experts`.
+      carried: with `weights`, the other parts of `Experts`.
       config: of the run.
       mesh: of the run.
       weights: of a bank that all layers share, `[1, ...]`.
       micro: the micro-batch.
 
     Returns:
-      Loss and accumulator, which are differentiated; metrics and routing statistics, which are not.
+      Loss and what is carried, which are differentiated; metrics and routing statistics, which are not.
     """
-    experts = None if weights is None else Experts(weights, accumulator)
+    experts = None
+    if weights is not None:
+        assert carried is not None
+        experts = Experts(weights, carried.accumulator, carried.products)
     inputs = layer_inputs(config, micro.balance, micro.step)
     positions = Positions(segments=micro.batch.segments)
     output = apply(config, params, micro.batch.inputs, inputs, positions, experts)
@@ -192,7 +195,7 @@ def micro_batch_loss(
         "zero_gates_L": jnp.sum(stats.zero_gates_A, axis=-1).reshape(-1),
         **gates,
     }
-    passed_on = None if output.experts is None else output.experts.accumulator
+    passed_on = None if (last := output.experts) is None else Carried(last.accumulator, last.products)
     return (total, passed_on), (metrics, jax.lax.stop_gradient(stats))
 
 
@@ -200,10 +203,16 @@ def micro_batch_gradients(
     config: Config, mesh: Mesh | None, params: Any, experts: Experts | None, gradient: Bank | None, micro: MicroBatch
 ) -> Gradients:
     """Gradients of one micro-batch over the number of micro-batches; those of a shared bank are added to `gradient`."""
-    weights, accumulator = (None, None) if experts is None else experts
+    weights = carried = None
+    if experts is not None:
+        products = jax.tree.map(lambda x: x[None], kept_products(config))
+        weights, carried = experts.weights, Carried(experts.accumulator, products)
     loss = functools.partial(micro_batch_loss, config=config, mesh=mesh, weights=weights, micro=micro)
-    _, pullback, (metrics, stats) = jax.vjp(loss, params, accumulator, has_aux=True)
-    grads, gradient = pullback((jnp.full((), 1 / config.num_microbatches, jnp.float32), gradient))
+    (_, passed_on), pullback, (metrics, stats) = jax.vjp(loss, params, carried, has_aux=True)
+    # The backward pass finds the products that the forward pass kept where it finds gradients.
+    found = None if passed_on is None else passed_on._replace(accumulator=gradient)
+    grads, found = pullback((jnp.full((), 1 / config.num_microbatches, jnp.float32), found))
+    gradient = None if found is None else found.accumulator
     return Gradients(grads, gradient, metrics, jnp.sum(stats.counts_AE, axis=2), load_shares(config, stats.counts_AE))
 
 
