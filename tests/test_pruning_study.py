@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pruning_study import cases
-from benchmarks.pruning_study.report import pool_table, recovery_table
+from benchmarks.pruning_study.report import differences_table, pool_table, recovery_table
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.rules import validate
 from unipool_jax.config.words import from_words
@@ -44,11 +44,24 @@ def test_the_arms_of_an_axis(axis: cases.Axis) -> None:
 
 
 def test_tables_of_the_study() -> None:
-    losses = {"heads_random": {1: 3.0, 2: 3.1, 3: 3.2}, "heads_scratch": {1: 2.9, 2: 2.9, 3: 2.9}}
-    start = {"heads_random": {1: 4.0, 2: 4.0, 3: 4.3}}
-    lines = recovery_table(start, losses).splitlines()
-    assert len(lines) == 4
-    assert "| heads | random | 3 | 4.1000 | 3.1000 |" in lines[2]
-    assert "+0.2000" in lines[2]
-    pools = pool_table({"vanilla_8_random": {1: 5.0}}, {"vanilla_8_random": {1: 3.0}})
-    assert "| vanilla | 8 | random | 1 | 5.0000 | +2.0000 |" in pools
+    arms = ("random", "magnitude", "importance", "clap", "scratch")
+    losses = {f"layers_{arm}": {seed: 3.0 + at + 0.1 * seed for seed in (1, 2, 3)} for at, arm in enumerate(arms)}
+    lines = recovery_table({"layers_random": {1: 4.0, 2: 4.0, 3: 4.3}}, losses).splitlines()
+    assert lines[2] == "| layers | random | 3 | 4.1000 | 3.2000 |"
+    assert lines[-1] == "| layers | scratch | 3 | - | 7.2000 |"
+    found = [line.split(" | ")[1:4] for line in differences_table(losses).splitlines()[2:]]
+    assert found == [
+        ["magnitude", "random", "+1.0000"],
+        ["importance", "random", "+2.0000"],
+        ["clap", "random", "+3.0000"],
+        ["clap", "importance", "+1.0000"],
+        ["importance", "scratch", "-2.0000"],
+    ]
+
+
+def test_the_table_of_pools() -> None:
+    """What each parent loses, from its own loss before."""
+    after = {"unipool_8_random": {1: 5.0, 2: 5.5, 3: 6.0}, "vanilla_8_random": {1: 7.0, 2: 7.0, 3: 7.0}}
+    before = {"unipool_8_random": {1: 4.0, 2: 4.5, 3: 5.0}, "vanilla_8_random": {1: 4.0, 2: 4.0, 3: 4.0}}
+    line = pool_table(after, before).splitlines()[2]
+    assert line.startswith("| 8 | random | 1.000 (1.000 to 1.000) | 3.000 (3.000 to 3.000) | -2.0000 |")

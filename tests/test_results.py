@@ -13,6 +13,7 @@ from benchmarks import aptitude_study, growth_study, norm_study, retrieval_study
 from benchmarks.intervals import difference_cells, differences_table, main, stored_losses
 from benchmarks.overlap import table as overlap_table
 from benchmarks.planner_check.report import table as planner_table
+from benchmarks.pruning_study import report as pruning_study
 from benchmarks.sharing_study.report import finished_runs, tables
 from unipool_jax.config.files import read_json
 
@@ -162,6 +163,15 @@ def test_norm_study_table() -> None:
 def test_growth_study_table() -> None:
     folder = RESULTS / "growth_study"
     assert growth_study.table(growth_study.stored(folder)) in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_pruning_study_tables() -> None:
+    folder = RESULTS / "pruning_study"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    start, end = pruning_study.right_after(folder), stored_losses(folder / "runs")
+    pools = pruning_study.pool_table(start, pruning_study.right_after(folder, "source"))
+    for found in (pruning_study.recovery_table(start, end), pruning_study.differences_table(end), pools):
+        assert found in text
 
 
 def test_trig_study_tables() -> None:

@@ -36,7 +36,7 @@ from benchmarks.pruning_study.cases import (
 from unipool_jax.cli.main import execute
 from unipool_jax.config.files import RESTORE, read_json, write_json
 from unipool_jax.pruning.report import REPORT
-from unipool_jax.training.run_folder import CONFIG, SUMMARY
+from unipool_jax.training.run_folder import SUMMARY, read_summary
 
 POOLS = "pools.json"
 """Losses of pools with fewer experts, by case."""
@@ -49,8 +49,9 @@ def train(name: str, words: tuple[str, ...], runs: Path, out: Path) -> Path:
         if code := execute(["train", *words, f"run.dir={runs}", f"run.name={name}"]):
             sys.exit(code)
         kept.mkdir(parents=True, exist_ok=True)
-        for file in (CONFIG, "metrics.jsonl", SUMMARY):
-            shutil.copyfile(folder / file, kept / file)
+        shutil.copyfile(folder / "metrics.jsonl", kept / "metrics.jsonl")
+        summary = {name: value for name, value in read_summary(folder).items() if name != "text"}  # with its folder
+        write_json(kept / SUMMARY, summary, indent=2)
     return folder
 
 
