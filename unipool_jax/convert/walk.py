@@ -16,7 +16,7 @@ import numpy as np
 from unipool_jax.config.schema import Config
 from unipool_jax.convert.layered import Layered, Tree, pool_of
 from unipool_jax.data.pipeline import Batch
-from unipool_jax.kernels.grouped_ffn import Bank
+from unipool_jax.kernels.grouped_ffn import Bank, Carried
 from unipool_jax.kernels.norms import post_norm, rms_norm
 from unipool_jax.model.attention import AttentionWeights, attention_heads
 from unipool_jax.model.transformer import DenseLayer, Layer, LayerInputs, Positions
@@ -152,7 +152,7 @@ def _apply(
         return hidden_BSD, None
     module = Layer(config, keep_routing=True)
     ((hidden_BSD, _), _), outputs = module.apply(
-        {"params": given.params}, ((hidden_BSD, None), None), given.bank, positions, given.inputs
+        {"params": given.params}, ((hidden_BSD, None), Carried(None, None)), given.bank, positions, given.inputs
     )
     return hidden_BSD, outputs.visits
 
