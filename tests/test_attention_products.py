@@ -73,6 +73,7 @@ def test_each_device_attends_with_its_rows_and_heads() -> None:
         np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_step_compiles_for_tpu() -> None:
     """Splash attention of each device's rows and heads, below the conditional of alternating layers, with segments."""

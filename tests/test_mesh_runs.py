@@ -162,6 +162,7 @@ def test_a_mesh_that_decides_which_rows_are_dropped_is_kept(configure: Callable[
         check_mesh(config, meta, eight)
 
 
+@pytest.mark.slow
 def test_measured_placement_changes_no_value(
     single_device: Config, configure: Callable[..., Config], stop_after: Callable[[int], None]
 ) -> None:

@@ -153,6 +153,7 @@ def test_the_anatomy_has_every_analysis_of_that_run(tour: Executed, folder: Path
     assert (folder / "tour" / "analysis" / str(STEPS) / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_routers_and_losses_have_their_exact_values(folder: Path) -> None:
     shown = execute("03_routers_and_losses", folder, TOKENS=2000, SCALES=("182m",))
     assert shown.images == 4

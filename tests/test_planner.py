@@ -353,6 +353,7 @@ def test_a_pool_is_gathered_and_its_gradient_scattered_once_a_step() -> None:
     assert {shape.partition("[")[0] for c in bank_collectives(pool, "reduce-scatter") for shape in c.shapes} == {"f32"}
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_no_device_holds_a_whole_bank() -> None:
     """No value has all 32 experts, and none is a float32 copy of the own ones for the forward pass."""
@@ -381,7 +382,7 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
     ("method", "more"),
     [
         ("unipool", ()),
-        ("vanilla", ("loss.switch_group_sequences=8",)),
+        pytest.param("vanilla", ("loss.switch_group_sequences=8",), marks=pytest.mark.slow),
         pytest.param("vanilla", ("loss.switch_group_sequences=8", "model.remat=none"), marks=pytest.mark.slow),
         pytest.param("unipool", ("pool.groups=2", "model.remat=moe"), marks=pytest.mark.slow),
         pytest.param("sliding", ("train.batch_size=8", "model.remat=none"), marks=pytest.mark.slow),

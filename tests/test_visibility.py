@@ -121,7 +121,9 @@ GROUPS = {1: "pool.starts=[0,0,0,0] pool.window=8", 2: "pool.starts=wide_runs", 
 GROUPED = itertools.product(GROUPS, ("pool", "switch"))
 
 
-@pytest.mark.parametrize("case", slow_among(GROUPED, [(1, "pool"), (1, "switch"), (2, "switch"), (4, "pool")]), ids=str)
+@pytest.mark.parametrize(
+    "case", slow_among(GROUPED, [(1, "pool"), (1, "switch"), (2, "switch"), (4, "pool"), (4, "switch")]), ids=str
+)
 def test_windows_that_are_groups_train_as_groups_do(case: tuple[int, str]) -> None:
     """One step from the same weights: the same losses, choices and gradients, which are in Adam's first moments."""
     groups, balance = case
