@@ -229,7 +229,7 @@ def compiled_layers(topology: str, *, stacked: bool) -> Module:
 def test_a_scan_on_tpu_copies_no_kept_products(topology: str) -> None:
     assert moved_arrays(compiled_layers(topology, stacked=True), r"bf16\[(3,)?512,640\]") == []
     # What the test would see if the scan kept them: into the stacked arrays, and out of them.
-    assert len(moved_arrays(compiled_layers(topology, stacked=False), r"bf16\[(3,|1,)?512,640\]")) >= 3
+    assert len(moved_arrays(compiled_layers(topology, stacked=False), r"bf16\[(3,|1,)?512,640\]")) >= 2
 
 
 @needs_compiler
@@ -275,11 +275,12 @@ def test_kernels_on_halved_rows_compile_for_tpu(topology: str, width: int) -> No
 def test_a_compiled_step_copies_no_kept_products(topology: str, microbatch: int) -> None:
     """Over fsdp and expert axes: room for 1024 or 2048 rows of 512 and 640 channels in each of four layers.
 
-    On v5p neither are received rows laid out anew, before the kernels or behind them.
+    On v5p neither are received rows laid out anew, before the kernels or behind them; with several micro-batches they
+    are in the pass that counts choices, which keeps nothing.
     """
     size, rows = ("model.hidden_size=512", f"train.microbatch_size={microbatch}"), microbatch * 128
     config = small("unipool", "model.remat=none", f"mesh.topology={topology}", *size)
     module = parse(compile_step(config, topology_mesh(config)).text)
     assert moved_arrays(module, rf"bf16\[([14],)*{rows},640\]") == []
-    if topology.startswith("v5p"):
+    if topology.startswith("v5p") and config.num_microbatches == 1:
         assert moved_arrays(module, rf"bf16\[([14],)*({rows},(512|2,256)|{rows // 8},8,2,256)\]") == []
