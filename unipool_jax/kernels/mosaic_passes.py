@@ -129,7 +129,7 @@ def row_pass(
         _persistent(count_ref[0] * column_tiles, tile.blocks, visit)
 
     tables = (plan.tile_group, plan.tile_start, plan.offsets, (plan.num_tiles + plan.num_tail_tiles)[None])
-    outputs = [_like(rows[0], (num_rows, width))] * num_outputs
+    outputs = [jax.ShapeDtypeStruct((num_rows, width), dtype)] * num_outputs
     return list(_call(kernel, outputs, tile.blocks, name, interpret)(*tables, *rows, *banks, *beside))
 
 
@@ -285,8 +285,3 @@ def _loaded(shape: tuple[Any, int], dtype: jax.typing.DTypeLike, index: Callable
 def _call(kernel: Callable[..., None], outputs: Any, blocks: int, name: str, interpret: Any) -> Callable[..., Any]:
     kernel.__name__ = name
     return plgpu.kernel(kernel, out_type=outputs, grid=(blocks,), grid_names=("block",), interpret=interpret)
-
-
-def _like(array: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """An output that, inside `shard_map`, varies over the same mesh axes as `array`."""
-    return jax.ShapeDtypeStruct(shape, array.dtype, manual_axis_type=jax.typeof(array).manual_axis_type)

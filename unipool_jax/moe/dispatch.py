@@ -141,10 +141,7 @@ def dispatch_ragged(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: in
     """
     per_node = num_experts // nodes
     hidden_MD, experts_MK = gathered(hidden_ND, nodes), gathered_numbers(experts_NK, nodes)
-    order_R, sizes_JE = _sorted_inside(experts_MK, per_node, nodes)
-    order = _Order(order_R, _inverse(order_R, order_R.shape[0]))
-    sorted_RD = _pick(hidden_MD, *order, experts_NK.shape[1])
-    sizes_PJE = jax.lax.all_gather(sizes_JE, "expert", axis_index_groups=inside(nodes))
+    sorted_RD, order, sizes_PJE = _to_send(hidden_MD, experts_MK, per_node, nodes)
     there, back, own_sizes_E, received = _slices(sizes_PJE, rows)
     received_RD = _exchange(sorted_RD, there, back, rows, nodes)
     return Dispatched(received_RD, own_sizes_E, received, _RaggedWay(order, there, back))
@@ -167,10 +164,8 @@ def dispatch_ragged_into(
     The accumulator is returned `tied` to the rows that are sent: a gather brings their gradients back to the tokens
     behind the last exchange, and the gradient of the bank would be computed beside that instead.
     """
-    order_R, sizes_E = sort_by_group(experts_NK.reshape(-1), num_experts)
-    order = _Order(order_R, _inverse(order_R, order_R.shape[0]))
-    sorted_RD = _pick(hidden_ND, *order, experts_NK.shape[1])
-    there, back, own_sizes_E, received = _slices(jax.lax.all_gather(sizes_E[None], "expert"), stack_LR2H.shape[1])
+    sorted_RD, order, sizes_PJE = _to_send(hidden_ND, experts_NK, num_experts, nodes=1)
+    there, back, own_sizes_E, received = _slices(sizes_PJE, stack_LR2H.shape[1])
     halved, accumulator = tied(*vary_alike((sorted_RD.reshape(-1, *stack_LR2H.shape[2:]), accumulator)))
     stack_LR2H, received_RD = _exchange_into(*vary_alike((halved, stack_LR2H, place, there, back)))
     return Dispatched(received_RD, own_sizes_E, received, _RaggedWay(order, there, back)), stack_LR2H, accumulator
@@ -249,6 +244,16 @@ def _sorted_inside(experts_MK: jax.Array, per_node: int, nodes: int) -> tuple[ja
     ours = (expert_JS >= 0) & (expert_JS < per_node)
     order_R, sizes_E = sort_by_group(jnp.where(ours, group_JS, nodes * per_node).reshape(-1), nodes * per_node)
     return order_R, sizes_E.reshape(nodes, per_node)
+
+
+def _to_send(
+    hidden_MD: jax.Array, experts_MK: jax.Array, per_node: int, nodes: int
+) -> tuple[jax.Array, _Order, jax.Array]:
+    """Rows in the order of `_sorted_inside`, that order, and the sizes of each device of the node, `[P, J, E]`."""
+    order_R, sizes_JE = _sorted_inside(experts_MK, per_node, nodes)
+    order = _Order(order_R, _inverse(order_R, order_R.shape[0]))
+    sizes_PJE = jax.lax.all_gather(sizes_JE, "expert", axis_index_groups=inside(nodes))
+    return _pick(hidden_MD, *order, experts_MK.shape[1]), order, sizes_PJE
 
 
 def _slices(sizes_PJE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Array, jax.Array]:

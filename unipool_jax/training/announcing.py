@@ -51,9 +51,8 @@ def announce(
         f"{resolve_attention(config.kernels.attention, config.model.compute_dtype, config.head_size)} attention"
     )
     if config.kernels.implementation == "mosaic_gpu":
-        tensor = 1 if mesh is None else mesh.shape["tensor"]
         model = config.model
-        if said := mosaic_gpu.notice(model.compute_dtype, model.hidden_size, model.ffn_size // tensor):
+        if said := mosaic_gpu.notice(model.compute_dtype, model.hidden_size, model.ffn_size):
             progress.message(said)
     if counts_before_gradient(config):
         progress.message(
