@@ -15,23 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packaging.version import Version
 
 import grouped_oracle as oracle
 import test_grouped_ffn as ffn
 import test_grouped_matmul as matmul
 from planned import needs_gpu_compiler
-from test_pallas_gpu import abstract_ffn
+from test_pallas_gpu import check_absent_gpu
 from unipool_jax.config import mesh_rules
-from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.compose import compose_config
 from unipool_jax.kernels import mosaic_gpu, mosaic_passes, mosaic_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn
 from unipool_jax.kernels.implementations import hopper_problem, platform_problem
-from unipool_jax.planner import gpu_compiler
-from unipool_jax.planner.collectives import parse
 
 _JAX = Version(jax.__version__)
 needs_interpreter = pytest.mark.skipif(
@@ -181,24 +177,9 @@ def test_ffn_compiles_for_an_absent_h100(
 ) -> None:
     """No registers are spilled, the gradients are updated in place, and nothing of a bank's size is copied."""
     folder = tmp_path_factory.mktemp("kernels")
-    experts, width, hidden = 96, 768, 3072
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
-    function, arguments = abstract_ffn(experts, width, hidden, "bfloat16", "mosaic_gpu", rows)
-    mesh = Mesh(np.array(gpu_compiler.devices(parse_topology("h100:1"))), ("one",))
-    arguments = jax.tree.map(lambda like: like.update(sharding=NamedSharding(mesh, PartitionSpec())), arguments)
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(function, donate_argnums=(3, 4)).lower(*arguments).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
-    # The accumulator, and the float32 gradients of gate, up and down, which the kernels add to in place; the rows' too.
-    assert memory.alias_size_in_bytes == 2 * 4 * 3 * experts * width * hidden + 2 * rows * width
-    # Both products, what the gate makes of them, and the gradients of the two, all `[R, F]`, and one `[R, D]`.
-    assert memory.temp_size_in_bytes < 2 * rows * (5 * hidden + width) + 2**20
-    assert text is not None
-    banks = [f"[{experts},{width},{hidden}]", f"[{experts},{hidden},{width}]"]
-    made = [line for line in parse(text).instructions() if any(bank in line[0].type for bank in banks)]
-    assert {line.opcode for line, *_ in made} <= {"parameter", "custom-call", "tuple", "get-tuple-element", "bitcast"}
+    check_absent_gpu("h100", "mosaic_gpu", rows)
     files = [Path(folder, name) for name in os.listdir(folder) if name.endswith(".ptxas")]
     # Equal kernels are compiled once: JAX 0.12 makes one of the gradients of gate and up.
     assert len({file.name.rpartition("_")[0] for file in files}) == 5
