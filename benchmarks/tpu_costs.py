@@ -1,8 +1,11 @@
-"""The cost of a grouped product on a TPU, from the compiler's schedule: ours, megablox's and `jax.lax.ragged_dot`'s."""
+"""The cost of a grouped product on a TPU, from the compiler's schedule: ours, megablox's and `jax.lax.ragged_dot`'s.
 
-from collections.abc import Callable, Sequence
+That of tokamax is in `benchmarks.tpu_tokamax`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product as product_of
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.tpu_schedule import Chip, Schedule, compile_for, mesh  # before jax: it sets up the compiler
 
@@ -51,6 +54,8 @@ class Cost(NamedTuple):
     bytes: float
     floor_flops: float
     floor_bytes: float
+    bytes_after: float = 0.0
+    """Moved by another program behind the kernel."""
 
     def compute(self, chip: Chip) -> float:
         """Modelled time of the instructions, in seconds."""
@@ -58,7 +63,7 @@ class Cost(NamedTuple):
 
     def seconds(self, chip: Chip) -> float:
         """Modelled time."""
-        return max(self.compute(chip), self.bytes / chip.bandwidth)
+        return max(self.compute(chip), self.bytes / chip.bandwidth) + self.bytes_after / chip.bandwidth
 
     def floor(self, chip: Chip) -> float:
         """Lower bound of any kernel's time on this chip."""
@@ -211,6 +216,32 @@ PRODUCTS = {
 }
 
 
+Tiles = TypeVar("Tiles")
+Compiled = TypeVar("Compiled")
+
+
+def fastest(
+    chip: Chip,
+    candidates: Iterable[Tiles],
+    cost: Callable[[Tiles, Compiled | None], Cost],
+    compiled: Callable[[Tiles], Compiled | None],
+) -> Cost | None:
+    """The candidate of least modelled time among those that compile; None where none do.
+
+    Those are compiled that a bound from bytes and arithmetic alone, the `cost` of None, does not exclude: once it
+    passes the best time, no schedule can help.
+    """
+    best: Cost | None = None
+    bounds = {tiles: cost(tiles, None).seconds(chip) for tiles in candidates}
+    for tiles, bound in sorted(bounds.items(), key=lambda item: item[1]):
+        if best is not None and bound >= best.seconds(chip):
+            break
+        result = compiled(tiles)
+        if result is not None:
+            best = min((cost(tiles, result), *([best] if best else [])), key=lambda cost: cost.seconds(chip))
+    return best
+
+
 def megablox(product: str, problem: Problem, chip: Chip, schedules: dict[Any, Schedule | None]) -> Cost | None:
     """Megablox at the tiles of least modelled time among those that compile; None where none do.
 
@@ -218,26 +249,20 @@ def megablox(product: str, problem: Problem, chip: Chip, schedules: dict[Any, Sc
     """
     _, experts, width, hidden, _ = problem
     contracted, columns = (hidden, width) if product == "input gradient" else (width, hidden)
-    best: Cost | None = None
-    unknown = Schedule(0, 0.0, 0)
-    candidates = product_of((128, 256, 512), _parts(contracted, 3072), _parts(columns, 1536))
-    # By a bound from bytes and arithmetic alone: once it passes the best time, no schedule can help.
-    bounds = {tiles: _megablox_cost(product, problem, tiles, chip, unknown).seconds(chip) for tiles in candidates}
-    for tiles, bound in sorted(bounds.items(), key=lambda item: item[1]):
-        if best is not None and bound >= best.seconds(chip):
-            break
+
+    def compiled(tiles: tuple[int, int, int]) -> Schedule | None:
         key = (product, chip.name, experts, width, hidden, tiles)
         if key not in schedules:
             schedules[key] = _megablox_schedule(product, problem, chip, tiles)
-        schedule = schedules[key]
-        if schedule is not None:
-            cost = _megablox_cost(product, problem, tiles, chip, schedule)
-            if best is None or cost.seconds(chip) < best.seconds(chip):
-                best = cost
-    return best
+        return schedules[key]
+
+    def cost(tiles: tuple[int, int, int], schedule: Schedule | None) -> Cost:
+        return _megablox_cost(product, problem, tiles, chip, schedule or Schedule(0, 0.0, 0))
+
+    return fastest(chip, product_of((128, 256, 512), parts(contracted, 3072), parts(columns, 1536)), cost, compiled)
 
 
-def _parts(width: int, most: int) -> list[int]:
+def parts(width: int, most: int) -> list[int]:
     """A width, and its half to quarter, where these are valid tiles and at most `most`."""
     return [width // parts for parts in (1, 2, 3, 4) if width % (parts * 128) == 0 and width // parts <= most]
 

@@ -1,6 +1,9 @@
-"""The TPU kernels against megablox and `jax.lax.ragged_dot`, by the TPU compiler's own schedules. Needs no TPU.
+"""The TPU kernels against megablox, tokamax and `jax.lax.ragged_dot`, by the TPU compiler's own schedules.
+
+Needs no TPU; tokamax takes part where it is installed (`pip install tokamax==0.0.17`, Python 3.12 or newer).
 
     python -m benchmarks.tpu_kernels                     # the three products at 768 -> 3072, 96 experts, four chips
+    python -m benchmarks.tpu_kernels --peers 978m        # the same at another published scale
     python -m benchmarks.tpu_kernels --scales 182m 978m  # every kernel of the FFN at these published scales
     python -m benchmarks.tpu_kernels --write-tiles       # search tile sizes, write kernels/tpu_tiles.json
 
@@ -20,9 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tpu_schedule import CHIPS, Chip, Schedule  # before jax: it sets up the compiler
+from benchmarks.tpu_schedule import CHIPS, Chip  # before jax: it sets up the compiler
 
 # isort: split
+from benchmarks import tpu_tokamax
 from benchmarks.grouped_matmul import environment
 from benchmarks.tpu_costs import (
     PRODUCTS,
@@ -52,24 +56,50 @@ STEP_SECONDS = 0.35e-6
 TILE_ROWS = (32, 48, *range(64, 513, 32))
 
 
-def compare(chips: Sequence[Chip], rows: Sequence[int]) -> None:
-    """The three products at the 182M scale beside the kernels that JAX brings."""
-    schedules: dict[Any, Schedule | None] = {}
+def compare(chips: Sequence[Chip], rows: Sequence[int], scale: str) -> None:
+    """The three products at a scale beside the kernels that JAX and tokamax bring."""
+    known: dict[Any, Any] = {}
+    slower: list[str] = []
     for chip in chips:
         for number in rows:
-            problem = Problem.draw(number, *SCALES["182m"])
+            problem = Problem.draw(number, *SCALES[scale])
             ours = our_kernels(problem, chip, list(PRODUCTS))
             title(chip, problem)
             for product, kernel in PRODUCTS.items():
-                cost, peer = ours[kernel], megablox(product, problem, chip, schedules)
-                print(line(product, cost, chip))
-                if peer is None:
-                    print("  megablox: no tiles compiled")
-                else:
-                    print(line(f"  megablox, {peer.seconds(chip) / cost.seconds(chip):.2f} x ours", peer, chip))
+                print(line(product, ours[kernel], chip))
+                seconds = ours[kernel].seconds(chip)
+                for peer, cost in peers(product, problem, chip, known):
+                    if cost is None:
+                        print(f"  {peer}: no tiles compiled")
+                        continue
+                    ratio = cost.seconds(chip) / seconds
+                    print(line(f"  {peer}, {ratio:.2f} x ours", cost, chip), flush=True)
+                    # A new array is not the same work as an addition to the sum over layers.
+                    if 1 / ratio > 1.02 and peer != FRESH:
+                        slower.append(f"{chip.name}, {number} rows, {product}: {1 / ratio:.2f} times {peer}")
             ragged, floor = ragged_dot_seconds(problem, chip), ours["grouped_matmul"].floor(chip)
             verdict = f"{ragged / floor:.1f} of the floor, by its own count" if ragged else "does not compile"
             print(f"  jax.lax.ragged_dot, forward: {verdict}", flush=True)
+    print("\nOurs slower than a peer by more than 2%:", *(slower or ["nowhere"]), sep="\n  ")
+    if not tpu_tokamax.INSTALLED:
+        print(f"tokamax: {tpu_tokamax.HOW_TO_INSTALL}")
+
+
+FRESH = "tokamax, fresh"
+"""Its weight gradient without the addition."""
+
+
+def peers(product: str, problem: Problem, chip: Chip, known: dict[Any, Any]) -> Iterator[tuple[str, Cost | None]]:
+    """Other kernels of a product at their best tiles."""
+    yield "megablox", megablox(product, problem, chip, known)
+    if not tpu_tokamax.INSTALLED:
+        return
+    cost = tpu_tokamax.tokamax(product, problem, chip, known)
+    if product != "weight gradient" or cost is None:
+        yield "tokamax", cost
+    else:
+        yield FRESH, cost
+        yield "tokamax, adding", tpu_tokamax.with_addition(cost, problem)
 
 
 def all_kernels(chips: Sequence[Chip], scales: Sequence[str], rows: Sequence[int]) -> None:
@@ -95,7 +125,7 @@ def line(name: str, cost: Cost, chip: Chip) -> str:
     schedule, seconds = cost.schedule, cost.seconds(chip)
     return (
         f"{name:<30}{cost.tiles:>20}{cost.visits:>8}{schedule.bundles:>9}{schedule.fill:>6.2f}{schedule.spills:>8}"
-        f"{cost.bytes / 1e9:>8.3f}{1e3 * seconds:>9.3f}{seconds / cost.floor(chip):>7.2f}"
+        f"{(cost.bytes + cost.bytes_after) / 1e9:>8.3f}{1e3 * seconds:>9.3f}{seconds / cost.floor(chip):>7.2f}"
     )
 
 
@@ -177,6 +207,7 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", choices=[*CHIPS], default=[*CHIPS])
     parser.add_argument("--rows", nargs="+", type=int, default=[8192, 16384, 65536], help="rows per device")
     parser.add_argument("--scales", nargs="+", choices=[*SCALES], help="all our kernels at these, instead of peers")
+    parser.add_argument("--peers", choices=[*SCALES], default="182m", help="the scale of the comparison with peers")
     parser.add_argument("--write-tiles", action="store_true", help="search tiles, columns at --scales (default 182m)")
     arguments = parser.parse_args()
     print(environment())
@@ -185,7 +216,7 @@ def main() -> None:
     elif arguments.scales:
         all_kernels([CHIPS[name] for name in arguments.chips], arguments.scales, arguments.rows)
     else:
-        compare([CHIPS[name] for name in arguments.chips], arguments.rows)
+        compare([CHIPS[name] for name in arguments.chips], arguments.rows, arguments.peers)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={_DUMP.name} --xla_jf_dump_l
 # Look for no TPU, and let other processes compile at the same time.
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
-import re  # noqa: E402 - the settings above must come before jax
+import glob  # noqa: E402 - the settings above must come before jax
+import re  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -93,6 +94,35 @@ def compile_for(
         if schedule.fill > 0.02 and schedule.bundles > schedules.get(name, Schedule(0, 0, 0)).bundles:
             schedules[name] = schedule
     return program, schedules
+
+
+def paths(kernel: str) -> tuple[int, list[int]]:
+    """Of a kernel of the last program compiled: bundles of the loop around its matrix products, without those of the
+    paths that hold such products, and bundles of each of these, in the order of the listing."""
+    (path,) = Path(_DUMP.name).glob(f"*-{glob.escape(kernel)}*-final_bundles.txt")
+    return read_paths(path.read_text())
+
+
+def read_paths(listing: str) -> tuple[int, list[int]]:
+    """`paths`, from the compiler's listing: a line per bundle, `address label : { instructions }`.
+
+    A path is a piece of the program without a jump in or out: LB marks the first bundle of a loop's body, PF one that
+    is jumped to, and `sbr` is a jump.
+    """
+    bundles = re.findall(r"^ *(?:0x)?[0-9a-f]+ +([A-Z]{2}|) *:[ >]*(\{.*)$", listing, flags=re.MULTILINE)
+    products = [index for index, (_, text) in enumerate(bundles) if "vmatmul" in text]
+    begin = max(index for index, (label, _) in enumerate(bundles[: products[0]]) if label == "LB")
+    back = next(index for index in range(products[-1], len(bundles)) if "sbr.rel" in bundles[index][1])
+    # Behind a jump stand bundles that are executed on the way: the loop ends with the next label.
+    end = next((index for index in range(back, len(bundles)) if bundles[index][0]), len(bundles))
+    pieces: list[list[str]] = []
+    for index in range(begin, end):
+        label, text = bundles[index]
+        if index == begin or label or "sbr.rel" in bundles[index - 1][1]:
+            pieces.append([])
+        pieces[-1].append(text)
+    found = [len(piece) for piece in pieces if any("vmatmul" in text for text in piece)]
+    return end - begin - sum(found), found
 
 
 def _read(path: Path) -> Schedule:
