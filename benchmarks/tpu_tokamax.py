@@ -6,6 +6,7 @@ taken, on average, and of the loop around them; what runs once before the loop i
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -113,43 +114,46 @@ def _compile(product: str, problem: Problem, chip: Chip, tiles: Tiles) -> Paths 
 
 def cost(product: str, problem: Problem, chip: Chip, tiles: Tiles, of: Paths | None) -> Cost:
     """Counted from its index maps: rows in blocks of the alignment, a block that two groups share is read for both; a
-    matrix once, as long as its contracted width is not cut. Without a schedule, the work of the matrix units alone.
+    matrix once, as its contracted width is not cut. Without what was compiled, the work of the matrix units alone.
 
     Cores share the tiles of columns.
     """
-    gradient = product == "weight gradient"
-    with jax.set_mesh(mesh(chip.topology)):
-        alignment = pltpu.get_tpu_info().get_sublane_tiling(jnp.dtype(jnp.bfloat16))
-    visits = visit(problem.sizes, tiles, alignment, gradient)
-    column_tiles = -(-(problem.width if product == "input gradient" else problem.hidden) // tiles.columns)
-    if of is None:
-        schedule = Schedule(0, 0.0, 0)
-    else:
+    gradient, alignment = product == "weight gradient", row_alignment(chip)
+    contracted, columns = problem.width, problem.hidden
+    if product == "input gradient":
+        contracted, columns = columns, contracted
+    visits, column_tiles = visit(problem.sizes, tiles, alignment, gradient), -(-columns // tiles.columns)
+    schedule = Schedule(0, 0.0, 0)
+    if of is not None:
         taken = [of.of_bucket[b][c if gradient else 0] for b, c in zip(visits.bucket, visits.case, strict=True)]
         schedule = of.whole._replace(bundles=round(of.loop + float(np.mean(taken))))
-    matrix, rows = problem.width * problem.hidden, problem.rows
-    contracted = problem.hidden if product == "input gradient" else problem.width
-    columns = problem.width if product == "input gradient" else problem.hidden
-    read, written = int(visits.rows.sum()), -(-rows // alignment) * alignment
+    matrix, rows, read = contracted * columns, problem.rows, int(visits.rows.sum())
     if gradient:
         # Experts without rows are written too, with zeros.
         banks = problem.experts * matrix * 4
         moved = banks + read * (column_tiles * contracted + columns) * BYTES
     else:
         banks = int(np.count_nonzero(problem.sizes)) * matrix * BYTES
+        written = -(-rows // alignment) * alignment
         moved = banks + (column_tiles * read * contracted + written * columns) * BYTES
-    computed = float(np.mean(visits.bucket + 1)) * tiles.bucket
     return Cost(
         tiles=f"{tiles.rows}/{tiles.bucket} x {tiles.columns}",
         column_tiles=column_tiles,
         visits=len(visits.rows) * column_tiles,
         waves=float(-(-column_tiles // chip.cores) * len(visits.rows)),
         schedule=schedule,
-        tile_flops=2.0 * computed * contracted * tiles.columns,
+        tile_flops=2.0 * float(np.mean(visits.bucket + 1)) * tiles.bucket * contracted * tiles.columns,
         bytes=float(moved),
         floor_flops=2.0 * rows * matrix,
         floor_bytes=float(banks + rows * (contracted + columns) * BYTES),
     )
+
+
+@cache
+def row_alignment(chip: Chip) -> int:
+    """Rows of a block of bfloat16 in memory."""
+    with jax.set_mesh(mesh(chip.topology)):
+        return int(pltpu.get_tpu_info().get_sublane_tiling(jnp.dtype(jnp.bfloat16)))
 
 
 def visit(sizes: np.ndarray[Any, Any], tiles: Tiles, alignment: int, gradient: bool) -> Visits:
