@@ -3,11 +3,12 @@
 That of tokamax is in `benchmarks.tpu_tokamax`.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product as product_of
 from typing import Any, NamedTuple, TypeVar
 
-from benchmarks.tpu_schedule import Chip, Schedule, compile_for, mesh  # before jax: it sets up the compiler
+from benchmarks.tpu_schedule import Chip, Schedule, compile_for, mesh, paths  # before jax: it sets up the compiler
 
 # isort: split
 import jax
@@ -50,7 +51,10 @@ class Cost(NamedTuple):
     waves: float
     """Visits one after another: the cores of a device share the tiles of columns."""
     schedule: Schedule
+    bundles: float
+    """Of a visit, on average."""
     tile_flops: float
+    """Of a visit, on average."""
     bytes: float
     floor_flops: float
     floor_bytes: float
@@ -59,7 +63,7 @@ class Cost(NamedTuple):
 
     def compute(self, chip: Chip) -> float:
         """Modelled time of the instructions, in seconds."""
-        return self.waves * max(self.schedule.bundles / chip.clock, self.tile_flops * chip.cores / chip.flops)
+        return self.waves * max(self.bundles / chip.clock, self.tile_flops * chip.cores / chip.flops)
 
     def seconds(self, chip: Chip) -> float:
         """Modelled time."""
@@ -94,13 +98,14 @@ def our_shapes(problem: Problem) -> dict[str, Shape]:
 
 def our_cost(name: str, problem: Problem, tile_rows: int, column_tiles: int, chip: Chip, schedule: Schedule) -> Cost:
     """Counted from the definition of a tile: a group's rows from the block of 16 that it starts in. A block that two
-    groups share is read once."""
+    groups share is read once. Of a kernel's paths for tiles with few rows, those taken count."""
     ends = np.cumsum(problem.sizes)
     starts = ends - problem.sizes
     busy = problem.sizes > 0
     first = starts // ALIGNMENT * ALIGNMENT
     read = -(-ends[-1] // ALIGNMENT) * ALIGNMENT
     tiles = (-(-(ends - first) // tile_rows))[busy].sum()
+    bundles = float(schedule.bundles)
     matrix = problem.width * problem.hidden
     if name == BANK_PASS:
         narrow, wide = sorted((problem.width, problem.hidden))
@@ -114,7 +119,15 @@ def our_cost(name: str, problem: Problem, tile_rows: int, column_tiles: int, chi
         contracted = sum(shape.full)
         products = contracted * shape.banks // len(shape.full)
         flops = 2.0 * problem.rows * products * shape.width
-        tile_flops = 2 * tile_rows * products * shape.width / column_tiles
+        counts = tpu_tiles.row_counts(tile_rows)
+        ranks = [
+            bisect_left(counts, min(end - start, tile_rows))
+            for group_first, end in zip(first[busy], ends[busy], strict=True)
+            for start in range(group_first, end, tile_rows)
+        ]
+        if len(schedule.paths) > 1:
+            bundles += float(np.mean(np.take(schedule.paths, ranks))) - sum(schedule.paths)
+        tile_flops = 2 * float(np.mean(np.take(counts, ranks))) * products * shape.width / column_tiles
         banks = busy.sum() * matrix * shape.banks * BYTES
         out = problem.rows * shape.outputs * shape.width * BYTES
         moved = banks + out + read * (contracted * column_tiles + shape.tiled * shape.width) * BYTES
@@ -126,6 +139,7 @@ def our_cost(name: str, problem: Problem, tile_rows: int, column_tiles: int, chi
         visits=int(tiles * column_tiles),
         waves=float(-(-column_tiles // chip.cores) * tiles),
         schedule=schedule,
+        bundles=bundles,
         tile_flops=tile_flops,
         bytes=float(moved),
         floor_flops=flops,
@@ -187,6 +201,9 @@ def our_kernels(problem: Problem, chip: Chip, names: Sequence[str]) -> dict[str,
         tile_rows = tpu_tiles.tile_rows(chip.device_kind, problem.rows / problem.experts)
         for kernel, column_tiles in pallas_grids(function, arguments, chip).items():
             schedule = schedules.get(kernel, Schedule(0, 0, 0))
+            if kernel != BANK_PASS:
+                # In the order of `row_counts`: more rows take more bundles.
+                schedule = schedule._replace(paths=tuple(sorted(paths(kernel)[1])))
             costs[kernel] = our_cost(kernel, problem, tile_rows, column_tiles, chip, schedule)
     return costs
 
@@ -333,6 +350,7 @@ def _megablox_cost(product: str, problem: Problem, tiles: tuple[int, int, int], 
         visits=steps,
         waves=-(-tiles_n // chip.cores) * steps / tiles_n,
         schedule=schedule,
+        bundles=float(schedule.bundles),
         tile_flops=2.0 * tile_rows * tile_k * tile_n,
         bytes=float(moved),
         floor_flops=flops,

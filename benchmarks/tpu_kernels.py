@@ -124,7 +124,7 @@ def line(name: str, cost: Cost, chip: Chip) -> str:
     modelled time and its ratio to the floor."""
     schedule, seconds = cost.schedule, cost.seconds(chip)
     return (
-        f"{name:<30}{cost.tiles:>20}{cost.visits:>8}{schedule.bundles:>9}{schedule.fill:>6.2f}{schedule.spills:>8}"
+        f"{name:<30}{cost.tiles:>20}{cost.visits:>8}{cost.bundles:>9.0f}{schedule.fill:>6.2f}{schedule.spills:>8}"
         f"{(cost.bytes + cost.bytes_after) / 1e9:>8.3f}{1e3 * seconds:>9.3f}{seconds / cost.floor(chip):>7.2f}"
     )
 

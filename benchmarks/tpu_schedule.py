@@ -63,6 +63,8 @@ class Schedule(NamedTuple):
     """Share of the matrix units' slots that issue a product."""
     spills: int
     """Register spills to memory."""
+    paths: tuple[int, ...] = ()
+    """Bundles of the paths of which a visit takes one, by the rows that they compute."""
 
 
 @cache

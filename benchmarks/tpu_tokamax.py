@@ -123,10 +123,10 @@ def cost(product: str, problem: Problem, chip: Chip, tiles: Tiles, of: Paths | N
     if product == "input gradient":
         contracted, columns = columns, contracted
     visits, column_tiles = visit(problem.sizes, tiles, alignment, gradient), -(-columns // tiles.columns)
-    schedule = Schedule(0, 0.0, 0)
+    bundles = 0.0
     if of is not None:
         taken = [of.of_bucket[b][c if gradient else 0] for b, c in zip(visits.bucket, visits.case, strict=True)]
-        schedule = of.whole._replace(bundles=round(of.loop + float(np.mean(taken))))
+        bundles = of.loop + float(np.mean(taken))
     matrix, rows, read = contracted * columns, problem.rows, int(visits.rows.sum())
     if gradient:
         # Experts without rows are written too, with zeros.
@@ -141,7 +141,8 @@ def cost(product: str, problem: Problem, chip: Chip, tiles: Tiles, of: Paths | N
         column_tiles=column_tiles,
         visits=len(visits.rows) * column_tiles,
         waves=float(-(-column_tiles // chip.cores) * len(visits.rows)),
-        schedule=schedule,
+        schedule=of.whole if of else Schedule(0, 0.0, 0),
+        bundles=bundles,
         tile_flops=2.0 * float(np.mean(visits.bucket + 1)) * tiles.bucket * contracted * tiles.columns,
         bytes=float(moved),
         floor_flops=2.0 * rows * matrix,

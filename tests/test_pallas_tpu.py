@@ -53,8 +53,9 @@ def test_ffn_at_edge_sizes(shape: oracle.Shape, dtype: str) -> None:
 
 
 def test_any_sizes_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 32 rows and 128 columns, so that groups have several of them and share blocks."""
+    """Tiles of 32 rows, or 16 of them, and 128 columns, so that groups have several of them and share blocks."""
     monkeypatch.setattr(tpu_tiles, "tile_rows", lambda *_: 32)
+    monkeypatch.setattr(tpu_tiles, "row_counts", lambda *_: (16, 32))
     monkeypatch.setattr(tpu_tiles, "columns", lambda *_: 128)
     # Compiled within this test only: a cached program would have other tiles.
     for module in (test_grouped_matmul, test_grouped_ffn):
@@ -67,6 +68,24 @@ def test_any_sizes_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     check()
     test_grouped_ffn.check(WIDE, [3, 0, 70, 1, 9, 10], "float32", "pallas_tpu")
+
+
+def test_a_tile_with_few_rows_is_computed_as_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, in tiles of 48 rows, of which 48, 16, 32 and 48 hold rows of a group."""
+    monkeypatch.setattr(tpu_tiles, "tile_rows", lambda *_: 48)
+    sizes, rng = [60, 0, 20, 35], np.random.default_rng(0)
+    rows, bank = rng.standard_normal((130, 128), np.float32), rng.standard_normal((4, 128, 128), np.float32)
+    rows[sum(sizes) :] = np.nan
+    outputs = []
+    for counts in ((48,), (16, 32, 48)):
+        monkeypatch.setattr(tpu_tiles, "row_counts", lambda *_, counts=counts: counts)
+        plan = make_group_plan(jnp.array(sizes), len(rows), implementation="pallas_tpu")
+        outputs.append(np.asarray(pallas_tpu.matmul(jnp.asarray(rows), jnp.asarray(bank), plan, transpose_bank=False)))
+    wanted = np.zeros((130, 128), np.float32)
+    for start, size, matrix in zip(np.cumsum(sizes) - sizes, sizes, bank, strict=True):
+        wanted[start : start + size] = rows[start : start + size] @ matrix
+    np.testing.assert_allclose(outputs[0], wanted, atol=1e-4)
+    np.testing.assert_array_equal(outputs[1], outputs[0])
 
 
 def accumulate(into: np.ndarray, rows: np.ndarray, grad: np.ndarray, sizes: list[int]) -> np.ndarray:
@@ -121,6 +140,15 @@ def test_rows_of_a_tile_follow_the_groups(expected: float) -> None:
         tile_rows = tpu_tiles.tile_rows(kind, expected)
         assert tile_rows % tpu_tiles.ROW_ALIGNMENT == 0
         assert min(256, expected / 4) <= tile_rows <= 512
+
+
+@pytest.mark.parametrize("tile_rows", [32, 224, 256, 288, 352, 384, 512])
+def test_counts_of_rows_are_blocks_up_to_the_whole_tile(tile_rows: int) -> None:
+    counts = tpu_tiles.row_counts(tile_rows)
+    assert list(counts) == sorted(set(counts))
+    assert counts[-1] == tile_rows
+    assert all(count % tpu_tiles.ROW_ALIGNMENT == 0 for count in counts)
+    assert len(counts) == (3 if tile_rows >= 256 else 1)
 
 
 def test_columns_divide_the_width_and_fit() -> None:

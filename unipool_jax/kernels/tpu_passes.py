@@ -10,6 +10,7 @@ keeps the unfinished block in a carry until then.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -189,6 +190,25 @@ def row_pass(
                         target = output.at[pl.ds(start, size), column_slice]
                     getattr(pltpu.make_async_copy(source, target, semaphore.at[slot, index]), action)()
 
+        def multiply(matrices: Sequence[jax.Ref], visit: jax.Array, count: int) -> None:
+            """Compute the first `count` rows of a tile."""
+            slot, group = lax.rem(visit, 2), visits.group[visit]
+            tiles = [_tile(row_buffer, slot, count) for row_buffer in row_buffers]
+            products = [
+                jnp.concatenate(
+                    [
+                        _dot(tiles[index % num_row_arrays], matrix[...], 1, 1 if transpose_bank else 0)
+                        for matrix in matrices[parts * index : parts * (index + 1)]
+                    ],
+                    axis=1,
+                )
+                for index in range(len(banks))
+            ]
+            values = epilogue(*products, *(tile.astype(jnp.float32) for tile in tiles[num_row_arrays:]))
+            row_T1 = visits.start[visit] + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+            for index, value in enumerate(values):
+                buffer[slot, index, :count] = jnp.where(row_T1 < visits.offsets[group + 1], value, 0).astype(dtype)
+
         def compute(*matrices: jax.Ref) -> None:
             visit = pl.program_id(0)
             slot, group = lax.rem(visit, 2), visits.group[visit]
@@ -208,27 +228,17 @@ def row_pass(
 
             @pl.when(group < num_groups)
             def _() -> None:
-                tiles = [_tile(row_buffer, slot) for row_buffer in row_buffers]
-                products = [
-                    jnp.concatenate(
-                        [
-                            _dot(tiles[index % num_row_arrays], matrix[...], 1, 1 if transpose_bank else 0)
-                            for matrix in matrices[parts * index : parts * (index + 1)]
-                        ],
-                        axis=1,
-                    )
-                    for index in range(len(banks))
-                ]
-                values = epilogue(*products, *(tile.astype(jnp.float32) for tile in tiles[num_row_arrays:]))
-                first, end = visits.offsets[group], visits.offsets[group + 1]
-                start = visits.start[visit]
-                row_T1 = start + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
-                for index, value in enumerate(values):
-                    buffer[slot, index] = jnp.where(row_T1 < end, value, 0).astype(dtype)
+                for fewer, count in itertools.pairwise((0, *tpu_tiles.row_counts(tile_rows))):
+
+                    @pl.when((fewer < visits.read[visit]) & (visits.read[visit] <= count))
+                    def _(count: int = count) -> None:
+                        multiply(matrices, visit, count)
+
+                first, start = visits.offsets[group], visits.start[visit]
 
                 @pl.when(start < first)
                 def _() -> None:
-                    of_this_group = row_T1[:ALIGNMENT] >= first
+                    of_this_group = start + lax.broadcasted_iota(jnp.int32, (ALIGNMENT, 1), 0) >= first
                     for index in range(num_outputs):
                         block = buffer[slot, index, :ALIGNMENT]
                         buffer[slot, index, :ALIGNMENT] = jnp.where(of_this_group, block, carry[index])
@@ -324,9 +334,9 @@ def _row(rows: jax.Array) -> tuple[int, ...]:
     return rows.shape[1:] if rows.ndim == 2 else rows.shape[-2:]
 
 
-def _tile(buffer: Any, slot: jax.Array) -> jax.Array:
-    """`[T, K]` of a double buffer of rows."""
-    return buffer[slot].reshape(buffer.shape[1], -1)
+def _tile(buffer: Any, slot: jax.Array, count: int) -> jax.Array:
+    """`[count, K]` of a double buffer of rows."""
+    return buffer[slot, :count].reshape(count, -1)
 
 
 def bank_pass(
@@ -371,7 +381,7 @@ def bank_pass(
             first, end = visits.offsets[group], visits.offsets[group + 1]
             row_T1 = visits.start[visit] + lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
             in_group_T1 = (first <= row_T1) & (row_T1 < end)
-            rows_TK, grad_TN = (jnp.where(in_group_T1, _tile(buffer, slot), 0) for buffer in row_buffers)
+            rows_TK, grad_TN = (jnp.where(in_group_T1, _tile(buffer, slot, tile_rows), 0) for buffer in row_buffers)
             product = _dot(rows_TK, grad_TN, 0, 0)
             is_first = visits.start[visit] <= first
 

@@ -38,6 +38,16 @@ def tile_rows(device_kind: str, expected_rows: float) -> int:
     return math.ceil(most_rows / math.ceil(most_rows / 512) / 32) * 32
 
 
+def row_counts(tile_rows: int) -> tuple[int, ...]:
+    """Rows of a tile that a kernel can compute, ascending: the smallest number that holds the tile's rows is taken.
+
+    The whole tile, and for large tiles, where arithmetic takes longer than memory, half of it and five sixths.
+    """
+    if tile_rows < 256:
+        return (tile_rows,)
+    return (tile_rows // 2, tile_rows * 5 // 6 // ROW_ALIGNMENT * ROW_ALIGNMENT, tile_rows)
+
+
 def columns_key(name: str, contracted: int, width: int, dtype: str, tile_rows: int) -> str:
     """The key of a kernel and its shapes in the table of columns."""
     return f"{name} {contracted}->{width} {dtype} {tile_rows} rows"
