@@ -10,7 +10,7 @@ keeps the unfinished block in a carry until then.
 """
 
 import contextlib
-import itertools
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -228,12 +228,9 @@ def row_pass(
 
             @pl.when(group < num_groups)
             def _() -> None:
-                for fewer, count in itertools.pairwise((0, *tpu_tiles.row_counts(tile_rows))):
-
-                    @pl.when((fewer < visits.read[visit]) & (visits.read[visit] <= count))
-                    def _(count: int = count) -> None:
-                        multiply(matrices, visit, count)
-
+                counts = tpu_tiles.row_counts(tile_rows)
+                rank = sum((visits.read[visit] > count).astype(jnp.int32) for count in counts[:-1])
+                lax.switch(rank, [functools.partial(multiply, matrices, visit, count) for count in counts])
                 first, start = visits.offsets[group], visits.start[visit]
 
                 @pl.when(start < first)
