@@ -1,7 +1,8 @@
 """The two TPU kernels of the grouped products: `row_pass` and `bank_pass`.
 
 Both iterate over the plan's tiles in row order, so each expert's matrix is read once per pass, and prefetched while the
-previous one is in use. Rows are read once too, one tile ahead.
+previous one is in use. Rows are read once too, one tile ahead. A large tile with few rows runs a smaller product in the
+row pass (not in the bank pass, where memory decides at large tiles).
 
 DMAs move blocks of 16 rows, so a tile starts at its group's first row rounded down to a multiple of 16, and two groups
 may share a block. The second group copies it from the previous tile's buffer. Computing a block for both groups costs
