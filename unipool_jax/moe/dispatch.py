@@ -28,6 +28,7 @@ from unipool_jax.config.schema import MeshConfig
 from unipool_jax.kernels.group_plan import sort_by_group
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.kernels.grouped_matmul import vary_alike
+from unipool_jax.kernels.recompute import recompute
 from unipool_jax.moe.nodes import devices_inside, gathered, gathered_numbers, inside, summed
 from unipool_jax.moe.overlap import tied
 
@@ -372,6 +373,13 @@ _pick.defvjp(_pick_forward, _pick_backward)
 
 
 def _weighted_sum(expert_RD: jax.Array, order: _Order, gates_NK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Sum over each token's slots of gate times the row computed for it, `[N, D]`, added in float32."""
-    output_NKD = _pick(expert_RD, order.inverse_S, order.order_R, 1).reshape(*gates_NK.shape, -1)
-    return jnp.sum(gates_NK[:, :, None] * output_NKD.astype(jnp.float32), axis=1).astype(dtype)
+    """Sum over each token's slots of gate times the row computed for it, `[N, D]`, added in float32.
+
+    The backward pass keeps the rows in their own dtype, not the float32 values that are added.
+    """
+
+    @recompute
+    def weighed(output_NKD: jax.Array, gates_NK: jax.Array) -> jax.Array:
+        return jnp.sum(gates_NK[:, :, None] * output_NKD.astype(jnp.float32), axis=1).astype(dtype)
+
+    return weighed(_pick(expert_RD, order.inverse_S, order.order_R, 1).reshape(*gates_NK.shape, -1), gates_NK)
