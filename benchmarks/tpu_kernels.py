@@ -20,6 +20,7 @@ chip complete.
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,8 @@ def main() -> None:
     parser.add_argument("--peers", choices=[*SCALES], default="182m", help="the scale of the comparison with peers")
     parser.add_argument("--write-tiles", action="store_true", help="search tiles, columns at --scales (default 182m)")
     arguments = parser.parse_args()
-    print(environment())
+    packages = ["libtpu", *["tokamax"] * tpu_tokamax.INSTALLED]
+    print(", ".join([environment(), *(f"{name} {version(name)}" for name in packages)]))
     if arguments.write_tiles:
         write_tiles(arguments.scales or ["182m"], arguments.rows)
     elif arguments.scales:
