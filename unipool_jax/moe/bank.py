@@ -11,10 +11,10 @@ from flax import linen as nn
 from unipool_jax.config.schema import Config, ModelConfig
 from unipool_jax.kernels.deferred import Pending, added, nothing_left
 from unipool_jax.kernels.grouped_ffn import Bank, Products
-from unipool_jax.kernels.implementations import resolve
+from unipool_jax.kernels.implementations import Implementation, resolve
 from unipool_jax.kernels.tpu_passes import can_be_halved, stack_shape
 from unipool_jax.moe.capacity import capacity, rows_per_device
-from unipool_jax.moe.dispatch import transport_for
+from unipool_jax.moe.dispatch import Transport, transport_for
 from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, gathered_axes, num_shards, spec
 
 BANK_AXES = {
@@ -86,7 +86,7 @@ def kept_products(config: Config) -> Products | None:
     That is on TPUs, where what a scan over layers keeps is copied into arrays of all layers and out of them again, and
     for the values of model.remat that keep products.
     """
-    if resolve(config.kernels.implementation) != "pallas_tpu" or config.model.remat not in ("none", "attention"):
+    if not keeps_products(config, resolve(config.kernels.implementation)):
         return None
     mesh, model = active_mesh(), config.model
     parts, devices, tensor = (1, 1, 1)
@@ -99,10 +99,8 @@ def kept_products(config: Config) -> Products | None:
         constrain(jax.lax.empty((parts, config.layers_per_pool, rows, columns * tensor), model.compute_dtype), *axes)
         for axes in PRODUCT_AXES[:2]
     )
-    # A norm behind the experts would have to lay out halved rows anew.
-    plain = transport_for(config.mesh, devices) != "ragged" or tensor > 1 or config.norms_experts
-    plain |= config.mesh.expert_nodes > 1
-    if plain or not can_be_halved(received, model.hidden_size, model.ffn_size, model.compute_dtype):
+    into_stacks = exchanges_into_stacks(config, transport_for(config.mesh, devices), tensor)
+    if not into_stacks or not can_be_halved(received, model.hidden_size, model.ffn_size, model.compute_dtype):
         return Products(gate, up)
     shape = (parts, config.layers_per_pool, received, 2, model.hidden_size // 2)
     own = config.experts_per_pool // devices
@@ -113,6 +111,19 @@ def kept_products(config: Config) -> Products | None:
         (jax.lax.empty(shape, model.compute_dtype), on_devices),
     )
     return Products(gate, up, rows_LR2H, pending)
+
+
+def keeps_products(config: Config, implementation: Implementation) -> bool:
+    """Whether a step over one pool keeps products as `kept_products` says, with kernels of this implementation."""
+    return implementation == "pallas_tpu" and config.model.remat in ("none", "attention")
+
+
+def exchanges_into_stacks(config: Config, transport: Transport, tensor: int) -> bool:
+    """Whether a step that keeps products so receives rows into an array of all layers too, if they can be halved.
+
+    A norm behind the experts would have to lay out halved rows anew.
+    """
+    return transport == "ragged" and tensor == 1 and not config.norms_experts and config.mesh.expert_nodes == 1
 
 
 def settled(gradient: Bank, products: Products | None) -> Bank:
