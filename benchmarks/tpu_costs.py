@@ -125,7 +125,9 @@ def our_cost(name: str, problem: Problem, tile_rows: int, column_tiles: int, chi
             for group_first, end in zip(first[busy], ends[busy], strict=True)
             for start in range(group_first, end, tile_rows)
         ]
-        if len(schedule.paths) > 1:
+        if schedule.paths:
+            if len(schedule.paths) != len(counts):
+                raise RuntimeError(f"{name}: {len(schedule.paths)} paths with matrix products, expected {len(counts)}")
             bundles += float(np.mean(np.take(schedule.paths, ranks))) - sum(schedule.paths)
         tile_flops = 2 * float(np.mean(np.take(counts, ranks))) * products * shape.width / column_tiles
         banks = busy.sum() * matrix * shape.banks * BYTES

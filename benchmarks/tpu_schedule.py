@@ -13,8 +13,7 @@ os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={_DUMP.name} --xla_jf_dump_l
 # Look for no TPU, and let other processes compile at the same time.
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
-import glob  # noqa: E402 - the settings above must come before jax
-import re  # noqa: E402
+import re  # noqa: E402 - the settings above must come before jax
 from collections.abc import Callable, Sequence  # noqa: E402
 from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -91,7 +90,7 @@ def compile_for(
         program = jax.jit(lambda *operands: function(*operands), donate_argnums=donate).lower(*shapes).compile()
     schedules: dict[str, Schedule] = {}
     for path in Path(_DUMP.name).glob("*final_hlo-static-per-bundle-utilization.txt"):
-        name = re.sub(r"^\d+-|(\.\d+)?-\d+(-.*)?$", "", path.name)
+        name = _kernel(path)
         schedule = _read(path)
         if schedule.fill > 0.02 and schedule.bundles > schedules.get(name, Schedule(0, 0, 0)).bundles:
             schedules[name] = schedule
@@ -101,7 +100,7 @@ def compile_for(
 def paths(kernel: str) -> tuple[int, list[int]]:
     """Of a kernel of the last program compiled: bundles of the loop around its matrix products, without those of the
     paths that hold such products, and bundles of each of these, in the order of the listing."""
-    (path,) = Path(_DUMP.name).glob(f"*-{glob.escape(kernel)}*-final_bundles.txt")
+    (path,) = (path for path in Path(_DUMP.name).glob("*-final_bundles.txt") if _kernel(path) == kernel)
     return read_paths(path.read_text())
 
 
@@ -125,6 +124,11 @@ def read_paths(listing: str) -> tuple[int, list[int]]:
         pieces[-1].append(text)
     found = [len(piece) for piece in pieces if any("vmatmul" in text for text in piece)]
     return end - begin - sum(found), found
+
+
+def _kernel(path: Path) -> str:
+    """Name of the kernel that a file is about, without the number that keeps equal names apart."""
+    return re.sub(r"^\d+-|(\.\d+)?-\d+(-.*)?$", "", path.name)
 
 
 def _read(path: Path) -> Schedule:
