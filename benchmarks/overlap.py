@@ -30,6 +30,7 @@ from unipool_jax.planner.roofline import estimate, schedule
 
 _COMMON = ("mode=plan", "scale=978m", "mesh=v5p_64")
 _WIDE, _NONE, _FULL = ("mesh.fsdp=1", "mesh.expert=64"), ("model.remat=none",), ("model.remat=full",)
+_MIXTURE = ("method=vanilla", "mesh.fsdp=16", "mesh.expert=4")
 _SPARSE, _FITTED = ("mesh.sparse_core_collectives=true",), ("mesh.capacity_factor=1.5",)
 
 
@@ -54,6 +55,10 @@ VARIANTS = {
     "pool_64_experts": Variant("1 x 1 x 64, `model.remat=experts`", ("model.remat=experts", *_WIDE)),
     "pool_64_sparse": Variant("1 x 1 x 64, `mesh.sparse_core_collectives=true`", (*_NONE, *_WIDE, *_SPARSE)),
     "pool_64_fitted": Variant("1 x 1 x 64, `mesh.capacity_factor=1.5`", (*_NONE, *_WIDE, *_FITTED)),
+    "mixture_4_tied": Variant("per-layer mixture, 1 x 16 x 4", (*_MIXTURE, *_NONE)),
+    "mixture_4_sparse": Variant(
+        "per-layer mixture, 1 x 16 x 4, `mesh.sparse_core_collectives=true`", (*_MIXTURE, *_NONE, *_SPARSE)
+    ),
     "pool_64_both": Variant(
         "1 x 1 x 64, `mesh.capacity_factor=1.5 mesh.sparse_core_collectives=true`",
         (*_NONE, *_WIDE, *_FITTED, *_SPARSE),
@@ -113,18 +118,21 @@ def table(folder: Path) -> str:
     """The table of the variants whose files are there."""
     lines = [
         "| step | exchanges beside work | exchange ms, hidden | all collectives ms, hidden | exposed ms | copies ms "
-        "| step ms, collectives in full | as compiled | MFU as compiled | temporaries GB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| instructions ms | step ms, collectives in full | as compiled | MFU as compiled | temporaries GB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, variant in VARIANTS.items():
         path = folder / f"{name}.json"
         if not path.is_file():
             continue
         n = json.loads(path.read_text())
+        # Earlier files do not have it.
+        instructions = f"{n['instructions_ms']:.1f}" if "instructions_ms" in n else ""
         lines.append(
             f"| {variant.title} | {n['exchanges_beside_work']} of {n['exchanges']} "
             f"| {n['exchange_ms']:.1f}, {n['exchange_hidden_ms']:.1f} | {n['collective_ms']:.1f}, {n['hidden_ms']:.1f} "
-            f"| {n['collective_ms'] - n['hidden_ms']:.1f} | {n['copies_ms']:.1f} | {n['step_ms']:.1f} "
+            f"| {n['collective_ms'] - n['hidden_ms']:.1f} | {n['copies_ms']:.1f} "
+            f"| {instructions} | {n['step_ms']:.1f} "
             f"| {n['step_as_compiled_ms']:.1f} | {n['utilisation_as_compiled']:.1%} | {n['temporary_gb']:.2f} |"
         )
     return "\n".join(lines)

@@ -135,6 +135,7 @@ def test_overlap_table() -> None:
     """The table of compiled schedules is that of the files."""
     text = (RESULTS / "overlap" / "README.md").read_text()
     assert overlap_table(RESULTS / "overlap") in text
+    assert overlap_table(RESULTS / "overlap" / "stacks") in text
     assert overlap_table(RESULTS / "overlap" / "before") in text
 
 
