@@ -52,6 +52,7 @@ def gradients(rows: jax.Array, bank: Bank, sums: Bank, sizes: jax.Array, grad: j
     )
     rows_grad, sums, products = pullback((grad, sums, kept))
     if products.pending is not None:
+        assert products.rows_LR2H is not None
         sums = sums._replace(gate_EDF=deferred.added(products.pending, products.rows_LR2H, sums.gate_EDF))
     return out, rows_grad, sums, products.pending
 

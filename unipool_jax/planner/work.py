@@ -16,6 +16,7 @@ from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
 from unipool_jax.kernels.group_plan import block_shape
+from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.kernels.tpu_passes import halved_on
 from unipool_jax.moe.bank import exchanges_into_stacks, keeps_products
 from unipool_jax.moe.capacity import capacity
@@ -116,7 +117,9 @@ class _Sizes:
     def exchanges_into_stacks(self) -> bool:
         """Whether layers receive rows into an array of them all: see `moe.bank.kept_products`."""
         config, model, chip = self.config, self.config.model, self.topology.chip
-        kernels = "pallas_tpu" if self.topology.is_tpu and config.kernels.implementation != "xla" else "xla"
+        kernels: Implementation = (
+            "pallas_tpu" if self.topology.is_tpu and config.kernels.implementation != "xla" else "xla"
+        )
         return (
             shares_one_bank(config)
             and keeps_products(config, kernels)
