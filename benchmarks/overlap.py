@@ -78,6 +78,7 @@ def measured(config: Config, module: Module) -> dict[str, Any]:
         "collective_ms": 1e3 * walked.seconds,
         "hidden_ms": 1e3 * walked.hidden_seconds,
         "copies_ms": 1e3 * walked.copy_seconds,
+        "instructions_ms": 1e3 * walked.instruction_seconds,
         "step_ms": 1e3 * found.seconds,
         "step_as_compiled_ms": 1e3 * found.compiled_seconds,
         "utilisation": found.utilisation,

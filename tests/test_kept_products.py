@@ -164,7 +164,7 @@ def both_ways(backward: bool, sizes: jax.Array, rows: Any, grad: Any, banks: Any
 
 def test_products_that_do_not_fit_are_refused() -> None:
     sums = Bank._make(jnp.zeros(shape) for shape in ((4, 8, 24), (4, 8, 24), (4, 24, 8)))
-    rows, products = jnp.zeros((70, 8)), Products(*(jnp.zeros((2, 70, 24)) for _ in range(2)))
+    rows, products = jnp.zeros((70, 8)), Products(jnp.zeros((2, 70, 24)), jnp.zeros((2, 70, 24)))
     plan = make_group_plan(jnp.zeros(4, jnp.int32), 70, implementation="pallas_tpu")
     with pytest.raises(ValueError, match=r"products.gate_LRF is float32\[2, 70, 24\]; expected float32\[L, 80, 128\]"):
         stacking_ffn(rows, sums, sums, products, jnp.zeros((), jnp.int32), plan)
@@ -191,6 +191,7 @@ def test_products_are_kept_where_the_kernels_are_and_nothing_recomputes_them() -
             layers = config.model.num_layers
             assert {array.shape for array in found[:2]} == {(1, layers, 80, config.model.ffn_size)}
             assert found.rows_LR2H is None
+            assert found.pending is None
 
 
 def moved_arrays(module: Module, shape: str) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from planned import small
 from unipool_jax.config.chips import Topology, parse_topology
 from unipool_jax.config.schema import Config
+from unipool_jax.moe.capacity import capacity
 from unipool_jax.planner import links, roofline, work
 from unipool_jax.planner.collectives import parse
 from unipool_jax.training.state import init_state
@@ -199,6 +200,15 @@ def test_kernels_of_attention_move_tiles_and_no_scores(remat: str, again: int, f
     read = moved((tiles * 512 * 64, HALF, 2 * (forward + again) + 2 + 2))
     # Queries and results; backward, the gradient of results, of queries, keys and values, and what belongs to rows.
     assert found.bytes == LAYERS * MICRO * (read + moved((matrix, HALF, 2 * (forward + again) + 6)))
+
+
+def test_receive_buffers_of_all_layers_are_not_cleared() -> None:
+    """On v5p, rows of 512 channels and one micro-batch; with the products recomputed there are no such buffers."""
+    wide = ("model.hidden_size=512", "train.microbatch_size=16")
+    together, apart = (counted(small("unipool", f"model.remat={remat}", *wide), SIZES) for remat in ("none", "experts"))
+    rows = capacity(16 * 256 // 4, 2, None)
+    difference = apart["dispatch"].bytes - together["dispatch"].bytes
+    assert difference == LAYERS * moved((rows * 512, HALF, 2))
 
 
 def test_one_device_has_no_receive_buffer() -> None:

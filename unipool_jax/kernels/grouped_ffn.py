@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unipool_jax.kernels import pallas_tpu, reference
+from unipool_jax.kernels import deferred, pallas_tpu, reference
+from unipool_jax.kernels.deferred import Pending
 from unipool_jax.kernels.group_plan import GroupPlan
 from unipool_jax.kernels.grouped_matmul import BACK_ENDS, check_operands, vary_alike
 from unipool_jax.kernels.tpu_passes import stack_shape
@@ -35,6 +36,8 @@ class Products(NamedTuple):
     up_LRF: jax.Array
     rows_LR2H: jax.Array | None = None
     """`[L, R, 2, D / 2]`: the rows, halved, where an exchange between devices has put them; None: a scan keeps them."""
+    pending: Pending | None = None
+    """Where rows are kept so: what a layer leaves to be done while the layer below it waits for an exchange."""
 
 
 class Carried(NamedTuple):
@@ -196,7 +199,7 @@ def _forward(
         out_RD, (gate_LRF, up_LRF) = pallas_tpu.ffn_forward(
             rows_RD, *bank.astype(dtype), plan, keep_products=True, stacks=stacks[:2], place=place
         )
-        kept = carried._replace(products=Products(gate_LRF, up_LRF, stacks.rows_LR2H))
+        kept = carried._replace(products=stacks._replace(gate_LRF=gate_LRF, up_LRF=up_LRF))
         return (out_RD, kept), (None if rows_RD.ndim == 4 else rows_RD, bank, place, plan, None)
     out_RD, products = _products(rows_RD, bank, plan, keep=keep_products)
     return (out_RD, carried), (rows_RD, bank, place, plan, products if keep_products else None)
@@ -209,6 +212,8 @@ def _backward(
     rows_RD, bank, place, plan, products = residuals
     gate_EDF, up_EDF, down_EFD = bank.astype(grad_RD.dtype)
     into = None if gradient is None else (gradient.gate_EDF, gradient.up_EDF, gradient.down_EFD)
+    if stacks is not None and stacks.pending is not None:
+        return *_leaving(grad_RD, cotangents[1], bank, place, plan), None, None
     if stacks is not None:
         rows_grad_RD, sums = pallas_tpu.ffn_backward(
             grad_RD,
@@ -231,6 +236,30 @@ def _backward(
         return rows_grad_RD, None, Carried(Bank(*sums), None), None, None
     bank_grads = Bank(*(total.astype(weights.dtype) for total, weights in zip(sums, bank, strict=True)))
     return rows_grad_RD, bank_grads, Carried(None, None), None, None
+
+
+def _leaving(
+    grad_RD: jax.Array, carried: Carried, bank: Bank, place: jax.Array, plan: GroupPlan
+) -> tuple[jax.Array, None, Carried]:
+    """`_backward` that adds the gradient of the gate matrices that the layer above left, and leaves its own.
+
+    Behind the barrier nothing waits for one of the two alone: before it, an exchange of `grad_RD` may still run.
+    """
+    gradient, stacks = carried
+    assert gradient is not None
+    assert stacks is not None
+    rows_LR2H, pending = stacks.rows_LR2H, stacks.pending
+    assert rows_LR2H is not None
+    assert pending is not None
+    gate_sum_EDF = deferred.added(pending, rows_LR2H, gradient.gate_EDF)
+    grad_RD, gate_sum_EDF = jax.lax.optimization_barrier((grad_RD, gate_sum_EDF))
+    rows_grad_RD, hidden_RF, gate_grad_RF, up_grad_RF = pallas_tpu.row_gradients(
+        grad_RD, *bank.astype(grad_RD.dtype), plan, stacks[:2], place
+    )
+    up_sum_EDF = pallas_tpu.bank_gradient(rows_LR2H, up_grad_RF, plan, gradient.up_EDF, place)
+    down_sum_EFD = pallas_tpu.bank_gradient(hidden_RF, grad_RD, plan, gradient.down_EFD)
+    sums = Bank(gate_sum_EDF, up_sum_EDF, down_sum_EFD)
+    return rows_grad_RD, None, Carried(sums, stacks._replace(pending=deferred.left(gate_grad_RF, plan, place)))
 
 
 _ffn.defvjp(_forward, _backward)

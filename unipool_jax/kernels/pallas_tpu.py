@@ -84,6 +84,30 @@ def ffn_backward(
     `residuals` may be stacks of several layers, of which `place` says which one. The gradient of the output is halved
     as `rows_RD` is, or both are not.
     """
+    rows_grad_RD, hidden_RF, gate_grad_RF, up_grad_RF = row_gradients(
+        grad_RD, gate_EDF, up_EDF, down_EFD, plan, residuals, place
+    )
+    gate_into, up_into, down_into = into or (None, None, None)
+    return rows_grad_RD, (
+        bank_gradient(rows_RD, gate_grad_RF, plan, gate_into, place),
+        bank_gradient(rows_RD, up_grad_RF, plan, up_into, place),
+        bank_gradient(hidden_RF, grad_RD, plan, down_into),
+    )
+
+
+def row_gradients(
+    grad_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    plan: GroupPlan,
+    residuals: tuple[jax.Array, jax.Array],
+    place: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The part of `ffn_backward` that goes over rows: their gradient, and what the gradients of the banks are made of.
+
+    That is the input of the down matrices, and the gradients of the gate and up products, `[R, F]` each.
+    """
     halved = grad_RD.ndim > 2
     hidden_RF, gate_grad_RF, up_grad_RF = row_pass(
         gated_backward, 3, [grad_RD], [down_EFD], plan, beside=residuals, place=place, clear=False, transpose_bank=True,
@@ -93,9 +117,4 @@ def ffn_backward(
         summed, 1, [gate_grad_RF, up_grad_RF], [gate_EDF, up_EDF], plan, clear=not halved, halved=halved,
         transpose_bank=True, name="expert_ffn_rows_gradient",
     )  # fmt: skip
-    gate_into, up_into, down_into = into or (None, None, None)
-    return rows_grad_RD, (
-        bank_gradient(rows_RD, gate_grad_RF, plan, gate_into, place),
-        bank_gradient(rows_RD, up_grad_RF, plan, up_into, place),
-        bank_gradient(hidden_RF, grad_RD, plan, down_into),
-    )
+    return rows_grad_RD, hidden_RF, gate_grad_RF, up_grad_RF

@@ -308,11 +308,14 @@ def can_be_halved(rows: int, width: int, hidden: int, dtype: jax.typing.DTypeLik
     gradient, the wider one is divided into tiles.
     """
     with _device():
-        kind, cores = target_device_kind(), pltpu.get_tpu_info().num_cores
-    if kind not in HALVED_ON:
-        return False
+        return halved_on(target_device_kind(), pltpu.get_tpu_info().num_cores, rows, width, hidden, dtype)
+
+
+def halved_on(device_kind: str, cores: int, rows: int, width: int, hidden: int, dtype: jax.typing.DTypeLike) -> bool:
+    """`can_be_halved` on a device of this kind with so many cores."""
     return (
-        jnp.dtype(dtype) == jnp.bfloat16
+        device_kind in HALVED_ON
+        and jnp.dtype(dtype) == jnp.bfloat16
         and rows % ALIGNMENT == 0
         and width % (2 * LANES * cores) == 0
         and hidden > width

@@ -27,11 +27,15 @@ def rotate(heads_BSHC: jax.Array, positions_BS: jax.Array, model: ModelConfig) -
         frequencies = frequencies * slowdown(model, channels)
     angles_BS1C = positions_BS.astype(jnp.float32)[..., None, None] * frequencies
     cos, sin = jnp.cos(angles_BS1C), jnp.sin(angles_BS1C)
-    first, second = jnp.split(heads_BSHC.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    # Halves are converted one by one, and not before they are there in their own dtype. Otherwise XLA writes whole
+    # heads in float32, twice the bytes, and on a TPU lays those out for attention.
+    first, second = (
+        half.astype(jnp.float32) for half in jnp.split(jax.lax.optimization_barrier(heads_BSHC), 2, axis=-1)
+    )
+    rotated = (first * cos - second * sin, second * cos + first * sin)
     if (factor := attention_factor(model)) != 1:
-        rotated = rotated * factor
-    return rotated.astype(heads_BSHC.dtype)
+        rotated = (rotated[0] * factor, rotated[1] * factor)
+    return jnp.concatenate([half.astype(heads_BSHC.dtype) for half in rotated], axis=-1)
 
 
 def slowdown(model: ModelConfig, channels: int) -> np.ndarray:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipool_jax.config.schema import Config, ModelConfig
+from unipool_jax.kernels.deferred import Pending, added, nothing_left
 from unipool_jax.kernels.grouped_ffn import Bank, Products
-from unipool_jax.kernels.implementations import resolve
+from unipool_jax.kernels.implementations import Implementation, resolve
 from unipool_jax.kernels.tpu_passes import can_be_halved, stack_shape
 from unipool_jax.moe.capacity import capacity, rows_per_device
-from unipool_jax.moe.dispatch import transport_for
+from unipool_jax.moe.dispatch import Transport, transport_for
 from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, gathered_axes, num_shards, spec
 
 BANK_AXES = {
@@ -23,8 +24,8 @@ BANK_AXES = {
 }
 """Logical axes (see `mesh.RULES`) of the parameters of a bank, in the order of the fields of `Bank`."""
 
-PRODUCT_AXES = (("batch", None, None, "ffn"), ("batch", None, None, "ffn"), ("batch", None, None, None, "ffn"))
-"""Logical axes of `Experts.products`, in the order of its fields."""
+PRODUCT_AXES = (("batch", None, None, "ffn"), ("batch", None, None, "ffn"), ("device",), ("device",))
+"""Logical axes of `Experts.products`, in the order of its fields, or the first of them."""
 
 
 class ExpertPool(nn.Module):
@@ -85,7 +86,7 @@ def kept_products(config: Config) -> Products | None:
     That is on TPUs, where what a scan over layers keeps is copied into arrays of all layers and out of them again, and
     for the values of model.remat that keep products.
     """
-    if resolve(config.kernels.implementation) != "pallas_tpu" or config.model.remat not in ("none", "attention"):
+    if not keeps_products(config, resolve(config.kernels.implementation)):
         return None
     mesh, model = active_mesh(), config.model
     parts, devices, tensor = (1, 1, 1)
@@ -94,14 +95,55 @@ def kept_products(config: Config) -> Products | None:
     sent = rows_per_device(config, mesh)
     received = sent if devices == 1 else capacity(sent, devices, config.mesh.capacity_factor)
     rows, columns = stack_shape(received, model.ffn_size // tensor)
-    shapes: list[tuple[int, ...]] = [(parts, config.layers_per_pool, rows, columns * tensor)] * 2
-    # A norm behind the experts would have to lay out halved rows anew.
-    plain = transport_for(config.mesh, devices) != "ragged" or tensor > 1 or config.norms_experts
-    plain |= config.mesh.expert_nodes > 1
-    if not plain and can_be_halved(received, model.hidden_size, model.ffn_size, model.compute_dtype):
-        shapes.append((parts, config.layers_per_pool, received, 2, model.hidden_size // 2))
-    empty = [jax.lax.empty(shape, model.compute_dtype) for shape in shapes]
-    return Products(*(constrain(array, *axes) for array, axes in zip(empty, PRODUCT_AXES, strict=False)))
+    gate, up = (
+        constrain(jax.lax.empty((parts, config.layers_per_pool, rows, columns * tensor), model.compute_dtype), *axes)
+        for axes in PRODUCT_AXES[:2]
+    )
+    into_stacks = exchanges_into_stacks(config, transport_for(config.mesh, devices), tensor)
+    if not into_stacks or not can_be_halved(received, model.hidden_size, model.ffn_size, model.compute_dtype):
+        return Products(gate, up)
+    shape = (parts, config.layers_per_pool, received, 2, model.hidden_size // 2)
+    own = config.experts_per_pool // devices
+    nothing = nothing_left(received, model.ffn_size, own, model.compute_dtype, sent)
+    on_devices = jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), nothing)
+    rows_LR2H, pending = jax.tree.map(
+        lambda x: constrain(x, "device", *(None,) * (x.ndim - 1)),
+        (jax.lax.empty(shape, model.compute_dtype), on_devices),
+    )
+    return Products(gate, up, rows_LR2H, pending)
+
+
+def keeps_products(config: Config, implementation: Implementation) -> bool:
+    """Whether a step over one pool keeps products as `kept_products` says, with kernels of this implementation."""
+    return implementation == "pallas_tpu" and config.model.remat in ("none", "attention")
+
+
+def exchanges_into_stacks(config: Config, transport: Transport, tensor: int) -> bool:
+    """Whether a step that keeps products so receives rows into an array of all layers too, if they can be halved.
+
+    A norm behind the experts would have to lay out halved rows anew.
+    """
+    return transport == "ragged" and tensor == 1 and not config.norms_experts and config.mesh.expert_nodes == 1
+
+
+def settled(gradient: Bank, products: Products | None) -> Bank:
+    """The bank's gradient behind its first layer, with what that layer left: see `kernels.deferred`.
+
+    Args:
+      gradient: float32 `[G, C, E, ...]`, as the accumulator of `Experts` with an axis of pools.
+      products: cotangent of `Experts.products`, with such an axis.
+    """
+    if products is None or products.pending is None or products.rows_LR2H is None:
+        return gradient
+    replicas = spec(None, "replica", *gathered_axes(BANK_AXES["gate"]))
+    parts = spec(None, "device")
+
+    def on_device(gate_sum_EDF: jax.Array, pending: Pending, rows_LR2H: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda x: x[0, 0], (pending, rows_LR2H, gate_sum_EDF))
+        return added(*own)[None, None]
+
+    on_devices = jax.shard_map(on_device, mesh=active_mesh(), in_specs=(replicas, parts, parts), out_specs=replicas)
+    return gradient._replace(gate_EDF=on_devices(gradient.gate_EDF, products.pending, products.rows_LR2H))
 
 
 def gathered_bank(bank: Bank, dtype: jax.typing.DTypeLike) -> Bank:

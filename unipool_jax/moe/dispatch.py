@@ -28,6 +28,7 @@ from unipool_jax.config.schema import MeshConfig
 from unipool_jax.kernels.group_plan import sort_by_group
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.kernels.grouped_matmul import vary_alike
+from unipool_jax.kernels.recompute import recompute
 from unipool_jax.moe.nodes import devices_inside, gathered, gathered_numbers, inside, summed
 from unipool_jax.moe.overlap import tied
 
@@ -143,7 +144,7 @@ def dispatch_ragged(hidden_ND: jax.Array, experts_NK: jax.Array, num_experts: in
     hidden_MD, experts_MK = gathered(hidden_ND, nodes), gathered_numbers(experts_NK, nodes)
     sorted_RD, order, sizes_PJE = _to_send(hidden_MD, experts_MK, per_node, nodes)
     there, back, own_sizes_E, received = _slices(sizes_PJE, rows)
-    received_RD = _exchange(sorted_RD, there, back, rows, nodes)
+    received_RD = _exchange(sorted_RD, there, back, rows, nodes, True)
     return Dispatched(received_RD, own_sizes_E, received, _RaggedWay(order, there, back))
 
 
@@ -176,7 +177,8 @@ def combine_ragged(
 ) -> jax.Array:
     """Send outputs back with a second ragged all-to-all and sum them per token. Arguments: `combine_local`."""
     way: _RaggedWay = dispatched.way
-    returned_RD = _exchange(expert_RD, way.back, way.there, way.order.order_R.shape[0], nodes)
+    # Halved gradients are for kernels alone, which read no rows of no expert.
+    returned_RD = _exchange(expert_RD, way.back, way.there, way.order.order_R.shape[0], nodes, expert_RD.ndim == 2)
     returned_RD = returned_RD.reshape(returned_RD.shape[0], -1)
     return summed(_weighted_sum(returned_RD, way.order, gathered(gates_NK, nodes), dtype), nodes)
 
@@ -284,30 +286,43 @@ def _slices(sizes_PJE: jax.Array, rows: int) -> tuple[_Slices, _Slices, jax.Arra
     return there, back, jnp.sum(taken_QeJP[me], axis=(1, 2)), jnp.sum(wanted_QeJP[me])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _exchange(rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int, nodes: int) -> jax.Array:
-    """`[num_rows, D]` with the slices received, zero elsewhere; its gradient is the exchange in reverse."""
-    # Made from the rows, so that inside `shard_map` it varies over the mesh as they do.
-    empty_RD = jnp.broadcast_to(jnp.zeros_like(rows_RD[:1]), (num_rows, *rows_RD.shape[1:]))
-    groups = inside(nodes)
-    return jax.lax.ragged_all_to_all(rows_RD, empty_RD, *there, axis_name="expert", axis_index_groups=groups)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _exchange(
+    rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int, nodes: int, clear_grad: bool
+) -> jax.Array:
+    """`[num_rows, D]` with the slices received, zero elsewhere; its gradient is the exchange in reverse.
+
+    Without `clear_grad` the gradient of rows that were not sent is arbitrary.
+    """
+    return _sent(rows_RD, there, num_rows, nodes)
 
 
 def _exchange_forward(
-    rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int, nodes: int
-) -> tuple[jax.Array, tuple[_Slices, _Slices, jax.Array]]:
+    rows_RD: jax.Array, there: _Slices, back: _Slices, num_rows: int, nodes: int, clear_grad: bool
+) -> tuple[jax.Array, tuple[_Slices, jax.Array]]:
     # An array without elements remembers how many rows there were.
-    return _exchange(rows_RD, there, back, num_rows, nodes), (there, back, rows_RD[:, :0])
+    return _sent(rows_RD, there, num_rows, nodes), (back, rows_RD[:, :0])
 
 
 def _exchange_backward(
-    num_rows: int, nodes: int, saved: tuple[_Slices, _Slices, jax.Array], grad_RD: jax.Array
+    num_rows: int, nodes: int, clear_grad: bool, saved: tuple[_Slices, jax.Array], grad_RD: jax.Array
 ) -> tuple[jax.Array, None, None]:
-    there, back, sent = saved
-    return _exchange(grad_RD, back, there, sent.shape[0], nodes), None, None
+    back, sent = saved
+    return _sent(grad_RD, back, sent.shape[0], nodes, clear_grad), None, None
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+def _sent(rows_RD: jax.Array, slices: _Slices, num_rows: int, nodes: int, clear: bool = True) -> jax.Array:
+    """`[num_rows, D]` with the slices received; others are zero, or what the memory holds."""
+    shape = (num_rows, *rows_RD.shape[1:])
+    if clear:
+        # Made from the rows, so that inside `shard_map` it varies over the mesh as they do.
+        buffer_RD = jnp.broadcast_to(jnp.zeros_like(rows_RD[:1]), shape)
+    else:
+        rows_RD, buffer_RD = vary_alike((rows_RD, jax.lax.empty(shape, rows_RD.dtype)))
+    return jax.lax.ragged_all_to_all(rows_RD, buffer_RD, *slices, axis_name="expert", axis_index_groups=inside(nodes))
 
 
 @jax.custom_vjp
@@ -324,16 +339,16 @@ def _exchange_into(
 
 def _into_forward(
     rows_R2H: jax.Array, stack_LR2H: jax.Array, place: jax.Array, there: _Slices, back: _Slices
-) -> tuple[tuple[jax.Array, jax.Array], tuple[_Slices, _Slices, jax.Array]]:
-    return _exchange_into(rows_R2H, stack_LR2H, place, there, back), (there, back, rows_R2H[:, :, :0])
+) -> tuple[tuple[jax.Array, jax.Array], tuple[_Slices, jax.Array]]:
+    return _exchange_into(rows_R2H, stack_LR2H, place, there, back), (back, rows_R2H[:, :, :0])
 
 
 def _into_backward(
-    saved: tuple[_Slices, _Slices, jax.Array], grads: tuple[jax.Array, jax.Array]
+    saved: tuple[_Slices, jax.Array], grads: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, None, None]:
-    there, back, sent = saved
+    back, sent = saved
     passed_on, grad_R2H = grads
-    return _exchange(grad_R2H, back, there, sent.shape[0], 1), passed_on, None, None, None
+    return _sent(grad_R2H, back, sent.shape[0], 1), passed_on, None, None, None
 
 
 _exchange_into.defvjp(_into_forward, _into_backward)
@@ -372,6 +387,13 @@ _pick.defvjp(_pick_forward, _pick_backward)
 
 
 def _weighted_sum(expert_RD: jax.Array, order: _Order, gates_NK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Sum over each token's slots of gate times the row computed for it, `[N, D]`, added in float32."""
-    output_NKD = _pick(expert_RD, order.inverse_S, order.order_R, 1).reshape(*gates_NK.shape, -1)
-    return jnp.sum(gates_NK[:, :, None] * output_NKD.astype(jnp.float32), axis=1).astype(dtype)
+    """Sum over each token's slots of gate times the row computed for it, `[N, D]`, added in float32.
+
+    The backward pass keeps the rows in their own dtype, not the float32 values that are added.
+    """
+
+    @recompute
+    def weighed(output_NKD: jax.Array, gates_NK: jax.Array) -> jax.Array:
+        return jnp.sum(gates_NK[:, :, None] * output_NKD.astype(jnp.float32), axis=1).astype(dtype)
+
+    return weighed(_pick(expert_RD, order.inverse_S, order.order_R, 1).reshape(*gates_NK.shape, -1), gates_NK)

@@ -21,6 +21,7 @@ from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "replica": ("data", "fsdp"),
+    "device": AXES,
     "experts": "expert",
     "embed": "fsdp",
     "ffn": "tensor",
@@ -28,7 +29,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "vocab": "tensor",
 }
 """Logical axis -> mesh axes. `replica` is a leading axis with one entry for each data-parallel replica, such as the
-gradient accumulators of a bank before they are summed."""
+gradient accumulators of a bank before they are summed, `device` one with an entry for each device."""
 
 Axes = Sequence[str | None]
 """Logical axes of an array; None is an axis that is not sharded."""

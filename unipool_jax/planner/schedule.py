@@ -40,6 +40,8 @@ class Overlap(NamedTuple):
     """Of them, what runs beside other instructions."""
     copy_seconds: float
     """Of instructions that only copy, slice or lay out arrays anew."""
+    instruction_seconds: float
+    """Of all instructions but collectives, copies among them, by their shapes."""
     windows: tuple[Window, ...]
 
 
@@ -63,7 +65,7 @@ def overlap(
       axis_sizes: of these axes.
       taken: seconds of a collective alone.
     """
-    total = hidden = copies = 0.0
+    total = hidden = copies = instructions = 0.0
     found: list[Window] = []
     read = functools.partial(collective, module, axis_names=axis_names, axis_sizes=axis_sizes)
     for name, times in sequences(module).items():
@@ -79,7 +81,14 @@ def overlap(
         total += times * alone
         hidden += times * (alone + sum(seconds) - _walk(seconds, windows))
         copies += times * sum(clock.copies(name, line) for line in lines)
-    return Overlap(total, hidden, copies, tuple(found))
+        instructions += times * sum(
+            taken for taken, line in zip(seconds, lines, strict=True) if line.opcode not in _CALLS
+        )
+    return Overlap(total, hidden, copies, instructions, tuple(found))
+
+
+_CALLS = ("while", "call", "conditional")
+"""Instructions whose work is in other sequences."""
 
 
 def sequences(module: Module) -> Counter[str]:
@@ -89,7 +98,7 @@ def sequences(module: Module) -> Counter[str]:
     def visit(name: str, times: int) -> None:
         found[name] += times
         for line in module.computations[name]:
-            if line.opcode in ("while", "call", "conditional"):
+            if line.opcode in _CALLS:
                 for inner, factor in module.called(line):
                     visit(inner, times * factor)
 

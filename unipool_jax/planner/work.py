@@ -16,6 +16,8 @@ from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels import tpu_tiles
 from unipool_jax.kernels.group_plan import block_shape
+from unipool_jax.kernels.tpu_passes import halved_on
+from unipool_jax.moe.bank import exchanges_into_stacks, keeps_products
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
 from unipool_jax.parallel.head import CHUNK
@@ -109,6 +111,25 @@ class _Sizes:
         chip, devices = self.topology.chip, self.topology.num_devices
         platform = "tpu" if chip.torus_axes else "gpu"
         return chosen_transport(self.config.mesh, self.sizes["expert"], platform, chip.device_kind, devices)
+
+    @property
+    def exchanges_into_stacks(self) -> bool:
+        """Whether layers receive rows into an array of them all: see `moe.bank.kept_products`."""
+        config, model, chip = self.config, self.config.model, self.topology.chip
+        kernels = "pallas_tpu" if self.topology.is_tpu and config.kernels.implementation != "xla" else "xla"
+        return (
+            shares_one_bank(config)
+            and keeps_products(config, kernels)
+            and exchanges_into_stacks(config, self.transport, self.sizes["tensor"])
+            and halved_on(
+                chip.device_kind,
+                chip.cores,
+                int(self.received),
+                model.hidden_size,
+                model.ffn_size,
+                model.compute_dtype,
+            )
+        )
 
     @property
     def bank(self) -> float:
@@ -226,10 +247,12 @@ def _layers(at: _Sizes) -> tuple[Work, ...]:
         moved = n * (width * at.narrow + 4 * experts * WIDE)
         routed = mixture + 2 + (model.remat == "router")
         mixtures.append(Work("router", flops * routed, flops * routed, moved * routed))
-        # Rows are sorted, sent, received and combined; receive buffers are cleared first.
+        # Rows are sorted, sent, received and combined. Receive buffers are cleared first, but where layers receive into
+        # an array of them all, neither that nor the buffer of its gradients.
         buffer = at.received if at.sizes["expert"] > 1 else 0
-        moved = at.narrow * width * (8 * at.sent + 2 * buffer)
-        mixtures.append(Work("dispatch", 0.0, 0.0, moved * (mixture + 1)))
+        cleared = mixture + 1 - 2 * at.exchanges_into_stacks
+        moved = at.narrow * width * (8 * at.sent * (mixture + 1) + buffer * (mixture + 1 + cleared))
+        mixtures.append(Work("dispatch", 0.0, 0.0, moved))
     mixtures.extend(_expert_work(at, mixture))
     return (*_times(work, model.num_layers * micro), *_times(mixtures, config.mixture_layers * micro))
 

@@ -23,7 +23,7 @@ from unipool_jax.data.pipeline import Batch
 from unipool_jax.kernels.grouped_ffn import Bank, Carried
 from unipool_jax.model.transformer import LayerInputs, Positions, apply
 from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
-from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator, kept_products
+from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator, kept_products, settled
 from unipool_jax.moe.capacity import overflow
 from unipool_jax.moe.lock import entropy_coefficient, faded
 from unipool_jax.moe.routing import RoutingStats
@@ -212,7 +212,7 @@ def micro_batch_gradients(
     # The backward pass finds the products that the forward pass kept where it finds gradients.
     found = None if passed_on is None else passed_on._replace(accumulator=gradient)
     grads, found = pullback((jnp.full((), 1 / config.num_microbatches, jnp.float32), found))
-    gradient = None if found is None else found.accumulator
+    gradient = None if found is None else settled(found.accumulator, found.products)
     return Gradients(grads, gradient, metrics, jnp.sum(stats.counts_AE, axis=2), load_shares(config, stats.counts_AE))
 
 
