@@ -213,4 +213,6 @@ def _matrix(bank: jax.Array, group: jax.Array) -> jax.Array:
 
 
 def _add(bank: jax.Array, matrix: jax.Array, group: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(bank, _matrix(bank, group) + matrix, group, 0)
+    # Of this shape XLA adds in place; a matrix without the first axis is copied out of the bank first.
+    there = lax.dynamic_slice_in_dim(bank, group, 1)
+    return lax.dynamic_update_slice_in_dim(bank, there + matrix[None], group, 0)

@@ -120,8 +120,9 @@ class Turn(NamedTuple):
 
     def add(self, matrix: jax.Array, bank: jax.Array) -> jax.Array:
         """The bank with `matrix` added to that of the expert."""
-        (there,) = self.matrices(bank)
-        return lax.dynamic_update_index_in_dim(bank, there + matrix, self.expert, 0)
+        # Of this shape XLA adds in place; a matrix without the first axis is copied out of the bank first.
+        there = lax.dynamic_slice_in_dim(bank, self.expert, 1)
+        return lax.dynamic_update_slice_in_dim(bank, there + matrix[None], self.expert, 0)
 
 
 def step_rows(num_rows: int, num_experts: int) -> int:
