@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from unipool_jax.kernels import xla_loops
 from unipool_jax.kernels.epilogues import Three, gated, gated_backward
 from unipool_jax.kernels.group_plan import GroupPlan
 
@@ -58,8 +59,11 @@ def ffn_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Gated expert FFN. Returns `[R, D]` and, with `keep_products`, the products of the blocks for `ffn_backward`.
 
-    The padded layout is kept between the products, so that only `[R, D]` arrays are gathered and scattered.
+    The padded layout is kept between the products, so that only `[R, D]` arrays are gathered and scattered. Wide
+    experts with many rows go through `xla_loops`, whose products are not padded.
     """
+    if xla_loops.suits(rows_RD, gate_EDF):
+        return xla_loops.ffn_forward(rows_RD, gate_EDF, up_EDF, down_EFD, plan, keep_products=keep_products)
     dtype = rows_RD.dtype
     block_ETD = _to_blocks(rows_RD, plan)
     gate_ETF = _batched_dot(block_ETD, gate_EDF, 1, 0)
@@ -94,6 +98,8 @@ def ffn_backward(
     Overflow tiles recompute their gate and up products: storing them would take another pair of `[R, F]` buffers for
     rows that balanced routing does not have.
     """
+    if xla_loops.suits(rows_RD, gate_EDF):
+        return xla_loops.ffn_backward(grad_RD, rows_RD, gate_EDF, up_EDF, down_EFD, plan, residuals, into)
     dtype = rows_RD.dtype
     block_ETD = _to_blocks(rows_RD, plan)
     grad_ETD = _to_blocks(grad_RD, plan)
@@ -207,4 +213,6 @@ def _matrix(bank: jax.Array, group: jax.Array) -> jax.Array:
 
 
 def _add(bank: jax.Array, matrix: jax.Array, group: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(bank, _matrix(bank, group) + matrix, group, 0)
+    # Of this shape XLA adds in place; a matrix without the first axis is copied out of the bank first.
+    there = lax.dynamic_slice_in_dim(bank, group, 1)
+    return lax.dynamic_update_slice_in_dim(bank, there + matrix[None], group, 0)

@@ -1,0 +1,172 @@
+"""The gated expert block as loops over the experts: what `xla` does for wide experts with many rows on a CPU.
+
+A turn multiplies the rows of one expert, where they lie in the buffer, by its matrices. Shapes are static, so the
+number of rows of a turn is a multiple of a step, and turns of one number have a loop of their own. A conditional in one
+loop would copy every array that its branches write, which is why there is a loop for each number.
+
+Beside the padded blocks of `xla` a turn copies its matrices out of the bank. But a batched product on a CPU reads and
+packs each matrix as often, blocks pad every expert to one size, and a tile of an expert that is larger reads all of its
+matrices, and its gradients, once more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from unipool_jax.kernels.epilogues import Three, gated, gated_backward
+from unipool_jax.kernels.group_plan import GroupPlan
+from unipool_jax.kernels.implementations import target_device_kind
+
+Arrays = tuple[jax.Array, ...]
+
+LEAST_ROWS = 64
+"""Rows of a mean expert from which loops are used. With fewer, copying the matrices costs more than the products."""
+LEAST_WEIGHTS = 2**20
+"""Elements of a matrix from which they are: blocks are better while matrices stay in cache."""
+PARTS = 12
+"""Loops, and steps of the largest turn: one and a half times the rows of a mean expert or more."""
+
+
+def suits(rows_RD: jax.Array, gate_EDF: jax.Array) -> bool:
+    """Whether loops are the faster form of these products; measured for float32 only."""
+    experts, width, hidden = gate_EDF.shape
+    wide = width * hidden >= LEAST_WEIGHTS and rows_RD.shape[0] >= LEAST_ROWS * experts
+    return wide and rows_RD.dtype == jnp.float32 and target_device_kind() == "cpu"
+
+
+def ffn_forward(
+    rows_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    plan: GroupPlan,
+    *,
+    keep_products: bool,
+) -> tuple[jax.Array, Arrays]:
+    """`xla.ffn_forward`; the products are `[R, F]`."""
+    dtype, wide = rows_RD.dtype, (rows_RD.shape[0], gate_EDF.shape[2])
+
+    def visit(turn: Turn, kept: Arrays) -> Arrays:
+        gate_DF, up_DF, down_FD = turn.matrices(gate_EDF, up_EDF, down_EFD)
+        rows_TD = turn.take(rows_RD)
+        gate_TF, up_TF = _dot(rows_TD, gate_DF, 1, 0), _dot(rows_TD, up_DF, 1, 0)
+        hidden_TF = gated(gate_TF, up_TF)[0].astype(dtype)
+        found = (_dot(hidden_TF, down_FD, 1, 0), gate_TF, up_TF)
+        return tuple(turn.put(tile, array) for tile, array in zip(found, kept, strict=False))
+
+    shapes = [rows_RD.shape, *([wide, wide] if keep_products else [])]
+    out_RD, *products = _each_turn(plan, visit, tuple(_zeros(plan, shape, dtype) for shape in shapes))
+    return out_RD, tuple(products)
+
+
+def ffn_backward(
+    grad_RD: jax.Array,
+    rows_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    plan: GroupPlan,
+    residuals: tuple[jax.Array, jax.Array],
+    into: Three | None = None,
+) -> tuple[jax.Array, Three]:
+    """`xla.ffn_backward`."""
+    banks, dtype = (gate_EDF, up_EDF, down_EFD), rows_RD.dtype
+
+    def visit(turn: Turn, sums: Arrays) -> Arrays:
+        gate_DF, up_DF, down_FD = turn.matrices(*banks)
+        rows_TD, grad_TD = turn.take(rows_RD), turn.take(grad_RD)
+        gate_TF, up_TF = (turn.take(product_RF).astype(jnp.float32) for product_RF in residuals)
+        gradients = gated_backward(_dot(grad_TD, down_FD, 1, 1), gate_TF, up_TF)
+        hidden_TF, gate_grad_TF, up_grad_TF = (array.astype(dtype) for array in gradients)
+        rows_grad_TD = _dot(gate_grad_TF, gate_DF, 1, 1) + _dot(up_grad_TF, up_DF, 1, 1)
+        return (
+            turn.put(rows_grad_TD, sums[0]),
+            turn.add(_dot(rows_TD, gate_grad_TF, 0, 0), sums[1]),
+            turn.add(_dot(rows_TD, up_grad_TF, 0, 0), sums[2]),
+            turn.add(_dot(hidden_TF, grad_TD, 0, 0), sums[3]),
+        )
+
+    totals = into or tuple(_zeros(plan, bank.shape, jnp.float32) for bank in banks)
+    rows_grad_RD, gate_sum, up_sum, down_sum = _each_turn(plan, visit, (_zeros(plan, rows_RD.shape, dtype), *totals))
+    return rows_grad_RD, (gate_sum, up_sum, down_sum)
+
+
+class Turn(NamedTuple):
+    """The rows `base:base + T` of the buffer, of which those of one expert count."""
+
+    expert: jax.Array
+    base: jax.Array
+    own_T1: jax.Array
+
+    def matrices(self, *banks: jax.Array) -> Arrays:
+        """Those of the expert."""
+        return tuple(lax.dynamic_index_in_dim(bank, self.expert, keepdims=False) for bank in banks)
+
+    def take(self, rows_RC: jax.Array) -> jax.Array:
+        """The rows, zero where they are of others."""
+        return jnp.where(self.own_T1, lax.dynamic_slice_in_dim(rows_RC, self.base, self.own_T1.shape[0]), 0)
+
+    def put(self, tile_TC: jax.Array, rows_RC: jax.Array) -> jax.Array:
+        """The buffer with these rows; those of others stay."""
+        there_TC = lax.dynamic_slice_in_dim(rows_RC, self.base, self.own_T1.shape[0])
+        tile_TC = jnp.where(self.own_T1, tile_TC.astype(rows_RC.dtype), there_TC)
+        return lax.dynamic_update_slice_in_dim(rows_RC, tile_TC, self.base, 0)
+
+    def add(self, matrix: jax.Array, bank: jax.Array) -> jax.Array:
+        """The bank with `matrix` added to that of the expert."""
+        # Of this shape XLA adds in place; a matrix without the first axis is copied out of the bank first.
+        there = lax.dynamic_slice_in_dim(bank, self.expert, 1)
+        return lax.dynamic_update_slice_in_dim(bank, there + matrix[None], self.expert, 0)
+
+
+def step_rows(num_rows: int, num_experts: int) -> int:
+    """Rows by which the sizes of turns differ: an eighth of those of a mean expert, a multiple of 16."""
+    return 16 * max(1, -(-num_rows // (128 * num_experts)))
+
+
+def _each_turn(plan: GroupPlan, visit: Callable[[Turn, Arrays], Arrays], carry: Arrays) -> Arrays:
+    """What `visit` makes of `carry`, for turns that cover the rows of all experts, those of few rows first."""
+    num_rows, experts = plan.row_group.shape[0], plan.group_sizes.shape[0]
+    step = step_rows(num_rows, experts)
+    most = PARTS * step
+    # A row of the table for each turn that there may be: every expert has its own, and one for each full tile.
+    turns_E = -(-plan.group_sizes // most)
+    ends_E = jnp.cumsum(turns_E)
+    turn_B = jnp.arange(experts + num_rows // most, dtype=jnp.int32)
+    expert_B = jnp.minimum(jnp.searchsorted(ends_E, turn_B, side="right").astype(jnp.int32), experts - 1)
+    start_B = plan.offsets[expert_B] + (turn_B - (ends_E - turns_E)[expert_B]) * most
+    rows_B = jnp.minimum(plan.offsets[expert_B + 1] - start_B, most)
+    steps_B = jnp.where(turn_B < ends_E[-1], -(-rows_B // step), PARTS + 1)
+    order_B = jnp.argsort(steps_B, stable=True)
+    bounds = jnp.searchsorted(steps_B[order_B], jnp.arange(PARTS + 1), side="right").astype(jnp.int32)
+
+    for steps, (first, end) in enumerate(itertools.pairwise(bounds), start=1):
+        size = min(steps * step, num_rows)
+
+        def at(place: jax.Array, carry: Arrays, size: int = size) -> Arrays:
+            turn = order_B[place]
+            expert, start = expert_B[turn], start_B[turn]
+            # At the end of the buffer the rows begin earlier.
+            base = jnp.minimum(start, num_rows - size)
+            row_T1 = base + jnp.arange(size, dtype=jnp.int32)[:, None]
+            return visit(Turn(expert, base, (start <= row_T1) & (row_T1 < start + rows_B[turn])), carry)
+
+        carry = lax.fori_loop(first, end, at, carry)
+    return carry
+
+
+def _zeros(plan: GroupPlan, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Zeros that vary over the devices of a mesh as the plan does."""
+    return jnp.broadcast_to((plan.num_tiles * 0).astype(dtype), shape)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    """Product over one axis of each matrix, accumulated and returned in float32."""
+    dimensions = (((contract_a,), (contract_b,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
