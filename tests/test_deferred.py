@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from planned import needs_compiler, small
+from unipool_jax.config.schema import MeshConfig
 from unipool_jax.kernels import deferred, pallas_tpu, tpu_passes
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, stacking_ffn
 from unipool_jax.kernels.tpu_passes import stack_shape
+from unipool_jax.moe import bank as banks
+from unipool_jax.parallel.mesh import make_mesh
+from unipool_jax.planner import compilation
 
 LAYERS = 3
 
@@ -69,7 +74,7 @@ def empty(rows: int, experts: int, width: int, hidden: int, dtype: Any) -> Produ
     """Stacks full of NaN, and nothing left."""
     padded, columns = stack_shape(rows, hidden)
     stack = jnp.full((LAYERS, padded, columns), jnp.nan, dtype)
-    nothing = deferred.nothing_left(rows, hidden, experts, dtype, rows)
+    nothing = jax.tree.map(lambda x: x[0], deferred.nothing_left(1, rows, hidden, experts, dtype, rows))
     nothing = nothing._replace(grad_RF=jnp.full_like(nothing.grad_RF, jnp.nan))
     return Products(stack, stack, jnp.full((LAYERS, rows, 2, width // 2), jnp.nan, dtype), nothing)
 
@@ -143,6 +148,39 @@ def test_what_layers_leave_is_added_by_the_next(monkeypatch: pytest.MonkeyPatch)
     for total, start, wanted in zip(found[2], sums, bank_grad, strict=True):
         np.testing.assert_allclose(total, start + wanted, rtol=1e-4, atol=1e-4)
     assert found[3].place == 0.0
+
+
+def test_each_device_adds_what_its_first_layer_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas of two devices that share experts; what is left is a device's number, its rows ten times it."""
+    monkeypatch.setattr(banks, "added", lambda pending, rows, into: into + jnp.sum(pending.grad_RF) + jnp.sum(rows))
+    number_X = jnp.arange(4.0)[None]
+    nothing = jax.tree.map(lambda x: x[None], deferred.nothing_left(4, 1, 1, 1, jnp.float32, 1))
+    left = nothing._replace(grad_RF=number_X[..., None, None])
+    products = Products(left.grad_RF, left.grad_RF, 10 * number_X.reshape(1, 4, 1, 1, 1, 1), left)
+    sums = Bank(*(jnp.full((1, 2, 2, 1, 1), 100.0 * part) for part in range(1, 4)))
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4])):
+        gate, up, down = jax.jit(banks.settled)(sums, products)
+    np.testing.assert_array_equal(gate.reshape(2, 2), 100 + 11 * number_X.reshape(2, 2))
+    assert float(up.min()) == float(up.max()) == 200
+    assert float(down.min()) == float(down.max()) == 300
+
+
+class LoweredError(Exception):
+    """Ends a compilation before it begins, with the program."""
+
+
+@needs_compiler
+def test_a_step_adds_every_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer adds what the one above left, and two of its own; behind the first layer what is left is added."""
+
+    def stop(lowered: Any, options: dict[str, Any]) -> None:
+        raise LoweredError(lowered.as_text())
+
+    monkeypatch.setattr(compilation, "_memory", stop)
+    config = small("unipool", "model.remat=none", "model.hidden_size=512", "train.microbatch_size=16")
+    with pytest.raises(LoweredError) as program:
+        compilation.compile_step(config, compilation.topology_mesh(config))
+    assert str(program.value).count("grouped_bank_gradient") == 4
 
 
 @pytest.mark.slow

@@ -32,11 +32,15 @@ def left(grad_RF: jax.Array, plan: GroupPlan, place: jax.Array) -> Pending:
     return jax.tree.map(lambda x: x if x is grad_RF else x.astype(jnp.float32), Pending(grad_RF, plan, place))
 
 
-def nothing_left(rows: int, hidden: int, experts: int, dtype: jax.typing.DTypeLike, expected_rows: int) -> Pending:
-    """`left` of no rows, for buffers of `rows` rows, with the tiling of `make_group_plan` for `expected_rows`."""
+def nothing_left(
+    parts: int, rows: int, hidden: int, experts: int, dtype: jax.typing.DTypeLike, expected_rows: int
+) -> Pending:
+    """`left` of no rows on each of so many devices, `[X, ...]`: for buffers of `rows` rows, with the tiling of
+    `make_group_plan` for `expected_rows`."""
     sizes_E = jnp.zeros((experts,), jnp.int32)
     plan = make_group_plan(sizes_E, rows, implementation="pallas_tpu", expected_rows=expected_rows)
-    return left(jax.lax.empty((rows, hidden), dtype), plan, jnp.zeros((), jnp.int32))
+    plan, place = jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), (plan, jnp.zeros((), jnp.int32)))
+    return left(jax.lax.empty((parts, rows, hidden), dtype), plan, place)
 
 
 def added(pending: Pending, rows_LR2H: jax.Array, into_EDF: jax.Array) -> jax.Array:

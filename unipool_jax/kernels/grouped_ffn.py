@@ -120,7 +120,8 @@ def stacking_ffn(
 
     Pass both returned values to the next layer. What comes out of the last layer as products is full, and is to be
     given to the backward pass as its own cotangent: each layer reads its part of it and hands it on. They have no
-    derivative.
+    derivative. With something `pending` the gradient of the gate matrices lacks that of the first layer, which is left
+    in the cotangent of the products: `deferred.added` adds it.
 
     Args:
         rows_RD: `[R, D]` rows sorted by group. If `products` has rows, those of `place` in `[R, 2, D / 2]`; the values

@@ -11,7 +11,7 @@ from unipool_jax.kernels.recompute import recompute
 def rms_norm(hidden: jax.Array, gain_D: jax.Array, epsilon: float) -> jax.Array:
     """`x / sqrt(mean(x^2) + epsilon) * gain` over the last axis, in float32, returned in the dtype of x.
 
-    The backward pass keeps x alone: what autodiff would keep are three float32 arrays of its size.
+    Inside a scan the backward pass keeps x alone: autodiff would keep three float32 arrays of its size.
     """
 
     def normed(hidden: jax.Array, gain_D: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def ffn_forward(
     The padded layout is kept between the products, so that only `[R, D]` arrays are gathered and scattered. Wide
     experts with many rows go through `xla_loops`, whose products are not padded.
     """
-    if xla_loops.suits(rows_RD, gate_EDF):
+    if xla_loops.suits(rows_RD, gate_EDF, plan):
         return xla_loops.ffn_forward(rows_RD, gate_EDF, up_EDF, down_EFD, plan, keep_products=keep_products)
     dtype = rows_RD.dtype
     block_ETD = _to_blocks(rows_RD, plan)
@@ -98,7 +98,7 @@ def ffn_backward(
     Overflow tiles recompute their gate and up products: storing them would take another pair of `[R, F]` buffers for
     rows that balanced routing does not have.
     """
-    if xla_loops.suits(rows_RD, gate_EDF):
+    if xla_loops.suits(rows_RD, gate_EDF, plan):
         return xla_loops.ffn_backward(grad_RD, rows_RD, gate_EDF, up_EDF, down_EFD, plan, residuals, into)
     dtype = rows_RD.dtype
     block_ETD = _to_blocks(rows_RD, plan)

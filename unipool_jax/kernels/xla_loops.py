@@ -26,17 +26,18 @@ from unipool_jax.kernels.implementations import target_device_kind
 Arrays = tuple[jax.Array, ...]
 
 LEAST_ROWS = 64
-"""Rows of a mean expert from which loops are used. With fewer, copying the matrices costs more than the products."""
+"""Rows of a block, about those of a mean expert, from which loops are used. With fewer, copying the matrices costs more
+than the products."""
 LEAST_WEIGHTS = 2**20
 """Elements of a matrix from which they are: blocks are better while matrices stay in cache."""
 PARTS = 12
 """Loops, and steps of the largest turn: one and a half times the rows of a mean expert or more."""
 
 
-def suits(rows_RD: jax.Array, gate_EDF: jax.Array) -> bool:
+def suits(rows_RD: jax.Array, gate_EDF: jax.Array, plan: GroupPlan) -> bool:
     """Whether loops are the faster form of these products; measured for float32 only."""
-    experts, width, hidden = gate_EDF.shape
-    wide = width * hidden >= LEAST_WEIGHTS and rows_RD.shape[0] >= LEAST_ROWS * experts
+    _, width, hidden = gate_EDF.shape
+    wide = width * hidden >= LEAST_WEIGHTS and plan.tiling.block_rows >= LEAST_ROWS
     return wide and rows_RD.dtype == jnp.float32 and target_device_kind() == "cpu"
 
 
@@ -125,15 +126,16 @@ class Turn(NamedTuple):
         return lax.dynamic_update_slice_in_dim(bank, there + matrix[None], self.expert, 0)
 
 
-def step_rows(num_rows: int, num_experts: int) -> int:
-    """Rows by which the sizes of turns differ: an eighth of those of a mean expert, a multiple of 16."""
-    return 16 * max(1, -(-num_rows // (128 * num_experts)))
+def step_rows(plan: GroupPlan) -> int:
+    """Rows by which the sizes of turns differ: about an eighth of those of a mean expert, a multiple of 16."""
+    # A block holds up to 16 rows more than a mean expert.
+    return 16 * max(1, -(-(plan.tiling.block_rows - 16) // 128))
 
 
 def _each_turn(plan: GroupPlan, visit: Callable[[Turn, Arrays], Arrays], carry: Arrays) -> Arrays:
     """What `visit` makes of `carry`, for turns that cover the rows of all experts, those of few rows first."""
     num_rows, experts = plan.row_group.shape[0], plan.group_sizes.shape[0]
-    step = step_rows(num_rows, experts)
+    step = step_rows(plan)
     most = PARTS * step
     # A row of the table for each turn that there may be: every expert has its own, and one for each full tile.
     turns_E = -(-plan.group_sizes // most)

@@ -66,7 +66,8 @@ class Experts(NamedTuple):
     accumulator: Bank | None
     """Float32 `[E, ...]`; over a mesh `[C, E, ...]` with one replica for each of the C devices that share an expert."""
     products: Products | None = None
-    """`[X, L, ...]`, for each of the X devices that have tokens of their own: see `kept_products`."""
+    """`[X, L, ...]`, for each of the X devices that have tokens of their own: see `kept_products`. What is pending has
+    no axis of layers; who differentiates through the layers gives their gradient to `settled`."""
     place: jax.Array | None = None
     """Which of the L layers the products are to be of, int32 scalar; the scan over layers fills it in."""
 
@@ -104,11 +105,10 @@ def kept_products(config: Config) -> Products | None:
         return Products(gate, up)
     shape = (parts, config.layers_per_pool, received, 2, model.hidden_size // 2)
     own = config.experts_per_pool // devices
-    nothing = nothing_left(received, model.ffn_size, own, model.compute_dtype, sent)
-    on_devices = jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), nothing)
+    nothing = nothing_left(parts, received, model.ffn_size, own, model.compute_dtype, sent)
     rows_LR2H, pending = jax.tree.map(
         lambda x: constrain(x, "device", *(None,) * (x.ndim - 1)),
-        (jax.lax.empty(shape, model.compute_dtype), on_devices),
+        (jax.lax.empty(shape, model.compute_dtype), nothing),
     )
     return Products(gate, up, rows_LR2H, pending)
 

@@ -118,7 +118,7 @@ class _Sizes:
         """Whether layers receive rows into an array of them all: see `moe.bank.kept_products`."""
         config, model, chip = self.config, self.config.model, self.topology.chip
         kernels: Implementation = (
-            "pallas_tpu" if self.topology.is_tpu and config.kernels.implementation != "xla" else "xla"
+            "pallas_tpu" if self.topology.is_tpu and config.kernels.implementation in ("auto", "pallas_tpu") else "xla"
         )
         return (
             shares_one_bank(config)
