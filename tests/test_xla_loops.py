@@ -32,7 +32,7 @@ def test_output_and_gradients() -> None:
     run = oracle.gradients(function, "xla")
     plan = make_group_plan(jnp.array(SIZES[0]), SHAPE.rows, implementation="xla")
     assert xla_loops.step_rows(plan) == 32
-    assert xla_loops.suits(*(jnp.zeros(shape) for shape in ((1, 4), (3, 4, 6))), plan)
+    assert xla_loops.suits(jnp.zeros((1, 4)), jnp.zeros((3, 4, 6)), plan)
     for seed, sizes in enumerate(SIZES):
         pairs = (oracle.rounded(array, "float32") for array in random_arrays(SHAPE, sizes, seed))
         operands, exact = zip(*pairs, strict=True)
@@ -71,8 +71,8 @@ def test_only_wide_experts_with_many_rows_have_loops() -> None:
     def suits(rows: int, experts: int, width: int, dtype: str = "float32", buffer: int = 0) -> bool:
         sizes_E = jnp.zeros((experts,), jnp.int32)
         plan = make_group_plan(sizes_E, buffer or rows, implementation="xla", expected_rows=rows)
-        operands = (jnp.zeros((1, 1), dtype), jax.ShapeDtypeStruct((experts, width, 4 * width), dtype))
-        return xla_loops.suits(*operands, plan)  # type: ignore[arg-type]
+        bank = jax.ShapeDtypeStruct((experts, width, 4 * width), dtype)
+        return xla_loops.suits(jnp.zeros((1, 1), dtype), bank, plan)  # type: ignore[arg-type]
 
     assert suits(2048, 24, 768)
     assert suits(2048, 24, 768, buffer=4096)
