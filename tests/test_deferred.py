@@ -153,10 +153,9 @@ def test_what_layers_leave_is_added_by_the_next(monkeypatch: pytest.MonkeyPatch)
 def test_each_device_adds_what_its_first_layer_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two replicas of two devices that share experts; what is left is a device's number, its rows ten times it."""
     monkeypatch.setattr(banks, "added", lambda pending, rows, into: into + jnp.sum(pending.grad_RF) + jnp.sum(rows))
-    number_X = jnp.arange(4.0)[None]
-    nothing = jax.tree.map(lambda x: x[None], deferred.nothing_left(4, 1, 1, 1, jnp.float32, 1))
-    left = nothing._replace(grad_RF=number_X[..., None, None])
-    products = Products(left.grad_RF, left.grad_RF, 10 * number_X.reshape(1, 4, 1, 1, 1, 1), left)
+    number_X = jnp.arange(4.0)
+    left = deferred.nothing_left(4, 1, 1, 1, jnp.float32, 1)._replace(grad_RF=number_X[:, None, None])
+    products = Products(left.grad_RF, left.grad_RF, 10 * number_X.reshape(4, 1, 1, 1, 1), left)
     sums = Bank(*(jnp.full((1, 2, 2, 1, 1), 100.0 * part) for part in range(1, 4)))
     with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4])):
         gate, up, down = jax.jit(banks.settled)(sums, products)

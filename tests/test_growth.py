@@ -26,6 +26,7 @@ from unipool_jax.config.growth_schedule import (
 from unipool_jax.config.rules import problems
 from unipool_jax.config.schema import Config, MeshConfig
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.kernels.grouped_ffn import Carried
 from unipool_jax.model.transformer import forward
 from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.training.flops import flops_per_token, flops_spent, share_spent
@@ -288,7 +289,7 @@ def test_gradients_are_sums_over_the_uses_of_a_layer(method: str) -> None:
     def loss(params: Any) -> jax.Array:
         seen = deep.unroll(state._replace(params=params))
         micro = MicroBatch(batch, seen.balance, state.step, None, jnp.sum(batch.weights))
-        return micro_batch_loss(seen.params, None, deep.config, None, None, micro)[0][0]
+        return micro_batch_loss(seen.params, Carried(None, None), deep.config, None, None, micro)[0][0]
 
     wanted = jax.jit(jax.grad(loss))(state.params)
     for name, (ours, theirs) in {

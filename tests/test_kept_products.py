@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -19,7 +20,7 @@ from unipool_jax.kernels import pallas_tpu, tpu_passes
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, stacking_ffn
 from unipool_jax.kernels.tpu_passes import can_be_halved, stack_shape
-from unipool_jax.moe.bank import kept_products
+from unipool_jax.moe.bank import keeps_products, kept_products
 from unipool_jax.planner.collectives import Module, parse
 from unipool_jax.planner.compilation import compile_step, topology_mesh
 from unipool_jax.planner.instructions import Traffic
@@ -188,7 +189,7 @@ def test_products_are_kept_where_the_kernels_are_and_nothing_recomputes_them() -
         found = jax.eval_shape(lambda config=config: kept_products(config))
         assert (found is not None) == kept
         if found is not None:
-            layers = config.model.num_layers
+            layers = config.mixture_layers
             assert {array.shape for array in found[:2]} == {(1, layers, 80, config.model.ffn_size)}
             assert found.rows_LR2H is None
             assert found.pending is None
@@ -269,18 +270,36 @@ def test_kernels_on_halved_rows_compile_for_tpu(topology: str, width: int) -> No
     assert moved_arrays(parse(text), rf"bf16\[(2,)?{rows},") == []
 
 
+def test_layers_with_experts_of_their_own_keep_products_where_they_add_to_a_gradient() -> None:
+    """Over a mesh; and nothing is pending, because the layer below has other experts."""
+    config = compose_config(["method=vanilla", "scale=182m", "kernels.implementation=pallas_tpu", "model.remat=none"])
+    assert not keeps_products(config, "pallas_tpu", on_mesh=False)
+    assert keeps_products(config, "pallas_tpu", on_mesh=True)
+    recomputed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="attention"))
+    assert not keeps_products(recomputed, "pallas_tpu", on_mesh=True)
+    assert not keeps_products(compose_config(["method=dense", "model.remat=none"]), "pallas_tpu", on_mesh=True)
+
+
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("microbatch", [8, 16])
-def test_a_compiled_step_copies_no_kept_products(topology: str, microbatch: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "topology", "microbatch"),
+    [
+        ("unipool", "v5p:2x2x1", 8),
+        ("unipool", "v5p:2x2x1", 16),
+        ("unipool", "v6e:2x2", 8),
+        ("unipool", "v6e:2x2", 16),
+        ("vanilla", "v5p:2x2x1", 16),
+    ],
+)
+def test_a_compiled_step_copies_no_kept_products(method: str, topology: str, microbatch: int) -> None:
     """Over fsdp and expert axes: room for 1024 or 2048 rows of 512 and 640 channels in each of four layers.
 
     On v5p neither are received rows laid out anew, before the kernels or behind them; with several micro-batches they
     are in the pass that counts choices, which keeps nothing.
     """
     size, rows = ("model.hidden_size=512", f"train.microbatch_size={microbatch}"), microbatch * 128
-    config = small("unipool", "model.remat=none", f"mesh.topology={topology}", *size)
+    config = small(method, "model.remat=none", f"mesh.topology={topology}", *size)
     module = parse(compile_step(config, topology_mesh(config)).text)
     assert moved_arrays(module, rf"bf16\[([14],)*{rows},640\]") == []
     if topology.startswith("v5p") and config.num_microbatches == 1:

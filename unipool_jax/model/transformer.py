@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from unipool_jax.config.schema import Config
-from unipool_jax.kernels.grouped_ffn import Bank, Carried
+from unipool_jax.kernels.grouped_ffn import Bank, Carried, Products
 from unipool_jax.kernels.norms import post_norm, rms_norm
 from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
 from unipool_jax.model.remat import rematerialized, without_gathered_weights
@@ -233,9 +233,13 @@ class PoolStage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, stream: _Stream, positions: Positions, inputs: LayerInputs, experts: Experts | None
-    ) -> tuple[_Stream, tuple[LayerOutputs, Experts | None]]:
-        config = self.config
+        self,
+        carry: tuple[_Stream, Products | None],
+        positions: Positions,
+        inputs: LayerInputs,
+        experts: Experts | None,
+    ) -> tuple[tuple[_Stream, Products | None], tuple[LayerOutputs, Experts | None]]:
+        config, (stream, products) = self.config, carry
         given = experts is not None
         if experts is None:
             bank = ExpertPool(config.model, config.experts_per_pool, name="bank")()
@@ -251,14 +255,12 @@ class PoolStage(nn.Module):
         )
         if (windows := layer_windows(config)) is not None:
             inputs = inputs._replace(selection=inputs.selection._replace(window=windows))
-        if experts.products is not None:
-            inputs = inputs._replace(place=np.arange(config.layers_per_pool, dtype=np.int32))
         # The parts of `experts` enter the scan apart: weights in its carry would be kept once for each layer.
         (stream, (accumulator, products)), outputs = layers(config, self.keep_routing, name="layers")(
-            (stream, Carried(experts.accumulator, experts.products)), experts.weights, positions, inputs
+            (stream, Carried(experts.accumulator, products)), experts.weights, positions, inputs
         )
-        passed_on = experts._replace(accumulator=accumulator, products=products)
-        return stream, (outputs, passed_on if given else None)
+        passed_on = experts._replace(accumulator=accumulator)
+        return (stream, products), (outputs, passed_on if given else None)
 
 
 class ModelOutput(NamedTuple):
@@ -274,6 +276,8 @@ class ModelOutput(NamedTuple):
     """The cache that the caller gave, with these tokens in it."""
     experts: Experts | None
     """The experts that the caller gave, for the next micro-batch."""
+    products: Products | None
+    """What the caller gave for layers to keep, full."""
 
 
 def _sees_all(config: Config, *, dense: bool = False) -> np.ndarray | None:
@@ -285,9 +289,9 @@ def _sees_all(config: Config, *, dense: bool = False) -> np.ndarray | None:
 
 
 def _places(config: Config) -> np.ndarray:
-    """`LayerInputs.place` of the layers with experts; the dense ones are before them."""
+    """The layers with experts, counted through."""
     groups, each = config.pool.groups, config.layers_per_pool
-    return np.arange(groups * each, dtype=np.int32).reshape(groups, each) + config.moe.dense_layers
+    return np.arange(groups * each, dtype=np.int32).reshape(groups, each)
 
 
 class Transformer(nn.Module):
@@ -310,6 +314,7 @@ class Transformer(nn.Module):
         positions: Positions = EVERY_POSITION,
         experts: Experts | None = None,
         cache: KeyValueCache | None = None,
+        products: Products | None = None,
     ) -> ModelOutput:
         """Apply the model.
 
@@ -319,6 +324,7 @@ class Transformer(nn.Module):
           positions: of the tokens.
           experts: for G = 1, the pool's experts, `[1, ...]`, in place of those that the parameters hold.
           cache: keys and values of the positions before; None: the tokens are all there is.
+          products: where layers write what they keep for the backward pass: see `bank.kept_products`; not with a cache.
         """
         config, model = self.config, self.config.model
         table_shape = (model.vocab_size, model.hidden_size)
@@ -328,6 +334,8 @@ class Transformer(nn.Module):
 
         stream, inputs = (hidden_BSD, cache), inputs._replace(sees_all=_sees_all(config))
         if cache is not None:
+            inputs = inputs._replace(place=_places(config) + config.moe.dense_layers)
+        elif products is not None:
             inputs = inputs._replace(place=_places(config))
         if dense := config.moe.dense_layers:
             first = nn.scan(
@@ -351,8 +359,8 @@ class Transformer(nn.Module):
             length=config.pool.groups,
             check_constancy_invariants=self.is_initializing(),
         )
-        (hidden_BSD, cache), (outputs, experts) = pools(config, self.keep_routing, name="pools")(
-            stream, positions, inputs, experts
+        ((hidden_BSD, cache), products), (outputs, experts) = pools(config, self.keep_routing, name="pools")(
+            (stream, products), positions, inputs, experts
         )
 
         switched = outputs.switched
@@ -368,7 +376,8 @@ class Transformer(nn.Module):
         # Groups of the balance loss: a training micro-batch is whole ones (validated), elsewhere they are not used.
         batch, sequences = tokens_BS.shape[0], config.balance_sequences
         stats = outputs.stats.grouped(batch // sequences if batch % sequences == 0 else 1)
-        return ModelOutput(Head(hidden_BSD, output_VD), outputs._replace(stats=stats), switched, cache, experts)
+        outputs = outputs._replace(stats=stats)
+        return ModelOutput(Head(hidden_BSD, output_VD), outputs, switched, cache, experts, products)
 
 
 def apply(
@@ -380,10 +389,11 @@ def apply(
     experts: Experts | None = None,
     keep_routing: bool = False,
     cache: KeyValueCache | None = None,
+    products: Products | None = None,
 ) -> ModelOutput:
     """`Transformer` as a function of its parameters; arguments as there. With `experts` the parameters need no bank."""
     model: Any = Transformer(config, keep_routing)
-    output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, positions, experts, cache)
+    output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, positions, experts, cache, products)
     return output
 
 

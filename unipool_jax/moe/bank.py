@@ -66,10 +66,11 @@ class Experts(NamedTuple):
     accumulator: Bank | None
     """Float32 `[E, ...]`; over a mesh `[C, E, ...]` with one replica for each of the C devices that share an expert."""
     products: Products | None = None
-    """`[X, L, ...]`, for each of the X devices that have tokens of their own: see `kept_products`. What is pending has
-    no axis of layers; who differentiates through the layers gives their gradient to `settled`."""
+    """`[X, L, ...]`, for each of the X devices that have tokens of their own and the layers of all pools: see
+    `kept_products`. What is pending has no axis of layers; who differentiates through the layers gives their gradient
+    to `settled`."""
     place: jax.Array | None = None
-    """Which of the L layers the products are to be of, int32 scalar; the scan over layers fills it in."""
+    """Which of the L layers the products are to be of, int32 scalar."""
 
 
 def pool_experts(config: Config, bank: Bank) -> Experts:
@@ -87,9 +88,9 @@ def kept_products(config: Config) -> Products | None:
     That is on TPUs, where what a scan over layers keeps is copied into arrays of all layers and out of them again, and
     for the values of model.remat that keep products.
     """
-    if not keeps_products(config, resolve(config.kernels.implementation)):
-        return None
     mesh, model = active_mesh(), config.model
+    if not keeps_products(config, resolve(config.kernels.implementation), mesh is not None):
+        return None
     parts, devices, tensor = (1, 1, 1)
     if mesh is not None:
         parts, devices, tensor = num_shards(mesh, "batch"), mesh.shape["expert"], mesh.shape["tensor"]
@@ -97,15 +98,18 @@ def kept_products(config: Config) -> Products | None:
     received = sent if devices == 1 else capacity(sent, devices, config.mesh.capacity_factor)
     rows, columns = stack_shape(received, model.ffn_size // tensor)
     gate, up = (
-        constrain(jax.lax.empty((parts, config.layers_per_pool, rows, columns * tensor), model.compute_dtype), *axes)
+        constrain(jax.lax.empty((parts, config.mixture_layers, rows, columns * tensor), model.compute_dtype), *axes)
         for axes in PRODUCT_AXES[:2]
     )
     into_stacks = exchanges_into_stacks(config, transport_for(config.mesh, devices), tensor)
     if not into_stacks or not can_be_halved(received, model.hidden_size, model.ffn_size, model.compute_dtype):
         return Products(gate, up)
-    shape = (parts, config.layers_per_pool, received, 2, model.hidden_size // 2)
-    own = config.experts_per_pool // devices
-    nothing = nothing_left(parts, received, model.ffn_size, own, model.compute_dtype, sent)
+    shape = (parts, config.mixture_layers, received, 2, model.hidden_size // 2)
+    nothing = None
+    if config.pool.groups == 1:
+        # The layer below a pool's first has other experts, and none of its kernels adds to theirs.
+        own = config.experts_per_pool // devices
+        nothing = nothing_left(parts, received, model.ffn_size, own, model.compute_dtype, sent)
     rows_LR2H, pending = jax.tree.map(
         lambda x: constrain(x, "device", *(None,) * (x.ndim - 1)),
         (jax.lax.empty(shape, model.compute_dtype), nothing),
@@ -113,9 +117,14 @@ def kept_products(config: Config) -> Products | None:
     return Products(gate, up, rows_LR2H, pending)
 
 
-def keeps_products(config: Config, implementation: Implementation) -> bool:
-    """Whether a step over one pool keeps products as `kept_products` says, with kernels of this implementation."""
-    return implementation == "pallas_tpu" and config.model.remat in ("none", "attention")
+def keeps_products(config: Config, implementation: Implementation, on_mesh: bool) -> bool:
+    """Whether a step keeps products as `kept_products` says, with kernels of this implementation.
+
+    Not where a pool of several is recomputed as a whole (see `model.remat`), and not without an accumulator.
+    """
+    kept = ("none", "attention") if config.pool.groups == 1 else ("none",)
+    accumulates = config.moe.router != "none" and (on_mesh or config.layers_per_pool > 1)
+    return implementation == "pallas_tpu" and config.model.remat in kept and accumulates
 
 
 def exchanges_into_stacks(config: Config, transport: Transport, tensor: int) -> bool:
@@ -130,17 +139,17 @@ def settled(gradient: Bank, products: Products | None) -> Bank:
     """The bank's gradient behind its first layer, with what that layer left: see `kernels.deferred`.
 
     Args:
-      gradient: float32 `[G, C, E, ...]`, as the accumulator of `Experts` with an axis of pools.
-      products: cotangent of `Experts.products`, with such an axis.
+      gradient: float32 `[1, C, E, ...]`, as the accumulator of `Experts` with an axis of pools.
+      products: cotangent of what layers kept.
     """
     if products is None or products.pending is None or products.rows_LR2H is None:
         return gradient
     replicas = spec(None, "replica", *gathered_axes(BANK_AXES["gate"]))
-    parts = spec(None, "device")
+    parts = spec("device")
 
     def on_device(gate_sum_EDF: jax.Array, pending: Pending, rows_LR2H: jax.Array) -> jax.Array:
-        own = jax.tree.map(lambda x: x[0, 0], (pending, rows_LR2H, gate_sum_EDF))
-        return added(*own)[None, None]
+        left = jax.tree.map(lambda x: x[0], pending)
+        return added(left, rows_LR2H[0], gate_sum_EDF[0, 0])[None, None]
 
     on_devices = jax.shard_map(on_device, mesh=active_mesh(), in_specs=(replicas, parts, parts), out_specs=replicas)
     return gradient._replace(gate_EDF=on_devices(gradient.gate_EDF, products.pending, products.rows_LR2H))

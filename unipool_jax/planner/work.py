@@ -121,8 +121,7 @@ class _Sizes:
             "pallas_tpu" if self.topology.is_tpu and config.kernels.implementation in ("auto", "pallas_tpu") else "xla"
         )
         return (
-            shares_one_bank(config)
-            and keeps_products(config, kernels)
+            keeps_products(config, kernels, math.prod(self.sizes.values()) > 1)
             and exchanges_into_stacks(config, self.transport, self.sizes["tensor"])
             and halved_on(
                 chip.device_kind,

@@ -144,13 +144,13 @@ def load_shares(config: Config, counts_GNAE: jax.Array) -> jax.Array:
 
 
 def micro_batch_loss(
-    params: Any, carried: Carried | None, config: Config, mesh: Mesh | None, weights: Bank | None, micro: MicroBatch
-) -> tuple[tuple[jax.Array, Carried | None], tuple[Metrics, RoutingStats]]:
+    params: Any, carried: Carried, config: Config, mesh: Mesh | None, weights: Bank | None, micro: MicroBatch
+) -> tuple[tuple[jax.Array, Carried], tuple[Metrics, RoutingStats]]:
     """The loss of one micro-batch, scaled so that its mean over micro-batches is the loss of the whole batch.
 
     Args:
       params: of the model, without the bank where `weights` are given.
-      carried: with `weights`, the other parts of `Experts`.
+      carried: what layers keep for the backward pass, and with `weights` their accumulator.
       config: of the run.
       mesh: of the run.
       weights: of a bank that all layers share, `[1, ...]`.
@@ -159,13 +159,10 @@ def micro_batch_loss(
     Returns:
       Loss and what is carried, which are differentiated; metrics and routing statistics, which are not.
     """
-    experts = None
-    if weights is not None:
-        assert carried is not None
-        experts = Experts(weights, carried.accumulator, carried.products)
+    experts = None if weights is None else Experts(weights, carried.accumulator)
     inputs = layer_inputs(config, micro.balance, micro.step)
     positions = Positions(segments=micro.batch.segments)
-    output = apply(config, params, micro.batch.inputs, inputs, positions, experts)
+    output = apply(config, params, micro.batch.inputs, inputs, positions, experts, products=carried.products)
     stats = output.layers.stats
     tokens = config.train.microbatch_size * config.data.sequence_length
     # Averaged over micro-batches this is the mean over all tokens of the batch, even with uneven weights.
@@ -195,7 +192,7 @@ def micro_batch_loss(
         "zero_gates_L": jnp.sum(stats.zero_gates_A, axis=-1).reshape(-1),
         **gates,
     }
-    passed_on = None if (last := output.experts) is None else Carried(last.accumulator, last.products)
+    passed_on = Carried(None if output.experts is None else output.experts.accumulator, output.products)
     return (total, passed_on), (metrics, jax.lax.stop_gradient(stats))
 
 
@@ -203,16 +200,14 @@ def micro_batch_gradients(
     config: Config, mesh: Mesh | None, params: Any, experts: Experts | None, gradient: Bank | None, micro: MicroBatch
 ) -> Gradients:
     """Gradients of one micro-batch over the number of micro-batches; those of a shared bank are added to `gradient`."""
-    weights = carried = None
-    if experts is not None:
-        products = jax.tree.map(lambda x: x[None], kept_products(config))
-        weights, carried = experts.weights, Carried(experts.accumulator, products)
+    weights, accumulator = (None, None) if experts is None else (experts.weights, experts.accumulator)
+    carried = Carried(accumulator, kept_products(config))
     loss = functools.partial(micro_batch_loss, config=config, mesh=mesh, weights=weights, micro=micro)
     (_, passed_on), pullback, (metrics, stats) = jax.vjp(loss, params, carried, has_aux=True)
     # The backward pass finds the products that the forward pass kept where it finds gradients.
-    found = None if passed_on is None else passed_on._replace(accumulator=gradient)
+    found = passed_on._replace(accumulator=gradient)
     grads, found = pullback((jnp.full((), 1 / config.num_microbatches, jnp.float32), found))
-    gradient = None if found is None else settled(found.accumulator, found.products)
+    gradient = None if found.accumulator is None else settled(found.accumulator, found.products)
     return Gradients(grads, gradient, metrics, jnp.sum(stats.counts_AE, axis=2), load_shares(config, stats.counts_AE))
 
 
