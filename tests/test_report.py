@@ -50,6 +50,13 @@ def test_published_active_parameters(experts: int, top_k: int, millions: float) 
     assert count_parameters(config)["active"] / 1e6 == pytest.approx(millions, abs=0.06)
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "mosaic_gpu"])
+def test_no_kernel_runs_to_count_parameters(implementation: str) -> None:
+    """Nor to make first weights: where kernels would be interpreted, Flax refuses the scan around them."""
+    config = compose_config(["scale=182m", "model.num_layers=2", f"kernels.implementation={implementation}"])
+    assert count_parameters(config) == count_parameters(compose_config(["scale=182m", "model.num_layers=2"]))
+
+
 def test_the_report_ends_with_one_json_line() -> None:
     text = describe(compose_config(["scale=978m"]))
     parameters = json.loads(text.splitlines()[-1])["parameters"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unipool_jax.config.schema import Config
-from unipool_jax.model.transformer import LayerInputs, Transformer
+from unipool_jax.model.transformer import LayerInputs, initial_parameters
 from unipool_jax.moe.mixture import Selection
 
 _ALWAYS_ACTIVE = ("embeddings", "attention", "norms", "shared_experts", "dense_blocks", "depth_vectors")
@@ -20,9 +20,9 @@ _ALWAYS_ACTIVE = ("embeddings", "attention", "norms", "shared_experts", "dense_b
 
 def count_parameters(config: Config) -> dict[str, int]:
     """Parameters by kind, their `total`, and the `active` ones: those a token uses, routers and scales left out."""
-    variables = jax.eval_shape(lambda: _initial_variables(config))
+    params = jax.eval_shape(lambda: _initial_parameters(config))
     counts = dict.fromkeys(("embeddings", "attention", "experts", "routers", "norms", "scales"), 0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         kind = _kind([str(entry.key) for entry in path])
         counts[kind] = counts.get(kind, 0) + math.prod(leaf.shape)
     if config.widths is not None:
@@ -35,10 +35,10 @@ def count_parameters(config: Config) -> dict[str, int]:
     return counts | {"total": total, "active": active}
 
 
-def _initial_variables(config: Config) -> Any:
+def _initial_parameters(config: Config) -> Any:
     bias_GNE = jnp.zeros((config.pool.groups, config.layers_per_pool, config.experts_per_pool), jnp.float32)
     tokens_BS = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    return Transformer(config).init(jax.random.key(0), tokens_BS, LayerInputs(Selection(bias_GNE)))
+    return initial_parameters(config, jax.random.key(0), tokens_BS, LayerInputs(Selection(bias_GNE)))
 
 
 def _kind(path: list[str]) -> str:

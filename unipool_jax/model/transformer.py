@@ -11,6 +11,7 @@ and `mixture` in `moe.mixture`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from unipool_jax.config.schema import Config
+from unipool_jax.config.schema import Config, KernelsConfig
 from unipool_jax.kernels.grouped_ffn import Bank, Carried, Products
 from unipool_jax.kernels.norms import post_norm, rms_norm
 from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
@@ -395,6 +396,16 @@ def apply(
     model: Any = Transformer(config, keep_routing)
     output: ModelOutput = model.apply({"params": params}, tokens_BS, inputs, positions, experts, cache, products)
     return output
+
+
+def initial_parameters(config: Config, key: jax.Array, tokens_BS: jax.Array, inputs: LayerInputs) -> Any:
+    """First weights; traceable. Nothing is computed of the tokens and inputs, which only say their shapes.
+
+    So any kernels do. Those for another device would be interpreted, and Flax refuses a scan that makes parameters
+    around what the interpreter does.
+    """
+    plain = dataclasses.replace(config, kernels=KernelsConfig(implementation="xla", attention="blocks"))
+    return Transformer(plain).init(key, tokens_BS, inputs)["params"]
 
 
 def forward(

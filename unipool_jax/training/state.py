@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels.grouped_ffn import Bank
-from unipool_jax.model.transformer import LayerInputs, Transformer
+from unipool_jax.model.transformer import LayerInputs, initial_parameters
 from unipool_jax.moe.lock import Candidate, init_candidate, score_factors
 from unipool_jax.moe.mixture import Selection
 from unipool_jax.moe.opening import open_experts
@@ -57,9 +57,9 @@ def init_balance(config: Config) -> BalanceState:
 def init_state(config: Config, key: jax.Array) -> TrainState:
     """State before the first step; traceable, so `jax.eval_shape` gives its structure without memory."""
     balance = init_balance(config)
-    # As many rows as divide over a mesh. Nothing is computed of them, as only the parameters are kept.
+    # As many rows as divide over a mesh.
     tokens_BS = jnp.zeros((config.train.microbatch_size, 2), jnp.int32)
-    params = Transformer(config).init(key, tokens_BS, layer_inputs(config, balance))["params"]
+    params = initial_parameters(config, key, tokens_BS, layer_inputs(config, balance))
     return new_state(config, params, balance.expert_bias_GNE)
 
 
