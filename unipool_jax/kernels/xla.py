@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from unipool_jax.kernels import xla_loops
-from unipool_jax.kernels.epilogues import Three, gated, gated_backward
+from unipool_jax.kernels.epilogues import Three, gated
 from unipool_jax.kernels.group_plan import GroupPlan
+from unipool_jax.kernels.xla_tile import Tile, add, dot, gated_gradients, matrix, tile_at
 
 
 def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:
@@ -27,9 +28,8 @@ def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_ba
     out_RN = _from_blocks(_batched_dot(_to_blocks(rows_RK, plan), bank, 1, contract), plan, rows_RK.dtype)
 
     def visit(tile: jax.Array, out_RN: jax.Array) -> jax.Array:
-        group, base, in_group_T1 = _tile(tile, plan)
-        product_TN = _dot(_take(rows_RK, base, in_group_T1), _matrix(bank, group), 1, contract)
-        return _put(out_RN, product_TN, base, in_group_T1)
+        at = _tile(tile, plan)
+        return at.put(dot(at.take(rows_RK), matrix(bank, at.group), 1, contract), out_RN)
 
     return lax.fori_loop(0, plan.num_tiles, visit, out_RN)
 
@@ -41,9 +41,8 @@ def bank_gradient(
     bank_EKN = _outer_products(_to_blocks(rows_RK, plan), _to_blocks(grad_RN, plan), into_EKN)
 
     def visit(tile: jax.Array, bank_EKN: jax.Array) -> jax.Array:
-        group, base, in_group_T1 = _tile(tile, plan)
-        product_KN = _dot(_take(rows_RK, base, in_group_T1), _take(grad_RN, base, in_group_T1), 0, 0)
-        return _add(bank_EKN, product_KN, group)
+        at = _tile(tile, plan)
+        return add(dot(at.take(rows_RK), at.take(grad_RN), 0, 0), bank_EKN, at.group)
 
     return lax.fori_loop(0, plan.num_tiles, visit, bank_EKN)
 
@@ -72,12 +71,12 @@ def ffn_forward(
     out_RD = _from_blocks(_batched_dot(hidden_ETF, down_EFD, 1, 0), plan, dtype)
 
     def visit(tile: jax.Array, out_RD: jax.Array) -> jax.Array:
-        group, base, in_group_T1 = _tile(tile, plan)
-        rows_TD = _take(rows_RD, base, in_group_T1)
-        gate_TF = _dot(rows_TD, _matrix(gate_EDF, group), 1, 0)
-        up_TF = _dot(rows_TD, _matrix(up_EDF, group), 1, 0)
+        at = _tile(tile, plan)
+        rows_TD = at.take(rows_RD)
+        gate_TF = dot(rows_TD, matrix(gate_EDF, at.group), 1, 0)
+        up_TF = dot(rows_TD, matrix(up_EDF, at.group), 1, 0)
         hidden_TF = gated(gate_TF, up_TF)[0].astype(dtype)
-        return _put(out_RD, _dot(hidden_TF, _matrix(down_EFD, group), 1, 0), base, in_group_T1)
+        return at.put(dot(hidden_TF, matrix(down_EFD, at.group), 1, 0), out_RD)
 
     products = (gate_ETF.astype(dtype), up_ETF.astype(dtype)) if keep_products else ()
     return lax.fori_loop(0, plan.num_tiles, visit, out_RD), products
@@ -103,7 +102,7 @@ def ffn_backward(
     dtype = rows_RD.dtype
     block_ETD = _to_blocks(rows_RD, plan)
     grad_ETD = _to_blocks(grad_RD, plan)
-    hidden_ETF, gate_grad_ETF, up_grad_ETF = _gated_backward(*residuals, _batched_dot(grad_ETD, down_EFD, 1, 1), dtype)
+    hidden_ETF, gate_grad_ETF, up_grad_ETF = gated_gradients(*residuals, _batched_dot(grad_ETD, down_EFD, 1, 1), dtype)
     gate_into_EDF, up_into_EDF, down_into_EFD = into or (None, None, None)
     gate_bank_EDF = _outer_products(block_ETD, gate_grad_ETF, gate_into_EDF)
     up_bank_EDF = _outer_products(block_ETD, up_grad_ETF, up_into_EDF)
@@ -113,18 +112,18 @@ def ffn_backward(
 
     def visit(tile: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rows_grad_RD, gate_bank_EDF, up_bank_EDF, down_bank_EFD = gradients
-        group, base, in_group_T1 = _tile(tile, plan)
-        rows_TD, grad_TD = _take(rows_RD, base, in_group_T1), _take(grad_RD, base, in_group_T1)
-        gate_DF, up_DF, down_FD = (_matrix(bank, group) for bank in (gate_EDF, up_EDF, down_EFD))
-        hidden_TF, gate_grad_TF, up_grad_TF = _gated_backward(
-            _dot(rows_TD, gate_DF, 1, 0), _dot(rows_TD, up_DF, 1, 0), _dot(grad_TD, down_FD, 1, 1), dtype
+        at = _tile(tile, plan)
+        rows_TD, grad_TD = at.take(rows_RD), at.take(grad_RD)
+        gate_DF, up_DF, down_FD = (matrix(bank, at.group) for bank in (gate_EDF, up_EDF, down_EFD))
+        hidden_TF, gate_grad_TF, up_grad_TF = gated_gradients(
+            dot(rows_TD, gate_DF, 1, 0), dot(rows_TD, up_DF, 1, 0), dot(grad_TD, down_FD, 1, 1), dtype
         )
-        rows_grad_TD = _dot(gate_grad_TF, gate_DF, 1, 1) + _dot(up_grad_TF, up_DF, 1, 1)
+        rows_grad_TD = dot(gate_grad_TF, gate_DF, 1, 1) + dot(up_grad_TF, up_DF, 1, 1)
         return (
-            _put(rows_grad_RD, rows_grad_TD, base, in_group_T1),
-            _add(gate_bank_EDF, _dot(rows_TD, gate_grad_TF, 0, 0), group),
-            _add(up_bank_EDF, _dot(rows_TD, up_grad_TF, 0, 0), group),
-            _add(down_bank_EFD, _dot(hidden_TF, grad_TD, 0, 0), group),
+            at.put(rows_grad_TD, rows_grad_RD),
+            add(dot(rows_TD, gate_grad_TF, 0, 0), gate_bank_EDF, at.group),
+            add(dot(rows_TD, up_grad_TF, 0, 0), up_bank_EDF, at.group),
+            add(dot(hidden_TF, grad_TD, 0, 0), down_bank_EFD, at.group),
         )
 
     gradients = (rows_grad_RD, gate_bank_EDF, up_bank_EDF, down_bank_EFD)
@@ -132,22 +131,8 @@ def ffn_backward(
     return rows_grad_RD, tuple(bank_gradients)
 
 
-def _gated_backward(
-    gate: jax.Array, up: jax.Array, hidden_grad: jax.Array, dtype: jax.typing.DTypeLike
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`gated_backward`, computed in float32, rounded to `dtype`."""
-    hidden, gate_grad, up_grad = gated_backward(hidden_grad, gate.astype(jnp.float32), up.astype(jnp.float32))
-    return hidden.astype(dtype), gate_grad.astype(dtype), up_grad.astype(dtype)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """Product over one axis of each matrix, accumulated and returned in float32."""
-    dimensions = (((contract_a,), (contract_b,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
 def _batched_dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """`_dot` batched over experts, the first axis of both; the contracted axes count from the second."""
+    """`dot` batched over experts, the first axis of both; the contracted axes count from the second."""
     dimensions = (((contract_a + 1,), (contract_b + 1,)), ((0,), (0,)))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -162,7 +147,7 @@ def _outer_products(a_ETK: jax.Array, b_ETN: jax.Array, into_EKN: jax.Array | No
         return _batched_dot(a_ETK, b_ETN, 0, 0)
 
     def add_expert(expert: jax.Array, total_EKN: jax.Array) -> jax.Array:
-        return _add(total_EKN, _dot(_matrix(a_ETK, expert), _matrix(b_ETN, expert), 0, 0), expert)
+        return add(dot(matrix(a_ETK, expert), matrix(b_ETN, expert), 0, 0), total_EKN, expert)
 
     return lax.fori_loop(0, into_EKN.shape[0], add_expert, into_EKN)
 
@@ -186,33 +171,7 @@ def _from_blocks(blocks_ETC: jax.Array, plan: GroupPlan, dtype: jax.typing.DType
     return jnp.where(in_block_R[:, None], rows_RC, 0).astype(dtype)
 
 
-def _tile(tile: jax.Array, plan: GroupPlan) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """An overflow tile's group, the first row it reads, and the `[rows, 1]` mask of the rows that belong to it.
-
-    A tile that would extend past the buffer reads from an earlier row, and masks the rows before its start.
-    """
-    num_rows, rows = plan.row_group.shape[0], plan.tiling.tile_rows
+def _tile(tile: jax.Array, plan: GroupPlan) -> Tile:
+    """An overflow tile. One that would extend past the buffer reads from an earlier row."""
     group, start = plan.tile_group[tile], plan.tile_start[tile]
-    base = jnp.minimum(start, num_rows - rows)
-    row_T1 = base + jnp.arange(rows, dtype=jnp.int32)[:, None]
-    return group, base, (start <= row_T1) & (row_T1 < plan.offsets[group + 1])
-
-
-def _take(rows_RC: jax.Array, base: jax.Array, in_group_T1: jax.Array) -> jax.Array:
-    return jnp.where(in_group_T1, lax.dynamic_slice_in_dim(rows_RC, base, in_group_T1.shape[0]), 0)
-
-
-def _put(rows_RC: jax.Array, tile_TC: jax.Array, base: jax.Array, in_group_T1: jax.Array) -> jax.Array:
-    there_TC = lax.dynamic_slice_in_dim(rows_RC, base, in_group_T1.shape[0])
-    tile_TC = jnp.where(in_group_T1, tile_TC.astype(rows_RC.dtype), there_TC)
-    return lax.dynamic_update_slice_in_dim(rows_RC, tile_TC, base, 0)
-
-
-def _matrix(bank: jax.Array, group: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(bank, group, keepdims=False)
-
-
-def _add(bank: jax.Array, matrix: jax.Array, group: jax.Array) -> jax.Array:
-    # Of this shape XLA adds in place; a matrix without the first axis is copied out of the bank first.
-    there = lax.dynamic_slice_in_dim(bank, group, 1)
-    return lax.dynamic_update_slice_in_dim(bank, there + matrix[None], group, 0)
+    return tile_at(group, start, plan.offsets[group + 1], plan.tiling.tile_rows, plan.row_group.shape[0])

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unipool_jax.kernels.epilogues import Three, gated, gated_backward
+from unipool_jax.kernels.epilogues import Three, gated
 from unipool_jax.kernels.group_plan import GroupPlan
 from unipool_jax.kernels.implementations import target_device_kind
+from unipool_jax.kernels.xla_tile import Tile, add, dot, gated_gradients, matrix, tile_at
 
 Arrays = tuple[jax.Array, ...]
 
@@ -53,12 +53,12 @@ def ffn_forward(
     """`xla.ffn_forward`; the products are `[R, F]`."""
     dtype, wide = rows_RD.dtype, (rows_RD.shape[0], gate_EDF.shape[2])
 
-    def visit(turn: Turn, kept: Arrays) -> Arrays:
-        gate_DF, up_DF, down_FD = turn.matrices(gate_EDF, up_EDF, down_EFD)
+    def visit(turn: Tile, kept: Arrays) -> Arrays:
+        gate_DF, up_DF, down_FD = (matrix(bank, turn.group) for bank in (gate_EDF, up_EDF, down_EFD))
         rows_TD = turn.take(rows_RD)
-        gate_TF, up_TF = _dot(rows_TD, gate_DF, 1, 0), _dot(rows_TD, up_DF, 1, 0)
+        gate_TF, up_TF = dot(rows_TD, gate_DF, 1, 0), dot(rows_TD, up_DF, 1, 0)
         hidden_TF = gated(gate_TF, up_TF)[0].astype(dtype)
-        found = (_dot(hidden_TF, down_FD, 1, 0), gate_TF, up_TF)
+        found = (dot(hidden_TF, down_FD, 1, 0), gate_TF, up_TF)
         return tuple(turn.put(tile, array) for tile, array in zip(found, kept, strict=False))
 
     shapes = [rows_RD.shape, *([wide, wide] if keep_products else [])]
@@ -79,51 +79,22 @@ def ffn_backward(
     """`xla.ffn_backward`."""
     banks, dtype = (gate_EDF, up_EDF, down_EFD), rows_RD.dtype
 
-    def visit(turn: Turn, sums: Arrays) -> Arrays:
-        gate_DF, up_DF, down_FD = turn.matrices(*banks)
+    def visit(turn: Tile, sums: Arrays) -> Arrays:
+        gate_DF, up_DF, down_FD = (matrix(bank, turn.group) for bank in banks)
         rows_TD, grad_TD = turn.take(rows_RD), turn.take(grad_RD)
-        gate_TF, up_TF = (turn.take(product_RF).astype(jnp.float32) for product_RF in residuals)
-        gradients = gated_backward(_dot(grad_TD, down_FD, 1, 1), gate_TF, up_TF)
-        hidden_TF, gate_grad_TF, up_grad_TF = (array.astype(dtype) for array in gradients)
-        rows_grad_TD = _dot(gate_grad_TF, gate_DF, 1, 1) + _dot(up_grad_TF, up_DF, 1, 1)
+        gate_TF, up_TF = (turn.take(product_RF) for product_RF in residuals)
+        hidden_TF, gate_grad_TF, up_grad_TF = gated_gradients(gate_TF, up_TF, dot(grad_TD, down_FD, 1, 1), dtype)
+        rows_grad_TD = dot(gate_grad_TF, gate_DF, 1, 1) + dot(up_grad_TF, up_DF, 1, 1)
         return (
             turn.put(rows_grad_TD, sums[0]),
-            turn.add(_dot(rows_TD, gate_grad_TF, 0, 0), sums[1]),
-            turn.add(_dot(rows_TD, up_grad_TF, 0, 0), sums[2]),
-            turn.add(_dot(hidden_TF, grad_TD, 0, 0), sums[3]),
+            add(dot(rows_TD, gate_grad_TF, 0, 0), sums[1], turn.group),
+            add(dot(rows_TD, up_grad_TF, 0, 0), sums[2], turn.group),
+            add(dot(hidden_TF, grad_TD, 0, 0), sums[3], turn.group),
         )
 
     totals = into or tuple(_zeros(plan, bank.shape, jnp.float32) for bank in banks)
     rows_grad_RD, gate_sum, up_sum, down_sum = _each_turn(plan, visit, (_zeros(plan, rows_RD.shape, dtype), *totals))
     return rows_grad_RD, (gate_sum, up_sum, down_sum)
-
-
-class Turn(NamedTuple):
-    """The rows `base:base + T` of the buffer, of which those of one expert count."""
-
-    expert: jax.Array
-    base: jax.Array
-    own_T1: jax.Array
-
-    def matrices(self, *banks: jax.Array) -> Arrays:
-        """Those of the expert."""
-        return tuple(lax.dynamic_index_in_dim(bank, self.expert, keepdims=False) for bank in banks)
-
-    def take(self, rows_RC: jax.Array) -> jax.Array:
-        """The rows, zero where they are of others."""
-        return jnp.where(self.own_T1, lax.dynamic_slice_in_dim(rows_RC, self.base, self.own_T1.shape[0]), 0)
-
-    def put(self, tile_TC: jax.Array, rows_RC: jax.Array) -> jax.Array:
-        """The buffer with these rows; those of others stay."""
-        there_TC = lax.dynamic_slice_in_dim(rows_RC, self.base, self.own_T1.shape[0])
-        tile_TC = jnp.where(self.own_T1, tile_TC.astype(rows_RC.dtype), there_TC)
-        return lax.dynamic_update_slice_in_dim(rows_RC, tile_TC, self.base, 0)
-
-    def add(self, matrix: jax.Array, bank: jax.Array) -> jax.Array:
-        """The bank with `matrix` added to that of the expert."""
-        # Of this shape XLA adds in place; a matrix without the first axis is copied out of the bank first.
-        there = lax.dynamic_slice_in_dim(bank, self.expert, 1)
-        return lax.dynamic_update_slice_in_dim(bank, there + matrix[None], self.expert, 0)
 
 
 def step_rows(plan: GroupPlan) -> int:
@@ -132,7 +103,7 @@ def step_rows(plan: GroupPlan) -> int:
     return 16 * max(1, -(-(plan.tiling.block_rows - 16) // 128))
 
 
-def _each_turn(plan: GroupPlan, visit: Callable[[Turn, Arrays], Arrays], carry: Arrays) -> Arrays:
+def _each_turn(plan: GroupPlan, visit: Callable[[Tile, Arrays], Arrays], carry: Arrays) -> Arrays:
     """What `visit` makes of `carry`, for turns that cover the rows of all experts, those of few rows first."""
     num_rows, experts = plan.row_group.shape[0], plan.group_sizes.shape[0]
     step = step_rows(plan)
@@ -153,11 +124,8 @@ def _each_turn(plan: GroupPlan, visit: Callable[[Turn, Arrays], Arrays], carry: 
 
         def at(place: jax.Array, carry: Arrays, size: int = size) -> Arrays:
             turn = order_B[place]
-            expert, start = expert_B[turn], start_B[turn]
-            # At the end of the buffer the rows begin earlier.
-            base = jnp.minimum(start, num_rows - size)
-            row_T1 = base + jnp.arange(size, dtype=jnp.int32)[:, None]
-            return visit(Turn(expert, base, (start <= row_T1) & (row_T1 < start + rows_B[turn])), carry)
+            start = start_B[turn]
+            return visit(tile_at(expert_B[turn], start, start + rows_B[turn], size, num_rows), carry)
 
         carry = lax.fori_loop(first, end, at, carry)
     return carry
@@ -166,9 +134,3 @@ def _each_turn(plan: GroupPlan, visit: Callable[[Turn, Arrays], Arrays], carry: 
 def _zeros(plan: GroupPlan, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Zeros that vary over the devices of a mesh as the plan does."""
     return jnp.broadcast_to((plan.num_tiles * 0).astype(dtype), shape)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """Product over one axis of each matrix, accumulated and returned in float32."""
-    dimensions = (((contract_a,), (contract_b,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
