@@ -14,7 +14,7 @@ import numpy as np
 
 from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
-from unipool_jax.kernels import tpu_tiles
+from unipool_jax.kernels import tpu_tiles, xla_loops
 from unipool_jax.kernels.group_plan import block_shape
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.kernels.tpu_passes import halved_on
@@ -31,6 +31,7 @@ from unipool_jax.planner.attention import (
     padding,
     recomputes_product,
 )
+from unipool_jax.planner.group_rows import Visits, blocks, expected_tile_rows, loops
 from unipool_jax.planner.kernel_work import (
     BANK_GRADIENTS,
     ExpertShapes,
@@ -282,27 +283,27 @@ def _mean(layers: list[Work]) -> Work:
 
 
 def _expert_work_of(at: _Sizes, passes: int, load: LayerLoad) -> tuple[Work, Work]:
-    shapes, padded = _expert_shapes(at, load), _tile_padding(at, load)
+    visits = _visits(at, load)
+    shapes, padded = _expert_shapes(at, load, visits), visits.padding
     forward = [*expert_forward(shapes).values()]
     *others, bank_gradient = expert_backward(shapes).values()
     backward = [*others, *(bank_gradient,) * BANK_GRADIENTS]
     if at.config.model.remat == "experts":
         backward.append(forward[0])
     first, second = (sum(kernel.flops for kernel in kernels) for kernels in (forward, backward))
-    moved = sum(kernel.bytes for kernel in forward)
+    moved, again = sum(kernel.bytes for kernel in forward), forward[0].flops * visits.repeated
     return (
         Work("experts forward", first * padded * passes, first * passes, moved * passes),
-        Work("experts backward", second * padded, second, sum(kernel.bytes for kernel in backward)),
+        Work("experts backward", second * padded + again, second, sum(kernel.bytes for kernel in backward)),
     )
 
 
-def _expert_shapes(at: _Sizes, load: LayerLoad) -> ExpertShapes:
+def _expert_shapes(at: _Sizes, load: LayerLoad, visits: Visits) -> ExpertShapes:
     model, tensor = at.config.model, at.sizes["tensor"]
-    # Experts without rows are not read.
-    matrix = at.bank / 3 * load.share * load.busiest
-    rows = at.rows * load.busiest
+    rows, matrix = at.rows * load.busiest, at.bank / 3
     inner = rows if at.topology.is_tpu and at.config.kernels.implementation != "xla" else at.received
-    return ExpertShapes(rows, at.received, inner, model.hidden_size, model.ffn_size / tensor, matrix, at.narrow)
+    hidden, moved, sums = model.ffn_size / tensor, matrix * visits.reads, matrix * visits.sums
+    return ExpertShapes(rows, at.received, inner, model.hidden_size, hidden, moved, sums, at.narrow)
 
 
 def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> dict[str, KernelWork]:
@@ -312,7 +313,8 @@ def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> di
     if config.moe.router != "none":
         loads = layer_loads(config, sizes)
         for load in loads:
-            shapes, padded = _expert_shapes(at, load), _tile_padding(at, load)
+            visits = _visits(at, load)
+            shapes, padded = _expert_shapes(at, load, visits), visits.padding
             for name, work in (expert_forward(shapes) | expert_backward(shapes)).items():
                 total = found.get(name, KernelWork(0.0, 0.0))
                 found[name] = KernelWork(
@@ -325,42 +327,24 @@ def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> di
     return found
 
 
-def _tile_padding(at: _Sizes, load: LayerLoad) -> float:
-    """Computed rows over real rows: groups are divided into tiles, of which the last is not full."""
-    config = at.config
+def _visits(at: _Sizes, load: LayerLoad) -> Visits:
+    """What the products of a layer's experts make of their rows."""
+    config, model, chip = at.config, at.config.model, at.topology.chip
+    # Experts without rows are not read.
+    read = load.share * load.busiest
     if config.moe.router == "none":
-        return 1.0
-    group = at.rows * at.sizes["expert"] / config.experts_per_pool
+        return Visits(1.0, read, read)
+    groups = config.experts_per_pool / at.sizes["expert"]
     if config.kernels.implementation == "xla":
-        return expected_block_rows(at.rows, at.rows / group, group / load.share) / group
-    if at.topology.chip.torus_axes == 0:
-        return 1.0
-    tile = tpu_tiles.tile_rows(at.topology.chip.device_kind, group)
-    return expected_tile_rows(group / load.share, tile) / (group / load.share)
-
-
-def expected_tile_rows(group: float, tile: int) -> float:
-    """Mean number of tile rows for a group with a mean of `group` rows, under uniform random routing.
-
-    The first tile starts at the block of 16 rows in which its group starts, on average 7.5 rows earlier.
-    """
-    spread = math.sqrt(group)
-    sizes = group + spread * np.linspace(-4, 4, 401)
-    weights = np.exp(-0.5 * np.linspace(-4, 4, 401) ** 2)
-    tiles = np.ceil((np.maximum(sizes, 1) + (tpu_tiles.ROW_ALIGNMENT - 1) / 2) / tile)
-    return float(np.sum(tiles * weights) / np.sum(weights) * tile)
-
-
-def expected_block_rows(rows: float, groups: float, group: float) -> float:
-    """Mean rows that plain XLA computes for one of `groups` groups, of which those with rows have `group` on average.
-
-    Every group has a block of the same rows, and what does not fit goes through tiles; uniform random routing.
-    """
-    block, tile = block_shape(int(rows), round(groups))
-    deviations = np.linspace(-4, 4, 401)
-    weights = np.exp(-0.5 * deviations**2)
-    tiles = np.ceil(np.maximum(group + math.sqrt(group) * deviations - block, 0) / tile)
-    return block + float(np.sum(tiles * weights) / np.sum(weights) * tile) * min(1.0, rows / (groups * group))
+        block, _ = block_shape(int(at.rows), round(groups))
+        weights = model.hidden_size * model.ffn_size // at.sizes["tensor"]
+        looped = xla_loops.pay(block, weights, model.compute_dtype, chip.device_kind)
+        return (loops if looped else blocks)(at.rows, groups, load.share)
+    if chip.torus_axes == 0:
+        return Visits(1.0, read, read)
+    group = at.rows / groups
+    tile = tpu_tiles.tile_rows(chip.device_kind, group)
+    return Visits(expected_tile_rows(group / load.share, tile) / (group / load.share), read, read)
 
 
 def _ends(at: _Sizes) -> tuple[Work, ...]:
@@ -379,9 +363,11 @@ def _ends(at: _Sizes) -> tuple[Work, ...]:
 
 def _bank_traffic(at: _Sizes) -> float:
     _, mixture = _passes(at)
-    read = sum(load.share * load.busiest for load in layer_loads(at.config, at.sizes))
     again = 2 / 3 if at.config.model.remat == "experts" else 0
-    return at.config.num_microbatches * read * at.bank * (at.narrow * (mixture + 1 + again) + 2 * WIDE)
+    passes = at.narrow * (mixture + 1 + again)
+    visits = [_visits(at, load) for load in layer_loads(at.config, at.sizes)]
+    moved = sum(visit.reads * passes + visit.sums * 2 * WIDE for visit in visits)
+    return at.config.num_microbatches * at.bank * moved
 
 
 def _messages(at: _Sizes) -> list[Message]:
