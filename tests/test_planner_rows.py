@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from benchmarks.planner_check.cases import config_of
 from benchmarks.planner_check.predict import counted
@@ -16,16 +15,16 @@ WIDE = "{} model.num_layers=1 model.hidden_size=1024 model.ffn_size=1024 {}"
 """Experts of 2^20 weights a matrix."""
 
 
-def drawn(rows: int, experts: int, visible: int) -> NDArray[np.int64]:
+def drawn(rows: int, experts: int, visible: int) -> list[int]:
     """Rows of each expert in 4000 layers; the visible ones come first."""
     odds = np.arange(experts) < visible
-    return np.random.default_rng(0).multinomial(rows, odds / visible, size=4000)
+    return [int(found) for found in np.random.default_rng(0).multinomial(rows, odds / visible, size=4000).flat]
 
 
 @pytest.mark.parametrize("visible", [32, 16])
 def test_blocks_and_tiles_of_plain_xla(visible: int) -> None:
     """Of 1024 rows in 32 groups every block has 40 rows, those of empty experts too, and tiles have 32."""
-    tiles = sum(math.ceil(max(rows - 40, 0) / 32) for rows in drawn(1024, 32, visible).flat) / (4000 * 32)
+    tiles = sum(math.ceil(max(rows - 40, 0) / 32) for rows in drawn(1024, 32, visible)) / (4000 * 32)
     found = blocks(1024, 32, visible / 32)
     assert found.padding == pytest.approx((40 + 32 * tiles) / 32, rel=0.01)
     # A matrix is read for its block and for each tile, and its gradient is added to as often.
@@ -40,7 +39,7 @@ def test_blocks_and_tiles_of_plain_xla(visible: int) -> None:
 def test_turns_of_loops(rows: int, experts: int, visible: int, step: int) -> None:
     """An expert is visited in turns of at most 12 steps, the last padded to a whole one; no turn exceeds the buffer."""
     turns = computed = 0
-    for left in drawn(rows, experts, visible).flat:
+    for left in drawn(rows, experts, visible):
         while left > 0:
             turns += 1
             computed += min(math.ceil(min(left, 12 * step) / step) * step, rows)
