@@ -190,7 +190,7 @@ def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> di
 def _visits(at: Sizes, load: LayerLoad) -> Visits:
     """What the products of a layer's experts make of their rows."""
     config, model, chip = at.config, at.config.model, at.topology.chip
-    # Experts without rows are not read.
+    # The kernels do not read experts without rows.
     read = load.share * load.busiest
     if config.moe.router == "none":
         return Visits(1.0, read, read)
