@@ -275,8 +275,9 @@ def test_layers_with_experts_of_their_own_keep_products_where_they_add_to_a_grad
     config = compose_config(["method=vanilla", "scale=182m", "kernels.implementation=pallas_tpu", "model.remat=none"])
     assert not keeps_products(config, "pallas_tpu", on_mesh=False)
     assert keeps_products(config, "pallas_tpu", on_mesh=True)
-    recomputed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="attention"))
-    assert not keeps_products(recomputed, "pallas_tpu", on_mesh=True)
+    for remat, keeps in (("attention", True), ("moe", False)):
+        recomputed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        assert keeps_products(recomputed, "pallas_tpu", on_mesh=True) == keeps
     assert not keeps_products(compose_config(["method=dense", "model.remat=none"]), "pallas_tpu", on_mesh=True)
 
 

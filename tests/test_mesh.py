@@ -424,6 +424,11 @@ def test_rest_of_the_devices_and_what_does_not_fit() -> None:
         (["mesh.data=3"], r"train.microbatch_size=8: must be a multiple of mesh.data=3; the next one is 9"),
         (["mesh.data=1", "mesh.tensor=4"], r"mesh.tensor=4: must divide model.num_kv_heads=2"),
         (["mesh.data=1", "mesh.fsdp=32"], r"mesh.fsdp=32: must divide model.hidden_size=16"),
+        (["mesh.data=1", "mesh.fsdp=16"], r"mesh.fsdp=16: must divide model.ffn_size=24"),
+        (
+            ["mesh.data=1", "mesh.fsdp=8", "mesh.tensor=2"],
+            r"mesh.fsdp=8 x mesh.tensor=2: must divide model.ffn_size=24",
+        ),
         (["mesh.data=1", "mesh.expert=16", "train.microbatch_size=16"], r"mesh.expert=16: must divide the 8 experts"),
         (["mesh.expert=-1"], r"mesh.data=-1 and mesh.expert=-1: only one axis"),
         (["mesh.fsdp=0"], r"mesh.fsdp=0: must be at least 1"),

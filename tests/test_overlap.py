@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from planned import needs_compiler
-from tiny import slow_among, tiny_config
+from tiny import slow_among, tiny_batch, tiny_config
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import ConfigError, MeshConfig
@@ -23,6 +23,9 @@ from unipool_jax.planner.collectives import Module, kernel_inside, parse
 from unipool_jax.planner.compilation import compile_step, topology_mesh
 from unipool_jax.planner.roofline import schedule
 from unipool_jax.planner.schedule import Window
+from unipool_jax.training.sharding import batch_sharding
+from unipool_jax.training.state import state_shapes
+from unipool_jax.training.step import make_train_step
 
 N, D, F, E = 16, 8, 12, 4
 
@@ -95,6 +98,33 @@ def test_the_tie_changes_no_bit(sizes: tuple[int, int, int, int], monkeypatch: p
         np.testing.assert_array_equal(tied, apart)
 
 
+def step_barriers(*more: str, fsdp: int = 2) -> list[list[tuple[int, ...]]]:
+    """`barriers` of a traced training step of four layers with two experts each, but for those of rotary positions."""
+    mesh = make_mesh(MeshConfig(1, fsdp, 2, 1), jax.devices()[: 2 * fsdp])
+    config = tiny_config("vanilla", "model.remat=none", *more)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), tiny_batch(config)
+    )
+    step: Any = make_train_step(config, mesh)
+    with jax.set_mesh(mesh):
+        found = barriers(step.trace(state_shapes(config, mesh), batch).jaxpr.jaxpr)
+    return [shapes for shapes in found if len(shapes) > 1]
+
+
+def test_a_layer_gathers_and_scatters_its_own_experts_beside_its_attention() -> None:
+    """Forward, gathered weights and what attention gives; backward, what it takes or gives and scattered gradients.
+
+    The dense layer in front has no experts, and one gathers nothing that is not split over fsdp.
+    """
+    hidden, wide, narrow = (8, 8, 16), (2, 16, 24), (2, 24, 16)
+    exchange = [(64, 16), (2, *wide), (2, *wide), (2, *narrow)]
+    own = [[hidden, wide, wide, narrow], exchange, [hidden, wide], [hidden, wide, narrow]]
+    assert step_barriers() == own
+    assert step_barriers("moe.dense_layers=1", "pool.groups=3") == own
+    for others in (step_barriers("pool.groups=2"), step_barriers(fsdp=1)):
+        assert [shapes[0] for shapes in others] == exchange[:1]
+
+
 def test_sparse_cores_are_asked_for_and_refused_where_there_are_none() -> None:
     """Off, the step is compiled with no option at all; a CPU has no SparseCores."""
     assert compiler_options(MeshConfig()) == {}
@@ -111,6 +141,27 @@ def beside(module: Module, window: Window) -> list[str]:
     """Kernels that stand between start and done."""
     lines = module.computations[window.sequence][window.start + 1 : window.done]
     return [kernel for line in lines if (kernel := kernel_inside(module, line)) is not None]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_gathers_and_scatters_of_a_layers_own_experts_are_hidden_by_its_attention() -> None:
+    """All gathers; of the gradients scattered, up and half of down or more. No gradient is summed whole."""
+    settings = ["model.remat=none", "mesh.fsdp=16", "mesh.expert=4", "mesh.sparse_core_collectives=true"]
+    config = compose_config(["mode=plan", "method=vanilla", "scale=978m", "mesh=v5p_64", *settings])
+    mesh = topology_mesh(config)
+    module, topology = parse(compile_step(config, mesh).text), parse_topology("v5p:4x4x4")
+    sizes = {name: int(size) for name, size in mesh.shape.items()}
+    windows = [w for w in schedule(config, sizes, topology, mesh, module).windows if w.collective.times == 24]
+    gathers = [w for w in windows if w.collective.kind == "all-gather" and "6144" in w.collective.shapes[0]]
+    scatters = [w for w in windows if "6144" in w.collective.shapes[0] or "2,384,1536" in w.collective.shapes[0]]
+    scatters = [w for w in scatters if w.collective.kind in ("reduce-scatter", "all-reduce")]
+    assert len(gathers) == len(scatters) == 3
+    assert {w.collective.kind for w in scatters} == {"reduce-scatter"}
+    assert sum(min(w.between, w.seconds) for w in gathers) > 0.95 * sum(w.seconds for w in gathers)
+    shares = sorted(min(w.between / w.seconds, 1.0) for w in scatters)
+    assert shares[2] == 1.0
+    assert shares[1] > 0.5
 
 
 @needs_compiler

@@ -384,6 +384,8 @@ def test_collectives_of_chips_with_cores_for_them_are_read() -> None:
         ("unipool", ()),
         pytest.param("vanilla", ("loss.switch_group_sequences=8",), marks=pytest.mark.slow),
         pytest.param("vanilla", ("loss.switch_group_sequences=8", "model.remat=none"), marks=pytest.mark.slow),
+        pytest.param("vanilla", ("loss.switch_group_sequences=8", "model.remat=attention"), marks=pytest.mark.slow),
+        pytest.param("vanilla", ("loss.switch_group_sequences=8", "model.remat=moe"), marks=pytest.mark.slow),
         pytest.param("unipool", ("pool.groups=2", "model.remat=moe"), marks=pytest.mark.slow),
         pytest.param("sliding", ("train.batch_size=8", "model.remat=none"), marks=pytest.mark.slow),
         pytest.param("unipool", ("model.remat=experts",), marks=pytest.mark.slow),

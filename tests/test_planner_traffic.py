@@ -345,15 +345,15 @@ def test_plain_xla_stacks_what_layers_keep() -> None:
     assert stacked("auto", gpus, "full") == stacked("xla", TOPOLOGY, "full") == 0
 
 
-@pytest.mark.parametrize(("remat", "held"), [("none", LAYERS), ("full", 1)])
+@pytest.mark.parametrize(("remat", "held"), [("none", LAYERS), ("attention", LAYERS), ("full", 1)])
 def test_banks_of_layers_are_held_one_at_a_time_unless_kept(remat: str, held: int) -> None:
-    """Each layer its own eight experts: gathered bank and gradient, and the shards of all gradients."""
+    """Each layer its own eight experts: gathered banks, the gradient of one, and the shards of all gradients."""
     layers, pool = (
         work.count(small(method, f"model.remat={remat}", "loss.switch_group_sequences=8"), SIZES, TOPOLOGY)
         for method in ("vanilla", "unipool")
     )
     bank = 3 * D * F * EXPERTS / 2
-    gathered = moved((bank / LAYERS * held, HALF + FULL, 1), (bank / 2, FULL, 1))
+    gathered = moved((bank / LAYERS * held, HALF, 1), (bank / LAYERS + bank / 2, FULL, 1))
     routers = LAYERS * (EXPERTS - EXPERTS / LAYERS) * D / 2
     expected = pool.temporary_bytes - moved((bank, HALF + FULL, 1), (routers, FULL, 2)) + gathered
     assert layers.temporary_bytes == expected

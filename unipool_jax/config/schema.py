@@ -103,8 +103,8 @@ class ModelConfig:
     """Dtype of activations and matrix products. Parameters and optimizer state are always float32."""
     remat: Remat = "moe"
     """What the backward pass recomputes: nothing, scores and choices of routers, the gate and up products of experts,
-    the attention block, the mixture block of each layer, or each whole layer. With several pools over mesh.fsdp, all
-    but `none` also gather the weights of each pool again."""
+    the attention block, the mixture block of each layer, or each whole layer. With several pools over mesh.fsdp, `moe`
+    and `full` also gather the weights of each pool again."""
 
     @property
     def matrix_std(self) -> float:

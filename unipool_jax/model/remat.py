@@ -10,7 +10,7 @@
 | `full` | the input of each layer |
 
 `experts` is done where those products are made (`kernels.grouped_ffn`), `router` in `moe.mixture`. With several pools
-over mesh.fsdp, all but `none` do not keep gathered weights either: the backward pass gathers those of one pool at a
+over mesh.fsdp, `moe` and `full` do not keep gathered weights either: the backward pass gathers those of one pool at a
 time.
 """
 
@@ -49,7 +49,7 @@ def rematerialized(
 
 def _regathers(config: Config) -> bool:
     """Whether the backward pass gathers the weights of each pool again; see above."""
-    return config.pool.groups > 1 and config.mesh.fsdp != 1 and config.model.remat != "none"
+    return config.pool.groups > 1 and config.mesh.fsdp != 1 and config.model.remat in ("moe", "full")
 
 
 def without_gathered_weights(config: Config, stage: type[nn.Module]) -> type[nn.Module]:
@@ -65,10 +65,8 @@ def _recomputes_stage(config: Config) -> bool:
 
 
 def _all_but_placements(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
-    """Keep every value but the results of sharding constraints, and of the barrier that a gathered weight passes.
+    """Keep every value but the results of sharding constraints, of a gathered weight that is the weight before.
 
-    Instead of a gathered weight that keeps the weight before.
-
-    Naming the gathered weights would not do: a name is an operation of its own, and its operand would be kept.
+    And but those of the barrier that gathered weights pass (`moe.beside_attention`). Naming the gathered weights would not do: a name is an operation of its own, and its operand would be kept.
     """
-    return primitive.name not in ("sharding_constraint", "optimization_barrier", "pvary", "pcast")
+    return primitive.name not in ("sharding_constraint", "optimization_barrier")

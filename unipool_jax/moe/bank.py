@@ -136,11 +136,10 @@ def kept_products(config: Config) -> Products | None:
 def keeps_products(config: Config, implementation: Implementation, on_mesh: bool) -> bool:
     """Whether a step keeps products as `kept_products` says, with kernels of this implementation.
 
-    Not where a pool of several is recomputed as a whole (see `model.remat`), and not without an accumulator.
+    Not without an accumulator.
     """
-    kept = ("none", "attention") if config.pool.groups == 1 else ("none",)
     accumulates = config.moe.router != "none" and (on_mesh or config.layers_per_pool > 1)
-    return implementation == "pallas_tpu" and config.model.remat in kept and accumulates
+    return implementation == "pallas_tpu" and config.model.remat in ("none", "attention") and accumulates
 
 
 def exchanges_into_stacks(config: Config, transport: Transport, tensor: int) -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
-from unipool_jax.moe.overlap import tied
+from unipool_jax.moe.overlap import awaited, tied
 
 
 def before_attention(normed_BSD: jax.Array, bank: Bank) -> tuple[jax.Array, Bank]:
@@ -38,5 +38,5 @@ def behind_attention(attended_BSD: jax.Array, bank: Bank, dtype: jnp.dtype) -> t
     """
     attended_BSD, gate_EDF = tied(attended_BSD, bank.gate_EDF)
     bank = bank._replace(gate_EDF=gate_EDF)
-    attended_BSD, weights = jax.lax.optimization_barrier((attended_BSD, gathered_bank(bank, dtype)))
+    attended_BSD, weights = awaited(attended_BSD, gathered_bank(bank, dtype))
     return attended_BSD, Experts(weights, gradient_accumulator(bank))

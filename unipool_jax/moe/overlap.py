@@ -1,4 +1,4 @@
-"""Order of the backward pass, so that an exchange of rows between devices has arithmetic to hide behind."""
+"""Order that the compiler may not change, so that collectives have arithmetic to hide behind."""
 
 from __future__ import annotations
 
@@ -34,3 +34,26 @@ def _backward(_: None, gradients: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tr
 
 
 tied.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def awaited(hidden: jax.Array, others: Tree) -> tuple[jax.Array, Tree]:
+    """The two arguments unchanged; neither is used before both are there. The backward pass has no such order.
+
+    Args:
+      hidden: what the layer goes on with.
+      others: what is to be there by then, such as gathered weights.
+    """
+    hidden, others = jax.lax.optimization_barrier((hidden, others))
+    return hidden, others
+
+
+def _awaited_forward(hidden: jax.Array, others: Tree) -> tuple[tuple[jax.Array, Tree], None]:
+    return awaited(hidden, others), None
+
+
+def _awaited_backward(_: None, gradients: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
+    return gradients
+
+
+awaited.defvjp(_awaited_forward, _awaited_backward)

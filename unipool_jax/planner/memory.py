@@ -54,9 +54,10 @@ def temporaries(at: Sizes) -> float:
     shared = shares_one_bank(config)
     pools = 1 if shared else config.pool.groups
     outside, in_pools = parameters(at)
-    # The gathered bank and its float32 gradient, not sharded over fsdp; of per-layer pools one at a time, plus the
-    # sharded gradient of all.
-    gathered = (at.narrow + WIDE) * at.bank * (pools if sizes["fsdp"] == 1 or model.remat == "none" else 1)
+    # The gathered bank and its float32 gradient, not sharded over fsdp; gradients of per-layer pools one at a time, plus
+    # the sharded gradient of all.
+    gathered = at.narrow * at.bank * (1 if at.regathers else pools)
+    gathered += WIDE * at.bank * (pools if sizes["fsdp"] == 1 else 1)
     gradient = WIDE * (in_pools if not shared and sizes["fsdp"] > 1 else 0)
     dense = WIDE * outside * (1 if config.num_microbatches == 1 else 2)
     tables = 2 * at.narrow * model.vocab_size * model.hidden_size

@@ -107,7 +107,7 @@ def messages(at: Sizes) -> list[Message]:
     fsdp = _other(sizes, "fsdp")
     replicas = ("data", "fsdp", "expert") if config.moe.router == "none" else ("data",)
     # Several pools are gathered in the forward pass of every micro-batch, and again in the backward pass unless kept.
-    gathers = 1 if shared else config.pool.groups * micro * (1 + counting + (model.remat != "none"))
+    gathers = 1 if shared else config.pool.groups * micro * (1 + counting + at.regathers)
     sums = 1 if shared else config.pool.groups * micro
     dense = at.attention_weights / sizes["tensor"] * at.narrow
     rows = 0 if config.moe.router == "none" else config.experts_per_pool
@@ -115,7 +115,7 @@ def messages(at: Sizes) -> list[Message]:
     blocks = at.block_weights / sizes["tensor"] * at.narrow
     head = model.vocab_size * model.hidden_size * at.narrow
     tables = head + head / sizes["tensor"]
-    again = 2 if model.remat == "full" or (model.remat != "none" and config.pool.groups > 1) else 1
+    again = 2 if model.remat == "full" or at.regathers else 1
     found = [
         Message("experts, gathered", "all-gather", ("fsdp",), gathers, at.narrow * at.bank * fsdp),
         Message("experts, gradient scattered", "reduce-scatter", ("fsdp",), sums, WIDE * at.bank * fsdp),

@@ -51,6 +51,12 @@ class Sizes:
         return self.rows * (self.config.mesh.expert_nodes if self.transport == "ragged" else 1)
 
     @property
+    def regathers(self) -> bool:
+        """Whether the backward pass gathers the weights of each pool again: see `model.remat`."""
+        several = self.config.pool.groups > 1 and self.sizes["fsdp"] > 1
+        return several and self.config.model.remat in ("moe", "full")
+
+    @property
     def transport(self) -> Transport:
         """How tokens reach their experts."""
         chip, devices = self.topology.chip, self.topology.num_devices
