@@ -35,7 +35,7 @@ def bank_pass(
     """
     tile_rows, shape = plan.tiling.tile_rows, into_EKN.shape
     rows_RK, grad_RN, into_EKN = padded_rows(rows_RK), padded_rows(grad_RN), padded(into_EKN)
-    _, rows_width, grad_width = into_EKN.shape
+    rows_width, grad_width = into_EKN.shape[1:]
     narrow, width = sorted((rows_width, grad_width))
     itemsize, dtype = rows_RK.dtype.itemsize, rows_RK.dtype
     columns = tile_columns(
@@ -86,7 +86,7 @@ def _kernel(
     def _() -> None:
         reader.start(0)
 
-    _, rows_width, grad_width = into.shape
+    rows_width, grad_width = into.shape[1:]
     spec = pl.BlockSpec((None, columns, grad_width) if divides_rows else (None, rows_width, columns), index)
     step = functools.partial(_visit, visits, num_visits, reader)
     pltpu.emit_pipeline(step, grid=(num_visits,), in_specs=[spec], out_specs=[spec])(into, *outputs)
