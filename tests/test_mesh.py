@@ -285,7 +285,7 @@ def bank_collectives(text: str) -> dict[str, tuple[int, int]]:
     for block in blocks:
         for shape, kind in re.findall(r"= f32\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-reduce)\(", block):
             *_, rows, columns = [int(x) for x in f"1,1,{shape}".split(",") if x]
-            if (rows, columns) in {(16, 24), (24, 16), (4, 24), (24, 4)}:
+            if (rows, columns) in {(16, 24), (24, 16), (4, 24), (6, 16)}:
                 found[kind][not block.lstrip().startswith("ENTRY")] += 1
     return {kind: (outside, inside) for kind, (outside, inside) in found.items() if outside + inside}
 

@@ -24,7 +24,7 @@ from unipool_jax.config.schema import ConfigError
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.model.report import count_parameters
 from unipool_jax.parallel.mesh import make_mesh
-from unipool_jax.planner import compilation, links, report, work
+from unipool_jax.planner import compilation, group_rows, links, report, work
 from unipool_jax.planner.collectives import Collective, _first_group, collectives, kernels, parse
 
 SCALES = ("182m", "469m", "650m", "830m", "978m")
@@ -214,7 +214,7 @@ def test_rows_of_tiles_are_those_of_a_plan(mean: int, tile: int) -> None:
         sizes = np.bincount(rng.integers(0, experts, mean * experts), minlength=experts)
         first = np.cumsum(sizes) - sizes
         rows.append(np.sum(-(-(sizes + first % 16) // tile)) * tile / experts)
-    assert work.expected_tile_rows(mean, tile) == pytest.approx(np.mean(rows), rel=0.03)
+    assert group_rows.expected_tile_rows(mean, tile) == pytest.approx(np.mean(rows), rel=0.03)
 
 
 def test_tiles_are_chosen_for_the_rows_that_arrive() -> None:

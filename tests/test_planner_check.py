@@ -18,7 +18,6 @@ from benchmarks.planner_check.fit import (
     ranks,
 )
 from benchmarks.planner_check.predict import counted, predicted_seconds, step_of
-from unipool_jax.planner.work import expected_block_rows
 
 
 @pytest.mark.parametrize("least", [0.0, 6e8])
@@ -64,19 +63,6 @@ def test_held_out_cases_are_many_and_not_calibrated_on() -> None:
     configs = [config_of(case) for case in (*CALIBRATION, *HELD_OUT)]
     assert len(HELD_OUT) >= 24
     assert len(set(configs)) == len(configs)
-
-
-def test_rows_of_plain_xla_are_blocks_and_tiles() -> None:
-    """Of 1024 rows in 32 groups every block has 40 rows; as simulated."""
-    random = np.random.default_rng(0)
-    sizes = random.normal(32, 32**0.5, 200_000)
-    tiles = np.ceil(np.maximum(sizes - 40, 0) / 32)
-    assert expected_block_rows(1024, 32, 32) == pytest.approx(40 + 32 * tiles.mean(), rel=0.01)
-
-
-def test_experts_that_no_layer_visits_have_blocks_too() -> None:
-    """Half are empty and the others have 64 rows: all have a block of 40, and a sixth of the others need two tiles."""
-    assert expected_block_rows(1024, 32, 64) == pytest.approx(40 + 0.5 * 32 * (1 + 1 / 6), rel=0.02)
 
 
 def test_activations_have_the_bytes_of_their_type() -> None:

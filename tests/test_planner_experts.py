@@ -13,8 +13,8 @@ from unipool_jax.config.chips import CHIPS
 from unipool_jax.config.compose import compose_config
 from unipool_jax.kernels.tpu_tiles import tile_rows
 from unipool_jax.planner.experts import expert_kernels
+from unipool_jax.planner.group_rows import expected_tile_rows
 from unipool_jax.planner.report import count_step
-from unipool_jax.planner.work import expected_tile_rows
 
 
 @pytest.mark.parametrize(("method", "experts"), [("unipool", 96), ("vanilla", 8)])

@@ -73,19 +73,19 @@ def problems(config: Config) -> Iterator[str]:
         if rows % ways:
             nearest, total = -(-rows // ways) * ways, f" = {ways}" if " x " in over else ""
             yield f"train.{name}={rows}: must be a multiple of {over}{total}; the next one is {nearest}"
-    split = {
-        "fsdp": {"model.hidden_size": model.hidden_size},
-        "tensor": {
-            "model.num_kv_heads": model.num_kv_heads,
-            "model.ffn_size": model.ffn_size,
-            **({} if config.moe.dense_ffn_size is None else {"moe.dense_ffn_size": config.moe.dense_ffn_size}),
-            "model.vocab_size": model.vocab_size,
-        },
+    widths = {"model.ffn_size": model.ffn_size}
+    if config.moe.dense_ffn_size is not None:
+        widths["moe.dense_ffn_size"] = config.moe.dense_ffn_size
+    split: dict[tuple[str, ...], dict[str, int]] = {
+        ("fsdp",): {"model.hidden_size": model.hidden_size},
+        ("tensor",): {"model.num_kv_heads": model.num_kv_heads, "model.vocab_size": model.vocab_size},
+        ("fsdp", "tensor"): widths,
     }
-    for axis, settings in split.items():
+    for axes, settings in split.items():
+        parts, by = math.prod(sizes[axis] for axis in axes), " x ".join(shown[axis] for axis in axes if sizes[axis] > 1)
         for name, size in settings.items():
-            if size % sizes[axis]:
-                yield f"{shown[axis]}: must divide {name}={size}; choose another size"
+            if size % parts:
+                yield f"{by}: must divide {name}={size}; choose another size"
     if config.moe.router != "none" and config.experts_per_pool % sizes["expert"]:
         yield (
             f"{shown['expert']}: must divide the {config.experts_per_pool} experts of a pool; choose another size, or "

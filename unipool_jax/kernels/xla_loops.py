@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from numpy.typing import NDArray
 
 from unipool_jax.kernels.epilogues import Three, gated
 from unipool_jax.kernels.group_plan import GroupPlan
@@ -24,6 +27,7 @@ from unipool_jax.kernels.implementations import target_device_kind
 from unipool_jax.kernels.xla_tile import Tile, add, dot, gated_gradients, matrix, tile_at
 
 Arrays = tuple[jax.Array, ...]
+Rows = TypeVar("Rows", jax.Array, NDArray[np.float64])
 
 LEAST_ROWS = 64
 """Rows of a block, about those of a mean expert, from which loops are used. With fewer, copying the matrices costs more
@@ -37,8 +41,13 @@ PARTS = 12
 def suits(rows_RD: jax.Array, gate_EDF: jax.Array, plan: GroupPlan) -> bool:
     """Whether loops are the faster form of these products; measured for float32 only."""
     _, width, hidden = gate_EDF.shape
-    wide = width * hidden >= LEAST_WEIGHTS and plan.tiling.block_rows >= LEAST_ROWS
-    return wide and rows_RD.dtype == jnp.float32 and target_device_kind() == "cpu"
+    return pay(plan.tiling.block_rows, width * hidden, rows_RD.dtype.name, target_device_kind())
+
+
+def pay(block_rows: int, weights: int, dtype: str, device_kind: str) -> bool:
+    """`suits` for blocks of so many rows, matrices of so many weights, and rows of that type."""
+    wide = weights >= LEAST_WEIGHTS and block_rows >= LEAST_ROWS
+    return wide and dtype == "float32" and device_kind == "cpu"
 
 
 def ffn_forward(
@@ -97,25 +106,30 @@ def ffn_backward(
     return rows_grad_RD, (gate_sum, up_sum, down_sum)
 
 
-def step_rows(plan: GroupPlan) -> int:
+def step_rows(block_rows: int) -> int:
     """Rows by which the sizes of turns differ: about an eighth of those of a mean expert, a multiple of 16."""
     # A block holds up to 16 rows more than a mean expert.
-    return 16 * max(1, -(-(plan.tiling.block_rows - 16) // 128))
+    return 16 * max(1, -(-(block_rows - 16) // 128))
+
+
+def turns_and_steps(rows: Rows, step: int) -> tuple[Rows, Rows]:
+    """Turns for so many rows of one expert, and steps that these compute: the last is padded to a whole one."""
+    return -(-rows // (PARTS * step)), -(-rows // step)
 
 
 def _each_turn(plan: GroupPlan, visit: Callable[[Tile, Arrays], Arrays], carry: Arrays) -> Arrays:
     """What `visit` makes of `carry`, for turns that cover the rows of all experts, those of few rows first."""
     num_rows, experts = plan.row_group.shape[0], plan.group_sizes.shape[0]
-    step = step_rows(plan)
+    step = step_rows(plan.tiling.block_rows)
     most = PARTS * step
     # A row of the table for each turn that there may be: every expert has its own, and one for each full tile.
-    turns_E = -(-plan.group_sizes // most)
+    turns_E, _ = turns_and_steps(plan.group_sizes, step)
     ends_E = jnp.cumsum(turns_E)
     turn_B = jnp.arange(experts + num_rows // most, dtype=jnp.int32)
     expert_B = jnp.minimum(jnp.searchsorted(ends_E, turn_B, side="right").astype(jnp.int32), experts - 1)
     start_B = plan.offsets[expert_B] + (turn_B - (ends_E - turns_E)[expert_B]) * most
     rows_B = jnp.minimum(plan.offsets[expert_B + 1] - start_B, most)
-    steps_B = jnp.where(turn_B < ends_E[-1], -(-rows_B // step), PARTS + 1)
+    steps_B = jnp.where(turn_B < ends_E[-1], turns_and_steps(rows_B, step)[1], PARTS + 1)
     order_B = jnp.argsort(steps_B, stable=True)
     bounds = jnp.searchsorted(steps_B[order_B], jnp.arange(PARTS + 1), side="right").astype(jnp.int32)
 

@@ -65,8 +65,10 @@ def _recomputes_stage(config: Config) -> bool:
 
 
 def _all_but_placements(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
-    """Keep every value but the results of sharding constraints: of a gathered weight that is the weight before.
+    """Keep every value but the results of sharding constraints, and of the barrier that a gathered weight passes.
+
+    Instead of a gathered weight that keeps the weight before.
 
     Naming the gathered weights would not do: a name is an operation of its own, and its operand would be kept.
     """
-    return primitive.name != "sharding_constraint"
+    return primitive.name not in ("sharding_constraint", "optimization_barrier", "pvary", "pcast")

@@ -27,7 +27,8 @@ from unipool_jax.kernels.norms import post_norm, rms_norm
 from unipool_jax.model.attention import Attention, AttentionWeights, KeyValueCache, attention
 from unipool_jax.model.remat import rematerialized, without_gathered_weights
 from unipool_jax.model.switch import Switched
-from unipool_jax.moe.bank import ExpertPool, Experts, pool_experts
+from unipool_jax.moe.bank import ExpertPool, Experts, gathered_by_layer, pool_experts
+from unipool_jax.moe.beside_attention import before_attention, behind_attention
 from unipool_jax.moe.mixture import RouterParameters, RouterWeights, Selection, Visits, mixture
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.moe.shared_experts import SharedExperts, SharedWeights
@@ -118,6 +119,10 @@ def layer(
     """
     model = config.model
     normed_BSD = rms_norm(hidden_BSD, weights.attention_norm_D, model.norm_epsilon)
+    gathers = weights.router is not None and experts.accumulator is None and gathered_by_layer(config)
+    bank = experts.weights
+    if gathers:
+        normed_BSD, bank = before_attention(normed_BSD, bank)
     attend = rematerialized(config, "attention", functools.partial(attention, config))
     attended_BSD, cache, gate = attend(
         normed_BSD,
@@ -128,6 +133,9 @@ def layer(
         inputs.sees_all,
         inputs.place,
     )
+    if gathers:
+        attended_BSD, gathered = behind_attention(attended_BSD, bank, model.compute_dtype)
+        experts = gathered._replace(products=experts.products, place=experts.place)
     hidden_BSD = hidden_BSD + post_norm(attended_BSD, weights.attention_post_norm_D, model.post_norm_epsilon)
     normed_BSD = rms_norm(hidden_BSD, weights.ffn_norm_D, model.norm_epsilon)
     if weights.depth_D is not None:
@@ -205,7 +213,9 @@ class Layer(nn.Module):
         )
         if not self.keep_routing:
             outputs = outputs._replace(visits=None)
-        return ((hidden_BSD, cache), Carried(experts.accumulator, experts.products)), outputs
+        # The only layer of a pool may have made the accumulator itself.
+        carried = Carried(None if accumulator is None else experts.accumulator, experts.products)
+        return ((hidden_BSD, cache), carried), outputs
 
 
 class DenseLayer(nn.Module):

@@ -15,12 +15,20 @@ from unipool_jax.kernels.implementations import Implementation, resolve
 from unipool_jax.kernels.tpu_layouts import can_be_halved, stack_shape
 from unipool_jax.moe.capacity import capacity, rows_per_device
 from unipool_jax.moe.dispatch import Transport, transport_for
-from unipool_jax.parallel.mesh import active_mesh, constrain, gathered, gathered_axes, num_shards, spec
+from unipool_jax.parallel.mesh import (
+    active_mesh,
+    constrain,
+    gathered,
+    gathered_axes,
+    num_shards,
+    scattered_dimension,
+    spec,
+)
 
 BANK_AXES = {
     "gate": ("experts", "embed", "ffn"),
     "up": ("experts", "embed", "ffn"),
-    "down": ("experts", "ffn", "embed"),
+    "down": ("experts", "ffn_rows", None),
 }
 """Logical axes (see `mesh.RULES`) of the parameters of a bank, in the order of the fields of `Bank`."""
 
@@ -62,7 +70,8 @@ class Experts(NamedTuple):
     """
 
     weights: Bank
-    """`[E, ...]` in the compute dtype, without a gradient. Without an accumulator: the float32 parameters, with one."""
+    """`[E, ...]` in the compute dtype, gathered over fsdp, without a gradient. Without an accumulator: the float32
+    parameters, with one."""
     accumulator: Bank | None
     """Float32 `[E, ...]`; over a mesh `[C, E, ...]` with one replica for each of the C devices that share an expert."""
     products: Products | None = None
@@ -77,9 +86,16 @@ def pool_experts(config: Config, bank: Bank) -> Experts:
     """The experts of a pool from its parameters `[E, ...]`."""
     # On one device, adding the gradient of a single layer to zeros costs more than writing it.
     plain = config.layers_per_pool == 1 and active_mesh() is None
-    if plain or config.moe.router == "none":
+    if plain or config.moe.router == "none" or gathered_by_layer(config):
         return Experts(bank, None)
     return Experts(gathered_bank(bank, config.model.compute_dtype), gradient_accumulator(bank))
+
+
+def gathered_by_layer(config: Config) -> bool:
+    """Whether a pool leaves its experts to its only layer to gather: see `moe.beside_attention`."""
+    mesh = active_mesh()
+    over_fsdp = mesh is not None and mesh.shape["fsdp"] > 1
+    return over_fsdp and config.layers_per_pool == 1 and config.moe.router != "none"
 
 
 def kept_products(config: Config) -> Products | None:
@@ -194,7 +210,7 @@ def _sum_replicas(grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """`[C, E, ...]` to `[E, ...]`, reduced over data and fsdp and scattered over fsdp."""
 
     def on_device(replica: jax.Array) -> jax.Array:
-        part = jax.lax.psum_scatter(replica[0], "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
+        part = jax.lax.psum_scatter(replica[0], "fsdp", scatter_dimension=scattered_dimension(axes), tiled=True)
         return jax.lax.psum(part, "data")
 
     return jax.shard_map(

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 
-from unipool_jax.kernels.grouped_ffn import Bank
+Tree = TypeVar("Tree")
 
 
 @jax.custom_vjp
-def tied(hidden_ND: jax.Array, accumulator: Bank) -> tuple[jax.Array, Bank]:
-    """The two arguments unchanged; in the backward pass, neither gradient goes on before both are there.
+def tied(hidden: jax.Array, others: Tree) -> tuple[jax.Array, Tree]:
+    """The two arguments unchanged; in the backward pass, no gradient goes on before all are there.
 
-    The last exchange of a layer's backward pass carries the gradient of `hidden_ND` home. Nothing in the layer needs
+    The last exchange of a layer's backward pass carries the gradient of the tokens home. Nothing in the layer needs
     the gradient of the bank, so the TPU compiler would put it behind the backward pass of attention, and the exchange
     would run alone. Tied, it has to be there before attention goes on, and the place left is beside the exchange.
 
     Args:
-      hidden_ND: the tokens of a mixture, `[N, D]`, or what it sends to other devices, of any shape.
-      accumulator: of the bank's gradient: see `moe.bank.Experts`.
+      hidden: what the layer goes on with: the tokens of a mixture, `[N, D]`, or what it sends to other devices.
+      others: what it needs nothing of, such as the accumulator of `moe.bank.Experts`.
     """
-    return hidden_ND, accumulator
+    return hidden, others
 
 
-def _forward(hidden_ND: jax.Array, accumulator: Bank) -> tuple[tuple[jax.Array, Bank], None]:
-    return (hidden_ND, accumulator), None
+def _forward(hidden: jax.Array, others: Tree) -> tuple[tuple[jax.Array, Tree], None]:
+    return (hidden, others), None
 
 
-def _backward(_: None, gradients: tuple[jax.Array, Bank]) -> tuple[jax.Array, Bank]:
-    hidden_ND, accumulator = jax.lax.optimization_barrier(gradients)
-    return hidden_ND, accumulator
+def _backward(_: None, gradients: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
+    hidden, others = jax.lax.optimization_barrier(gradients)
+    return hidden, others
 
 
 tied.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from unipool_jax.config.schema import ModelConfig
 from unipool_jax.parallel.linear import linear
 
-SWIGLU_AXES = {"gate": ("embed", "ffn"), "up": ("embed", "ffn"), "down": ("ffn", "embed")}
+SWIGLU_AXES = {"gate": ("embed", "ffn"), "up": ("embed", "ffn"), "down": ("ffn_rows", None)}
 """Logical axes (see `mesh.RULES`) of the parameters of a block, in the order of the fields of `SwiGLUWeights`."""
 
 

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from unipool_jax.parallel.mesh import RULES, active_mesh, constrain, gathered, gathered_axes, num_shards, spec
+from unipool_jax.parallel.mesh import (
+    RULES,
+    active_mesh,
+    constrain,
+    gathered,
+    gathered_axes,
+    num_shards,
+    scattered_dimension,
+    spec,
+)
 
 Axes = tuple[str | None, str | None]
 """Logical axes of a matrix; see `mesh.RULES`."""
@@ -87,7 +96,9 @@ def _reduced_gradient(
         return local_gradient(*rows)
 
     def on_device(*rows: jax.Array) -> jax.Array:
-        part = jax.lax.psum_scatter(local_gradient(*rows), "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
+        part = jax.lax.psum_scatter(
+            local_gradient(*rows), "fsdp", scatter_dimension=scattered_dimension(axes), tiled=True
+        )
         return jax.lax.psum(part, ("data", "expert"))
 
     return jax.shard_map(on_device, mesh=mesh, in_specs=tuple(specs), out_specs=spec(*axes))(*rows)

@@ -25,11 +25,17 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "experts": "expert",
     "embed": "fsdp",
     "ffn": "tensor",
+    "ffn_rows": ("tensor", "fsdp"),
     "heads": "tensor",
     "vocab": "tensor",
 }
 """Logical axis -> mesh axes. `replica` is a leading axis with one entry for each data-parallel replica, such as the
-gradient accumulators of a bank before they are summed, `device` one with an entry for each device."""
+gradient accumulators of a bank before they are summed, `device` one with an entry for each device. `ffn_rows` are the
+rows of a matrix from expert width to model width: of its columns fsdp could leave a device less than the 128 of a
+register, and then the TPU compiler all-reduces the gradient instead of scattering it."""
+
+_GATHERED = {"embed": None, "ffn_rows": "ffn"}
+"""Logical axes that are split over fsdp, and what they are once gathered."""
 
 Axes = Sequence[str | None]
 """Logical axes of an array; None is an axis that is not sharded."""
@@ -59,8 +65,14 @@ def constrain(array: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def gathered_axes(logical: Sequence[str | None]) -> tuple[str | None, ...]:
-    """The logical axes of a weight after it is gathered over fsdp: `embed` is no longer sharded."""
-    return tuple(None if name == "embed" else name for name in logical)
+    """The logical axes of a weight after it is gathered over fsdp."""
+    return tuple(name if name is None else _GATHERED.get(name, name) for name in logical)
+
+
+def scattered_dimension(logical: Sequence[str | None]) -> int:
+    """The dimension along which a weight with these logical axes is split over fsdp."""
+    (dimension,) = (index for index, name in enumerate(logical) if name in _GATHERED)
+    return dimension
 
 
 def gathered(weights: jax.Array, *logical: str | None) -> jax.Array:

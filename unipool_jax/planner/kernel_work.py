@@ -28,7 +28,9 @@ class ExpertShapes(NamedTuple):
     width: int
     hidden: float
     matrix: float
-    """Weights in one of the three matrices of the experts that have rows."""
+    """Weights moved for a product with one of the three matrices, each as often as it is moved."""
+    sums: float
+    """The same of weights of one whose gradient is read and written."""
     narrow: int
     """Bytes of an activation, and of a weight in a product."""
 
@@ -43,14 +45,14 @@ def expert_forward(shapes: ExpertShapes) -> dict[str, KernelWork]:
 
 def expert_backward(shapes: ExpertShapes) -> dict[str, KernelWork]:
     """The kernels of a backward pass, by name; one call of the last, of which there are three."""
-    rows, width, hidden, matrix, narrow = shapes.rows, shapes.width, shapes.hidden, shapes.matrix, shapes.narrow
+    rows, width, hidden, narrow = shapes.rows, shapes.width, shapes.hidden, shapes.narrow
     return {
         # Beside the gradient of the output it reads the gate and up products.
         "expert_ffn_gate_gradient": _row_pass(shapes, 1, width + 2 * hidden, shapes.inner * 3 * hidden),
         "expert_ffn_rows_gradient": _row_pass(shapes, 2, 2 * hidden, shapes.written * width),
         # The running gradient is read and written in float32.
         "grouped_bank_gradient": KernelWork(
-            2 * rows * width * hidden, narrow * rows * (width + hidden) + 2 * WIDE * matrix
+            2 * rows * width * hidden, narrow * rows * (width + hidden) + 2 * WIDE * shapes.sums
         ),
     }
 
