@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.grouped_matmul import group_sizes
 from unipool_jax.kernels import pallas_tpu, tpu_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
-from unipool_jax.kernels.tpu_passes import BANK_PASS
+from unipool_jax.kernels.tpu_bank_pass import BANK_PASS
 
 ALIGNMENT = tpu_tiles.ROW_ALIGNMENT
 BYTES = 2  # of a bfloat16 value; bank gradients are float32

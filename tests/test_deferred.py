@@ -12,10 +12,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from planned import needs_compiler, small
 from unipool_jax.config.schema import MeshConfig
-from unipool_jax.kernels import deferred, pallas_tpu, tpu_passes
+from unipool_jax.kernels import deferred, pallas_tpu, tpu_call
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, stacking_ffn
-from unipool_jax.kernels.tpu_passes import stack_shape
+from unipool_jax.kernels.tpu_layouts import stack_shape
 from unipool_jax.moe import bank as banks
 from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.planner import compilation
@@ -185,7 +185,7 @@ def test_a_step_adds_every_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_kernels_give_the_same_bits_now_or_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that nothing wrote is NaN; groups share blocks of 16 rows; a layer has no rows."""
-    monkeypatch.setattr(tpu_passes, "INTERPRET", pltpu.InterpretParams(uninitialized_memory="nan"))
+    monkeypatch.setattr(tpu_call, "INTERPRET", pltpu.InterpretParams(uninitialized_memory="nan"))
     shape = (80, 4, 256, 384, jnp.bfloat16)
     rows, bank, sums, grad = operands(*shape)
     sizes = jnp.asarray([[20, 0, 33, 5], [0, 0, 0, 0], [1, 2, 0, 77]], jnp.int32)

@@ -16,10 +16,10 @@ import grouped_oracle as oracle
 from planned import needs_compiler, small
 from test_pallas_tpu import REPLICATED, mesh_of
 from unipool_jax.config.compose import compose_config
-from unipool_jax.kernels import pallas_tpu, tpu_passes
+from unipool_jax.kernels import pallas_tpu, tpu_call
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, stacking_ffn
-from unipool_jax.kernels.tpu_passes import can_be_halved, stack_shape
+from unipool_jax.kernels.tpu_layouts import can_be_halved, stack_shape
 from unipool_jax.moe.bank import keeps_products, kept_products
 from unipool_jax.planner.collectives import Module, parse
 from unipool_jax.planner.compilation import compile_step, topology_mesh
@@ -67,7 +67,7 @@ def test_products_kept_in_shared_arrays_give_the_same_bits(
     sizes: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Groups that share a block of 16 rows, rows of no group, a layer without rows; arrays full of NaN before."""
-    monkeypatch.setattr(tpu_passes, "INTERPRET", pltpu.InterpretParams(uninitialized_memory="nan"))
+    monkeypatch.setattr(tpu_call, "INTERPRET", pltpu.InterpretParams(uninitialized_memory="nan"))
     rng = np.random.default_rng(0)
     wide, narrow = (SHAPE.experts, SHAPE.width, SHAPE.hidden), (SHAPE.experts, SHAPE.hidden, SHAPE.width)
     sums = Bank._make(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (wide, wide, narrow))

@@ -24,7 +24,7 @@ from planned import needs_gpu_compiler
 from test_pallas_gpu import check_absent_gpu
 from unipool_jax.config import mesh_rules
 from unipool_jax.config.compose import compose_config
-from unipool_jax.kernels import mosaic_gpu, mosaic_passes, mosaic_tiles
+from unipool_jax.kernels import mosaic_gpu, mosaic_shared, mosaic_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn
 from unipool_jax.kernels.implementations import hopper_problem, platform_problem
@@ -42,7 +42,7 @@ def race_detector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mosaic_tiles, "MULTIPROCESSORS", 1)
     if Version("0.12") <= _JAX:
         monkeypatch.setattr(
-            mosaic_gpu, "INTERPRET", mosaic_passes.plgpu.InterpretGPUParams(detect_races=True, on_race="raise")
+            mosaic_gpu, "INTERPRET", mosaic_shared.plgpu.InterpretGPUParams(detect_races=True, on_race="raise")
         )
 
 

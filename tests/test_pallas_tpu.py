@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 import grouped_oracle as oracle
 import test_grouped_ffn
 import test_grouped_matmul
-from unipool_jax.kernels import pallas_tpu, tpu_passes, tpu_tiles
+from unipool_jax.kernels import pallas_tpu, tpu_call, tpu_tiles
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, accumulating_ffn, grouped_ffn
 
@@ -33,7 +33,7 @@ WIDE = oracle.Shape(rows=100, experts=6, width=256, hidden=128)
 @pytest.fixture(autouse=True)
 def race_detector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run with uninitialized memory full of NaN, and fail on two unordered accesses to the same memory."""
-    monkeypatch.setattr(tpu_passes, "INTERPRET", pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+    monkeypatch.setattr(tpu_call, "INTERPRET", pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
     interpret_pallas_call.races = None
     yield
     assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found

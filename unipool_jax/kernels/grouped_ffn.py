@@ -10,7 +10,7 @@ from unipool_jax.kernels import deferred, pallas_tpu, reference
 from unipool_jax.kernels.deferred import Pending
 from unipool_jax.kernels.group_plan import GroupPlan
 from unipool_jax.kernels.grouped_matmul import BACK_ENDS, check_operands, vary_alike
-from unipool_jax.kernels.tpu_passes import stack_shape
+from unipool_jax.kernels.tpu_layouts import stack_shape
 
 
 class Bank(NamedTuple):
@@ -128,7 +128,7 @@ def stacking_ffn(
             are then read in `products`, and only the gradient is that of this argument.
         bank: experts in the rows' dtype; they get no gradient.
         accumulator: float32, shaped as `bank`; its values are not used.
-        products: of all layers, R and F as `tpu_passes.stack_shape` pads them; values of other layers are not used.
+        products: of all layers, R and F as `tpu_layouts.stack_shape` pads them; values of other layers are not used.
         place: which of the L layers this is, int32 scalar.
         plan: from `make_group_plan(sizes, R)`, for `pallas_tpu`.
 

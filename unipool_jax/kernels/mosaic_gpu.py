@@ -1,7 +1,8 @@
 """Grouped products for NVIDIA GPUs of compute capability 9.0 (Hopper), in Pallas with its Mosaic GPU back end.
 
-The kernels, in `mosaic_passes`, take operands of 16 bits and widths that are multiples of 64; other products are those
-of `xla`. Where no GPU is compiled for they are interpreted, slowly, which is for tests and needs JAX 0.12.
+The kernels, in `mosaic_row_pass` and `mosaic_bank_pass`, take operands of 16 bits and widths that are multiples of 64;
+other products are those of `xla`. Where no GPU is compiled for they are interpreted, slowly, which is for tests and
+needs JAX 0.12.
 """
 
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unipool_jax.kernels import mosaic_passes, xla
+from unipool_jax.kernels import xla
 from unipool_jax.kernels.epilogues import Three, gated, gated_and_products, gated_backward, unchanged
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 from unipool_jax.kernels.implementations import hopper_problem, target_device_kind
+from unipool_jax.kernels.mosaic_bank_pass import bank_pass
+from unipool_jax.kernels.mosaic_row_pass import row_pass
+from unipool_jax.kernels.mosaic_shared import plgpu
 from unipool_jax.kernels.mosaic_tiles import COLUMNS, ROWS, bank_tile, row_tile
 
 # How kernels are interpreted without a GPU, if not as Pallas does by default; tests turn on the race detector here.
@@ -58,7 +62,7 @@ def bank_gradient(
     if into_EKN is None:
         into_EKN = jnp.zeros_like(rows_RK, jnp.float32, shape=(plan.group_sizes.shape[0], depth, width))
     rows_RK, grad_RN = _padded(rows_RK), _padded(grad_RN)
-    return mosaic_passes.bank_pass(rows_RK, grad_RN, plan.offsets, into_EKN, bank_tile(), _interpret())
+    return bank_pass(rows_RK, grad_RN, plan.offsets, into_EKN, bank_tile(), _interpret())
 
 
 def ffn_forward(
@@ -118,10 +122,10 @@ def _row_pass(
     transpose_bank: bool = False,
     beside: tuple[jax.Array, ...] = (),
 ) -> list[jax.Array]:
-    """`mosaic_passes.row_pass` for any number of rows."""
+    """`row_pass` for any number of rows."""
     num_rows = rows[0].shape[0]
     tile = row_tile(plan.tiling.tile_rows, len(rows), len(banks), len(beside))
-    outputs = mosaic_passes.row_pass(
+    outputs = row_pass(
         epilogue,
         num_outputs,
         [_padded(array) for array in rows],
@@ -154,7 +158,7 @@ def _interpret() -> Any:
       NotImplementedError: another device, or too old a JAX.
     """
     if (kind := target_device_kind()) == "cpu":
-        return INTERPRET or mosaic_passes.plgpu.InterpretGPUParams()
+        return INTERPRET or plgpu.InterpretGPUParams()
     if problem := hopper_problem(kind):
         raise NotImplementedError(problem)
     return None

@@ -1,4 +1,5 @@
-"""Grouped products for TPU, optimized for many experts with few rows each. The kernels are in `tpu_passes`.
+"""Grouped products for TPU, optimized for many experts with few rows each. The kernels are in `tpu_row_pass` and
+`tpu_bank_pass`.
 
 On a single device that is not a TPU, Pallas's TPU interpreter runs them, slowly. To compile ahead of time for a TPU,
 trace under `jax.set_mesh` with a mesh of its devices.
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 
 from unipool_jax.kernels.epilogues import Three, gated, gated_and_products, gated_backward, summed, unchanged
 from unipool_jax.kernels.group_plan import GroupPlan
-from unipool_jax.kernels.tpu_passes import bank_pass, row_pass
+from unipool_jax.kernels.tpu_bank_pass import bank_pass
+from unipool_jax.kernels.tpu_row_pass import row_pass
 
 
 def matmul(rows_RK: jax.Array, bank: jax.Array, plan: GroupPlan, *, transpose_bank: bool) -> jax.Array:

@@ -12,7 +12,7 @@ from unipool_jax.config.schema import Config, ModelConfig
 from unipool_jax.kernels.deferred import Pending, added, nothing_left
 from unipool_jax.kernels.grouped_ffn import Bank, Products
 from unipool_jax.kernels.implementations import Implementation, resolve
-from unipool_jax.kernels.tpu_passes import can_be_halved, stack_shape
+from unipool_jax.kernels.tpu_layouts import can_be_halved, stack_shape
 from unipool_jax.moe.capacity import capacity, rows_per_device
 from unipool_jax.moe.dispatch import Transport, transport_for
 from unipool_jax.parallel.mesh import (

@@ -96,7 +96,9 @@ def _reduced_gradient(
         return local_gradient(*rows)
 
     def on_device(*rows: jax.Array) -> jax.Array:
-        part = jax.lax.psum_scatter(local_gradient(*rows), "fsdp", scatter_dimension=scattered_dimension(axes), tiled=True)
+        part = jax.lax.psum_scatter(
+            local_gradient(*rows), "fsdp", scatter_dimension=scattered_dimension(axes), tiled=True
+        )
         return jax.lax.psum(part, ("data", "expert"))
 
     return jax.shard_map(on_device, mesh=mesh, in_specs=tuple(specs), out_specs=spec(*axes))(*rows)

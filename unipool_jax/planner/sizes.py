@@ -8,7 +8,7 @@ import math
 from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels.implementations import Implementation
-from unipool_jax.kernels.tpu_passes import halved_on
+from unipool_jax.kernels.tpu_layouts import halved_on
 from unipool_jax.moe.bank import exchanges_into_stacks, keeps_products
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
