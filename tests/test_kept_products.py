@@ -16,6 +16,7 @@ import grouped_oracle as oracle
 from planned import needs_compiler, small
 from test_pallas_tpu import REPLICATED, mesh_of
 from unipool_jax.config.compose import compose_config
+from unipool_jax.config.schema import Remat
 from unipool_jax.kernels import pallas_tpu, tpu_call
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, stacking_ffn
@@ -275,9 +276,10 @@ def test_layers_with_experts_of_their_own_keep_products_where_they_add_to_a_grad
     config = compose_config(["method=vanilla", "scale=182m", "kernels.implementation=pallas_tpu", "model.remat=none"])
     assert not keeps_products(config, "pallas_tpu", on_mesh=False)
     assert keeps_products(config, "pallas_tpu", on_mesh=True)
-    for remat, keeps in (("attention", True), ("moe", False)):
+    keeps: dict[Remat, bool] = {"attention": True, "moe": False}
+    for remat, expected in keeps.items():
         recomputed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-        assert keeps_products(recomputed, "pallas_tpu", on_mesh=True) == keeps
+        assert keeps_products(recomputed, "pallas_tpu", on_mesh=True) == expected
     assert not keeps_products(compose_config(["method=dense", "model.remat=none"]), "pallas_tpu", on_mesh=True)
 
 

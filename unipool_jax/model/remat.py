@@ -67,6 +67,7 @@ def _recomputes_stage(config: Config) -> bool:
 def _all_but_placements(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
     """Keep every value but the results of sharding constraints, of a gathered weight that is the weight before.
 
-    And but those of the barrier that gathered weights pass (`moe.beside_attention`). Naming the gathered weights would not do: a name is an operation of its own, and its operand would be kept.
+    And but those of the barrier that gathered weights pass (`moe.beside_attention`). Naming the gathered weights would
+    not do: a name is an operation of its own, and its operand would be kept.
     """
     return primitive.name not in ("sharding_constraint", "optimization_barrier")

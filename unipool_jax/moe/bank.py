@@ -205,7 +205,7 @@ def _accumulator_backward(_: None, grads: Bank) -> tuple[Bank]:
     return (Bank(*(_sum_replicas(grad, axes) for grad, axes in zip(grads, BANK_AXES.values(), strict=True))),)
 
 
-def _sum_replicas(grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _sum_replicas(grad: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """`[C, E, ...]` to `[E, ...]`, reduced over data and fsdp and scattered over fsdp."""
 
     def on_device(replica: jax.Array) -> jax.Array:

@@ -14,7 +14,6 @@ collective has.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
@@ -31,7 +30,7 @@ def before_attention(normed_BSD: jax.Array, bank: Bank) -> tuple[jax.Array, Bank
     return normed_BSD, bank._replace(up_EDF=up_EDF, down_EFD=down_EFD)
 
 
-def behind_attention(attended_BSD: jax.Array, bank: Bank, dtype: jnp.dtype) -> tuple[jax.Array, Experts]:
+def behind_attention(attended_BSD: jax.Array, bank: Bank, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Experts]:
     """The output of attention, unchanged, and the experts of the bank, gathered by then, in `dtype`.
 
     In the backward pass, attention's begins when the gradient of gate, which is the first to be there, is scattered.

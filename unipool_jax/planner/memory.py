@@ -54,8 +54,8 @@ def temporaries(at: Sizes) -> float:
     shared = shares_one_bank(config)
     pools = 1 if shared else config.pool.groups
     outside, in_pools = parameters(at)
-    # The gathered bank and its float32 gradient, not sharded over fsdp; gradients of per-layer pools one at a time, plus
-    # the sharded gradient of all.
+    # The gathered bank and its float32 gradient, not sharded over fsdp; of the gradients of per-layer pools one at a
+    # time, plus the sharded ones of all.
     gathered = at.narrow * at.bank * (1 if at.regathers else pools)
     gathered += WIDE * at.bank * (pools if sizes["fsdp"] == 1 else 1)
     gradient = WIDE * (in_pools if not shared and sizes["fsdp"] > 1 else 0)
