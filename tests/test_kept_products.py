@@ -15,17 +15,21 @@ from jax.experimental.pallas import tpu as pltpu
 import grouped_oracle as oracle
 from planned import needs_compiler, small
 from test_pallas_tpu import REPLICATED, mesh_of
+from tiny import slow_among, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config.compose import compose_config
-from unipool_jax.config.schema import Remat
+from unipool_jax.config.schema import Config, Remat
 from unipool_jax.kernels import pallas_tpu, tpu_call
 from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, stacking_ffn
+from unipool_jax.kernels.recompute import handed_back, recompute
 from unipool_jax.kernels.tpu_layouts import can_be_halved, stack_shape
+from unipool_jax.moe import mixture
 from unipool_jax.moe.bank import keeps_products, kept_products
 from unipool_jax.planner.collectives import Module, parse
 from unipool_jax.planner.compilation import compile_step, topology_mesh
 from unipool_jax.planner.instructions import Traffic
 from unipool_jax.planner.schedule import sequences
+from unipool_jax.training.step import make_train_step
 
 SHAPE = oracle.Shape(rows=70, experts=4, width=8, hidden=24)
 LAYERS = 2
@@ -162,6 +166,91 @@ def both_ways(backward: bool, sizes: jax.Array, rows: Any, grad: Any, banks: Any
         out,
         pallas_tpu.ffn_backward(halved_grad, stack, gate, up, down, plan, (kept[0], kept[1]), tuple(sums), place),
     )
+
+
+@jax.custom_vjp
+def square_into(rows: jax.Array, written: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Squares, and an array in which the backward pass looks for the rows."""
+    return rows * rows, written + rows
+
+
+square_into.defvjp(
+    lambda rows, written: (square_into(rows, written), None),
+    lambda _, cotangents: (2 * cotangents[0] * cotangents[1], cotangents[1]),
+)
+
+
+def test_a_recomputed_function_finds_what_it_wrote_where_cotangents_are() -> None:
+    def in_scratch(rows: jax.Array) -> jax.Array:
+        squares, written = square_into(rows, jnp.zeros_like(rows))
+        return handed_back(squares, written)
+
+    def plain(rows: jax.Array) -> jax.Array:
+        return jnp.square(rows)
+
+    rows, grad = jnp.arange(4.0), jnp.arange(4.0) + 1
+    out, pullback = jax.vjp(recompute(plain, in_scratch), rows)
+    np.testing.assert_array_equal(out, rows * rows)
+    np.testing.assert_array_equal(pullback(grad)[0], 2 * rows * grad)
+    # Without a backward pass, and in the forward pass of one, the plain function runs.
+    traced = str(jax.make_jaxpr(recompute(plain, in_scratch))(rows))
+    assert "square_into" not in traced
+
+
+def plain_forward(
+    rows: jax.Array, gate: Any, up: Any, down: Any, plan: Any, *, keep_products: bool, stacks: Any = (), place: Any = 0
+) -> Any:
+    """`pallas_tpu.ffn_forward`, a row at a time."""
+    expert = jnp.searchsorted(plan.offsets[1:], jnp.arange(len(rows)), side="right")
+    gated, raised = (jnp.einsum("rd,rdf->rf", rows, bank[expert]) for bank in (gate, up))
+    out = jnp.einsum("rf,rfd->rd", jax.nn.silu(gated) * raised, down[expert])
+    if stacks:
+        (height, width), parts = gated.shape, zip(stacks, (gated, raised), strict=True)
+        return out, tuple(stack.at[place, :height, :width].set(part) for stack, part in parts)
+    return out, (gated, raised) if keep_products else None
+
+
+def plain_backward(
+    grad: jax.Array, rows: jax.Array, gate: Any, up: Any, down: Any, plan: Any, products: Any, into: Any, place: Any = 0
+) -> Any:
+    """`pallas_tpu.ffn_backward`, from the products it is given."""
+    if products[0].ndim == 3:
+        products = [stack[place, : len(rows), : gate.shape[2]] for stack in products]
+
+    def from_products(gated: jax.Array, raised: jax.Array, down: jax.Array) -> jax.Array:
+        expert = jnp.searchsorted(plan.offsets[1:], jnp.arange(len(rows)), side="right")
+        return jnp.einsum("rf,rfd->rd", jax.nn.silu(gated) * raised, down[expert])
+
+    def to_products(rows: jax.Array, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
+        expert = jnp.searchsorted(plan.offsets[1:], jnp.arange(len(rows)), side="right")
+        return jnp.einsum("rd,rdf->rf", rows, gate[expert]), jnp.einsum("rd,rdf->rf", rows, up[expert])
+
+    *product_grads, down_grad = jax.vjp(from_products, *products, down)[1](grad)
+    rows_grad, gate_grad, up_grad = jax.vjp(to_products, rows, gate, up)[1](tuple(product_grads))
+    return rows_grad, tuple(a + b for a, b in zip(into, (gate_grad, up_grad, down_grad), strict=True))
+
+
+@pytest.mark.parametrize("remat", slow_among(["moe", "full"], ["full"]))
+def test_a_recomputed_step_in_scratch_gives_the_same_bits(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers over one bank on one device; where a layer's products are to be is NaN before."""
+    monkeypatch.setattr(pallas_tpu, "ffn_forward", plain_forward)
+    monkeypatch.setattr(pallas_tpu, "ffn_backward", plain_backward)
+    settings = ("kernels.implementation=pallas_tpu", "model.compute_dtype=float32", "model.num_layers=2")
+    config = tiny_config("unipool", *settings, f"model.remat={remat}")
+    batch, made = tiny_batch(config), []
+
+    def scratch(config: Config) -> Products:
+        rows = config.train.microbatch_size * config.data.sequence_length * config.moe.top_k
+        made.append(jnp.full((1, 1, *stack_shape(rows, config.model.ffn_size)), jnp.nan, config.model.compute_dtype))
+        return Products(made[-1], made[-1])
+
+    wanted = make_train_step(config)(tiny_state(config), batch)
+    monkeypatch.setattr(mixture, "scratch_products", scratch)
+    found = make_train_step(config)(tiny_state(config), batch)
+    assert made
+    for new, old in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert np.isfinite(np.asarray(old)).all()
+        np.testing.assert_array_equal(new, old)
 
 
 def test_products_that_do_not_fit_are_refused() -> None:
@@ -307,3 +396,15 @@ def test_a_compiled_step_copies_no_kept_products(method: str, topology: str, mic
     assert moved_arrays(module, rf"bf16\[([14],)*{rows},640\]") == []
     if topology.startswith("v5p") and config.num_microbatches == 1:
         assert moved_arrays(module, rf"bf16\[([14],)*({rows},(512|2,256)|{rows // 8},8,2,256)\]") == []
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["moe", "full"])
+def test_a_recomputed_layer_lays_out_no_received_rows(remat: str) -> None:
+    """Only the forward pass does, as they come and before they go: two arrays of 2048 rows a layer."""
+    size = ("model.hidden_size=512", "train.microbatch_size=16", f"model.remat={remat}")
+    config = small("unipool", "mesh.topology=v5p:2x2x1", "loss.pool_statistics=previous", *size)
+    module = parse(compile_step(config, topology_mesh(config)).text)
+    found = moved_arrays(module, r"bf16\[([14],)*(2048,(512|2,256)|256,8,2,256)\]")
+    assert len(found) == 2, found

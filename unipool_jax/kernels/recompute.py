@@ -10,10 +10,13 @@ import jax
 Result = TypeVar("Result")
 
 
-def recompute(function: Callable[..., Result]) -> Callable[..., Result]:
+def recompute(
+    function: Callable[..., Result], differentiated: Callable[..., Result] | None = None
+) -> Callable[..., Result]:
     """`function` of positional arguments, of which the backward pass keeps nothing but those arguments.
 
-    For the body of a scan: elsewhere the compiler may merge the recomputation with the forward pass.
+    For the body of a scan: elsewhere the compiler may merge the recomputation with the forward pass. `differentiated`
+    computes the same in its place where there is a backward pass.
     """
 
     # `jax.checkpoint` alone would not do: the policy of a surrounding `jax.checkpoint` overrides those inside it. It
@@ -23,10 +26,31 @@ def recompute(function: Callable[..., Result]) -> Callable[..., Result]:
         return function(*arguments)
 
     def forward(*arguments: Any) -> tuple[Result, Any]:
-        return jax.vjp(jax.checkpoint(function, prevent_cse=False), *arguments)
+        result, pullback = jax.vjp(jax.checkpoint(differentiated or function, prevent_cse=False), *arguments)
+        return (result if differentiated is None else function(*arguments)), pullback
 
     def backward(pullback: Any, cotangent: Any) -> Any:
         return pullback(cotangent)
 
     opaque.defvjp(forward, backward)
     return opaque
+
+
+@jax.custom_vjp
+def handed_back(result: Result, written: Any) -> Result:
+    """`result`; in the backward pass the cotangent of `written` is `written`, the arrays themselves.
+
+    For a function that finds what its forward pass wrote where it finds gradients: see `grouped_ffn.stacking_ffn`.
+    """
+    return result
+
+
+def _handed_back_forward(result: Result, written: Any) -> tuple[Result, Any]:
+    return result, written
+
+
+def _handed_back_backward(written: Any, cotangent: Any) -> tuple[Any, Any]:
+    return cotangent, written
+
+
+handed_back.defvjp(_handed_back_forward, _handed_back_backward)

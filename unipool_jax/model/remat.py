@@ -32,6 +32,7 @@ def rematerialized(
     config: Config,
     policy: Literal["attention", "moe", "full"],
     function: Callable[..., Result],
+    differentiated: Callable[..., Result] | None = None,
     *,
     in_pool: bool = True,
 ) -> Callable[..., Result]:
@@ -41,10 +42,11 @@ def rematerialized(
       config: of the model.
       policy: the value of model.remat that recomputes the function.
       function: of positional arguments.
+      differentiated: see `kernels.recompute`.
       in_pool: whether it is part of a pool's layers, which may be recomputed as a whole.
     """
     around = in_pool and _recomputes_stage(config)
-    return recompute(function) if config.model.remat == policy and not around else function
+    return recompute(function, differentiated) if config.model.remat == policy and not around else function
 
 
 def _regathers(config: Config) -> bool:

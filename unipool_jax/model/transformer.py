@@ -101,6 +101,8 @@ def layer(
     positions: Positions,
     experts: Experts,
     cache: KeyValueCache | None = None,
+    *,
+    in_scratch: bool = False,
 ) -> tuple[jax.Array, KeyValueCache | None, Experts, LayerOutputs]:
     """One transformer layer.
 
@@ -112,6 +114,7 @@ def layer(
       positions: of the batch.
       experts: of the layer's pool.
       cache: of all layers; None: the tokens are all there is.
+      in_scratch: as for `mixture`.
 
     Returns:
       Hidden states, the cache with these tokens in it, the experts for the next layer of the pool, and what else the
@@ -141,7 +144,8 @@ def layer(
     if weights.depth_D is not None:
         # In float32, as the norm is: so is the gradient of the vector, a sum over all tokens.
         normed_BSD = (normed_BSD.astype(jnp.float32) + weights.depth_D).astype(normed_BSD.dtype)
-    block = rematerialized(config, "moe", functools.partial(mixture, config))
+    block = functools.partial(mixture, config, in_scratch=in_scratch)
+    block = rematerialized(config, "moe", block, functools.partial(mixture, config, in_scratch=True))
     mixed = block(
         normed_BSD,
         weights.router,
@@ -207,7 +211,9 @@ class Layer(nn.Module):
             weights = weights._replace(depth_D=self.param("depth", zeros, width, jnp.float32))
         (hidden_BSD, cache), (accumulator, products) = carry
         place = None if products is None else jnp.asarray(inputs.place)
-        function = rematerialized(config, "full", functools.partial(layer, config))
+        function = rematerialized(
+            config, "full", functools.partial(layer, config), functools.partial(layer, config, in_scratch=True)
+        )
         hidden_BSD, cache, experts, outputs = function(
             hidden_BSD, weights, inputs, positions, Experts(bank, accumulator, products, place), cache
         )

@@ -104,9 +104,26 @@ def kept_products(config: Config) -> Products | None:
     That is on TPUs, where what a scan over layers keeps is copied into arrays of all layers and out of them again, and
     for the values of model.remat that keep products.
     """
-    mesh, model = active_mesh(), config.model
-    if not keeps_products(config, resolve(config.kernels.implementation), mesh is not None):
+    if not keeps_products(config, resolve(config.kernels.implementation), active_mesh() is not None):
         return None
+    # The layer below a pool's first has other experts, and none of its kernels adds to theirs.
+    return _products(config, config.mixture_layers, leaves=config.pool.groups == 1)
+
+
+def scratch_products(config: Config) -> Products | None:
+    """The products of `Experts` for one layer that the backward pass recomputes; None where they would save no copies.
+
+    That is where the exchange between devices could put rows into them as the kernels read them.
+    """
+    if resolve(config.kernels.implementation) != "pallas_tpu":
+        return None
+    products = _products(config, 1, leaves=False)
+    return None if products.rows_LR2H is None else products
+
+
+def _products(config: Config, layers: int, *, leaves: bool) -> Products:
+    """Arrays for the products of so many layers, where each leaves something to the one below, or does not."""
+    mesh, model = active_mesh(), config.model
     parts, devices, tensor = (1, 1, 1)
     if mesh is not None:
         parts, devices, tensor = num_shards(mesh, "batch"), mesh.shape["expert"], mesh.shape["tensor"]
@@ -114,16 +131,15 @@ def kept_products(config: Config) -> Products | None:
     received = sent if devices == 1 else capacity(sent, devices, config.mesh.capacity_factor)
     rows, columns = stack_shape(received, model.ffn_size // tensor)
     gate, up = (
-        constrain(jax.lax.empty((parts, config.mixture_layers, rows, columns * tensor), model.compute_dtype), *axes)
+        constrain(jax.lax.empty((parts, layers, rows, columns * tensor), model.compute_dtype), *axes)
         for axes in PRODUCT_AXES[:2]
     )
     into_stacks = exchanges_into_stacks(config, transport_for(config.mesh, devices), tensor)
     if not into_stacks or not can_be_halved(received, model.hidden_size, model.ffn_size, model.compute_dtype):
         return Products(gate, up)
-    shape = (parts, config.mixture_layers, received, 2, model.hidden_size // 2)
+    shape = (parts, layers, received, 2, model.hidden_size // 2)
     nothing = None
-    if config.pool.groups == 1:
-        # The layer below a pool's first has other experts, and none of its kernels adds to theirs.
+    if leaves:
         own = config.experts_per_pool // devices
         nothing = nothing_left(parts, received, model.ffn_size, own, model.compute_dtype, sent)
     rows_LR2H, pending = jax.tree.map(

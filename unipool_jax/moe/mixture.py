@@ -15,8 +15,8 @@ from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, grouped_ffn, stacking_ffn
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.kernels.norms import post_norm
-from unipool_jax.kernels.recompute import recompute
-from unipool_jax.moe.bank import BANK_AXES, PRODUCT_AXES, Experts
+from unipool_jax.kernels.recompute import handed_back, recompute
+from unipool_jax.moe.bank import BANK_AXES, PRODUCT_AXES, Experts, scratch_products
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import COMBINE, DISPATCH, dispatch_ragged_into, transport_for
 from unipool_jax.moe.overlap import tied
@@ -96,6 +96,8 @@ def mixture(
     experts: Experts,
     counted_BS: jax.Array | None = None,
     post_norm_D: jax.Array | None = None,
+    *,
+    in_scratch: bool = False,
 ) -> MixtureOutput:
     """Route every token of a layer and add up its experts' outputs; statistics are per sequence, A = B.
 
@@ -108,6 +110,8 @@ def mixture(
       experts: of the layer's pool.
       counted_BS: which positions the statistics are about, bool; None is all of them.
       post_norm_D: gain of the layer's norm behind this block, of what model.post_norm_experts says; None without one.
+      in_scratch: whether products and received rows are written to arrays of this layer alone, where that saves copies:
+        for a mixture of which the backward pass keeps nothing.
     """
     epsilon = config.model.post_norm_epsilon
     batch, length, width = hidden_BSD.shape
@@ -122,22 +126,26 @@ def mixture(
     # Behind the gates the norm would take their magnitude away: of a token with one expert, all that the loss could
     # teach the router.
     each_D, sum_D = (None, post_norm_D) if config.model.post_norm_experts == "post" else (post_norm_D, None)
-    output_ND, experts, received_X = moe_ffn(
+    scratch = scratch_products(config) if in_scratch and experts.accumulator is not None else None
+    output_ND, passed_on, received_X = moe_ffn(
         hidden_ND,
         routing,
-        experts,
+        experts if scratch is None else experts._replace(products=scratch, place=jnp.zeros((), jnp.int32)),
         config.kernels.implementation,
         config.mesh,
         each_D,
         epsilon,
         keep_products=config.model.remat != "experts",
     )
+    if scratch is not None:
+        output_ND = handed_back(output_ND, passed_on.products)
+        passed_on = passed_on._replace(products=None, place=None)
     if shared is not None:
         output_ND = output_ND + always_on(hidden_ND, shared, each_D, epsilon)
     output_ND = post_norm(output_ND, sum_D, epsilon)
     stats = routing.stats._replace(received_X=received_X)
     visits = Visits(routing.experts_NK, routing.gates_NK, hidden_ND)
-    return MixtureOutput(output_ND.reshape(hidden_BSD.shape), experts, stats, visits)
+    return MixtureOutput(output_ND.reshape(hidden_BSD.shape), passed_on, stats, visits)
 
 
 def _routed(
