@@ -50,6 +50,7 @@ VARIANTS = {
     "pool_16_fitted": Variant("1 x 4 x 16, `mesh.capacity_factor=1.5`", (*_NONE, *_FITTED)),
     "pool_16_full_apart": Variant("1 x 4 x 16, `model.remat=full`, without the tie", _FULL, tied=False),
     "pool_16_full_tied": Variant("1 x 4 x 16, `model.remat=full`", _FULL),
+    "pool_16_moe": Variant("1 x 4 x 16, `model.remat=moe`", ("model.remat=moe",)),
     "pool_64_apart": Variant("1 x 1 x 64, without the tie", (*_NONE, *_WIDE), tied=False),
     "pool_64_tied": Variant("1 x 1 x 64", (*_NONE, *_WIDE)),
     "pool_64_experts": Variant("1 x 1 x 64, `model.remat=experts`", ("model.remat=experts", *_WIDE)),

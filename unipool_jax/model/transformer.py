@@ -144,8 +144,8 @@ def layer(
     if weights.depth_D is not None:
         # In float32, as the norm is: so is the gradient of the vector, a sum over all tokens.
         normed_BSD = (normed_BSD.astype(jnp.float32) + weights.depth_D).astype(normed_BSD.dtype)
-    block = functools.partial(mixture, config, in_scratch=in_scratch)
-    block = rematerialized(config, "moe", block, functools.partial(mixture, config, in_scratch=True))
+    given = functools.partial(mixture, config, in_scratch=in_scratch)
+    block = rematerialized(config, "moe", given, functools.partial(mixture, config, in_scratch=True))
     mixed = block(
         normed_BSD,
         weights.router,
