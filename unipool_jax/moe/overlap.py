@@ -49,7 +49,9 @@ def awaited(hidden: jax.Array, others: Tree) -> tuple[jax.Array, Tree]:
 
 
 def _awaited_forward(hidden: jax.Array, others: Tree) -> tuple[tuple[jax.Array, Tree], None]:
-    return awaited(hidden, others), None
+    # Not a call of `awaited`: policies of rematerialization are asked about the barrier (`model.remat`).
+    hidden, others = jax.lax.optimization_barrier((hidden, others))
+    return (hidden, others), None
 
 
 def _awaited_backward(_: None, gradients: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
