@@ -60,6 +60,10 @@ VARIANTS = {
     "mixture_4_sparse": Variant(
         "per-layer mixture, 1 x 16 x 4, `mesh.sparse_core_collectives=true`", (*_MIXTURE, *_NONE, *_SPARSE)
     ),
+    "mixture_4_attention": Variant(
+        "per-layer mixture, 1 x 16 x 4, `model.remat=attention`", (*_MIXTURE, "model.remat=attention")
+    ),
+    "mixture_4_moe": Variant("per-layer mixture, 1 x 16 x 4, `model.remat=moe`", (*_MIXTURE, "model.remat=moe")),
     "pool_64_both": Variant(
         "1 x 1 x 64, `mesh.capacity_factor=1.5 mesh.sparse_core_collectives=true`",
         (*_NONE, *_WIDE, *_FITTED, *_SPARSE),

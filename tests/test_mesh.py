@@ -37,6 +37,7 @@ MESHES = {
     "data 2, fsdp 2, expert 2": (2, 2, 2, 1),
     "fsdp 8": (1, 8, 1, 1),
     "expert 4, tensor 2": (1, 1, 4, 2),
+    "fsdp 2, expert 2, tensor 2": (1, 2, 2, 2),
 }
 ALL_WAYS = "data 2, fsdp 2, expert 2"
 

@@ -211,6 +211,22 @@ def test_receive_buffers_of_all_layers_are_not_cleared() -> None:
     assert difference == LAYERS * moved((rows * 512, HALF, 2))
 
 
+@pytest.mark.parametrize(
+    ("method", "remat", "in_place"),
+    [("unipool", "moe", 2), ("unipool", "full", 2), ("vanilla", "moe", 2), ("vanilla", "full", 0)],
+)
+def test_a_recomputed_layer_clears_no_receive_buffers(method: str, remat: str, in_place: int) -> None:
+    """On v5p, of three passes over buffers of 512 channels; v6e clears all. Not where the pool is recomputed too."""
+    wide = ("model.hidden_size=512", "train.microbatch_size=16", "loss.switch_group_sequences=8")
+    config = small(method, f"model.remat={remat}", *wide)
+    found, others = (
+        {item.name: item for item in work.count(config, SIZES, parse_topology(topology)).work}["dispatch"].bytes
+        for topology in ("v5p:2x2x1", "v6e:2x2")
+    )
+    rows = capacity(16 * 256 // 4, 2, None)
+    assert others - found == LAYERS * moved((rows * 512, HALF, in_place))
+
+
 def test_one_device_has_no_receive_buffer() -> None:
     config, alone = small("unipool"), dict.fromkeys(SIZES, 1)
     assert counted(config, alone)["dispatch"].bytes == LAYERS * MICRO * (3 + 1) * moved((8 * 256 * D, HALF, 8))

@@ -455,7 +455,8 @@ class MeshConfig:
     data: int = -1
     """Data parallelism. One axis of the mesh may be -1: the devices that the other axes leave."""
     fsdp: int = 1
-    """Fully sharded data parallelism: parameters and optimizer state are sharded along model.hidden_size."""
+    """Fully sharded data parallelism: parameters and optimizer state are sharded along model.hidden_size, matrices from
+    expert width to model width along model.ffn_size, which mesh.fsdp x mesh.tensor must divide."""
     expert: int = 1
     """Expert parallelism: the batch and the experts of each pool are sharded over these devices."""
     tensor: int = 1

@@ -11,7 +11,7 @@
 
 `experts` is done where those products are made (`kernels.grouped_ffn`), `router` in `moe.mixture`. With several pools
 over mesh.fsdp, `moe` and `full` do not keep gathered weights either: the backward pass gathers those of one pool at a
-time.
+time. So the TPU compiler has it (`tests/test_planner.py`); with `moe`, the compiler for CPUs gathers what is kept.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rematerialized(
       config: of the model.
       policy: the value of model.remat that recomputes the function.
       function: of positional arguments.
-      differentiated: see `kernels.recompute`.
+      differentiated: see `kernels.recompute`; not used where a pool is recomputed with its only layer.
       in_pool: whether it is part of a pool's layers, which may be recomputed as a whole.
     """
     around = in_pool and _recomputes_stage(config)
@@ -67,9 +67,9 @@ def _recomputes_stage(config: Config) -> bool:
 
 
 def _all_but_placements(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
-    """Keep every value but the results of sharding constraints, of a gathered weight that is the weight before.
+    """Keep every value but results of sharding constraints and barriers; their operands are kept instead.
 
-    And but those of the barrier that gathered weights pass (`moe.beside_attention`). Naming the gathered weights would
-    not do: a name is an operation of its own, and its operand would be kept.
+    A gathered weight is the result of a constraint, and passes a barrier (`moe.beside_attention`). Naming gathered
+    weights would not do: a name is an operation of its own, and its operand, gathered, would be kept.
     """
     return primitive.name not in ("sharding_constraint", "optimization_barrier")

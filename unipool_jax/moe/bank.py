@@ -113,7 +113,7 @@ def kept_products(config: Config) -> Products | None:
 def scratch_products(config: Config) -> Products | None:
     """The products of `Experts` for one layer that the backward pass recomputes; None where they would save no copies.
 
-    That is where the exchange between devices could put rows into them as the kernels read them.
+    They save some where the exchange between devices can put rows into them as the kernels read them.
     """
     if resolve(config.kernels.implementation) != "pallas_tpu":
         return None

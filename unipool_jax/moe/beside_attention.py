@@ -2,9 +2,9 @@
 
 A per-layer mixture over fsdp gathers the experts of every layer and scatters their gradients, in every layer. A mixture
 has little to hide them behind: what it computes needs the experts, or makes the gradients. So its layer gathers the
-experts while it attends, and in the backward pass attends while it scatters. That needs no memory, as it would to
-gather a layer ahead. Where collectives are synchronous, as on TPUs without `mesh.sparse_core_collectives`, it changes
-nothing but their place.
+experts while it attends, and in the backward pass attends while it scatters. Unlike gathering a layer ahead, that needs
+no memory. Where collectives are synchronous, as on TPUs without `mesh.sparse_core_collectives`, it changes nothing but
+their place.
 
 The compiler starts a collective as late as it may, and the SparseCores run one at a time. So `layer` in
 `model.transformer` calls one function before attention and one behind it, each of which ends the time that a
@@ -23,8 +23,7 @@ from unipool_jax.moe.overlap import awaited, tied
 def before_attention(normed_BSD: jax.Array, bank: Bank) -> tuple[jax.Array, Bank]:
     """The input of attention and the parameters of the layer's bank, unchanged.
 
-    In the backward pass, attention's ends when the gradients of up and down, which are the last to be there, are
-    scattered.
+    The backward pass of attention ends only when the gradients of up and down, which are there last, are scattered.
     """
     normed_BSD, (up_EDF, down_EFD) = tied(normed_BSD, (bank.up_EDF, bank.down_EFD))
     return normed_BSD, bank._replace(up_EDF=up_EDF, down_EFD=down_EFD)
@@ -33,7 +32,7 @@ def before_attention(normed_BSD: jax.Array, bank: Bank) -> tuple[jax.Array, Bank
 def behind_attention(attended_BSD: jax.Array, bank: Bank, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Experts]:
     """The output of attention, unchanged, and the experts of the bank, gathered by then, in `dtype`.
 
-    In the backward pass, attention's begins when the gradient of gate, which is the first to be there, is scattered.
+    The backward pass of attention begins only when the gradient of gate, which is there first, is scattered.
     """
     attended_BSD, gate_EDF = tied(attended_BSD, bank.gate_EDF)
     bank = bank._replace(gate_EDF=gate_EDF)

@@ -19,7 +19,7 @@ _COPIED = 3
 cache, into the product. Tiles behind blocks copy too, but matrices that mostly stay in cache."""
 
 
-class Visits(NamedTuple):
+class GroupCosts(NamedTuple):
     """Of the experts of a bank, in one layer."""
 
     padding: float
@@ -41,7 +41,7 @@ def expected_tile_rows(group: float, tile: int) -> float:
     return _mean(group, lambda rows: np.ceil((np.maximum(rows, 1) + before) / tile)) * tile
 
 
-def blocks(rows: float, groups: float, share: float) -> Visits:
+def blocks(rows: float, groups: float, share: float) -> GroupCosts:
     """For the padded blocks of plain XLA.
 
     Every expert has a block of the same rows, whether it has rows or not. What does not fit goes through tiles, which
@@ -55,15 +55,15 @@ def blocks(rows: float, groups: float, share: float) -> Visits:
     block, tile = block_shape(int(rows), round(groups))
     group = rows / groups
     tiles = share * _mean(group / share, lambda found: np.ceil(np.maximum(found - block, 0) / tile), rows)
-    return Visits((block + tiles * tile) / group, 1 + tiles, 1 + tiles, tiles * tile / group)
+    return GroupCosts((block + tiles * tile) / group, 1 + tiles, 1 + tiles, tiles * tile / group)
 
 
-def loops(rows: float, groups: float, share: float) -> Visits:
+def loops(rows: float, groups: float, share: float) -> GroupCosts:
     """For the loops of plain XLA over wide experts on a CPU, with the arguments of `blocks`."""
     step, seen = xla_loops.step_rows(block_shape(int(rows), round(groups))[0]), rows / groups / share
     turns = share * _mean(seen, lambda found: xla_loops.turns_and_steps(found, step)[0], rows)
     steps = _mean(seen, lambda found: np.minimum(xla_loops.turns_and_steps(found, step)[1], rows / step), rows)
-    return Visits(steps * step / seen, _COPIED * turns, turns)
+    return GroupCosts(steps * step / seen, _COPIED * turns, turns)
 
 
 def _mean(group: float, function: Callable[[Array], Array], rows: float = math.inf) -> float:

@@ -64,14 +64,23 @@ class Sizes:
         return chosen_transport(self.config.mesh, self.sizes["expert"], platform, chip.device_kind, devices)
 
     @property
-    def exchanges_into_stacks(self) -> bool:
-        """Whether layers receive rows into an array of them all: see `moe.bank.kept_products`."""
+    def receives_in_place(self) -> bool:
+        """Whether layers that have a backward pass receive rows where kernels read them.
+
+        That is an array of all layers (`moe.bank.kept_products`), or one of a layer that is recomputed
+        (`scratch_products`), unless its pool is recomputed with it (`model.remat`).
+        """
         config, model, chip = self.config, self.config.model, self.topology.chip
         kernels: Implementation = (
             "pallas_tpu" if self.topology.is_tpu and config.kernels.implementation in ("auto", "pallas_tpu") else "xla"
         )
+        with_pool = self.regathers and config.layers_per_pool == 1
+        recomputed = model.remat == "moe" or (model.remat == "full" and not with_pool)
         return (
-            keeps_products(config, kernels, math.prod(self.sizes.values()) > 1)
+            (
+                keeps_products(config, kernels, math.prod(self.sizes.values()) > 1)
+                or (kernels == "pallas_tpu" and recomputed)
+            )
             and exchanges_into_stacks(config, self.transport, self.sizes["tensor"])
             and halved_on(
                 chip.device_kind,

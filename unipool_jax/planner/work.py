@@ -16,7 +16,7 @@ from unipool_jax.kernels import tpu_tiles, xla_loops
 from unipool_jax.kernels.group_plan import block_shape
 from unipool_jax.planner import memory
 from unipool_jax.planner.attention import WIDE, fused, padding, recomputes_product
-from unipool_jax.planner.group_rows import Visits, blocks, expected_tile_rows, loops
+from unipool_jax.planner.group_rows import GroupCosts, blocks, expected_tile_rows, loops
 from unipool_jax.planner.kernel_work import (
     BANK_GRADIENTS,
     ExpertShapes,
@@ -110,10 +110,10 @@ def _layers(at: Sizes) -> tuple[Work, ...]:
         moved = n * (width * at.narrow + 4 * experts * WIDE)
         routed = mixture + 2 + (model.remat == "router")
         mixtures.append(Work("router", flops * routed, flops * routed, moved * routed))
-        # Rows are sorted, sent, received and combined. Receive buffers are cleared first, but where layers receive into
-        # an array of them all, neither that nor the buffer of its gradients.
+        # Rows are sorted, sent, received and combined. Receive buffers are cleared first, but of a pass that receives
+        # in place, neither that nor the buffer of its gradients.
         buffer = at.received if at.sizes["expert"] > 1 else 0
-        cleared = mixture + 1 - 2 * at.exchanges_into_stacks
+        cleared = mixture + 1 - 2 * at.receives_in_place
         moved = at.narrow * width * (8 * at.sent * (mixture + 1) + buffer * (mixture + 1 + cleared))
         mixtures.append(Work("dispatch", 0.0, 0.0, moved))
     mixtures.extend(_expert_work(at, mixture))
@@ -143,26 +143,26 @@ def _mean(layers: list[Work]) -> Work:
 
 
 def _expert_work_of(at: Sizes, passes: int, load: LayerLoad) -> tuple[Work, Work]:
-    visits = _visits(at, load)
-    shapes, padded = _expert_shapes(at, load, visits), visits.padding
+    costs = _group_costs(at, load)
+    shapes, padded = _expert_shapes(at, load, costs), costs.padding
     forward = [*expert_forward(shapes).values()]
     *others, bank_gradient = expert_backward(shapes).values()
     backward = [*others, *(bank_gradient,) * BANK_GRADIENTS]
     if at.config.model.remat == "experts":
         backward.append(forward[0])
     first, second = (sum(kernel.flops for kernel in kernels) for kernels in (forward, backward))
-    moved, again = sum(kernel.bytes for kernel in forward), forward[0].flops * visits.repeated
+    moved, again = sum(kernel.bytes for kernel in forward), forward[0].flops * costs.repeated
     return (
         Work("experts forward", first * padded * passes, first * passes, moved * passes),
         Work("experts backward", second * padded + again, second, sum(kernel.bytes for kernel in backward)),
     )
 
 
-def _expert_shapes(at: Sizes, load: LayerLoad, visits: Visits) -> ExpertShapes:
+def _expert_shapes(at: Sizes, load: LayerLoad, costs: GroupCosts) -> ExpertShapes:
     model, tensor = at.config.model, at.sizes["tensor"]
     rows, matrix = at.rows * load.busiest, at.bank / 3
     inner = rows if at.topology.is_tpu and at.config.kernels.implementation != "xla" else at.received
-    hidden, moved, sums = model.ffn_size / tensor, matrix * visits.reads, matrix * visits.sums
+    hidden, moved, sums = model.ffn_size / tensor, matrix * costs.reads, matrix * costs.sums
     return ExpertShapes(rows, at.received, inner, model.hidden_size, hidden, moved, sums, at.narrow)
 
 
@@ -173,8 +173,8 @@ def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> di
     if config.moe.router != "none":
         loads = layer_loads(config, sizes)
         for load in loads:
-            visits = _visits(at, load)
-            shapes, padded = _expert_shapes(at, load, visits), visits.padding
+            costs = _group_costs(at, load)
+            shapes, padded = _expert_shapes(at, load, costs), costs.padding
             for name, work in (expert_forward(shapes) | expert_backward(shapes)).items():
                 total = found.get(name, KernelWork(0.0, 0.0))
                 found[name] = KernelWork(
@@ -187,13 +187,13 @@ def kernel_work(config: Config, sizes: dict[str, int], topology: Topology) -> di
     return found
 
 
-def _visits(at: Sizes, load: LayerLoad) -> Visits:
+def _group_costs(at: Sizes, load: LayerLoad) -> GroupCosts:
     """What the products of a layer's experts make of their rows."""
     config, model, chip = at.config, at.config.model, at.topology.chip
     # The kernels do not read experts without rows.
     read = load.share * load.busiest
     if config.moe.router == "none":
-        return Visits(1.0, read, read)
+        return GroupCosts(1.0, read, read)
     groups = config.experts_per_pool / at.sizes["expert"]
     if config.kernels.implementation == "xla":
         block, _ = block_shape(int(at.rows), round(groups))
@@ -201,10 +201,10 @@ def _visits(at: Sizes, load: LayerLoad) -> Visits:
         looped = xla_loops.pay(block, weights, model.compute_dtype, chip.device_kind)
         return (loops if looped else blocks)(at.rows, groups, load.share)
     if chip.torus_axes == 0:
-        return Visits(1.0, read, read)
+        return GroupCosts(1.0, read, read)
     group = at.rows / groups
     tile = tpu_tiles.tile_rows(chip.device_kind, group)
-    return Visits(expected_tile_rows(group / load.share, tile) / (group / load.share), read, read)
+    return GroupCosts(expected_tile_rows(group / load.share, tile) / (group / load.share), read, read)
 
 
 def _ends(at: Sizes) -> tuple[Work, ...]:
@@ -225,6 +225,6 @@ def _bank_traffic(at: Sizes) -> float:
     _, mixture = forward_passes(at)
     again = 2 / 3 if at.config.model.remat == "experts" else 0
     passes = at.narrow * (mixture + 1 + again)
-    visits = [_visits(at, load) for load in layer_loads(at.config, at.sizes)]
-    moved = sum(visit.reads * passes + visit.sums * 2 * WIDE for visit in visits)
+    costs = [_group_costs(at, load) for load in layer_loads(at.config, at.sizes)]
+    moved = sum(cost.reads * passes + cost.sums * 2 * WIDE for cost in costs)
     return at.config.num_microbatches * at.bank * moved
