@@ -16,7 +16,7 @@ from unipool_jax.kernels import deferred, pallas_tpu, tpu_call
 from unipool_jax.kernels.group_plan import GroupPlan, make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, stacking_ffn
 from unipool_jax.kernels.tpu_layouts import stack_shape
-from unipool_jax.moe import bank as banks
+from unipool_jax.moe import products as arrays
 from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.planner import compilation
 
@@ -152,13 +152,13 @@ def test_what_layers_leave_is_added_by_the_next(monkeypatch: pytest.MonkeyPatch)
 
 def test_each_device_adds_what_its_first_layer_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two replicas of two devices that share experts; what is left is a device's number, its rows ten times it."""
-    monkeypatch.setattr(banks, "added", lambda pending, rows, into: into + jnp.sum(pending.grad_RF) + jnp.sum(rows))
+    monkeypatch.setattr(arrays, "added", lambda pending, rows, into: into + jnp.sum(pending.grad_RF) + jnp.sum(rows))
     number_X = jnp.arange(4.0)
     left = deferred.nothing_left(4, 1, 1, 1, jnp.float32, 1)._replace(grad_RF=number_X[:, None, None])
     products = Products(left.grad_RF, left.grad_RF, 10 * number_X.reshape(4, 1, 1, 1, 1), left)
     sums = Bank(*(jnp.full((1, 2, 2, 1, 1), 100.0 * part) for part in range(1, 4)))
     with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4])):
-        gate, up, down = jax.jit(banks.settled)(sums, products)
+        gate, up, down = jax.jit(arrays.settled)(sums, products)
     np.testing.assert_array_equal(gate.reshape(2, 2), 100 + 11 * number_X.reshape(2, 2))
     assert float(up.min()) == float(up.max()) == 200
     assert float(down.min()) == float(down.max()) == 300

@@ -25,8 +25,9 @@ from unipool_jax.kernels.group_plan import make_group_plan
 from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, stacking_ffn
 from unipool_jax.kernels.recompute import handed_back, recompute
 from unipool_jax.kernels.tpu_layouts import can_be_halved, stack_shape
-from unipool_jax.moe import bank, mixture
-from unipool_jax.moe.bank import keeps_products, kept_products, scratch_products
+from unipool_jax.moe import mixture
+from unipool_jax.moe import products as arrays
+from unipool_jax.moe.products import keeps_products, kept_products, scratch_products
 from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.planner.collectives import Module, parse
 from unipool_jax.planner.compilation import compile_step, topology_mesh
@@ -252,7 +253,7 @@ def test_a_recomputed_step_in_scratch_gives_the_same_numbers(remat: str, monkeyp
     monkeypatch.setattr(pallas_tpu, "ffn_forward", plain_forward)
     monkeypatch.setattr(pallas_tpu, "ffn_backward", plain_backward)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", all_to_all_by_definition)
-    monkeypatch.setattr(bank, "can_be_halved", lambda *_: True)
+    monkeypatch.setattr(arrays, "can_be_halved", lambda *_: True)
     made, mesh = [], make_mesh(MeshConfig(1, 1, 2, 1), jax.devices()[:2])
 
     def scratch(config: Config) -> Products | None:

@@ -341,7 +341,7 @@ class Transformer(nn.Module):
           positions: of the tokens.
           experts: for G = 1, the pool's experts, `[1, ...]`, in place of those that the parameters hold.
           cache: keys and values of the positions before; None: the tokens are all there is.
-          products: where layers write what they keep for the backward pass: see `bank.kept_products`; not with a cache.
+          products: where layers write what they keep for the backward pass: see `moe.products`; not with a cache.
         """
         config, model = self.config, self.config.model
         table_shape = (model.vocab_size, model.hidden_size)

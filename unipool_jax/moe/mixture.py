@@ -16,10 +16,11 @@ from unipool_jax.kernels.grouped_ffn import Bank, Products, accumulating_ffn, gr
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.kernels.norms import post_norm
 from unipool_jax.kernels.recompute import handed_back, recompute
-from unipool_jax.moe.bank import BANK_AXES, PRODUCT_AXES, Experts, scratch_products
+from unipool_jax.moe.bank import BANK_AXES, Experts
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import COMBINE, DISPATCH, dispatch_ragged_into, transport_for
 from unipool_jax.moe.overlap import tied
+from unipool_jax.moe.products import PRODUCT_AXES, scratch_products
 from unipool_jax.moe.routing import Forced, Routing, RoutingStats, replaced, route, score_constant, scores
 from unipool_jax.moe.shared_experts import SharedWeights, always_on
 from unipool_jax.moe.swiglu import SwiGLUWeights, swiglu

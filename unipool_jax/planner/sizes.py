@@ -9,9 +9,9 @@ from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.kernels.tpu_layouts import halved_on
-from unipool_jax.moe.bank import exchanges_into_stacks, keeps_products
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
+from unipool_jax.moe.products import exchanges_into_stacks, keeps_products
 from unipool_jax.planner.attention import AttentionCost, attention_cost, narrow
 from unipool_jax.training.step import counts_before_gradient
 
@@ -67,7 +67,7 @@ class Sizes:
     def receives_in_place(self) -> bool:
         """Whether layers that have a backward pass receive rows where kernels read them.
 
-        That is an array of all layers (`moe.bank.kept_products`), or one of a layer that is recomputed
+        That is an array of all layers (`moe.products.kept_products`), or one of a layer that is recomputed
         (`scratch_products`), unless its pool is recomputed with it (`model.remat`).
         """
         config, model, chip = self.config, self.config.model, self.topology.chip

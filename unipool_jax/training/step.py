@@ -23,9 +23,10 @@ from unipool_jax.data.pipeline import Batch
 from unipool_jax.kernels.grouped_ffn import Bank, Carried
 from unipool_jax.model.transformer import LayerInputs, Positions, apply
 from unipool_jax.moe.balance import entropy_loss, load_fractions, pool_loss, switch_loss, updated_expert_bias, z_loss
-from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator, kept_products, settled
+from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
 from unipool_jax.moe.capacity import overflow
 from unipool_jax.moe.lock import entropy_coefficient, faded
+from unipool_jax.moe.products import kept_products, settled
 from unipool_jax.moe.routing import RoutingStats
 from unipool_jax.moe.scope import pool_scope, scoped_load, scoped_pool_loss
 from unipool_jax.parallel.mesh import compiler_options, constrain, on_mesh
