@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -334,9 +335,10 @@ def test_the_first_group_of_devices_in_every_notation(notation: str, devices: li
 
 
 def bank_collectives(plan: report.Plan, kind: str) -> list[Collective]:
-    """Those of the bank's arrays: two widths of 256 and 640 among their last two, full or halved."""
+    """Those of the bank's arrays: widths of 256 and 640 are their last two, one of them full or halved."""
     assert plan.collectives is not None
-    return [c for c in plan.collectives if c.kind == kind and any("640" in shape for shape in c.shapes)]
+    widths = re.compile(r"\b(640|320,256)\b")
+    return [c for c in plan.collectives if c.kind == kind and any(widths.search(shape) for shape in c.shapes)]
 
 
 @needs_compiler
