@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiny import METHODS, WINDOWS, slow_among, tiny_batch, tiny_config, tiny_state
+from tiny import METHODS, WINDOWS, batch_shapes, slow_among, tiny_batch, tiny_config, tiny_state
 from unipool_jax.config.mesh_rules import problems, resolve_sizes
 from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 from unipool_jax.parallel.mesh import make_mesh, usable_mesh
 from unipool_jax.training.placement import Placement, strided, with_placement
 from unipool_jax.training.sharding import (
-    batch_sharding,
     memory_problem,
     misplaced_banks,
     placement,
@@ -271,12 +270,9 @@ def test_evaluation_gives_the_sums_of_one_device() -> None:
 def program(method: str, *more: str) -> str:
     """The training step compiled for fsdp 4 x expert 2, as text."""
     config, mesh = configure(method, "train.batch_size=16", *more), mesh_of((1, 4, 2, 1))
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), tiny_batch(config)
-    )
     step: Any = make_train_step(config, mesh)
     with jax.set_mesh(mesh):
-        return str(step.lower(state_shapes(config, mesh), batch).compile().as_text())
+        return str(step.lower(state_shapes(config, mesh), batch_shapes(config, mesh)).compile().as_text())
 
 
 def bank_collectives(text: str) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from planned import needs_compiler
-from tiny import slow_among, tiny_batch, tiny_config
+from tiny import batch_shapes, slow_among, tiny_config
 from unipool_jax.config.chips import parse_topology
 from unipool_jax.config.compose import compose_config
-from unipool_jax.config.schema import ConfigError, MeshConfig
+from unipool_jax.config.schema import Config, ConfigError, MeshConfig
 from unipool_jax.kernels.grouped_ffn import Bank
 from unipool_jax.moe import mixture
 from unipool_jax.moe.bank import Experts, gathered_bank, gradient_accumulator
@@ -23,7 +24,6 @@ from unipool_jax.planner.collectives import Module, kernel_inside, parse
 from unipool_jax.planner.compilation import compile_step, topology_mesh
 from unipool_jax.planner.roofline import schedule
 from unipool_jax.planner.schedule import Window
-from unipool_jax.training.sharding import batch_sharding
 from unipool_jax.training.state import state_shapes
 from unipool_jax.training.step import make_train_step
 
@@ -102,12 +102,9 @@ def step_barriers(*more: str, fsdp: int = 2) -> list[list[tuple[int, ...]]]:
     """`barriers` of a traced training step of four layers with two experts each, but for those of rotary positions."""
     mesh = make_mesh(MeshConfig(1, fsdp, 2, 1), jax.devices()[: 2 * fsdp])
     config = tiny_config("vanilla", "model.remat=none", *more)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), tiny_batch(config)
-    )
     step: Any = make_train_step(config, mesh)
     with jax.set_mesh(mesh):
-        found = barriers(step.trace(state_shapes(config, mesh), batch).jaxpr.jaxpr)
+        found = barriers(step.trace(state_shapes(config, mesh), batch_shapes(config, mesh)).jaxpr.jaxpr)
     return [shapes for shapes in found if len(shapes) > 1]
 
 
@@ -140,6 +137,13 @@ def test_sparse_cores_are_asked_for_and_refused_where_there_are_none() -> None:
         usable_mesh(config)
 
 
+def scheduled(config: Config) -> tuple[Module, Sequence[Window]]:
+    """The compiled training step on 64 v5p chips, and its collectives with what stands beside them."""
+    mesh = topology_mesh(config)
+    module, sizes = parse(compile_step(config, mesh).text), {name: int(size) for name, size in mesh.shape.items()}
+    return module, schedule(config, sizes, parse_topology("v5p:4x4x4"), mesh, module).windows
+
+
 def beside(module: Module, window: Window) -> list[str]:
     """Kernels that stand between start and done."""
     lines = module.computations[window.sequence][window.start + 1 : window.done]
@@ -152,10 +156,7 @@ def test_gathers_and_scatters_of_a_layers_own_experts_are_hidden_by_its_attentio
     """All gathers; of the gradients scattered, up and half of down or more. No gradient is summed whole."""
     settings = ["model.remat=none", "mesh.fsdp=16", "mesh.expert=4", "mesh.sparse_core_collectives=true"]
     config = compose_config(["mode=plan", "method=vanilla", "scale=978m", "mesh=v5p_64", *settings])
-    mesh = topology_mesh(config)
-    module, topology = parse(compile_step(config, mesh).text), parse_topology("v5p:4x4x4")
-    sizes = {name: int(size) for name, size in mesh.shape.items()}
-    windows = [w for w in schedule(config, sizes, topology, mesh, module).windows if w.collective.times == 24]
+    windows = [window for window in scheduled(config)[1] if window.collective.times == 24]
     gathers = [w for w in windows if w.collective.kind == "all-gather" and "6144" in w.collective.shapes[0]]
     scatters = [w for w in windows if "6144" in w.collective.shapes[0] or "2,384,1536" in w.collective.shapes[0]]
     scatters = [w for w in scatters if w.collective.kind in ("reduce-scatter", "all-reduce")]
@@ -172,10 +173,7 @@ def test_gathers_and_scatters_of_a_layers_own_experts_are_hidden_by_its_attentio
 def test_bank_gradients_stand_beside_both_exchanges_of_a_compiled_backward_layer() -> None:
     """One that the layer above left and two of the layer's own hide them whole; none is behind attention."""
     config = compose_config(["mode=plan", "scale=978m", "mesh=v5p_64", "model.remat=none"])
-    mesh = topology_mesh(config)
-    module, topology = parse(compile_step(config, mesh).text), parse_topology("v5p:4x4x4")
-    sizes = {name: int(size) for name, size in mesh.shape.items()}
-    windows = schedule(config, sizes, topology, mesh, module).windows
+    module, windows = scheduled(config)
     exchanges = [window for window in windows if window.collective.kind == "ragged-all-to-all"]
     assert len(exchanges) == 4
     hidden = {beside(module, window).count("grouped_bank_gradient"): window for window in exchanges}

@@ -67,8 +67,8 @@ def test_wide_experts_on_a_cpu_are_counted_in_loops() -> None:
 def test_what_tiles_compute_again_and_loops_copy_is_in_the_work() -> None:
     """The gate and up products of tiles. A turn reads a matrix, writes the copy and reads it, forward and backward."""
     found = {work.name: work for work in counted(config_of("unipool")).work}
-    forward, backward, visits = found["experts forward"], found["experts backward"], blocks(1024, 32, 1)
-    assert backward.flops / forward.flops == pytest.approx(2 + 2 / 3 * visits.repeated / visits.padding)
+    forward, backward, costs = found["experts forward"], found["experts backward"], blocks(1024, 32, 1)
+    assert backward.flops / forward.flops == pytest.approx(2 + 2 / 3 * costs.repeated / costs.padding)
     counts, turns = counted(config_of(WIDE.format("unipool", "moe.experts_per_layer=4"))), loops(1024, 4, 1).sums
     bank = 4 * 3 * 2**20
     assert counts.bank_traffic_bytes == pytest.approx(turns * bank * (2 * 3 * 4 + 8))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiny import tiny_batch, tiny_config
+from tiny import batch_shapes, tiny_batch, tiny_config
 from unipool_jax.config.schema import MeshConfig, Remat
 from unipool_jax.kernels.recompute import recompute
-from unipool_jax.parallel.mesh import make_mesh, spec
+from unipool_jax.parallel.mesh import make_mesh
 from unipool_jax.training.state import state_shapes
 from unipool_jax.training.step import make_train_step
 
@@ -56,13 +56,9 @@ def test_a_mesh_recomputes_what_one_device_does(policies: tuple[Remat, ...], mor
         config = tiny_config(*more, "moe.experts_per_layer=8", f"model.remat={remat}")
         single: Any = make_train_step(config)
         alone = single.lower(state_shapes(config), tiny_batch(config))
-        rows = jax.NamedSharding(mesh, spec("batch"))
-        batch = jax.tree.map(
-            lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tiny_batch(config)
-        )
         with jax.set_mesh(mesh):
             step: Any = make_train_step(config, mesh)
-            lowered = step.lower(state_shapes(config, mesh), batch)
+            lowered = step.lower(state_shapes(config, mesh), batch_shapes(config, mesh))
         products[remat] = (lowered.as_text().count("dot_general"), alone.as_text().count("dot_general"))
     rising = [products[remat][0] for remat in ("none", "router", "experts", "moe", "full") if remat in products]
     assert rising == sorted(set(rising))

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from unipool_jax.config.compose import compose_config
 from unipool_jax.config.schema import Config
 from unipool_jax.data.documents import segment_ids
 from unipool_jax.data.pipeline import Batch
+from unipool_jax.training.sharding import batch_sharding
 from unipool_jax.training.state import TrainState, init_state
 
 END = 0
@@ -40,6 +42,13 @@ WINDOWS: dict[str, tuple[str, ...]] = {
     "cyclic": ("pool.span=2", "pool.ends=0"),
 }
 """Methods with windows, and what gives them ends and a middle in four layers."""
+
+
+def batch_shapes(config: Config, mesh: Mesh) -> Batch:
+    """Shapes of `tiny_batch`, sharded over `mesh`."""
+    rows = batch_sharding(mesh)
+    shapes: Batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tiny_batch(config))
+    return shapes
 
 
 def slow_among(values: Iterable[Any], slow: Collection[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ def recompute(
     """`function` of positional arguments, of which the backward pass keeps nothing but those arguments.
 
     For the body of a scan: elsewhere the compiler may merge the recomputation with the forward pass. `differentiated`
-    computes the same in its place where there is a backward pass.
+    is what the backward pass computes and differentiates in its place, to the same values.
     """
 
     # `jax.checkpoint` alone would not do: the policy of a surrounding `jax.checkpoint` overrides those inside it. It
@@ -26,6 +26,8 @@ def recompute(
         return function(*arguments)
 
     def forward(*arguments: Any) -> tuple[Result, Any]:
+        # Not the result of `differentiated`, of which nothing is left here: arrays that it makes to write into are the
+        # same in every turn of a scan, so JAX would take them out of the loop, and the compiler copy them each time.
         result, pullback = jax.vjp(jax.checkpoint(differentiated or function, prevent_cse=False), *arguments)
         return (result if differentiated is None else function(*arguments)), pullback
 

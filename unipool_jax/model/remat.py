@@ -45,25 +45,25 @@ def rematerialized(
       differentiated: see `kernels.recompute`; not used where a pool is recomputed with its only layer.
       in_pool: whether it is part of a pool's layers, which may be recomputed as a whole.
     """
-    around = in_pool and _recomputes_stage(config)
+    around = in_pool and recomputes_pool(config, config.mesh.fsdp)
     return recompute(function, differentiated) if config.model.remat == policy and not around else function
 
 
-def _regathers(config: Config) -> bool:
-    """Whether the backward pass gathers the weights of each pool again; see above."""
-    return config.pool.groups > 1 and config.mesh.fsdp != 1 and config.model.remat in ("moe", "full")
+def regathers(config: Config, fsdp: int) -> bool:
+    """Whether the backward pass gathers the weights of each pool again over so many devices; see above."""
+    return config.pool.groups > 1 and fsdp != 1 and config.model.remat in ("moe", "full")
 
 
 def without_gathered_weights(config: Config, stage: type[nn.Module]) -> type[nn.Module]:
-    """The module of one pool, whose gathered weights are not kept if `_regathers`."""
-    if not _regathers(config):
+    """The module of one pool, whose gathered weights are not kept if the backward pass `regathers`."""
+    if not regathers(config, fsdp := config.mesh.fsdp):
         return stage
-    return nn.remat(stage, prevent_cse=False, policy=None if _recomputes_stage(config) else _all_but_placements)
+    return nn.remat(stage, prevent_cse=False, policy=None if recomputes_pool(config, fsdp) else _all_but_placements)
 
 
-def _recomputes_stage(config: Config) -> bool:
+def recomputes_pool(config: Config, fsdp: int) -> bool:
     """Whether a pool is recomputed with its only layer."""
-    return _regathers(config) and config.model.remat == "full" and config.layers_per_pool == 1
+    return regathers(config, fsdp) and config.model.remat == "full" and config.layers_per_pool == 1
 
 
 def _all_but_placements(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:

@@ -44,12 +44,11 @@ def awaited(hidden: jax.Array, others: Tree) -> tuple[jax.Array, Tree]:
       hidden: what the layer goes on with.
       others: what is to be there by then, such as gathered weights.
     """
-    hidden, others = jax.lax.optimization_barrier((hidden, others))
-    return hidden, others
+    return _awaited_forward(hidden, others)[0]
 
 
 def _awaited_forward(hidden: jax.Array, others: Tree) -> tuple[tuple[jax.Array, Tree], None]:
-    # Not a call of `awaited`: policies of rematerialization are asked about the barrier (`model.remat`).
+    # Not the other way round: policies of rematerialization are asked about the barrier (`model.remat`).
     hidden, others = jax.lax.optimization_barrier((hidden, others))
     return (hidden, others), None
 

@@ -9,6 +9,7 @@ from unipool_jax.config.chips import Topology
 from unipool_jax.config.schema import Config
 from unipool_jax.kernels.implementations import Implementation
 from unipool_jax.kernels.tpu_layouts import halved_on
+from unipool_jax.model.remat import recomputes_pool, regathers
 from unipool_jax.moe.capacity import capacity
 from unipool_jax.moe.dispatch import Transport, chosen_transport
 from unipool_jax.moe.products import exchanges_into_stacks, keeps_products
@@ -53,8 +54,7 @@ class Sizes:
     @property
     def regathers(self) -> bool:
         """Whether the backward pass gathers the weights of each pool again: see `model.remat`."""
-        several = self.config.pool.groups > 1 and self.sizes["fsdp"] > 1
-        return several and self.config.model.remat in ("moe", "full")
+        return regathers(self.config, self.sizes["fsdp"])
 
     @property
     def transport(self) -> Transport:
@@ -74,13 +74,10 @@ class Sizes:
         kernels: Implementation = (
             "pallas_tpu" if self.topology.is_tpu and config.kernels.implementation in ("auto", "pallas_tpu") else "xla"
         )
-        with_pool = self.regathers and config.layers_per_pool == 1
-        recomputed = model.remat == "moe" or (model.remat == "full" and not with_pool)
+        alone = model.remat in ("moe", "full") and not recomputes_pool(config, self.sizes["fsdp"])
+        kept = keeps_products(config, kernels, math.prod(self.sizes.values()) > 1)
         return (
-            (
-                keeps_products(config, kernels, math.prod(self.sizes.values()) > 1)
-                or (kernels == "pallas_tpu" and recomputed)
-            )
+            (kept or (kernels == "pallas_tpu" and alone))
             and exchanges_into_stacks(config, self.transport, self.sizes["tensor"])
             and halved_on(
                 chip.device_kind,
